@@ -1,0 +1,97 @@
+"""SGD and SGDW."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from nc.kernels.update import Hyper, sgd_reference
+from nc.optim.base import Coupled, has_momentum, momentum_buffers
+
+
+class SGD(Coupled):
+    r"""Stochastic gradient descent with heavy-ball momentum and weight decay coupled into the gradient.
+
+    .. math:: V ← βV + ∇L + cλW,\qquad W ← (1 − η(1 − c)λ)W − ηV
+
+    With the defaults the same as `torch.optim.SGD`. Weight decay of this kind drives NC0 to zero exponentially
+    (arXiv 2602.16642, Theorem 3.1).
+
+    Args:
+        params: parameters or param groups, as in `torch.optim`.
+        lr: η ≥ 0.
+        momentum: β in [0, 1).
+        dampening: τ; the gradient enters V as (1 − τ)(∇L + cλW) after the first step.
+        weight_decay: λ ≥ 0.
+        nesterov: use ∇L + cλW + βV in place of V; needs momentum > 0 and no dampening.
+        coupling: c in [0, 1], the share of the decay that is added to the gradient. Default 1 here, 0 in `SGDW`.
+        maximize: ascend instead of descend.
+
+    lr, momentum, weight_decay and coupling may each be a float, a 0-d tensor, or a tensor `[R]` for parameters `[R, …]`
+    that are R stacked runs.
+
+    Raises:
+        ValueError: a hyperparameter is out of range or NaN, or a vector does not fit the parameters.
+        TypeError: complex parameters.
+        RuntimeError: (from `step`) a sparse gradient.
+
+    Example:
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> opt = SGD([w], lr=0.1, momentum=0.9, weight_decay=5e-4)
+        >>> w.sum().backward(); opt.step()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Hyper = 1e-3,
+        momentum: Hyper = 0.0,
+        dampening: float = 0.0,
+        weight_decay: Hyper = 0.0,
+        nesterov: bool = False,
+        *,
+        coupling: Hyper | None = None,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, coupling)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        if group["nesterov"] and (not has_momentum(group) or group["dampening"] != 0):
+            raise ValueError(f"{type(self).__name__}: Nesterov momentum needs momentum > 0 and dampening = 0")
+
+    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[Any]) -> None:
+        first = [state["momentum_buffer"] is None for state in states]
+        sgd_reference(
+            params,
+            grads,
+            momentum_buffers(group, params, states),
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            coupling=group["coupling"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            first=first,
+        )
+
+
+class SGDW(SGD):
+    r"""SGD with decoupled weight decay: `SGD` with coupling 0 (Loshchilov & Hutter, arXiv 1711.05101).
+
+    .. math:: V ← βV + ∇L,\qquad W ← (1 − ηλ)W − ηV
+
+    The decay is scaled by the learning rate, as in `torch.optim.AdamW`. The row sum of the last layer then shrinks by
+    exactly 1 − ηλ a step, whatever the network (arXiv 2602.16642, Theorem 3.2). Arguments as `SGD`.
+    """
+
+    default_coupling = 0.0

@@ -1,0 +1,164 @@
+"""NC0–NC4: analytic cases, definitions in float64, invariances, and what is undefined."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nc import ClassStats, metrics
+
+
+def gather(features: Tensor, labels: Tensor, k: int) -> ClassStats:
+    stats = ClassStats(k, features.shape[-1], dtype=torch.float64)
+    stats.update(features, labels)
+    return stats
+
+
+def simplex(k: int, d: int) -> Tensor:
+    """K points of a simplex ETF in d dimensions, rotated at random."""
+    rotation = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
+    return (torch.eye(k, d, dtype=torch.float64) - torch.eye(k, d, dtype=torch.float64).sum(0) / k) @ rotation
+
+
+def blobs(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    labels = torch.cat([torch.arange(k), torch.randint(k, (n - k,))])
+    return 3 * torch.randn(k, d, dtype=torch.float64)[labels] + torch.randn(n, d, dtype=torch.float64), labels
+
+
+def every_metric(weight: Tensor, stats: ClassStats) -> dict[str, float]:
+    values = {
+        "nc1": metrics.nc1(stats),
+        "nc1_trace_ratio": metrics.nc1(stats, kind="trace_ratio"),
+        "nc2": metrics.nc2(stats),
+        "nc2_equinorm": metrics.nc2(stats, kind="equinorm"),
+        "nc2_equiangularity": metrics.nc2(stats, kind="equiangularity"),
+        "nc3": metrics.nc3(weight, stats),
+        "nc3_difference": metrics.nc3(weight, stats, kind="difference"),
+    }
+    return {name: value.item() for name, value in values.items()}
+
+
+@pytest.mark.parametrize(("k", "d"), [(2, 1), (2, 5), (4, 4), (10, 64), (50, 60)])
+def test_a_collapsed_classifier_is_zero_everywhere(k: int, d: int) -> None:
+    points = simplex(k, d) if d >= k else torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    labels = torch.arange(k).repeat(5)
+    features = 7 * points[labels] + 100
+    stats = gather(features, labels, k)
+    for name, value in every_metric(points, stats).items():
+        assert value == pytest.approx(0, abs=1e-12), name
+    assert metrics.nc0(points).item() == pytest.approx(0, abs=1e-24)
+    assert metrics.nc4(features, (features - 100) @ points.T, stats) == 0
+    assert not metrics.degenerate(points, stats)
+
+
+def test_nc0_is_the_squared_norm_of_the_row_sum() -> None:
+    weight = torch.tensor([[1.0, 2.0], [2.0, 2.0]])
+    assert metrics.nc0(weight).item() == 25
+    assert metrics.nc0_norm(weight).item() == 5
+
+
+def test_known_covariances_give_the_known_nc1() -> None:
+    """Means at ±e_i·s, noise of variance σ² in every direction: Σ_B = (s²/d)·I of rank d, NC1 = σ²·d·d/(s²·K)."""
+    d, s = 3, 2.0
+    means = s * torch.cat([torch.eye(d), -torch.eye(d)]).double()
+    spread = torch.cat([torch.eye(d), -torch.eye(d)]).double()  # second moment I/d
+    features = (means[:, None] + spread[None]).reshape(-1, d)
+    labels = torch.arange(2 * d).repeat_interleave(2 * d)
+    stats = gather(features, labels, 2 * d)
+    sigma2, between = 1 / d, s**2 / d
+    assert metrics.nc1(stats).item() == pytest.approx(d * sigma2 / between / (2 * d))
+    assert metrics.nc1(stats, kind="trace_ratio").item() == pytest.approx(sigma2 / between)
+
+
+@settings(deadline=None, max_examples=40)
+@given(k=st.integers(2, 12), d=st.integers(1, 30), n=st.integers(1, 100), seed=st.integers(0, 99))
+def test_nc1_is_the_trace_with_the_pseudo_inverse(k: int, d: int, n: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    stats = gather(*blobs(k + n, k, d), k)
+    expected = (stats.within_cov() @ torch.linalg.pinv(stats.between_cov(), rtol=1e-10)).trace() / k
+    assert metrics.nc1(stats).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@settings(deadline=None, max_examples=25)
+@given(k=st.integers(2, 8), d=st.integers(8, 20), seed=st.integers(0, 99))
+def test_rotation_scale_offset_and_relabelling_change_nothing(k: int, d: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    features, labels = blobs(20 * k, k, d)
+    weight = torch.randn(k, d, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
+    order = torch.randperm(k)
+    moved = 0.01 * features @ rotation + 3
+    other = torch.empty_like(weight)
+    other[order] = 5 * weight @ rotation
+    before = every_metric(weight, gather(features, labels, k))
+    after = every_metric(other, gather(moved, order[labels], k))
+    assert after == pytest.approx(before, rel=1e-8)
+
+
+def test_nc4_counts_disagreement_with_the_nearest_mean() -> None:
+    features = torch.tensor([[0.0], [1.0], [10.0], [11.0], [4.0]]) + 1e4
+    labels = torch.tensor([0, 0, 1, 1, 0])
+    stats = gather(features[:4], labels[:4], 2)
+    logits = torch.tensor(
+        [[1.0, 0], [1, 0], [0, 1], [0, 1], [0, 1]]
+    )  # the last sample: mean 0 is nearest, class 1 said
+    assert metrics.nc4(features, logits, stats).item() == pytest.approx(1 / 5)
+    assert metrics.nc4(features, logits.flip(1), stats).item() == pytest.approx(4 / 5)
+    with pytest.raises(ValueError, match="at least one sample"):
+        metrics.nc4(features[:0], logits[:0], stats)
+
+
+def test_a_missing_class_is_left_out_and_named() -> None:
+    features, labels = blobs(60, 4, 8)
+    weight = torch.randn(4, 8, dtype=torch.float64)
+    keep = labels != 2
+    full = ClassStats(4, 8, dtype=torch.float64)
+    full.update(features[keep], labels[keep])
+    without = ClassStats(3, 8, dtype=torch.float64)
+    without.update(features[keep], labels[keep] - (labels[keep] > 2).long())
+    with pytest.warns(UserWarning, match="no samples of class 2"):
+        values = every_metric(weight, full)
+    assert values == pytest.approx(every_metric(weight[[0, 1, 3]], without))
+    logits = features[keep] @ weight.T
+    logits[:, 2] = -1e9
+    nearest = metrics.nc4(features[keep], logits, full)
+    assert nearest == metrics.nc4(features[keep], logits[:, [0, 1, 3]], without)
+    with pytest.raises(ValueError, match="at least two classes; got 0"):
+        metrics.nc1(ClassStats(4, 8))
+
+
+def test_too_few_dimensions_are_said() -> None:
+    with pytest.warns(UserWarning, match="5 classes cannot form a simplex in 3 dimensions"):
+        metrics.nc2(gather(*blobs(40, 5, 3), 5))
+
+
+@pytest.mark.parametrize("case", ["features", "zero features", "weights"])
+def test_vanished_is_undefined_not_collapsed(case: str) -> None:
+    features, labels = blobs(60, 4, 8)
+    weight = torch.randn(4, 8, dtype=torch.float64)
+    if case == "features":
+        features = torch.full_like(features, 3.0)
+    elif case == "zero features":
+        features = torch.zeros_like(features)
+    else:
+        weight *= 1e-12
+    stats = gather(features, labels, 4)
+    assert metrics.degenerate(weight, stats)
+    undefined = ["nc3", "nc3_difference"] if case == "weights" else list(every_metric(weight, stats))
+    values = every_metric(weight, stats)
+    assert all(math.isnan(values[name]) for name in undefined)
+
+
+def test_a_run_that_is_nan_stays_alone() -> None:
+    features, labels = blobs(60, 4, 8)
+    stacked = torch.stack([features, features * float("nan"), features])
+    weight = torch.randn(3, 4, 8, dtype=torch.float64)
+    stats = ClassStats(4, 8, runs=3, dtype=torch.float64)
+    stats.update(stacked, labels)
+    for value in (metrics.nc1(stats), metrics.nc2(stats), metrics.nc3(weight, stats)):
+        assert value.isnan().tolist() == [False, True, False]
+    nc4 = metrics.nc4(stacked, stacked @ weight.mT, stats)
+    assert nc4.isnan().tolist() == [False, True, False]

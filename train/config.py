@@ -1,0 +1,135 @@
+"""One run's settings, checked, and the hash of them that is the run's identity everywhere."""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from typing import Annotated, Any, Literal, get_args
+
+import pydantic
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+from nc.train.errors import UserError
+
+Model = Literal["mlp", "cnn", "resnet9", "vgg9"]
+Data = Literal["digits", "mnist", "fashion-mnist", "cifar10", "imagefolder"]
+Optimizer = Literal["sgd", "sgdw", "signum", "signumw", "adam", "adamw"]
+OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class RunConfig:
+    """Settings of one training run."""
+
+    model: Model = "mlp"
+    """The network."""
+    data: Data = "digits"
+    """The data set; imagefolder reads train/CLASS/* and test/CLASS/* under the data folder."""
+    optimizer: Optimizer = "sgd"
+    """The update rule; the names ending in w decouple the weight decay."""
+    lr: Positive = 0.1
+    """Learning rate η before its drops."""
+    momentum: BelowOne = 0.9
+    """β of SGD and Signum, β₁ of Adam."""
+    weight_decay: NonNegative = 5e-4
+    """Weight decay λ."""
+    coupling: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the decay added to the gradient; by default 1 for sgd, signum, adam and 0 for sgdw, signumw, adamw."""
+    beta2: BelowOne = 0.999
+    """β₂ of Adam."""
+    eps: NonNegative = 1e-8
+    """ε of Adam."""
+    epochs: Count = 200
+    """Passes over the training data."""
+    batch_size: Count = 128
+    """Samples per step; the last, smaller batch of an epoch is used too."""
+    lr_drops: Annotated[int, Field(ge=0)] = 2
+    """Number n of learning-rate drops, after ⌊i·epochs/(n + 1)⌋ epochs, i = 1 … n."""
+    lr_drop_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """What each drop multiplies the learning rate by."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the initial weights and the order of the samples."""
+    limit: Count | None = None
+    """Train on the first LIMIT samples only."""
+    eval_every: Count = 5
+    """Epochs between evaluations; the start and the last epoch are always evaluated."""
+
+    def __post_init__(self) -> None:
+        if self.coupling is None:
+            object.__setattr__(self, "coupling", 0.0 if self.optimizer.endswith("w") else 1.0)
+
+    @property
+    def family(self) -> str:
+        """The update rule whatever its coupling: sgd, signum or adam."""
+        return self.optimizer.removesuffix("w")
+
+    @property
+    def decay_coupling(self) -> float:
+        """The coupling, which is always set once the run is made."""
+        assert self.coupling is not None
+        return self.coupling
+
+    @property
+    def id(self) -> str:
+        """12 hexadecimal digits, the same for the same settings on every machine.
+
+        Settings at their default take no part, so that a setting added later leaves old identities as they are.
+        """
+        settings = {f.name: v for f in FIELDS if (v := getattr(self, f.name)) != f.default}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings by name."""
+        return {f.name: getattr(self, f.name) for f in FIELDS}
+
+    def describe(self) -> str:
+        """The run in a line: what differs between the runs of most grids."""
+        own = "" if self.coupling == (not self.optimizer.endswith("w")) else f", c={self.coupling:g}"
+        return f"{self.optimizer} lr={self.lr:g} β={self.momentum:g} λ={self.weight_decay:g}{own}"
+
+    def steps_per_epoch(self, samples: int) -> int:
+        """Steps in an epoch over so many training samples; the last, smaller batch counts."""
+        return -(-samples // self.batch_size)
+
+    def lr_factor(self, epoch: int) -> float:
+        """What the learning rate is multiplied by in an epoch, counted from 0."""
+        pieces = self.lr_drops + 1
+        drops = sum(epoch >= self.epochs * i // pieces for i in range(1, pieces))
+        return self.lr_drop_factor**drops
+
+
+FIELDS = dataclasses.fields(RunConfig)
+#: What each setting is, for the command line's help.
+DESCRIPTIONS = {name: str(info.description) for name, info in RunConfig.__pydantic_fields__.items()}  # type: ignore[attr-defined]
+
+
+def make_run(settings: dict[str, Any], where: str) -> RunConfig:
+    """A checked run from settings by name.
+
+    Raises:
+        UserError: naming `where`, every key that is unknown or whose value is not allowed, and what is.
+    """
+    try:
+        return RunConfig(**settings)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{where}: " + "; ".join(_explain(e) for e in error.errors())) from None
+
+
+def _explain(error: Any) -> str:
+    key = str(error["loc"][0])
+    if error["type"] == "unexpected_keyword_argument":
+        return unknown_key(key)
+    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def unknown_key(key: str, also: tuple[str, ...] = ()) -> str:
+    """What to say of a key that no setting has."""
+    names = [f.name for f in FIELDS] + list(also)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(names)}")

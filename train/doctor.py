@@ -1,0 +1,30 @@
+"""`ncollapse doctor`: what this machine has, and what will be fast or fall back."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from nc.train.data import DATA_SETS, data_folder, find
+from nc.train.provenance import device_name, package_version
+
+
+def findings(data_dir: Path | None) -> Iterator[tuple[str, str]]:
+    """Pairs (what, finding) for a table."""
+    yield "ncollapse", package_version("ncollapse") or "not installed"
+    yield "torch", torch.__version__
+    yield "processor", f"{device_name('cpu')}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(i)
+            yield f"GPU {i}", f"{device_name(f'cuda:{i}')}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+    else:
+        yield "GPU", "none that torch can use; runs train on the processor"
+    triton = package_version("triton")
+    yield "Triton", triton or "not installed"
+    yield "optimizers", "plain PyTorch (no fused kernels in this version)"
+    yield "metrics", "plain PyTorch (no fused kernels in this version)"
+    yield "data folder", str(data_folder(data_dir).resolve())
+    for name in DATA_SETS:
+        yield f"data {name}", find(name, data_folder(data_dir))

@@ -1,0 +1,106 @@
+"""A grid: the runs of a sweep, from a small TOML file, all checked before the first one starts.
+
+    name = "demo"
+    model = "mlp"                     # a value: the same in every run
+    epochs = 200
+
+    [[grid]]                          # each table is a full product of its lists, with the values above as defaults
+    optimizer = ["sgd", "sgdw"]
+    lr = [0.03, 0.1]
+    weight_decay = [5e-4, 5e-3]
+
+    [[grid]]
+    optimizer = ["adam", "adamw"]
+    lr = [1e-3, 3e-3]
+
+The keys are the fields of `RunConfig`. Without a `[[grid]]` table the top level itself is the product.
+"""
+
+import dataclasses
+import itertools
+import tomllib
+from collections import Counter
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from nc.train.config import FIELDS, RunConfig, make_run, unknown_key
+from nc.train.errors import UserError
+
+_TOP_LEVEL = ("name", "description", "grid")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A named list of different runs."""
+
+    name: str
+    runs: tuple[RunConfig, ...]
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        twice = [run.describe() for run, n in Counter(self.runs).items() if n > 1]
+        if twice:
+            raise UserError(f"grid {self.name!r}: the same run is asked for more than once: {'; '.join(twice[:5])}")
+        if not self.runs:
+            raise UserError(f"grid {self.name!r} has no runs")
+
+
+def presets() -> dict[str, str]:
+    """The grids that come with the package: name -> TOML text."""
+    folder = files("nc.train") / "grids"
+    return {f.name.removesuffix(".toml"): f.read_text("utf-8") for f in folder.iterdir() if f.name.endswith(".toml")}
+
+
+def load_grid(source: str, overrides: dict[str, list[Any]] | None = None) -> Grid:
+    """Read a grid from a file, or a preset by its name.
+
+    Args:
+        source: a path to a TOML file or the name of a preset.
+        overrides: setting -> values that replace that setting in every table of the grid.
+
+    Raises:
+        UserError: unreadable file, bad TOML, unknown keys, values out of range, an empty axis, duplicate runs.
+    """
+    known = presets()
+    if source in known:
+        where, text = f"preset {source}", known[source]
+    else:
+        where = source
+        try:
+            text = Path(source).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            names = ", ".join(sorted(known))
+            raise UserError(
+                f"cannot read the grid {source!r}: {error}; it is neither a file nor a preset ({names})"
+            ) from None
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{where}: not valid TOML: {error}") from None
+    return parse_grid(tree, where, overrides or {})
+
+
+def parse_grid(tree: dict[str, Any], where: str, overrides: dict[str, list[Any]]) -> Grid:
+    """The grid that a TOML tree describes; see `load_grid`."""
+    shared = {key: value for key, value in tree.items() if key not in _TOP_LEVEL}
+    tables = tree.get("grid", [{}])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"{where}: 'grid' must be tables, each begun with [[grid]]")
+    runs: list[RunConfig] = []
+    for number, table in enumerate(tables, 1):
+        place = f"{where}, [[grid]] {number}" if "grid" in tree else where
+        runs += _product({**shared, **table, **overrides}, place)
+    name = str(tree.get("name", Path(where).stem))
+    return Grid(name, tuple(dict.fromkeys(runs)) if overrides else tuple(runs), str(tree.get("description", "")))
+
+
+def _product(table: dict[str, Any], where: str) -> list[RunConfig]:
+    unknown = [key for key in table if key not in {f.name for f in FIELDS}]
+    if unknown:
+        raise UserError(f"{where}: " + "; ".join(unknown_key(key, _TOP_LEVEL) for key in unknown))
+    axes = {key: value if isinstance(value, list) else [value] for key, value in table.items()}
+    empty = [key for key, values in axes.items() if not values]
+    if empty:
+        raise UserError(f"{where}: {', '.join(empty)} has no values; give at least one or leave the key out")
+    return [make_run(dict(zip(axes, values, strict=True)), where) for values in itertools.product(*axes.values())]

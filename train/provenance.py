@@ -1,0 +1,53 @@
+"""What a result was made with: versions, commit, device."""
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("ncollapse", "torch", "triton", "torchvision", "numpy", "scikit-learn")
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Versions, the source's commit if it is a git checkout, and the device, as JSON-ready values."""
+    import torch
+
+    return {
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}},
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def package_version(name: str) -> str | None:
+    """The installed version of a package, None where it is missing."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    # The folder of this file, not the working directory, which may be somebody's own repository.
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,1 @@
+"""The report of a results folder: tables, figures and one self-contained HTML page."""

@@ -1,0 +1,97 @@
+"""The tables of the report, as DataFrames: the best run of each optimizer, and NC0 over weight decay."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from nc import ufm
+from nc.train.config import FIELDS, OPTIMIZERS, RunConfig, make_run
+from nc.train.report.selection import Selection
+from nc.train.store import FINISHED
+
+CHANGES = ("nc0", "nc1", "nc2", "nc3", "nc4")
+
+
+def run_config(row: "pd.Series[Any]") -> RunConfig:
+    """The settings of a row of `load_runs`."""
+    values: dict[str, Any] = {field.name: row[field.name] for field in FIELDS}
+    return make_run({name: None if pd.isna(value) else value for name, value in values.items()}, "the store")
+
+
+def settings_of(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The runs of each model and data set, with a title."""
+    for (model, data), part in runs.groupby(["model", "data"], sort=False):
+        yield f"{model} on {data}", part
+
+
+def best_runs(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
+    """The best eligible run of each optimizer, in the order of the paper's table."""
+    eligible = selection.eligible(runs).dropna(subset=[selection.best_by])
+    best = eligible.loc[eligible.groupby("optimizer")[selection.best_by].idxmin()]
+    return best.sort_values("optimizer", key=lambda names: names.map(OPTIMIZERS.index))
+
+
+def predicted_nc0(row: "pd.Series[Any]") -> NDArray[np.float64] | None:
+    """NC0 after each epoch as theory has it, `[epochs + 1]`, from the run's own start; None but for SGD and SGDW."""
+    config = run_config(row)
+    if config.family != "sgd":
+        return None
+    steps = config.steps_per_epoch(int(row.train_samples))
+    factor = ufm.row_sum_factor(
+        [config.lr * config.lr_factor(epoch) for epoch in range(config.epochs) for _ in range(steps)],
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        coupling=config.decay_coupling,
+    )
+    return np.asarray(row.nc0_start * factor[::steps] ** 2)
+
+
+def main_table(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
+    """One row per optimizer that was run: its best run's metrics, their change in percent, NC0 as predicted, settings.
+
+    An optimizer none of whose runs is eligible has a row with NaN.
+    """
+    best = {run.optimizer: run for _, run in best_runs(runs, selection).iterrows()}
+    rows = []
+    for optimizer in (name for name in OPTIMIZERS if name in set(runs.optimizer)):
+        tried = runs[runs.optimizer == optimizer]
+        row: dict[str, object] = {
+            "optimizer": optimizer,
+            "eligible": len(selection.eligible(tried)),
+            "runs": int(tried.status.isin(FINISHED).sum()),
+        }
+        if optimizer in best:
+            run = best[optimizer]
+            for name in CHANGES:
+                start = run[f"{name}_start"]
+                row[name] = run[name]
+                row[f"{name}_change"] = 100 * (run[name] / start - 1) if start else math.nan
+            prediction = predicted_nc0(run)
+            row["nc0_predicted"] = math.nan if prediction is None else prediction[-1]
+            row |= {name: run[name] for name in ("train_accuracy", "val_accuracy")}
+            row["settings"] = run_config(run).describe().partition(" ")[2]
+            row["run"] = run["id"]
+        rows.append(row)
+    columns = ["optimizer", "nc0", "nc0_change", "nc0_predicted"]
+    columns += [name for metric in CHANGES[1:] for name in (metric, f"{metric}_change")]
+    columns += ["train_accuracy", "val_accuracy", "settings", "eligible", "runs", "run"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def nc0_by_decay(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
+    """Final NC0 over its start, the smallest and largest of the eligible runs: one row per optimizer and decay."""
+    eligible = selection.eligible(runs)
+    ratio = (eligible.nc0 / eligible.nc0_start).groupby([eligible.optimizer, eligible.weight_decay])
+    frame = ratio.agg(smallest="min", largest="max", runs="count").reset_index()
+    return frame.sort_values(
+        ["optimizer", "weight_decay"], key=lambda c: c.map(OPTIMIZERS.index) if c.name == "optimizer" else c
+    )
+
+
+def status_counts(runs: pd.DataFrame) -> dict[str, int]:
+    """How many runs have each status."""
+    return {str(status): int(count) for status, count in runs.status.value_counts().items()}
