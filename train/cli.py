@@ -19,19 +19,23 @@ if TYPE_CHECKING:
     from nc.train.grid import Grid
 
 
+#: For options whose default the help text tells better than "None".
+_told = tyro.conf.arg(help_behavior_hint="")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Where:
     """Where data come from, where results go and what trains."""
 
-    out: Path | None = None
+    out: Annotated[Path | None, _told] = None
     """Results folder; by default results/NAME. The same command on the same folder continues."""
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, _told] = None
     """Folder of the data sets; by default $NCOLLAPSE_DATA, else ./data."""
     download: bool = False
     """Let torchvision download a data set that is missing."""
-    device: str | None = None
+    device: Annotated[str | None, _told] = None
     """cpu, cuda, cuda:1 …; by default cuda where there is a GPU."""
-    stack: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    stack: Annotated[int | None, _told] = None
     """Runs trained together as one program; by default chosen for the model."""
     save_weights: bool = False
     """Write each run's final weights to weights/RUN.pt."""
@@ -58,7 +62,7 @@ def _settings(name: str, several: bool) -> Any:
 
     def field(f: dataclasses.Field[Any]) -> tuple[str, Any, Any]:
         kind = tuple[f.type, ...] | None if several else f.type  # type: ignore[name-defined]
-        hint = "(default: the grid's)" if several else None
+        hint = "(default: the grid's)" if several else "" if f.default is None else None
         about = tyro.conf.arg(help=DESCRIPTIONS[f.name], help_behavior_hint=hint)
         return f.name, Annotated[kind, about], None if several else f.default
 
@@ -114,7 +118,7 @@ class Report(Selection):
 class Doctor:
     """What this machine has: torch, Triton, GPU, data sets; what will be fast and what falls back."""
 
-    data_dir: Path | None = None
+    data_dir: Annotated[Path | None, _told] = None
     """Folder of the data sets; by default $NCOLLAPSE_DATA, else ./data."""
 
     def main(self, console: Console) -> None:
@@ -137,19 +141,19 @@ def main(args: list[str] | None = None) -> None:
     # Batch systems end a job with SIGTERM: treated as Ctrl-C, which keeps and reports what is finished.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
-    command = tyro.cli(
-        Demo | Run | Sweep | Report | Doctor,
-        prog="ncollapse",
-        description="Which optimizers drive a classifier into neural collapse, and why.",
-        args=args,
-        config=(
-            tyro.conf.OmitSubcommandPrefixes,
-            tyro.conf.OmitArgPrefixes,
-            tyro.conf.FlagCreatePairsOff,
-            tyro.conf.DisallowNone,
-        ),
-    )
     try:
+        command = tyro.cli(
+            Demo | Run | Sweep | Report | Doctor,
+            prog="ncollapse",
+            description="Which optimizers drive a classifier into neural collapse, and why.",
+            args=args,
+            config=(
+                tyro.conf.OmitSubcommandPrefixes,
+                tyro.conf.OmitArgPrefixes,
+                tyro.conf.FlagCreatePairsOff,
+                tyro.conf.DisallowNone,
+            ),
+        )
         command.main(console)
     except UserError as error:
         # markup off: a message may hold brackets, as in [[grid]]
@@ -161,6 +165,8 @@ def main(args: list[str] | None = None) -> None:
 
 def _train(grid: "Grid", where: Where, console: Console) -> Path:
     """Train what is not finished of a grid; returns the results folder."""
+    if where.stack is not None and where.stack < 1:
+        raise UserError(f"--stack must be at least 1 run; got {where.stack}")
     from nc.train.data import load
     from nc.train.engine import sweep
 

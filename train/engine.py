@@ -26,8 +26,8 @@ from nc.train.store import Store
 #: The settings in which the runs of one stack may differ; besides, the optimizer within its family.
 _PER_RUN = ("optimizer", "lr", "momentum", "weight_decay", "coupling", "beta2", "eps")
 
-#: Runs per stack. On a CPU stacking pays for linear layers (the more runs the faster; but an interrupted sweep loses the
-#: stack it was at) and not for convolutions.
+#: Runs per stack. On a CPU stacking pays for linear layers (the more runs the faster, but an interrupted sweep loses
+#: the stack it was at) and not for convolutions.
 _STACK = {"mlp": 24}
 
 

@@ -98,8 +98,8 @@ def write_report(folder: Path, selection: Selection, console: Console) -> Path:
     meta, sessions = load_meta(folder), load_sessions(folder)
     caption = (
         f"Best = smallest {selection.best_by.upper()} of the runs that reached {100 * selection.threshold:g} % "
-        "training accuracy (reached: how many did). Below each metric its change from initialisation. NC0 predicted: the exact "
-        "recursion of SGD and SGDW."
+        "training accuracy (reached: how many did). Below each metric its change from initialisation. NC0 predicted: "
+        "the exact recursion of SGD and SGDW."
     )
     sections = []
     try:
@@ -137,8 +137,8 @@ def write_report(folder: Path, selection: Selection, console: Console) -> Path:
 
 _NC0_CAPTION = (
     "NC0 over epochs, each optimizer's best run. Collapse needs NC0 → 0. Solid: weight decay coupled into the "
-    "gradient; dashed: decoupled. Circles: the exact linear recursion of the row sum under SGD and SGDW, from the run's "
-    "own start."
+    "gradient; dashed: decoupled. Circles: the exact linear recursion of the row sum under SGD and SGDW, from the "
+    "run's own start."
 )
 _DECAY_CAPTION = (
     "Final metrics over weight decay. Each dot is a run (hollow: it missed the training-accuracy threshold); the line "

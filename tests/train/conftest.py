@@ -1,0 +1,60 @@
+"""Small grids and stores that the trainer's tests share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from nc.train.config import RunConfig
+from nc.train.data import Dataset, load
+from nc.train.engine import sweep
+from nc.train.grid import Grid
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def digits() -> Dataset:
+    return load("digits", data_dir=None, download=False, device=CPU)
+
+
+@pytest.fixture(scope="session")
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+@pytest.fixture(scope="session")
+def run_sweep(digits: Dataset, quiet: Console) -> Callable[..., int]:
+    """sweep(grid, out, **options) on digits, on the CPU, without output."""
+
+    def run(grid: Grid, out: Path, **options: object) -> int:
+        return sweep(grid, out, lambda name: digits, CPU, console=quiet, **options)  # type: ignore[arg-type]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def swept(run_sweep: Callable[..., int], small_grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small grid's results, undisturbed; not to be written to."""
+    folder = tmp_path_factory.mktemp("swept")
+    assert run_sweep(small_grid, folder) == len(small_grid.runs)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_grid() -> Grid:
+    """Six optimizers × two decays, four epochs."""
+    runs = [
+        RunConfig(
+            optimizer=optimizer,
+            lr=0.05 if optimizer.startswith("sgd") else 2e-3,
+            weight_decay=decay,
+            epochs=4,
+            eval_every=2,
+        )
+        for optimizer in ("sgd", "sgdw", "signum", "signumw", "adam", "adamw")
+        for decay in (5e-4, 5e-2)
+    ]
+    return Grid("small", tuple(runs), "a small grid")

@@ -1,0 +1,135 @@
+"""The command line as a user meets it: options, messages, exit codes."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from nc.train import cli
+from nc.train.store import load_runs
+
+GRID = 'optimizer = ["sgdw", "adamw"]\nlr = 0.01\nepochs = 2\nlimit = 200\n'
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("NCOLLAPSE_DATA", raising=False)
+    monkeypatch.setenv("COLUMNS", "100")
+    (tmp_path / "grid.toml").write_text(GRID)
+
+
+def fails(capsys: pytest.CaptureFixture[str], code: int, *args: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(args))
+    assert stop.value.code == code
+    captured = capsys.readouterr()
+    return re.sub(r"[│\s]+", " ", captured.err + captured.out)
+
+
+def test_run_trains_prints_and_stores(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", "--optimizer", "sgdw", "--epochs", "2", "--limit", "200", "--weight-decay", "0.01"]
+    cli.main(command)
+    out = capsys.readouterr().out
+    assert "Trained 1 of 1 runs" in out
+    assert "nc0 predicted" in out
+    (folder,) = Path("results").iterdir()
+    assert re.fullmatch(r"mlp-digits-sgdw-[0-9a-f]{12}", folder.name)
+    assert load_runs(folder).weight_decay[0] == 0.01
+    cli.main(command)
+    assert "All 1 runs in" in capsys.readouterr().out
+
+
+def test_sweep_reads_a_grid_and_options_replace_its_axes(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["sweep", "grid.toml", "--lr", "0.1", "0.02", "--seed", "3", "--threshold", "0"])
+    out = capsys.readouterr().out
+    assert "Trained 4 of 4 runs" in out
+    assert "mlp on digits" in out
+    runs = load_runs(Path("results/grid"))
+    assert sorted(set(runs.lr)) == [0.02, 0.1]
+    assert set(runs.seed) == {3}
+    assert Path("results/grid/report.html").stat().st_size > 10_000
+    cli.main(["report", "results/grid", "--best-by", "nc3", "--threshold", "0"])
+    assert "smallest NC3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "--lr", "-1"], "run: lr = -1.0: input should be greater than 0"),
+        (["run", "--data", "fashion-mnist"], "--data-dir or NCOLLAPSE_DATA, or let it be fetched with --download"),
+        (["run", "--device", "cuda:99"], "--device cuda:99: "),
+        (["run", "--device", "toaster"], "--device toaster: "),
+        (["sweep", "nothing.toml"], "neither a file nor a preset"),
+        (["sweep", "grid.toml", "--weight-decay", "-3"], "grid.toml: weight_decay = -3.0"),
+        (["report", "nowhere"], "no results in nowhere"),
+        (["sweep", "grid.toml", "--threshold", "2"], "--threshold must lie in [0, 1]"),
+        (["sweep", "grid.toml", "--stack", "0"], "--stack must be at least 1"),
+    ],
+)
+def test_errors_are_one_message_and_exit_code_1(
+    capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    text = fails(capsys, 1, *args)
+    assert message in text
+    assert "Traceback" not in text
+    assert text.startswith("ncollapse: ")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "--optimizer", "sdg"], "sdg"),
+        (["run", "--model", "vit"], "invalid choice 'vit'"),
+        (["run", "--learning-rate", "1"], "--learning-rate"),
+        (["dmeo"], "dmeo"),
+        ([], "demo"),
+    ],
+)
+def test_bad_arguments_are_exit_code_2(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
+    assert message in fails(capsys, 2, *args)
+
+
+def test_an_interrupt_is_exit_code_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from nc.train import engine
+
+    def interrupt(*args: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "train", interrupt)
+    text = fails(capsys, 130, "sweep", "grid.toml")
+    assert "0 of 2 runs are finished and kept in results/grid; the same command goes on from there" in text
+
+
+def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    """The options of run and sweep, frozen: a user's scripts rest on them."""
+    settings = [
+        *("--model", "--data", "--optimizer", "--lr", "--momentum", "--weight-decay", "--coupling", "--beta2", "--eps"),
+        *("--epochs", "--batch-size", "--lr-drops", "--lr-drop-factor", "--seed", "--limit", "--eval-every"),
+    ]
+    where = ["--out", "--data-dir", "--download", "--device", "--stack", "--save-weights"]
+    choice = ["--threshold", "--best-by"]
+    for command, options in {
+        "run": [*where, *settings],
+        "sweep": [*where, *choice, *settings],
+        "demo": [*where, *choice],
+        "report": choice,
+        "doctor": ["--data-dir"],
+    }.items():
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        text = capsys.readouterr().out
+        assert set(re.findall(r"^[│ ] {1,2}(?:-h, )?(--[a-z0-9-]+)", text, re.M)) == {"--help", *options}, command
+        assert "(default: None)" not in text
+
+
+def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["doctor"])
+    out = capsys.readouterr().out
+    for what in ("torch", "Triton", "GPU", "processor", "data fashion-mnist", "missing"):
+        assert what in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--version"])
+    assert re.fullmatch(r"ncollapse \d+\.\d+\.\d+\n", capsys.readouterr().out)

@@ -1,0 +1,126 @@
+"""Data sets: the embedded one, torchvision's files, image folders, and what is wrong with them."""
+
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nc.train.data import data_folder, find, load
+from nc.train.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def write_idx(folder: Path, count: int) -> None:
+    """MNIST's own files, with a few images."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        header = struct.pack(">IIII", 2051, count, 28, 28)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels.tobytes())
+
+
+def write_images(folder: Path, size: int = 8, mode: str = "RGB") -> None:
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(3):
+                pixels = rng.integers(0, 256, (size, size, 3), np.uint8)
+                Image.fromarray(pixels).convert(mode).save(folder / split / name / f"{i}.png")
+
+
+def test_digits_are_normalised_and_split_the_same_every_time() -> None:
+    data = load("digits", data_dir=None, download=False, device=CPU)
+    assert data.train_x.shape == (1437, 1, 8, 8)
+    assert data.val_x.shape == (360, 1, 8, 8)
+    assert (data.channels, data.size, len(data.classes)) == (1, 8, 10)
+    assert data.train_x.mean().item() == pytest.approx(0, abs=1e-5)
+    assert data.train_x.std().item() == pytest.approx(1, abs=1e-3)
+    assert data.train_y.bincount().min() >= 139
+    torch.manual_seed(5)
+    again = load("digits", data_dir=None, download=False, device=CPU)
+    assert again.fingerprint == data.fingerprint == "518a1841460a94ca"
+    assert torch.equal(again.train_y, data.train_y)
+
+
+def test_limit_takes_the_first_samples() -> None:
+    data = load("digits", data_dir=None, download=False, device=CPU)
+    assert torch.equal(data.limited(100).train_x, data.train_x[:100])
+    assert len(data.limited(100).val_y) == 360
+    assert data.limited(None) is data
+    assert data.limited(10**6) is data
+
+
+def test_torchvision_files_are_read(tmp_path: Path) -> None:
+    write_idx(tmp_path / "MNIST" / "raw", 20)
+    data = load("mnist", data_dir=tmp_path, download=False, device=CPU)
+    assert data.train_x.shape == (20, 1, 28, 28)
+    assert data.train_y.tolist() == [*range(10), *range(10)]
+    assert find("mnist", tmp_path) == "there"
+    assert "missing" in find("fashion-mnist", tmp_path)
+
+
+def test_cifar_images_are_channels_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
+    rows = np.arange(2 * 3072, dtype=np.int64).astype(np.uint8).reshape(2, 3072)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": [3, 4]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
+    with pytest.raises(UserError, match="cifar10"):  # torchvision's checksums: these files are not CIFAR-10
+        load("cifar10", data_dir=tmp_path, download=False, device=CPU)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)
+    data = load("cifar10", data_dir=tmp_path, download=False, device=CPU)
+    assert data.train_x.shape == (10, 3, 32, 32)
+    restored = data.train_x[0] * 255  # any increasing map keeps the order of the pixels within a channel
+    assert restored[0].flatten().argsort().tolist() == torch.from_numpy(rows[0, :1024].copy()).argsort().tolist()
+    assert data.val_y.tolist() == [3, 4]
+
+
+def test_missing_data_say_where_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=f"fashion-mnist not found in {tmp_path}: .*--data-dir.*--download"):
+        load("fashion-mnist", data_dir=tmp_path, download=False, device=CPU)
+    monkeypatch.setenv("NCOLLAPSE_DATA", str(tmp_path))
+    assert data_folder(None) == tmp_path
+    assert data_folder(Path("x")) == Path("x")
+    monkeypatch.delenv("NCOLLAPSE_DATA")
+    assert data_folder(None) == Path("data")
+
+
+@pytest.mark.parametrize(("mode", "size"), [("RGB", 8), ("L", 12)])
+def test_image_folder(tmp_path: Path, mode: str, size: int) -> None:
+    write_images(tmp_path, size, mode)
+    data = load("imagefolder", data_dir=tmp_path, download=False, device=CPU)
+    assert data.train_x.shape == (6, 3, size, size)
+    assert data.train_y.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.classes == ("cat", "dog")
+
+
+def test_image_folder_faults_are_named(tmp_path: Path) -> None:
+    def fails(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            load("imagefolder", data_dir=tmp_path, download=False, device=CPU)
+
+    fails("no folder .*train; --data-dir must hold")
+    write_images(tmp_path)
+    (tmp_path / "train" / "bird").mkdir()
+    fails("bird")  # a class without images
+    (tmp_path / "train" / "bird").rmdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "train" / "cat" / "9.png")
+    fails(r"square and all of one size; found \['8×8', '9×9'\]")
+    (tmp_path / "train" / "cat" / "9.png").write_bytes(b"not an image")
+    fails("cannot identify")
+    (tmp_path / "train" / "cat" / "9.png").unlink()
+    (tmp_path / "test" / "dog").rename(tmp_path / "test" / "wolf")
+    fails(r"train/ has the classes \('cat', 'dog'\), test/ has \('cat', 'wolf'\)")

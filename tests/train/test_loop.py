@@ -1,0 +1,143 @@
+"""The training loop against a plain loop of torch.optim, and stacked runs against runs alone."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nc import ufm
+from nc.train.config import RunConfig
+from nc.train.data import Dataset
+from nc.train.errors import UserError
+from nc.train.loop import Evaluation, train
+from nc.train.models import build
+from nc.train.stack import Stack
+from nc.train.store import METRICS
+
+CPU = torch.device("cpu")
+
+
+def evaluations(runs: list[RunConfig], data: Dataset) -> Iterator[Evaluation]:
+    return (event for event in train(runs, data, CPU) if isinstance(event, Evaluation))
+
+
+def last(runs: list[RunConfig], data: Dataset) -> Evaluation:
+    *_, final = evaluations(runs, data)
+    return final
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "theirs", "options"),
+    [
+        ("sgd", torch.optim.SGD, {"momentum": 0.9}),
+        ("adam", torch.optim.Adam, {}),
+        ("adamw", torch.optim.AdamW, {}),
+    ],
+)
+def test_trains_as_a_plain_loop_does(
+    optimizer: str, theirs: type[torch.optim.Optimizer], options: dict[str, float], digits: Dataset
+) -> None:
+    run = RunConfig(optimizer=optimizer, model="cnn", lr=0.01, weight_decay=0.01, epochs=3, limit=300, seed=4)
+    final = last([run], digits)
+
+    model = build("cnn", 1, 8, 10, seed=4)
+    plain = theirs(model.parameters(), lr=0.01, weight_decay=0.01, **options)
+    order = torch.Generator().manual_seed(4)
+    for epoch in range(3):
+        plain.param_groups[0]["lr"] = 0.01 * 0.1**epoch
+        for batch in torch.randperm(300, generator=order).split(128):
+            plain.zero_grad()
+            F.cross_entropy(model(digits.train_x[batch]), digits.train_y[batch]).backward()
+            plain.step()
+    model.eval()
+    state = final.stack.state_dict(0)
+    assert list(state) == list(model.state_dict()) or set(state) == set(model.state_dict())
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
+    model.load_state_dict(state)
+    loss = F.cross_entropy(model(digits.val_x), digits.val_y)
+    assert final.values["val_loss"][0] == pytest.approx(loss.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+@pytest.mark.parametrize("family", ["sgd", "adam"])
+def test_stacked_runs_train_as_alone(model: str, family: str, digits: Dataset) -> None:
+    """Bound: float32 rounding over 12 steps. A neighbour that diverges to NaN changes nothing."""
+    base = RunConfig(model=model, optimizer=family, epochs=2, limit=700, eval_every=1, lr=0.01)
+    runs = [
+        base,
+        dataclasses.replace(base, optimizer=family + "w", coupling=None, weight_decay=0.1),
+        dataclasses.replace(base, lr=1e30 if family == "sgd" else 1e38),
+        dataclasses.replace(base, momentum=0.5, coupling=0.3),
+    ]
+    together = last(runs, digits)
+    assert together.values["train_loss"][2] != together.values["train_loss"][2]  # NaN
+    for r in (0, 1, 3):
+        alone = last([runs[r]], digits)
+        mine, theirs = together.stack.state_dict(r), alone.stack.state_dict(0)
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-4, atol=2e-5)
+        for name in ("nc0", "nc1", "nc2", "nc3", "train_loss", "val_accuracy"):
+            assert together.values[name][r] == pytest.approx(alone.values[name][0], rel=5e-3, abs=3e-3), name
+
+
+def test_signum_stacked_takes_the_same_first_step(digits: Dataset) -> None:
+    """Later steps may differ by 2·lr where a sign flips on a rounding; one step may not, but at gradients of nil."""
+    base = RunConfig(optimizer="signum", lr=1e-3, epochs=1, limit=128)
+    runs = [base, dataclasses.replace(base, weight_decay=0.1), dataclasses.replace(base, optimizer="signumw")]
+    together = last(runs, digits).stack.flat
+    for r, run in enumerate(runs):
+        differ = (together[r] - last([run], digits).stack.flat[0]).abs() > 1e-6
+        assert differ.float().mean() < 1e-3
+
+
+def test_same_seed_same_run(digits: Dataset) -> None:
+    run = RunConfig(model="cnn", epochs=1, limit=300)
+    assert torch.equal(last([run], digits).stack.flat, last([run], digits).stack.flat)
+    other = last([dataclasses.replace(run, seed=1)], digits).stack.flat
+    assert not torch.equal(last([run], digits).stack.flat, other)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "sgdw"])
+def test_row_sum_follows_theory_in_float32(optimizer: str, digits: Dataset) -> None:
+    run = RunConfig(optimizer=optimizer, epochs=6, lr=0.1, weight_decay=0.05, eval_every=1)
+    measured = [e.values["nc0"][0] for e in evaluations([run], digits)]
+    steps = run.steps_per_epoch(1437)
+    lrs = [run.lr * run.lr_factor(epoch) for epoch in range(6) for _ in range(steps)]
+    factor = ufm.row_sum_factor(lrs, momentum=0.9, weight_decay=0.05, coupling=run.decay_coupling)
+    assert measured == pytest.approx(list(measured[0] * factor[::steps] ** 2), rel=1e-4)
+
+
+def test_evaluates_when_asked_and_everything_that_is_stored(digits: Dataset) -> None:
+    events = list(train([RunConfig(epochs=5, eval_every=2, limit=200)], digits, CPU))
+    assert [e if isinstance(e, int) else -e.epoch for e in events] == [0, 1, 2, -2, 3, 4, -4, 5, -5]
+    first = events[0]
+    assert isinstance(first, Evaluation)
+    assert set(first.values) == set(METRICS)
+
+
+def test_resnet9_and_vgg9_take_a_step_with_finite_metrics(digits: Dataset) -> None:
+    for model in ("resnet9", "vgg9"):
+        final = last(
+            [RunConfig(model=model, epochs=1, limit=64, lr=0.01)],
+            dataclasses.replace(digits, val_x=digits.val_x[:50], val_y=digits.val_y[:50]),
+        )
+        assert all(abs(values[0]) < 1e6 for values in final.values.values())
+
+
+def test_images_too_small_for_the_model_are_refused(digits: Dataset) -> None:
+    tiny = dataclasses.replace(digits, train_x=digits.train_x[:, :, :4, :4], val_x=digits.val_x[:, :, :4, :4])
+    with pytest.raises(UserError, match="resnet9 needs images of at least 8 pixels a side; data set digits has 4"):
+        next(iter(train([RunConfig(model="resnet9")], tiny, CPU)))
+
+
+def test_evaluation_mode_leaves_running_statistics(digits: Dataset) -> None:
+    stack = Stack(build("cnn", 1, 8, 10, 0), 2, CPU)
+    before = stack.state_dict(1)
+    with torch.no_grad():
+        stack(digits.train_x[:32], train=False)
+    assert all(torch.equal(before[name], value) for name, value in stack.state_dict(1).items())
+    stack(digits.train_x[:32], train=True)
+    assert stack.state_dict(1)["features.0.1.num_batches_tracked"] == 1

@@ -1,0 +1,278 @@
+"""The engine and the store: planning, resuming, refusing, and losing nothing."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from nc.train import engine
+from nc.train.config import RunConfig
+from nc.train.data import Dataset
+from nc.train.engine import plan, sweep
+from nc.train.errors import InterruptError, UserError
+from nc.train.grid import Grid, load_grid
+from nc.train.store import FILE, METRICS, Store, load_meta, load_metrics, load_runs, load_sessions
+
+
+def results(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Everything that a sweep found out; not how long it took or in which session."""
+    return load_runs(folder).drop(columns=["seconds", "session"]), load_metrics(folder)
+
+
+def assert_same(a: Path, b: Path) -> None:
+    for mine, theirs in zip(results(a), results(b), strict=True):
+        pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
+
+
+def test_plan_groups_what_can_train_together() -> None:
+    runs = [
+        RunConfig(optimizer=optimizer, model=model, weight_decay=decay)
+        for model in ("mlp", "cnn")
+        for optimizer in ("sgd", "sgdw", "adam")
+        for decay in (0.0, 0.1)
+    ]
+    stacks = plan(runs)
+    assert sorted(run.id for members in stacks for run in members) == sorted(run.id for run in runs)
+    for members in stacks:
+        assert len({(run.model, run.family) for run in members}) == 1
+        assert len(members) <= (24 if members[0].model == "mlp" else 1)
+    assert {run.family for members in stacks[:2] for run in members} == {"sgd", "adam"}  # alternating
+    assert [len(members) for members in plan([RunConfig(seed=0, lr=lr / 100) for lr in range(1, 14)], 12)] == [6, 7]
+    assert len(plan([RunConfig(seed=seed) for seed in range(3)])) == 3
+    assert len(plan(load_grid("demo").runs)) == 3
+
+
+def test_a_sweep_is_stored_as_it_goes(swept: Path, small_grid: Grid) -> None:
+    runs, metrics = load_runs(swept), load_metrics(swept)
+    assert list(runs.id) == [run.id for run in small_grid.runs]
+    assert set(runs.status) == {"done"}
+    assert set(runs.train_samples) == {1437}
+    assert metrics.groupby("run").epoch.apply(list).map(tuple).unique().tolist() == [(0, 2, 4)]
+    assert metrics[list(METRICS)].notna().all().all()
+    first = metrics[(metrics.run == runs.id[0]) & (metrics.epoch == 0)].iloc[0]
+    assert runs.nc0_start[0] == first.nc0
+    assert runs.nc0[0] != first.nc0
+    (session,) = load_sessions(swept)
+    assert session["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert all(session[key] for key in ("device", "command", "started", "threads", "platform"))
+    assert load_meta(swept)["grid"] == "small"
+
+
+def test_the_same_command_again_trains_nothing(
+    run_sweep: Callable[..., int], small_grid: Grid, swept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (swept / FILE).read_bytes()
+    monkeypatch.setattr(engine, "train", lambda *args: pytest.fail("trained again"))
+    assert run_sweep(small_grid, swept) == 0
+    assert (swept / FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("events", [0, 3, 8, 9, 13, 20])
+def test_interrupted_anywhere_it_continues_to_the_same_results(
+    run_sweep: Callable[..., int],
+    small_grid: Grid,
+    swept: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    events: int,
+) -> None:
+    real, left = engine.train, events
+
+    def interrupted(*args: object) -> object:
+        nonlocal left
+        for event in real(*args):  # type: ignore[arg-type]
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            yield event
+
+    monkeypatch.setattr(engine, "train", interrupted)
+    with pytest.raises(InterruptError, match=r"of 12 runs are finished and kept in .*; the same command goes on"):
+        run_sweep(small_grid, tmp_path / "cut")
+    kept = load_runs(tmp_path / "cut")
+    done = int((kept.status == "done").sum())
+    assert done == 4 * (events // 7)  # a stack of four runs has seven events: 3 evaluations, 4 epochs
+    monkeypatch.setattr(engine, "train", real)
+    assert run_sweep(small_grid, tmp_path / "cut") == 12 - done
+    assert_same(swept, tmp_path / "cut")
+    assert len(load_sessions(tmp_path / "cut")) == 2
+
+
+def test_killed_outright_it_continues_to_the_same_results(small_grid: Grid, tmp_path: Path) -> None:
+    grid = tmp_path / "grid.toml"
+    grid.write_text('optimizer = ["sgd", "adamw", "signum"]\nweight_decay = [5e-4, 5e-2]\nepochs = 40\nlr = 0.002\n')
+
+    def command(out: str) -> list[str]:
+        return [sys.executable, "-m", "nc.train", "sweep", str(grid), "--stack", "1", "--out", str(tmp_path / out)]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    victim = subprocess.Popen(command("cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while victim.poll() is None and time.monotonic() < deadline:
+        if (tmp_path / "cut" / FILE).exists() and (load_runs(tmp_path / "cut").status == "done").sum() >= 2:
+            break
+        time.sleep(0.05)
+    victim.send_signal(signal.SIGKILL)
+    assert victim.wait() == -signal.SIGKILL
+    done = int((load_runs(tmp_path / "cut").status == "done").sum())
+    assert 2 <= done < 6
+    again = subprocess.run(command("cut"), check=True, capture_output=True, text=True)
+    assert f"Trained {6 - done} of 6 runs" in again.stdout
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_diverged_and_vanished_runs_are_recorded_and_stop_nobody(run_sweep: Callable[..., int], tmp_path: Path) -> None:
+    good = RunConfig(epochs=3, eval_every=1)
+    runs = (good, dataclasses.replace(good, lr=1e20), dataclasses.replace(good, weight_decay=9.0, momentum=0.0))
+    run_sweep(Grid("mixed", runs), tmp_path)
+    frame = load_runs(tmp_path)
+    assert frame.status.tolist() == ["done", "diverged", "degenerate"]
+    assert frame.diverged_epoch.tolist()[1] == 1
+    assert pd.isna(frame.nc1[1])
+    assert pd.isna(frame.nc3[2])
+    assert frame.train_accuracy[0] > 0.8
+
+
+def test_a_stack_that_has_diverged_altogether_stops_early(run_sweep: Callable[..., int], tmp_path: Path) -> None:
+    run_sweep(Grid("bad", (RunConfig(epochs=50, eval_every=1, lr=1e20),)), tmp_path)
+    assert load_metrics(tmp_path).epoch.max() == 1
+
+
+def test_another_grid_in_the_folder_is_refused_by_name(
+    run_sweep: Callable[..., int], small_grid: Grid, swept: Path
+) -> None:
+    changed = Grid("small", tuple(dataclasses.replace(run, epochs=5) for run in small_grid.runs[:3]))
+    with pytest.raises(UserError) as error:
+        run_sweep(changed, swept)
+    text = str(error.value)
+    assert "made by another grid (12 runs there, 3 now)" in text
+    assert "epochs was 4, is 5" in text
+    assert "optimizer was adam, adamw, sgd, sgdw, signum, signumw, is sgd, sgdw" in text
+    assert (load_runs(swept).status == "done").all()
+
+
+def test_other_data_in_the_folder_are_refused(
+    run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, digits: Dataset, quiet: object
+) -> None:
+    with pytest.raises(InterruptError):
+        sweep(small_grid, tmp_path, interrupting(digits), torch.device("cpu"), console=quiet)  # type: ignore[arg-type]
+    other = dataclasses.replace(digits, fingerprint="0")
+    with pytest.raises(UserError, match="digits is not the one that its earlier runs were trained on"):
+        sweep(small_grid, tmp_path, lambda name: other, torch.device("cpu"), console=quiet)  # type: ignore[arg-type]
+
+
+def interrupting(data: Dataset) -> Callable[[str], Dataset]:
+    """A loader whose data interrupt training once they have been checked."""
+
+    class Interrupting(Dataset):
+        def limited(self, limit: int | None) -> Dataset:
+            raise KeyboardInterrupt
+
+    return lambda name: Interrupting(**{f.name: getattr(data, f.name) for f in dataclasses.fields(data)})
+
+
+def test_a_second_process_is_refused(small_grid: Grid, tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from nc.train.grid import load_grid
+from nc.train.store import Store
+Store(Path({str(tmp_path)!r}), load_grid("demo"))
+"""
+    with Store(tmp_path, small_grid):
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "is in use by another process" in other.stderr
+    with Store(tmp_path, small_grid) as store:
+        assert store.finished() == set()
+
+
+def test_a_full_disk_keeps_what_is_finished(
+    run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite's own limit on pages stands in for a disk that fills up in the middle of a sweep."""
+    real = Store.finish
+
+    def fill_up(self: Store, *args: object) -> None:
+        real(self, *args)  # type: ignore[arg-type]
+        pages = self._db.execute("PRAGMA page_count").fetchone()[0]
+        self._db.execute(f"PRAGMA max_page_count = {pages}")
+
+    monkeypatch.setattr(Store, "finish", fill_up)
+    with pytest.raises(
+        UserError, match=r"cannot write to .*: database or disk is full. Every finished run in it is kept"
+    ):
+        run_sweep(small_grid, tmp_path, stack=1)
+    kept = int((load_runs(tmp_path).status == "done").sum())
+    assert kept >= 1
+    monkeypatch.setattr(Store, "finish", real)
+    assert run_sweep(small_grid, tmp_path, stack=1) == 12 - kept
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_said(run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot write to"):
+        run_sweep(small_grid, tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_made_is_said(run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to .*file/out"):
+        run_sweep(small_grid, tmp_path / "file" / "out")
+
+
+def test_a_store_of_another_version_is_left_alone(
+    run_sweep: Callable[..., int], small_grid: Grid, swept: Path, tmp_path: Path
+) -> None:
+    shutil.copy(swept / FILE, tmp_path)
+    with sqlite3.connect(tmp_path / FILE) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    for act in (lambda: run_sweep(small_grid, tmp_path), lambda: load_runs(tmp_path)):
+        with pytest.raises(UserError, match="has format 99"):
+            act()
+
+
+def test_what_is_no_store_is_said(small_grid: Grid, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no results in"):
+        load_runs(tmp_path)
+    (tmp_path / FILE).write_bytes(
+        b"this is not a database, but it is long enough to look like a file of some kind" * 20
+    )
+    with pytest.raises(UserError, match="file is not a database"):
+        load_runs(tmp_path)
+    with pytest.raises(UserError, match="file is not a database"):
+        Store(tmp_path, small_grid)
+
+
+def test_out_of_memory_names_the_knob(
+    run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*args: object) -> object:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(engine, "train", exhausted)
+    with pytest.raises(UserError, match="out of memory with 4 runs at once; give a smaller --stack"):
+        run_sweep(small_grid, tmp_path)
+
+
+def test_weights_are_saved_on_request(run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path) -> None:
+    from nc import metrics
+    from nc.train.models import build
+
+    run_sweep(small_grid, tmp_path, save_weights=True)
+    runs = load_runs(tmp_path)
+    assert sorted(path.stem for path in (tmp_path / "weights").iterdir()) == sorted(runs.id)
+    saved = torch.load(tmp_path / "weights" / f"{runs.id[3]}.pt", weights_only=True)
+    model = build("mlp", 1, 8, 10, seed=9)
+    model.load_state_dict(saved["state_dict"])
+    assert metrics.nc0(model.fc.weight.detach()).item() == pytest.approx(runs.nc0[3], rel=1e-9)
+    assert RunConfig(**saved["config"]) == small_grid.runs[3]
