@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check format clean
+.PHONY: demo test check bench format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed  ## six optimizers on scikit-learn's digits: table, figures, report
@@ -19,6 +19,9 @@ check: $(VENV)/.installed-dev  ## formatting, lint, types
 	# Type checkers do not follow the folder mapping of an editable install: they read an installed copy.
 	rm -rf build $(VENV)/typed && $(PIP) --no-deps --no-build-isolation --target $(VENV)/typed .
 	cd $(VENV)/typed && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml -p nc
+
+bench: $(VENV)/.installed-dev  ## time the demo and record it in bench/results
+	$(BIN)/python -m pytest bench/bench_demo.py --benchmark-json=bench/results/demo.json
 
 format: $(VENV)/.installed-dev  ## put the code in the project's format
 	$(BIN)/ruff format .

@@ -119,7 +119,7 @@ def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         text = capsys.readouterr().out
-        assert set(re.findall(r"^[│ ] {1,2}(?:-h, )?(--[a-z0-9-]+)", text, re.M)) == {"--help", *options}, command
+        assert set(re.findall(r"^[│ ] {1,2}(?:-h, )?(--[a-z][a-z0-9-]+)", text, re.M)) == {"--help", *options}, command
         assert "(default: None)" not in text
 
 

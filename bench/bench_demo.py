@@ -1,0 +1,36 @@
+"""The main job: `ncollapse demo` from start to report. Also draws the README's figure.
+
+    make bench
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from nc.train import cli
+from nc.train.report.selection import Selection
+from nc.train.report.tables import main_table
+from nc.train.store import load_runs
+
+FIGURE = Path(__file__).parents[1] / "docs" / "nc0.png"
+
+
+def test_demo(benchmark: Any, tmp_path: Path) -> None:
+    folders = iter([tmp_path / str(i) for i in range(3)])
+    out = tmp_path / "0"
+    benchmark.pedantic(lambda: cli.main(["demo", "--out", str(next(folders))]), rounds=3)
+
+    runs = load_runs(out)
+    table = main_table(runs, Selection()).set_index("optimizer")
+    start = runs.nc0_start.iloc[0]
+    assert (table.nc0[["sgd", "signum", "adam"]] < start / 10).all()
+    assert (runs.nc0[runs.optimizer.isin(["signumw", "adamw"])] > start).all()
+    for name in ("sgd", "sgdw"):
+        assert abs(table.nc0[name] / table.nc0_predicted[name] - 1) < 0.01
+
+    benchmark.extra_info["command"] = "ncollapse demo"
+    benchmark.extra_info["runs"] = len(runs)
+    benchmark.extra_info["training_seconds"] = [float(load_runs(tmp_path / str(i)).seconds.sum()) for i in range(3)]
+    benchmark.extra_info["nc0_start"] = float(start)
+    benchmark.extra_info["table"] = table.reset_index().drop(columns="run").to_dict("records")
+    shutil.copy(out / "nc0-mlp-digits.png", FIGURE)

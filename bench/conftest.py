@@ -1,0 +1,17 @@
+"""What every recorded benchmark says of where it was run: versions, commit, device; nobody's host name."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from nc.train.provenance import describe_machine
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.clear()
+    machine_info |= describe_machine("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, str | None]:
+    return {"id": describe_machine("cpu")["commit"]}
