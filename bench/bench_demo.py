@@ -1,6 +1,6 @@
 """The main job: `ncollapse demo` from start to report. Also draws the README's figure.
 
-    make bench
+make bench
 """
 
 import shutil

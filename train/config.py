@@ -50,7 +50,7 @@ class RunConfig:
     batch_size: Count = 128
     """Samples per step; the last, smaller batch of an epoch is used too."""
     lr_drops: Annotated[int, Field(ge=0)] = 2
-    """Number n of learning-rate drops, after ⌊i·epochs/(n + 1)⌋ epochs, i = 1 … n."""
+    """Number n of learning-rate drops, after ⌊i·epochs/(n + 1)⌋ epochs, i = 1 … n; none before the first epoch."""
     lr_drop_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
     """What each drop multiplies the learning rate by."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -100,8 +100,8 @@ class RunConfig:
     def lr_factor(self, epoch: int) -> float:
         """What the learning rate is multiplied by in an epoch, counted from 0."""
         pieces = self.lr_drops + 1
-        drops = sum(epoch >= self.epochs * i // pieces for i in range(1, pieces))
-        return self.lr_drop_factor**drops
+        drops = [self.epochs * i // pieces for i in range(1, pieces)]
+        return self.lr_drop_factor ** sum(epoch >= drop > 0 for drop in drops)
 
 
 FIELDS = dataclasses.fields(RunConfig)

@@ -156,12 +156,15 @@ def _save_weights(folder: Path, runs: Sequence[RunConfig], stack: Stack) -> None
         raise UserError(f"cannot write weights to {folder.resolve()}: {error}; finished runs are kept") from None
 
 
-class _RunsPerMinute(ProgressColumn):
-    """Runs per minute of this session, counting the epochs done in unfinished ones."""
+class _Rate(ProgressColumn):
+    """Runs per minute, or per hour where they are few, of this session; the epochs done in unfinished runs count."""
 
     def render(self, task: Task) -> Text:
-        share = (task.completed - task.fields["begun_at"]) / task.fields["epochs_per_run"]
-        return Text(f"{60 * share / task.elapsed:.0f} runs/min" if task.elapsed and share else "… runs/min")
+        runs = (task.completed - task.fields["begun_at"]) / task.fields["epochs_per_run"]
+        if not task.elapsed or not runs:
+            return Text("… runs/min")
+        per_minute = 60 * runs / task.elapsed
+        return Text(f"{per_minute:.0f} runs/min" if per_minute >= 2 else f"{60 * per_minute:.2g} runs/h")
 
 
 class _RunProgress(Progress):
@@ -172,7 +175,7 @@ class _RunProgress(Progress):
             TextColumn("[bold]{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[done]}/{task.fields[runs]} runs"),
-            _RunsPerMinute(),
+            _Rate(),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
         )

@@ -35,9 +35,9 @@ def test_identity_rests_on_the_settings_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "drops"), [(200, (66, 133)), (3, (1, 2)), (7, (2, 4)), (1, (0, 0)), (300, (100, 200))]
+    ("epochs", "drops"), [(200, (66, 133)), (3, (1, 2)), (7, (2, 4)), (2, (1,)), (1, ()), (300, (100, 200))]
 )
-def test_learning_rate_drops_at_thirds(epochs: int, drops: tuple[int, int]) -> None:
+def test_learning_rate_drops_at_thirds(epochs: int, drops: tuple[int, ...]) -> None:
     factors = [RunConfig(epochs=epochs).lr_factor(epoch) for epoch in range(epochs)]
     expected = [0.1 ** sum(epoch >= drop for drop in drops) for epoch in range(epochs)]
     assert factors == pytest.approx(expected)
