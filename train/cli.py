@@ -1,6 +1,7 @@
 """The command `ncollapse`. Heavy libraries are imported where a command needs them."""
 
 import dataclasses
+import shutil
 import signal
 import sys
 import time
@@ -49,9 +50,8 @@ class Demo(Where, Selection):
         from nc.train.grid import load_grid
 
         _sweep(load_grid("demo"), self, self, console)
-        console.print(
-            "Next: ncollapse sweep coupling (Adam to AdamW in steps), or ncollapse run --help for one run of your own."
-        )
+        me = "ncollapse" if shutil.which("ncollapse") else sys.argv[0]
+        console.print(f"Next: {me} sweep coupling (Adam to AdamW in steps), or {me} run --help for a run of your own.")
 
 
 def _settings(name: str, several: bool) -> Any:

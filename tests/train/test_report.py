@@ -181,7 +181,7 @@ def test_numbers(value: float, text: str) -> None:
 
 @pytest.mark.parametrize(
     ("percent", "text"),
-    [(-68.91, "-68.9 %"), (-99.99, "< -99.9 %"), (-100.0, "< -99.9 %"), (94.53, "+94.5 %"), (1713.2, "+1713 %")],
+    [(-68.91, "-68.9 %"), (-99.99, "<-99.9 %"), (-100.0, "<-99.9 %"), (94.53, "+94.5 %"), (1713.2, "+1713 %")],
 )
 def test_changes(percent: float, text: str) -> None:
     assert change(percent) == text

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -33,7 +34,7 @@ def change(percent: float) -> str:
     if pd.isna(percent):
         return ""
     if -100 <= percent < -99.95:
-        return "< -99.9 %"
+        return "<-99.9 %"
     return f"{percent:+.0f} %" if percent >= 100 else f"{percent:+.1f} %"
 
 
@@ -76,7 +77,15 @@ def cells(frame: pd.DataFrame, columns: tuple[Column, ...]) -> list[list[Cell]]:
 def print_main_table(console: Console, title: str, caption: str, frame: pd.DataFrame) -> None:
     """The main table on the terminal, an optimizer a column: it fits in 80 characters."""
     optimizers = cells(frame, MAIN)
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", header_style="bold")
+    table = Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     table.add_column("")
     for row in optimizers:
         table.add_column(row[0][0], justify="right")
