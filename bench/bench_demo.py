@@ -32,5 +32,6 @@ def test_demo(benchmark: Any, tmp_path: Path) -> None:
     benchmark.extra_info["runs"] = len(runs)
     benchmark.extra_info["training_seconds"] = [float(load_runs(tmp_path / str(i)).seconds.sum()) for i in range(3)]
     benchmark.extra_info["nc0_start"] = float(start)
-    benchmark.extra_info["table"] = table.reset_index().drop(columns="run").to_dict("records")
+    recorded = table.reset_index().drop(columns="run").astype(object)
+    benchmark.extra_info["table"] = recorded.where(recorded.notna(), None).to_dict("records")  # JSON has no NaN
     shutil.copy(out / "nc0-mlp-digits.png", FIGURE)

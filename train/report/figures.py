@@ -76,7 +76,8 @@ def nc0_over_epochs(runs: pd.DataFrame, metrics: pd.DataFrame, selection: Select
             ends.append((float(history.nc0.iloc[-1]), name))
             prediction = predicted_nc0(run)
             if prediction is not None:
-                at = np.linspace(0, len(prediction) - 1, 14).round().astype(int)
+                # At evaluated epochs, where the line is measured and not drawn through.
+                at = history.epoch.to_numpy()[:: max(1, len(history) // 14)]
                 axes.plot(at, prediction[at], "o", mfc="white", mec=COLOURS[name], ms=4.5)
                 predicted = True
         axes.set_yscale("log")
