@@ -8,10 +8,14 @@ import torch
 from nc.train.provenance import describe_machine
 
 
+# At the start: what a benchmark writes must not make its own commit look dirty.
+_MACHINE = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.clear()
-    machine_info |= describe_machine("cuda" if torch.cuda.is_available() else "cpu")
+    machine_info |= _MACHINE
 
 
 def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, str | None]:
-    return {"id": describe_machine("cpu")["commit"]}
+    return {"id": _MACHINE["commit"]}
