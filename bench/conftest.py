@@ -7,7 +7,6 @@ import torch
 
 from nc.train.provenance import describe_machine
 
-
 # At the start: what a benchmark writes must not make its own commit look dirty.
 _MACHINE = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -66,8 +66,8 @@ def test_trains_as_a_plain_loop_does(
 def test_stacked_runs_train_as_alone(model: str, family: str, digits: Dataset) -> None:
     """A neighbour that diverges to NaN changes nothing.
 
-    Bound: float32 rounding over 12 steps, for 99 % of the weights. Where a gradient is nearly nil, Adam divides a rounding
-    by a rounding, so that single weights may differ by as much as a step.
+    Bound: float32 rounding over 12 steps, for 99 % of the weights. Where a gradient is nearly nil, Adam divides a
+    rounding by a rounding, so that single weights may differ by as much as a step.
     """
     base = RunConfig(model=model, optimizer=family, epochs=2, limit=700, eval_every=1, lr=0.01)
     runs = [
