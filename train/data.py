@@ -171,7 +171,9 @@ def _read_split(folder: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     shapes = {_shape(t) for t in tensors}
     if len(shapes) > 1 or tensors[0].shape[1] != tensors[0].shape[2]:
         raise UserError(f"imagefolder {folder}: images must be square and all of one size; found {sorted(shapes)[:5]}")
-    return torch.stack(tensors), torch.tensor(images.targets), tuple(images.classes)
+    # Folders come class by class, so that --limit would take the first class alone: shuffled, the same way every time.
+    order = torch.randperm(len(tensors), generator=torch.Generator().manual_seed(0))
+    return torch.stack(tensors)[order], torch.tensor(images.targets)[order], tuple(images.classes)
 
 
 def _shape(image: Tensor) -> str:

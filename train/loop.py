@@ -36,7 +36,7 @@ def train(runs: Sequence[RunConfig], data: Dataset, device: torch.device) -> Ite
     the same batches; a run that diverges goes on as NaN and changes nothing for its neighbours.
 
     Raises:
-        UserError: images too small for the model.
+        UserError: images too small for the model, training samples of one class only.
     """
     config = runs[0]
     data = data.limited(config.limit)
@@ -45,6 +45,8 @@ def train(runs: Sequence[RunConfig], data: Dataset, device: torch.device) -> Ite
             f"model {config.model} needs images of at least {MIN_SIZE[config.model]} pixels a side; "
             f"data set {config.data} has {data.size}"
         )
+    if len(data.train_y.unique()) < 2:
+        raise UserError(f"the {len(data.train_y)} training samples are all of one class; give a larger --limit")
     model = build(config.model, data.channels, data.size, len(data.classes), config.seed)
     stack = Stack(model, len(runs), device)
     optimizer = make_optimizer(stack, runs)

@@ -63,6 +63,7 @@ MAIN: tuple[Column, ...] = (
 DECAY: tuple[Column, ...] = (
     _text("optimizer", lambda row: figures.LABELS[row.optimizer]),
     _text("weight decay", lambda row: f"{row.weight_decay:g}"),
+    _text("coupling", lambda row: f"{row.coupling:g}"),
     _text("smallest NC0 / start", lambda row: number(row.smallest)),
     _text("largest NC0 / start", lambda row: number(row.largest)),
     _text("runs", lambda row: str(row.runs)),
@@ -94,6 +95,16 @@ def print_main_table(console: Console, title: str, caption: str, frame: pd.DataF
     console.print(table)
 
 
+def print_decay_table(console: Console, frame: pd.DataFrame) -> None:
+    """NC0 by decay and coupling on the terminal."""
+    table = Table(title="NC0 by weight decay and coupling", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, _ in DECAY:
+        table.add_column(name, justify="left" if name == "optimizer" else "right")
+    for row in cells(frame, DECAY):
+        table.add_row(*(text for text, _ in row))
+    console.print(table)
+
+
 def write_report(folder: Path, selection: Selection, console: Console) -> Path:
     """Print the tables and write figures and `report.html` into a results folder, finished or not.
 
@@ -116,6 +127,8 @@ def write_report(folder: Path, selection: Selection, console: Console) -> Path:
             slug = title.replace(" on ", "-")
             table, decay = tables.main_table(part, selection), tables.nc0_by_decay(part, selection)
             print_main_table(console, title, caption, table)
+            if part.groupby("optimizer").coupling.nunique().max() > 1:
+                print_decay_table(console, decay)
             drawn = []
             if part.nc0.notna().any():
                 drawn = [

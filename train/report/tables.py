@@ -83,13 +83,12 @@ def main_table(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
 
 
 def nc0_by_decay(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
-    """Final NC0 over its start, the smallest and largest of the eligible runs: one row per optimizer and decay."""
+    """Smallest and largest NC0 over its start, of the eligible runs of each optimizer, weight decay and coupling."""
     eligible = selection.eligible(runs)
-    ratio = (eligible.nc0 / eligible.nc0_start).groupby([eligible.optimizer, eligible.weight_decay])
-    frame = ratio.agg(smallest="min", largest="max", runs="count").reset_index()
-    return frame.sort_values(
-        ["optimizer", "weight_decay"], key=lambda c: c.map(OPTIMIZERS.index) if c.name == "optimizer" else c
-    )
+    keys = [eligible[name] for name in ("optimizer", "weight_decay", "coupling")]
+    frame = (eligible.nc0 / eligible.nc0_start).groupby(keys).agg(smallest="min", largest="max", runs="count")
+    order = {name: i for i, name in enumerate(OPTIMIZERS)}
+    return frame.reset_index().sort_values("optimizer", key=lambda names: names.map(order), kind="stable")
 
 
 def status_counts(runs: pd.DataFrame) -> dict[str, int]:
