@@ -32,7 +32,7 @@ _STACK = {"mlp": 24}
 
 
 def plan(runs: Sequence[RunConfig], stack: int | None = None) -> list[list[RunConfig]]:
-    """Runs grouped into stacks of at most `stack` (default: by model), optimizer families alternating.
+    """Runs grouped into stacks of at most `stack` (default: by model), families, models and data sets alternating.
 
     The plan depends on the grid alone, not on what is finished: a run is trained in the same company, and so with the
     same rounding, however often the sweep was interrupted.
@@ -85,15 +85,15 @@ def sweep(
             return 0
         command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
         session = store.begin_session(datetime.now(UTC).isoformat(), command, describe_machine(str(device)))
-        loaded: tuple[str, Dataset] | None = None
+        loaded: dict[str, Dataset] = {}  # all of them kept: stacks of different data sets alternate
         with _RunProgress(grid, len(finished), todo, console) as progress:
             try:
                 for members in todo:
                     name = members[0].data
-                    if loaded is None or loaded[0] != name:
-                        loaded = (name, load_data(name))
-                        store.check_data(name, loaded[1].fingerprint)
-                    _train_stack(store, session, members, loaded[1], device, save_weights, progress)
+                    if name not in loaded:
+                        loaded[name] = load_data(name)
+                        store.check_data(name, loaded[name].fingerprint)
+                    _train_stack(store, session, members, loaded[name], device, save_weights, progress)
             except KeyboardInterrupt:
                 done = len(store.finished())
                 raise InterruptError(

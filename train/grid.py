@@ -92,6 +92,7 @@ def parse_grid(tree: dict[str, Any], where: str, overrides: dict[str, list[Any]]
         place = f"{where}, [[grid]] {number}" if "grid" in tree else where
         runs += _product({**shared, **table, **overrides}, place)
     name = str(tree.get("name", Path(where).stem))
+    # An override may make runs of several tables the same: those are meant once.
     return Grid(name, tuple(dict.fromkeys(runs)) if overrides else tuple(runs), str(tree.get("description", "")))
 
 

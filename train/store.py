@@ -9,7 +9,7 @@ import json
 import math
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,21 +74,19 @@ class Store:
                 raise UserError(
                     f"{folder} is in use by another process; wait for it, or choose another --out"
                 ) from None
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._lock.release)
             with self._telling():
                 self._db = _connect(folder, create=True)
-            with self._telling():
+                undo.callback(self._db.close)
                 self._open_or_create()
-        except BaseException:
-            self._lock.release()
-            raise
+            self._close = undo.pop_all().close
 
     def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._db.close()
-        self._lock.release()
+        self._close()
 
     def _open_or_create(self) -> None:
         with self._transaction():
