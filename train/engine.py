@@ -164,7 +164,7 @@ class _Rate(ProgressColumn):
         if not task.elapsed or not runs:
             return Text("… runs/min")
         per_minute = 60 * runs / task.elapsed
-        return Text(f"{per_minute:.0f} runs/min" if per_minute >= 2 else f"{60 * per_minute:.2g} runs/h")
+        return Text(f"{per_minute:.0f} runs/min" if per_minute >= 2 else f"{60 * per_minute:.3g} runs/h")
 
 
 class _RunProgress(Progress):

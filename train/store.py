@@ -227,7 +227,11 @@ def _connect(folder: Path, *, create: bool) -> sqlite3.Connection:
     # Never opened read-only: after a crash even a reader has to roll the last transaction back.
     uri = f"{(folder / FILE).resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
     connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30)
-    connection.execute("PRAGMA synchronous = FULL")
+    try:
+        connection.execute("PRAGMA synchronous = FULL")  # reads the file: it may be no database
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 

@@ -10,10 +10,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
+from rich.console import Console
 
 from nc.train import engine
 from nc.train.config import RunConfig
@@ -88,9 +91,9 @@ def test_interrupted_anywhere_it_continues_to_the_same_results(
 ) -> None:
     real, left = engine.train, events
 
-    def interrupted(*args: object) -> object:
+    def interrupted(*args: Any) -> object:
         nonlocal left
-        for event in real(*args):  # type: ignore[arg-type]
+        for event in real(*args):
             if left == 0:
                 raise KeyboardInterrupt
             left -= 1
@@ -162,13 +165,13 @@ def test_another_grid_in_the_folder_is_refused_by_name(
 
 
 def test_other_data_in_the_folder_are_refused(
-    run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, digits: Dataset, quiet: object
+    run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, digits: Dataset, quiet: Console
 ) -> None:
     with pytest.raises(InterruptError):
-        sweep(small_grid, tmp_path, interrupting(digits), torch.device("cpu"), console=quiet)  # type: ignore[arg-type]
+        sweep(small_grid, tmp_path, interrupting(digits), torch.device("cpu"), console=quiet)
     other = dataclasses.replace(digits, fingerprint="0")
     with pytest.raises(UserError, match="digits is not the one that its earlier runs were trained on"):
-        sweep(small_grid, tmp_path, lambda name: other, torch.device("cpu"), console=quiet)  # type: ignore[arg-type]
+        sweep(small_grid, tmp_path, lambda name: other, torch.device("cpu"), console=quiet)
 
 
 def interrupting(data: Dataset) -> Callable[[str], Dataset]:
@@ -201,8 +204,8 @@ def test_a_full_disk_keeps_what_is_finished(
     """SQLite's own limit on pages stands in for a disk that fills up in the middle of a sweep."""
     real = Store.finish
 
-    def fill_up(self: Store, *args: object) -> None:
-        real(self, *args)  # type: ignore[arg-type]
+    def fill_up(self: Store, *args: Any) -> None:
+        real(self, *args)
         pages = self._db.execute("PRAGMA page_count").fetchone()[0]
         self._db.execute(f"PRAGMA max_page_count = {pages}")
 
@@ -241,16 +244,36 @@ def test_a_store_of_another_version_is_left_alone(
             act()
 
 
-def test_what_is_no_store_is_said(small_grid: Grid, tmp_path: Path) -> None:
+def test_what_is_no_store_is_said_and_closed(small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no results in"):
         load_runs(tmp_path)
     (tmp_path / FILE).write_bytes(
         b"this is not a database, but it is long enough to look like a file of some kind" * 20
     )
+    opened: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+    monkeypatch.setattr(
+        sqlite3, "connect", lambda *args, **options: opened.append(connect(*args, **options)) or opened[-1]
+    )
     with pytest.raises(UserError, match="file is not a database"):
         load_runs(tmp_path)
     with pytest.raises(UserError, match="file is not a database"):
         Store(tmp_path, small_grid)
+    assert len(opened) == 2
+    for connection in opened:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            connection.total_changes  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("runs", "seconds", "text"),
+    [(0, 5.0, "… runs/min"), (96, 60.0, "96 runs/min"), (119, 3600.0, "119 runs/h"), (0.5, 3600.0, "0.5 runs/h")],
+)
+def test_the_rate_is_in_plain_numbers(runs: float, seconds: float, text: str) -> None:
+    task: Any = SimpleNamespace(
+        completed=700 + 200 * runs, elapsed=seconds, fields={"begun_at": 700, "epochs_per_run": 200}
+    )
+    assert engine._Rate().render(task).plain == text
 
 
 def test_out_of_memory_names_the_knob(
