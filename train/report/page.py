@@ -75,10 +75,8 @@ def cells(frame: pd.DataFrame, columns: tuple[Column, ...]) -> list[list[Cell]]:
     return [[cell(row) for _, cell in columns] for _, row in frame.iterrows()]
 
 
-def print_main_table(console: Console, title: str, caption: str, frame: pd.DataFrame) -> None:
-    """The main table on the terminal, an optimizer a column: it fits in 80 characters."""
-    optimizers = cells(frame, MAIN)
-    table = Table(
+def _terminal_table(title: str, caption: str | None = None) -> Table:
+    return Table(
         title=title,
         caption=caption,
         title_justify="left",
@@ -87,6 +85,12 @@ def print_main_table(console: Console, title: str, caption: str, frame: pd.DataF
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
+
+
+def print_main_table(console: Console, title: str, caption: str, frame: pd.DataFrame) -> None:
+    """The main table on the terminal, an optimizer a column: it fits in 80 characters."""
+    optimizers = cells(frame, MAIN)
+    table = _terminal_table(title, caption)
     table.add_column("")
     for row in optimizers:
         table.add_column(row[0][0], justify="right")
@@ -97,7 +101,7 @@ def print_main_table(console: Console, title: str, caption: str, frame: pd.DataF
 
 def print_decay_table(console: Console, frame: pd.DataFrame) -> None:
     """NC0 by decay and coupling on the terminal."""
-    table = Table(title="NC0 by weight decay and coupling", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = _terminal_table("NC0 by weight decay and coupling")
     for name, _ in DECAY:
         table.add_column(name, justify="left" if name == "optimizer" else "right")
     for row in cells(frame, DECAY):

@@ -32,7 +32,12 @@ def best_runs(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
     """The best eligible run of each optimizer, in the order of the paper's table."""
     eligible = selection.eligible(runs).dropna(subset=[selection.best_by])
     best = eligible.loc[eligible.groupby("optimizer")[selection.best_by].idxmin()]
-    return best.sort_values("optimizer", key=lambda names: names.map(OPTIMIZERS.index))
+    return _in_order(best)
+
+
+def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows by optimizer, in the order of the paper's table."""
+    return frame.sort_values("optimizer", key=lambda names: names.map(OPTIMIZERS.index), kind="stable")
 
 
 def predicted_nc0(row: "pd.Series[Any]") -> NDArray[np.float64] | None:
@@ -87,8 +92,7 @@ def nc0_by_decay(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
     eligible = selection.eligible(runs)
     keys = [eligible[name] for name in ("optimizer", "weight_decay", "coupling")]
     frame = (eligible.nc0 / eligible.nc0_start).groupby(keys).agg(smallest="min", largest="max", runs="count")
-    order = {name: i for i, name in enumerate(OPTIMIZERS)}
-    return frame.reset_index().sort_values("optimizer", key=lambda names: names.map(order), kind="stable")
+    return _in_order(frame.reset_index())
 
 
 def status_counts(runs: pd.DataFrame) -> dict[str, int]:
