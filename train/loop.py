@@ -15,8 +15,8 @@ from nc.train.errors import UserError
 from nc.train.models import MIN_SIZE, build
 from nc.train.stack import Stack, make_optimizer
 
-#: Images in one forward pass of an evaluation. On a CPU 128 to 512 were the fastest for every model (larger activations
-#: leave the cache, and their pages cost more than the arithmetic), and it takes less memory than a training step.
+#: Images in one forward pass of an evaluation: few enough that activations stay in a CPU's cache and take less memory
+#: than a training step.
 _EVAL_BATCH = 256
 
 

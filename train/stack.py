@@ -40,7 +40,7 @@ class Stack:
         """Features `[R, B, d]` and logits `[R, B, K]` of images `[B, C, H, W]`, in training or evaluation mode."""
         self._module.train(train)
         if self.runs == 1:
-            # vmap turns convolutions into grouped ones, which cost 1.5 times as much where there is one group.
+            # vmap turns convolutions into grouped ones, which are slower even where there is one group.
             state = {name: value[0] for name, value in (self.params() | self._buffers).items()}
             features, logits = functional_call(self._module, state, (images,))
             return features.unsqueeze(0), logits.unsqueeze(0)
