@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from nc.kernels.update.launch import why_no_kernel
 from nc.train.data import DATA_SETS, data_folder, find
 from nc.train.provenance import device_name, package_version
 
@@ -23,7 +24,10 @@ def findings(data_dir: Path | None) -> Iterator[tuple[str, str]]:
         yield "GPU", "none that torch can use; runs train on the processor"
     triton = package_version("triton")
     yield "Triton", triton or "not installed"
-    yield "optimizers", "plain PyTorch (no fused kernels in this version)"
+    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        reason = why_no_kernel(torch.device(kind))
+        fused = "a fused kernel, one launch a step" if reason is None else f"plain PyTorch, slowly: {reason}"
+        yield f"optimizers on {kind}", fused
     yield "metrics", "plain PyTorch (no fused kernels in this version)"
     yield "data folder", str(data_folder(data_dir).resolve())
     for name in DATA_SETS:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from nc import optim
-from nc.kernels.update import Hyper
+from nc.kernels.update.reference import Hyper
 from nc.train.config import RunConfig
 from nc.train.models import Classifier
 

@@ -5,7 +5,9 @@ With decay λ and coupling c, `c·λ·w` is added to the gradient before the upd
 """
 
 from nc.optim.adam import Adam, AdamW
+from nc.optim.lion import Lion
 from nc.optim.sgd import SGD, SGDW
 from nc.optim.signum import Signum, SignumW
+from nc.optim.stacked import Stacked
 
-__all__ = ["SGD", "SGDW", "Adam", "AdamW", "Signum", "SignumW"]
+__all__ = ["SGD", "SGDW", "Adam", "AdamW", "Lion", "Signum", "SignumW", "Stacked"]

@@ -2,15 +2,13 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from nc.kernels.update import Hyper, adam_reference
-from nc.optim.base import Coupled, column, zero_state
+from nc.kernels.update.reference import Hyper
+from nc.optim.base import Optimizer
 
 
-class Adam(Coupled):
+class Adam(Optimizer):
     r"""Adam with weight decay coupled into the gradient (Kingma & Ba, arXiv 1412.6980).
 
     .. math:: g = ∇L + cλW,\quad m ← β_1 m + (1 − β_1) g,\quad v ← β_2 v + (1 − β_2) g^2,\qquad
@@ -27,9 +25,15 @@ class Adam(Coupled):
         weight_decay: λ ≥ 0.
         coupling: c in [0, 1], the share of the decay that is added to the gradient. Default 1 here, 0 in `AdamW`.
         maximize: ascend instead of descend.
+        foreach, fused, capturable: taken and without effect: there is one implementation, fused and capturable.
 
-    Every hyperparameter but `maximize` may be a vector `[R]` for stacked runs; errors as in `nc.optim.SGD`.
+    Every hyperparameter but `maximize` may be a vector `[R]` for stacked runs; errors as in `nc.optim.SGD`, and
+    ValueError for `amsgrad` or `differentiable`.
     """
+
+    rule = "adam"
+    names = ("exp_avg", "exp_avg_sq")
+    counts = True
 
     def __init__(
         self,
@@ -38,36 +42,17 @@ class Adam(Coupled):
         betas: tuple[Hyper, Hyper] = (0.9, 0.999),
         eps: Hyper = 1e-8,
         weight_decay: Hyper = 0.0,
+        amsgrad: bool = False,
         *,
         coupling: Hyper | None = None,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, coupling)
-
-    def _new_state(self, param: Tensor) -> dict[str, Any]:
-        # The step count stays on the CPU, where reading it costs no synchronisation.
-        return {
-            "step": torch.tensor(0.0),
-            "exp_avg": zero_state(param),
-            "exp_avg_sq": zero_state(param),
-        }
-
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[Any]) -> None:
-        adam_reference(
-            params,
-            grads,
-            column(states, "exp_avg"),
-            column(states, "exp_avg_sq"),
-            column(states, "step"),
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            coupling=group["coupling"],
-            maximize=group["maximize"],
-        )
+        super().__init__(params, defaults, coupling, amsgrad=amsgrad, differentiable=differentiable)
 
 
 class AdamW(Adam):
@@ -87,8 +72,7 @@ class AdamW(Adam):
         betas: tuple[Hyper, Hyper] = (0.9, 0.999),
         eps: Hyper = 1e-8,
         weight_decay: Hyper = 1e-2,
-        *,
-        coupling: Hyper | None = None,
-        maximize: bool = False,
+        amsgrad: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, coupling=coupling, maximize=maximize)
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **kwargs)

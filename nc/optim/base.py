@@ -1,95 +1,147 @@
-"""What the optimizers share: checking hyperparameters and gradients, and the walk over param groups."""
+"""What the optimizers share: the way from param groups to one launch of the update kernel."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Callable
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from nc.kernels.update import Hyper, compute_dtype
+from nc.kernels.update.reference import Hyper
+from nc.optim.checks import check_group, check_param, check_state_dict
+from nc.optim.groups import Group
+from nc.optim.observe import Observed, observed
+from nc.optim.plan import Plan, placed
 
-# name -> (lower bound, upper bound, whether the upper bound itself is allowed)
-_RANGES: dict[str, tuple[float, float, bool]] = {
-    "lr": (0, float("inf"), False),
-    "momentum": (0, 1, False),
-    "weight_decay": (0, float("inf"), False),
-    "coupling": (0, 1, True),
-    "eps": (0, float("inf"), False),
-    "betas": (0, 1, False),
-}
-
-
-def _check_range(owner: str, name: str, value: Hyper) -> None:
-    low, high, closed = _RANGES[name]
-    values = value if isinstance(value, Tensor) else torch.tensor(float(value), dtype=torch.float64)
-    inside = (values >= low) & ((values <= high) if closed else (values < high))
-    if values.dim() > 1 or not bool(inside.all()):
-        interval = f"[{low}, {high}{']' if closed else ')'}"
-        raise ValueError(f"{owner}: {name} must be a number, or one per stacked run, in {interval}; got {value!r}")
+_NUMBERS = {"lr", "weight_decay", "coupling", "momentum", "betas", "eps", "dampening"}
+_STRUCTURE = {"params", "nesterov", "maximize", "rules"}
+# A write into a param group goes to the GPU at once, so that a graph captured next finds it there. With more groups
+# than this the next step brings all of them together.
+_EAGER_GROUPS = 32
 
 
-class Coupled(torch.optim.Optimizer):
-    """Base of the optimizers: `torch.optim.Optimizer` whose hyperparameters may also be one per stacked run.
+class Optimizer(torch.optim.Optimizer):
+    """Base of the optimizers: `torch.optim.Optimizer` with coupled and decoupled decay, one kernel launch a step.
 
-    A hyperparameter given as a tensor `[R]` says that each parameter of the group is R stacked runs `[R, …]`.
+    A hyperparameter may be a float, a 0-d tensor (on the parameters' device it is read by the kernel at every step,
+    also from a CUDA graph), or a tensor `[R]`, which says that each parameter of the group is R stacked runs `[R, …]`.
     """
 
     #: The coupling that a class uses when none is given.
-    default_coupling = 1.0
+    default_coupling: ClassVar[float] = 1.0
+    #: A name of `nc.kernels.update.reference.RULES`.
+    rule: ClassVar[str]
+    #: What `torch.optim` calls the states, V or m, and v.
+    names: tuple[str, ...] = ("momentum_buffer",)
+    #: Whether steps are counted.
+    counts: bool = False
+    # Whether `_numbers` makes tensors of plain numbers.
+    _derived: ClassVar[bool] = False
+    # torch.amp.GradScaler then leaves the scale, and a step that is to be skipped, to the kernel.
+    _step_supports_amp_scaling = True
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], coupling: Hyper | None) -> None:
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], coupling: Hyper | None, **unsupported: bool) -> None:
+        for name in (name for name, wanted in unsupported.items() if wanted):
+            raise ValueError(f"{type(self).__name__} does not support {name}; use torch.optim's class for that")
+        self._plan = Plan()
         defaults["coupling"] = self.default_coupling if coupling is None else coupling
         super().__init__(params, defaults)
 
+    # What a subclass may say of its rule.
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, Hyper]:
+        """The numbers `HYPERS` of a group."""
+        beta1, beta2 = group["betas"] if "betas" in group else (group["momentum"], group.get("dampening", 0.0))
+        common = {name: group[name] for name in ("lr", "weight_decay", "coupling")}
+        return {**common, "beta1": beta1, "beta2": beta2, "eps": group.get("eps", 0.0)}
+
+    def _rules(self, group: dict[str, Any]) -> list[str]:
+        """The rule of each stacked run of a group."""
+        vectors = [n for n in self._numbers(group).values() if isinstance(n, Tensor) and n.dim() == 1]
+        return [self.rule] * (len(vectors[0]) if vectors else 1)
+
+    def _has_state(self, group: dict[str, Any]) -> bool:
+        """Whether the parameters of a group keep state; with a momentum for each run they do, though it may be 0."""
+        momentum = group.get("momentum", 1.0)
+        return isinstance(momentum, Tensor) or momentum != 0
+
+    # Param groups and state.
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in `torch.optim`; raises ValueError or TypeError before anything is changed."""
-        group = {**self.defaults, **param_group}
-        self._check(group)
-        params = group["params"]
-        tensors = [params] if isinstance(params, Tensor) else list(params)
-        param_group["params"] = tensors  # may have been a generator, which is spent now
-        # A named parameter comes as (name, tensor).
-        for param in (p[1] if isinstance(p, tuple) else p for p in tensors):
-            self._check_param(param, group)
+        if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
+            param_group["params"] = list(param_group["params"])  # may be a generator
+        if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
+            group = {**self.defaults, **param_group}
+            check_group(self, group)
+            params = group["params"]
+            # A named parameter comes as (name, tensor).
+            params = [params] if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
+            group["params"] = [p for p in params if isinstance(p, Tensor)]  # torch.optim has the words for the others
+            for param in group["params"]:
+                check_param(self, param, self._numbers(group))
         super().add_param_group(param_group)
+        self.param_groups[-1] = Group(self.param_groups[-1], self, len(self.param_groups) - 1)
+        self._plan.stale = True
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in `torch.optim`, whose state dicts are taken too; half-precision parameters keep their float32 states.
+
+        Raises:
+            ValueError: the state dict is not of these parameters, or of another optimizer; nothing has changed then.
+        """
+        final: list[dict[str, Any]] = []
+        before = {param: dict(state) for param, state in self.state.items()}
+
+        def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:  # comes after the user's own hooks
+            check_state_dict(self, state_dict)
+            final.append(state_dict)
+
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        # torch.optim has cast the states to the parameters' dtype: take them again from where they came, into the
+        # tensors that there are, which a CUDA graph may use.
+        flat = [p for g in self.param_groups for p in g["params"]]
+        saved = [i for g in final[0]["param_groups"] for i in g["params"]]
+        for param, i in zip(flat, saved, strict=True):
+            for name, value in final[0]["state"].get(i, {}).items():
+                if isinstance(value, Tensor):
+                    new, old = placed(value, name, param), before.get(param, {}).get(name)
+                    if isinstance(old, Tensor) and (old.device, old.dtype) == (new.device, new.dtype):
+                        new = old.copy_(new)
+                    self.state[param][name] = new
+        if self._plan.live:
+            self._plan.prepare_again(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # A state dict of torch.optim has no coupling, one of an older version may lack other keys.
         super().__setstate__(state)
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
+        # A copy or a pickle has no plan; load_state_dict goes on with the one that there is.
+        self._plan = self.__dict__.get("_plan", Plan())
+        self._plan.stale = True
+        # A state dict of torch.optim has no coupling; one of an older version may lack other keys.
+        groups = [{**self.defaults, **_coupling_of(group), **group} for group in self.param_groups]
+        self.param_groups = [Group(group, self, row) for row, group in enumerate(groups)]
 
-    def _check(self, group: dict[str, Any]) -> None:
-        owner = type(self).__name__
-        for name in _RANGES.keys() & group.keys():
-            values = group[name] if name == "betas" else (group[name],)
-            for value in values:
-                _check_range(owner, name, value)
+    def _written(self, group: Group, key: str, before: Any) -> None:
+        """Of a write into a param group: a number goes to the device; anything else makes the next step start over."""
+        plan, after = self._plan, group.get(key)
+        if plan.stale or key not in _NUMBERS:
+            plan.stale |= key in _STRUCTURE
+            return
+        numbers = self._numbers(group)
+        derived = self._derived and any(isinstance(n, Tensor) for n in numbers.values())
+        switched = key == "momentum" and _plain(before) and (before == 0) != (after == 0)
+        if derived or switched or not (_plain(before) and _plain(after)):
+            plan.stale = True
+            return
+        plan.numbers.write(group.row, numbers)
+        if plan.live or len(self.param_groups) <= _EAGER_GROUPS:
+            plan.numbers.flush()
 
-    def _check_param(self, param: Any, group: dict[str, Any]) -> None:
-        if not isinstance(param, Tensor):
-            return  # torch.optim has the right words for that
-        if param.is_complex():
-            raise TypeError(
-                f"{type(self).__name__} does not take complex parameters; use torch.optim's, or view_as_real"
-            )
-        for name, value in group.items():
-            for h in value if name == "betas" else (value,):
-                if isinstance(h, Tensor) and h.dim() == 1 and (param.dim() == 0 or param.shape[0] != h.shape[0]):
-                    raise ValueError(
-                        f"{type(self).__name__}: {name} has a value for each of {h.shape[0]} stacked runs, "
-                        f"but a parameter has shape {tuple(param.shape)}; its first dimension must be the runs"
-                    )
-
-    def _new_state(self, param: Tensor) -> dict[str, Any]:
-        """State of a parameter before its first step; as in torch.optim.SGD, the momentum buffer comes later."""
-        return {"momentum_buffer": None}
-
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[Any]) -> None:
-        """One step for the parameters of a group that have gradients."""
-        raise NotImplementedError
+    # Steps.
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -102,37 +154,44 @@ class Coupled(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if any(p.grad.is_sparse for p in params):
-                raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
-            for p in params:
-                if not self.state[p]:
-                    self.state[p].update(self._new_state(p))
-            self._update(group, params, [p.grad for p in params], [self.state[p] for p in params])
+        if torch.compiler.is_compiling():
+            self._plan.traced_step(self)
+        else:
+            self._plan.step(self)
         return loss
 
+    def observe(self, *, head: Tensor | None = None, norms: bool = False, bf16: bool = False) -> Observed:
+        """Have every step from now on also give, without a pass of its own, what is asked for.
 
-def zero_state(param: Tensor) -> Tensor:
-    """A state tensor for a parameter before its first step: in its layout, float32 for half precision."""
-    return torch.zeros_like(param, dtype=compute_dtype(param))
+        Args:
+            head: the classifier's weight `[K, d]`, one of the parameters: its row sum Wᵀ1 and NC0.
+            norms: the global norms of the gradient and of the change.
+            bf16: a bfloat16 copy of each parameter, for the next forward pass.
+
+        Raises:
+            ValueError: the head is no parameter of this optimizer, or norms of several devices.
+
+        Example:
+            >>> model = torch.nn.Linear(5, 3)
+            >>> seen = (opt := SGD(model.parameters(), lr=0.1)).observe(head=model.weight, norms=True)
+            >>> model(torch.ones(2, 5)).sum().backward(); opt.step()
+            >>> seen.nc0, seen.grad_norm
+        """
+        params = [p for group in self.param_groups for p in group["params"]]
+        runs = {len(self._rules(group)) for group in self.param_groups}
+        if len(runs) > 1:
+            raise ValueError(f"{type(self).__name__}: all groups must have the same number of stacked runs; got {runs}")
+        self._plan.observed = observed(type(self).__name__, params, runs.pop(), head, norms, bf16)
+        self._plan.stale = True
+        return self._plan.observed
 
 
-def column(states: Iterable[dict[str, Any]], name: str) -> list[Any]:
-    """One entry of each parameter's state."""
-    return [state.get(name) for state in states]
+def _coupling_of(group: dict[str, Any]) -> dict[str, float]:
+    """What a param group of torch.optim.Adam says of its decay."""
+    decoupled = group.get("decoupled_weight_decay")
+    return {} if decoupled is None else {"coupling": 0.0 if decoupled else 1.0}
 
 
-def has_momentum(group: dict[str, Any]) -> bool:
-    """Whether the group needs a momentum buffer: one per stacked run always does, so that a run may have none."""
-    return isinstance(group["momentum"], Tensor) or group["momentum"] != 0
-
-
-def momentum_buffers(group: dict[str, Any], params: list[Tensor], states: list[Any]) -> list[Tensor | None]:
-    """The momentum buffers of a group, made where a parameter has none yet; all None where there is no momentum."""
-    if not has_momentum(group):
-        return [None] * len(params)
-    for param, state in zip(params, states, strict=True):
-        if state["momentum_buffer"] is None:
-            state["momentum_buffer"] = zero_state(param)
-    return column(states, "momentum_buffer")
+def _plain(value: Any) -> bool:
+    """Whether a hyperparameter is a number, or two."""
+    return all(isinstance(v, (int, float)) for v in (value if isinstance(value, (tuple, list)) else (value,)))

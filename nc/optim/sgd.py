@@ -1,15 +1,12 @@
 """SGD and SGDW."""
 
-from typing import Any
-
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from nc.kernels.update import Hyper, sgd_reference
-from nc.optim.base import Coupled, has_momentum, momentum_buffers
+from nc.kernels.update.reference import Hyper
+from nc.optim.base import Optimizer
 
 
-class SGD(Coupled):
+class SGD(Optimizer):
     r"""Stochastic gradient descent with heavy-ball momentum and weight decay coupled into the gradient.
 
     .. math:: V ← βV + ∇L + cλW,\qquad W ← (1 − η(1 − c)λ)W − ηV
@@ -26,20 +23,23 @@ class SGD(Coupled):
         nesterov: use ∇L + cλW + βV in place of V; needs momentum > 0 and no dampening.
         coupling: c in [0, 1], the share of the decay that is added to the gradient. Default 1 here, 0 in `SGDW`.
         maximize: ascend instead of descend.
+        foreach, fused: taken and without effect: there is one implementation, and it is fused.
 
     lr, momentum, weight_decay and coupling may each be a float, a 0-d tensor, or a tensor `[R]` for parameters `[R, …]`
     that are R stacked runs.
 
     Raises:
-        ValueError: a hyperparameter is out of range or NaN, or a vector does not fit the parameters.
+        ValueError: a hyperparameter is out of range or NaN, a vector does not fit the parameters, or `differentiable`.
         TypeError: complex parameters.
-        RuntimeError: (from `step`) a sparse gradient.
+        RuntimeError: (from `step`) a sparse gradient, or a parameter that has moved away from its state.
 
     Example:
         >>> w = torch.nn.Parameter(torch.ones(2))
         >>> opt = SGD([w], lr=0.1, momentum=0.9, weight_decay=5e-4)
         >>> w.sum().backward(); opt.step()
     """
+
+    rule = "sgd"
 
     def __init__(
         self,
@@ -52,6 +52,9 @@ class SGD(Coupled):
         *,
         coupling: Hyper | None = None,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -61,28 +64,7 @@ class SGD(Coupled):
             "nesterov": nesterov,
             "maximize": maximize,
         }
-        super().__init__(params, defaults, coupling)
-
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
-        if group["nesterov"] and (not has_momentum(group) or group["dampening"] != 0):
-            raise ValueError(f"{type(self).__name__}: Nesterov momentum needs momentum > 0 and dampening = 0")
-
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[Any]) -> None:
-        first = [state["momentum_buffer"] is None for state in states]
-        sgd_reference(
-            params,
-            grads,
-            momentum_buffers(group, params, states),
-            lr=group["lr"],
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            coupling=group["coupling"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            first=first,
-        )
+        super().__init__(params, defaults, coupling, differentiable=differentiable)
 
 
 class SGDW(SGD):

@@ -1,15 +1,12 @@
 """Signum and SignumW."""
 
-from typing import Any
-
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from nc.kernels.update import Hyper, signum_reference
-from nc.optim.base import Coupled, momentum_buffers
+from nc.kernels.update.reference import Hyper
+from nc.optim.base import Optimizer
 
 
-class Signum(Coupled):
+class Signum(Optimizer):
     r"""SignSGD with momentum and weight decay coupled into the gradient (Bernstein et al., arXiv 1802.04434).
 
     .. math:: V ← βV + ∇L + cλW,\qquad W ← (1 − η(1 − c)λ)W − η·\mathrm{sign}(V)
@@ -27,6 +24,8 @@ class Signum(Coupled):
     lr, momentum, weight_decay and coupling may be vectors `[R]` for stacked runs; errors as in `nc.optim.SGD`.
     """
 
+    rule = "signum"
+
     def __init__(
         self,
         params: ParamsT,
@@ -39,18 +38,6 @@ class Signum(Coupled):
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults, coupling)
-
-    def _update(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], states: list[Any]) -> None:
-        signum_reference(
-            params,
-            grads,
-            momentum_buffers(group, params, states),
-            lr=group["lr"],
-            momentum=group["momentum"],
-            weight_decay=group["weight_decay"],
-            coupling=group["coupling"],
-            maximize=group["maximize"],
-        )
 
 
 class SignumW(Signum):

@@ -1,0 +1,68 @@
+"""The update rules in Triton, on one block of a parameter: what `RULES` of the reference says, in the same order."""
+
+import triton
+import triton.language as tl
+
+from nc.kernels.update.table import MIXED as _MIXED
+
+# The numbers of the rules in the table.
+SGD: tl.constexpr = tl.constexpr(0)
+SIGNUM: tl.constexpr = tl.constexpr(1)
+ADAM: tl.constexpr = tl.constexpr(2)
+LION: tl.constexpr = tl.constexpr(3)
+MIXED: tl.constexpr = tl.constexpr(_MIXED)
+
+
+@triton.jit
+def _sign(x):
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))  # NaN stays NaN
+
+
+@triton.jit
+def _sqrt(x):
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
+def divide(x, y):
+    return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
+
+
+# A rule takes the gradient with the coupled decay in it, the states, β₁, 1 − β₁, β₂, 1 − β₂, (1 − β₂ᵗ)^−½, ε and 1 − τ,
+# and returns the direction and the new states. A new one stands here, in `direction`, in _cpu.cpp and in `RULES`.
+@triton.jit
+def _sgd(g, v, b1, damp, nesterov):
+    v = v * b1 + g * damp
+    return tl.where(nesterov, g + v * b1, v), v
+
+
+@triton.jit
+def _signum(g, v, b1):
+    v = v * b1 + g
+    return _sign(v), v
+
+
+@triton.jit
+def _adam(g, m, v, b1c, b2, b2c, root, eps):
+    m = m + (g - m) * b1c
+    v = v * b2 + g * g * b2c
+    return divide(m, _sqrt(v) * root + eps), m, v
+
+
+@triton.jit
+def _lion(g, m, b1, b1c, b2, b2c):
+    return _sign(m * b1 + g * b1c), m * b2 + g * b2c
+
+
+@triton.jit
+def direction(rule, g, m, v, b1, b1c, b2, b2c, root, eps, damp, nesterov):
+    """`rule` is a constant where all rows have one rule: then the other branches are not compiled."""
+    if rule == SGD:
+        u, m = _sgd(g, m, b1, damp, nesterov)
+    elif rule == SIGNUM:
+        u, m = _signum(g, m, b1)
+    elif rule == ADAM:
+        u, m, v = _adam(g, m, v, b1c, b2, b2c, root, eps)
+    else:
+        u, m = _lion(g, m, b1, b1c, b2, b2c)
+    return u, m, v

@@ -1,0 +1,156 @@
+"""Steps over lists of tensors: one launch for each device and dtype, the reference where no kernel can go."""
+
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nc.kernels.update import cpu
+from nc.kernels.update.reference import update_reference
+from nc.kernels.update.table import HyperTable, Lists, Table
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def why_no_kernel(device: torch.device) -> str | None:
+    """Why updates on this device fall back to the reference; None if they don't."""
+    if device.type == "cpu":
+        return None if cpu.available() else "the package was installed without a C++ compiler"
+    if device.type != "cuda":
+        return f"there is no kernel for {device.type} tensors"
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return "Triton is not installed"
+    return None
+
+
+@dataclass
+class _Bucket:
+    """The parameters of one launch."""
+
+    indices: list[int]
+    device: torch.device
+    table: Table | None = None  # None: the reference
+    scratch: Any = None
+
+
+class Update:
+    """Steps over the same parameters with the same hyperparameters.
+
+    What stays the same between steps is worked out once; where a tensor's address has changed, the table is made again.
+    Holds no parameter, gradient or state.
+
+    Args:
+        hypers: for each device of the parameters, its table of hyperparameters.
+
+    Warns:
+        UserWarning: (once for each reason) parameters are updated by the slower reference, and why.
+    """
+
+    def __init__(self, hypers: dict[torch.device, HyperTable]) -> None:
+        self._hypers = hypers
+        self._buckets: list[_Bucket] = []
+        self._layout: Any = None
+        self._seen: Any = None
+        self._mixed = True
+
+    @property
+    def launches(self) -> int:
+        """How many kernels a step launches."""
+        return sum(bucket.table is not None for bucket in self._buckets)
+
+    def step(
+        self, lists: Lists, grads: list[Tensor], grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
+        """One step, in place. `lists` has the parameters of the first step, with the same states.
+
+        grads: of the parameters' shapes. grad_scale, found_inf: as in `update_reference`.
+        """
+        # At every step of every model: map is faster than a comprehension.
+        params, addresses = list(map(Tensor.data_ptr, lists.params)), list(map(Tensor.data_ptr, grads))
+        seen = params, addresses, list(map(Tensor.stride, grads))
+        # A gradient has its parameter's dtype, if it has not been told otherwise: then look at every step.
+        if seen != self._seen or self._mixed:
+            self._point(lists, params, addresses, grads)
+            self._seen = seen
+        for bucket in self._buckets:
+            scale = None if grad_scale is None else grad_scale.to(bucket.device, non_blocking=True)
+            inf = None if found_inf is None else found_inf.to(bucket.device, non_blocking=True)
+            if bucket.table is None:
+                add = bucket is not self._buckets[0]
+                self._reference(lists.part(bucket.indices, add), [grads[i] for i in bucket.indices], scale, inf)
+            elif bucket.device.type == "cpu":
+                cpu.launch(bucket.table, scale, inf)
+            else:
+                from nc.kernels.update import gpu
+
+                gpu.launch(bucket.table, bucket.scratch, scale, inf)
+                if torch.cuda.is_current_stream_capturing():
+                    self._seen = None  # the table is filled when the graph is replayed, not before
+
+    def _point(self, lists: Lists, params: list[int], addresses: list[int], grads: list[Tensor]) -> None:
+        layout = [(p.dtype, p.stride(), g.dtype, g.stride()) for p, g in zip(lists.params, grads, strict=True)]
+        if layout != self._layout:
+            self._plan(lists, grads)
+            self._layout = layout
+        self._mixed = any(p.dtype != g.dtype for p, g in zip(lists.params, grads, strict=True))
+        for bucket in self._buckets:
+            if bucket.table is not None:
+                bucket.table.point([params[i] for i in bucket.indices], [addresses[i] for i in bucket.indices])
+
+    def _plan(self, lists: Lists, grads: list[Tensor]) -> None:
+        kinds: defaultdict[tuple[torch.device, torch.dtype, torch.dtype, bool], list[int]] = defaultdict(list)
+        for i, (param, grad) in enumerate(zip(lists.params, grads, strict=True)):
+            kinds[param.device, param.dtype, grad.dtype, self._fits(lists, i, grad)].append(i)
+        self._buckets = []
+        for (device, dtype, grad_dtype, fits), indices in kinds.items():
+            bucket, part = _Bucket(indices, device), lists.part(indices, add=bool(self._buckets))
+            if fits and device.type == "cpu":
+                bucket.table = Table(part, grad_dtype, self._hypers[device], cpu.CHUNK, cpu.CHUNK)
+            elif fits:
+                from nc.kernels.update import gpu
+
+                bucket.table = Table(part, grad_dtype, self._hypers[device], gpu.block(dtype), gpu.CHUNK)
+                bucket.scratch = gpu.Scratch(bucket.table)
+            self._buckets.append(bucket)
+
+    def _fits(self, lists: Lists, i: int, grad: Tensor) -> bool:
+        param = lists.params[i]
+        reason = why_no_kernel(param.device)
+        runs = len(self._hypers[param.device].codes[lists.sets[i]])
+        if reason is None and (param.dtype not in _DTYPES or grad.dtype not in (param.dtype, torch.float32)):
+            reason = f"there is no kernel for {param.dtype} parameters with {grad.dtype} gradients"
+        if reason is None and not lists.fits(i, grad, runs):
+            reason = "a parameter, its gradient or its state does not lie densely, and alike, in memory"
+        if reason is not None and reason not in _said:
+            _said.add(reason)
+            warnings.warn(f"plain PyTorch updates some parameters, slowly: {reason}", UserWarning, stacklevel=2)
+        return reason is None
+
+    def _reference(self, lists: Lists, grads: list[Tensor], scale: Tensor | None, inf: Tensor | None) -> None:
+        """One by one, since each may have its own hyperparameters; the extras afterwards."""
+        extras = lists.extras
+        if inf is not None and inf.item() != 0:
+            return
+        if extras.norms is not None and not extras.add:
+            extras.norms.zero_()
+        for i, (param, grad, slot, group) in enumerate(zip(lists.params, grads, lists.slots, lists.sets, strict=True)):
+            hypers = self._hypers[param.device]
+            before = param.detach().clone() if extras.norms is not None else param
+            update_reference(hypers.rules(group), [param], [grad], [slot], hypers.settings(group), grad_scale=scale)
+            if extras.norms is not None:
+                raw = grad.double() if scale is None else grad.double() / scale
+                for k, change in enumerate((raw, param.double() - before.double())):
+                    extras.norms[:, k] += change.square().reshape(len(extras.norms), -1).sum(1)
+            if extras.copies and (copy := extras.copies[i]) is not None:
+                copy.copy_(param)
+            if i == extras.head and extras.row_sum is not None:
+                extras.row_sum.copy_(param.double().sum(-2))
+
+
+#: Reasons that a warning has been given for.
+_said: set[str] = set()

@@ -1,0 +1,184 @@
+"""The update rules in plain PyTorch: the specification that the kernels are tested against.
+
+With decay λ and coupling c ∈ [0, 1], `c·λ·w` is added to the gradient before the update rule, so that it passes through
+momentum, sign and adaptive scaling, and the weights are multiplied by `1 − η(1 − c)λ` directly. c = 1 is L2
+regularisation (SGD, Adam), c = 0 decoupled decay (SGDW, AdamW; Loshchilov & Hutter, arXiv 1711.05101).
+
+float16 and bfloat16 parameters are updated in float32, with float32 state, and rounded once. Scalars are worked out in
+float64 and rounded once, and every product and sum of tensors is rounded by itself (no fused multiply-add): so the
+kernels can be held to the last bit.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Hyper = float | Tensor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyperparameters of an update: each number a float, a 0-d tensor, or `[R]` for R stacked runs `[R, …]`.
+
+    beta1 is SGD's and Signum's momentum β, and the first of Adam's and Lion's betas; beta2 is SGD's dampening τ, and
+    the second of the betas.
+    """
+
+    lr: Hyper
+    weight_decay: Hyper = 0.0
+    coupling: Hyper = 1.0
+    beta1: Hyper = 0.0
+    beta2: Hyper = 0.0
+    eps: Hyper = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+
+    def of_run(self, run: int) -> "Settings":
+        """The settings of one of R stacked runs."""
+        vectors = [f.name for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor) and v.dim()]
+        changes: dict[str, Any] = {name: getattr(self, name)[run] for name in vectors}
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter's state: V or m, v, and the 0-d count of steps; None where a rule has none of it."""
+
+    first: Tensor | None = None
+    second: Tensor | None = None
+    step: Tensor | None = None
+    fresh: bool = False  # before the first step, to which SGD's dampening does not apply
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """In which a parameter's state is kept and its update computed: its own dtype, but float32 for half precision."""
+    return torch.float32 if param.dtype.itemsize < 4 else param.dtype
+
+
+def _over(value: Hyper, param: Tensor) -> Hyper:
+    """A scalar as it is; a per-run vector `[R]`, rounded, in the shape that broadcasts over a parameter `[R, …]`."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to(compute_dtype(param)).view(-1, *[1] * (param.dim() - 1)) if value.dim() else value.item()
+
+
+def _double(value: Hyper) -> Hyper:
+    return value.double() if isinstance(value, Tensor) else value
+
+
+def _sgd(g: Tensor, slot: Slot, h: Settings) -> tuple[Tensor, Hyper]:
+    """V ← βV + (1 − τ)g, the direction is V; with Nesterov g + βV. Without V, g. (arXiv 2602.16642; torch.optim.SGD)"""
+    if slot.first is None:
+        return g, h.lr
+    damped = g if slot.fresh else g * _over(1 - _double(h.beta2), g)
+    slot.first.copy_(slot.first * _over(h.beta1, g) + damped)
+    return g + slot.first * _over(h.beta1, g) if h.nesterov else slot.first, h.lr
+
+
+def _sign(direction: Tensor) -> Tensor:
+    # torch.sign(NaN) is 0, which would freeze a run that has diverged and let it pass for a healthy one.
+    return torch.where(direction.isnan(), direction, direction.sign())
+
+
+def _signum(g: Tensor, slot: Slot, h: Settings) -> tuple[Tensor, Hyper]:
+    """V ← βV + g, the direction is sign(V), sign(0) = 0, sign(NaN) = NaN. (Bernstein et al., arXiv 1802.04434)"""
+    if slot.first is None:
+        return _sign(g), h.lr
+    slot.first.copy_(slot.first * _over(h.beta1, g) + g)
+    return _sign(slot.first), h.lr
+
+
+def _adam(g: Tensor, slot: Slot, h: Settings) -> tuple[Tensor, Hyper]:
+    """m ← m + (1 − β₁)(g − m), v ← β₂v + (1 − β₂)g², the direction is m/(√(v/(1 − β₂ᵗ)) + ε), its rate η/(1 − β₁ᵗ).
+
+    Adam (Kingma & Ba, arXiv 1412.6980) at c = 1, AdamW (arXiv 1711.05101) at c = 0.
+    """
+    assert slot.first is not None
+    assert slot.second is not None
+    assert slot.step is not None
+    slot.step.add_(1)
+    t = slot.step.item()
+    beta1, beta2 = _double(h.beta1), _double(h.beta2)  # 1 − 0.999¹ keeps only four digits in float32
+    slot.first.add_((g - slot.first) * _over(1 - beta1, g))
+    slot.second.copy_(slot.second * _over(beta2, g) + g * g * _over(1 - beta2, g))
+    # Through float64, which makes the float32 root exact to the last bit: the one of some CPU libraries is not.
+    denominator = slot.second.double().sqrt().to(g.dtype) * _over((1 - beta2**t) ** -0.5, g) + _over(h.eps, g)
+    return slot.first / denominator, _double(h.lr) / (1 - beta1**t)
+
+
+def _lion(g: Tensor, slot: Slot, h: Settings) -> tuple[Tensor, Hyper]:
+    """The direction is sign(β₁m + (1 − β₁)g); then m ← β₂m + (1 − β₂)g. (Chen et al., arXiv 2302.06675, Alg. 2)"""
+    assert slot.first is not None
+    beta1, beta2 = _double(h.beta1), _double(h.beta2)
+    direction = _sign(slot.first * _over(beta1, g) + g * _over(1 - beta1, g))
+    slot.first.copy_(slot.first * _over(beta2, g) + g * _over(1 - beta2, g))
+    return direction, h.lr
+
+
+#: Name → direction and its rate, from the gradient with the coupled decay in it. The place in this dict is the rule's
+#: number in the kernels.
+RULES: dict[str, Callable[[Tensor, Slot, Settings], tuple[Tensor, Hyper]]] = {
+    "sgd": _sgd,
+    "signum": _signum,
+    "adam": _adam,
+    "lion": _lion,
+}
+
+
+def _one(rule: str, param: Tensor, grad: Tensor, slot: Slot, h: Settings, scale: Tensor | None) -> None:
+    dtype = compute_dtype(param)
+    w, g = param.to(dtype), grad.to(dtype)
+    if scale is not None:
+        g = g / scale.to(dtype)
+    if h.maximize:
+        g = -g
+    coupled = _double(h.coupling) * _double(h.weight_decay)
+    if isinstance(coupled, Tensor) or coupled != 0:
+        g = g + w * _over(coupled, w)
+    direction, rate = RULES[rule](g, slot, h)
+    change = direction * _over(rate, w)
+    decoupled = _double(h.lr) * (1 - _double(h.coupling)) * _double(h.weight_decay)
+    if isinstance(decoupled, Tensor) or decoupled != 0:
+        # Not param *= 1 − rate: that factor, rounded to float32, is off by up to 3e-8, always to the same side, which
+        # adds up to 1e-3 over the steps of a long run.
+        change = change + w * _over(decoupled, w)
+    param.copy_(w - change)
+
+
+@torch.no_grad()
+def update_reference(
+    rule: str | Sequence[str],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    slots: Sequence[Slot],
+    settings: Settings,
+    *,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """`W ← (1 − η(1 − c)λ)W − η·direction(∇L + cλW)`, in place, for lists of equal length; `RULES` has the directions.
+
+    Args:
+        rule: a name of `RULES`, or one for each of R stacked runs.
+        params: W, floating point, any layout; `[R, …]` for stacked runs.
+        grads: ∇L, of the same shapes.
+        slots: state in `compute_dtype`, zero before the first step; changed in place.
+        grad_scale: 0-d or `[1]`; the gradients are divided by it first (`torch.amp.GradScaler`).
+        found_inf: 0-d or `[1]`; not 0: nothing is done, no step counted.
+    """
+    if found_inf is not None and found_inf.item() != 0:
+        return
+    for param, grad, slot in zip(params, grads, slots, strict=True):
+        if isinstance(rule, str):
+            _one(rule, param, grad, slot, settings, grad_scale)
+            continue
+        steps = [None if slot.step is None else slot.step.clone() for _ in rule]
+        for r, name in enumerate(rule):
+            first, second = (None if s is None else s[r] for s in (slot.first, slot.second))
+            run = Slot(first, second, steps[r], slot.fresh)
+            _one(name, param[r], grad[r], run, settings.of_run(r), grad_scale)
+        if slot.step is not None:
+            slot.step.add_(1)

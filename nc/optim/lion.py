@@ -1,0 +1,41 @@
+"""Lion."""
+
+from torch.optim.optimizer import ParamsT
+
+from nc.kernels.update.reference import Hyper
+from nc.optim.base import Optimizer
+
+
+class Lion(Optimizer):
+    r"""Lion, sign momentum with decoupled weight decay (Chen et al., arXiv 2302.06675, Algorithm 2).
+
+    .. math:: g = ∇L + cλW,\qquad W ← (1 − η(1 − c)λ)W − η·\mathrm{sign}(β_1 m + (1 − β_1) g),\qquad
+              m ← β_2 m + (1 − β_2) g
+
+    Args:
+        params: parameters or param groups, as in `torch.optim`.
+        lr: η ≥ 0; three to ten times smaller than AdamW's.
+        betas: β₁ and β₂, each in [0, 1).
+        weight_decay: λ ≥ 0.
+        coupling: c in [0, 1], the share of the decay that is added to the gradient. Default 0: decoupled, as published.
+        maximize: ascend instead of descend.
+
+    Every hyperparameter but `maximize` may be a vector `[R]` for stacked runs; errors as in `nc.optim.SGD`.
+    """
+
+    rule = "lion"
+    names = ("exp_avg",)
+    default_coupling = 0.0
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: Hyper = 1e-4,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.99),
+        weight_decay: Hyper = 0.0,
+        *,
+        coupling: Hyper | None = None,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults, coupling)
