@@ -57,8 +57,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _rules(self, group: dict[str, Any]) -> list[str]:
         """The rule of each stacked run of a group."""
-        vectors = [n for n in self._numbers(group).values() if isinstance(n, Tensor) and n.dim() == 1]
-        return [self.rule] * (len(vectors[0]) if vectors else 1)
+        return [self.rule] * max(n.numel() if isinstance(n, Tensor) else 1 for n in self._numbers(group).values())
 
     def _has_state(self, group: dict[str, Any]) -> bool:
         """Whether the parameters of a group keep state; with a momentum for each run they do, though it may be 0."""

@@ -74,7 +74,7 @@ def check_param(optimizer: "Optimizer", param: Tensor, numbers: dict[str, Hyper]
         value = numbers[name]
         if not isinstance(value, Tensor):
             continue
-        if value.dim() == 1 and (param.dim() == 0 or param.shape[0] != value.shape[0]):
+        if value.numel() != 1 and (param.dim() == 0 or param.shape[0] != value.shape[0]):
             raise ValueError(
                 f"{owner}: {name} has a value for each of {value.shape[0]} stacked runs, "
                 f"but a parameter has shape {tuple(param.shape)}; its first dimension must be the runs"

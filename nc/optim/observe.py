@@ -65,7 +65,7 @@ def observed(owner: str, params: Sequence[Tensor], runs: int, head: Tensor | Non
     if head is not None:
         if not any(p is head for p in params):
             raise ValueError(f"{owner}: the head is not among the optimizer's parameters; give model.fc.weight itself")
-        if head.dim() != 2 + (runs > 1):
+        if head.dim() - 2 not in ({0, 1} if runs == 1 else {1}):
             raise ValueError(f"{owner}: the head must be a weight [K, d]; got shape {tuple(head.shape)}")
         row_sum = torch.zeros(*head.shape[:-2], head.shape[-1], dtype=torch.float64, device=head.device)
     total = None

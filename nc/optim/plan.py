@@ -63,6 +63,8 @@ class Plan:
         groups = optimizer.param_groups
         sets = [row for row, group in enumerate(groups) for _ in group["params"]]
         active = [(p, row) for p, row, here in zip(params, sets, present, strict=True) if here]
+        if len({id(p) for p, _ in active}) < len(active):
+            raise ValueError(f"{type(optimizer).__name__}: a parameter stands twice in the param groups; give it once")
         for param, _ in active:
             if param.grad is not None:
                 check_grad(optimizer, param, param.grad)
@@ -80,8 +82,7 @@ class Plan:
         ]
         devices = list(dict.fromkeys(p.device for p, _ in active))
         self._update = Update(self.numbers.fill([optimizer._numbers(g) for g in groups], codes, devices))
-        damped = [bool(groups[row].get("dampening", 0)) for _, row in active]
-        self.fresh = any(s.fresh and d for s, d in zip(slots, damped, strict=True))
+        self.fresh = any(slot.fresh for slot in slots)
         self.stale = False
 
     def prepare_again(self, optimizer: "Optimizer") -> None:
@@ -179,7 +180,7 @@ def _slot(optimizer: "Optimizer", param: Tensor, group: dict[str, Any]) -> Slot:
     if not optimizer._has_state(group):
         return Slot()
     state, names = optimizer.state[param], optimizer.names
-    fresh = state.get(names[0]) is None
+    fresh = state.get(names[0]) is None and group.get("dampening", 0) != 0
     for name in names:
         if state.get(name) is None:
             state[name] = torch.zeros_like(param, dtype=compute_dtype(param), memory_format=torch.preserve_format)

@@ -1,0 +1,218 @@
+"""torch.compile over steps: the same bits, and no new graph for new numbers."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from nc import optim
+
+# Of torch, not of ours: a schedule does not see that a compiled step has run.
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "SGD": (optim.SGD, {"lr": 0.1}),
+    "SGD-momentum": (optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "SGDW": (optim.SGDW, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}),
+    "Signum": (optim.Signum, {"lr": 0.01, "weight_decay": 0.1}),
+    "SignumW": (optim.SignumW, {"lr": 0.01, "weight_decay": 0.1}),
+    "Adam": (optim.Adam, {"lr": 0.1, "weight_decay": 0.1, "coupling": 0.5}),
+    "AdamW": (optim.AdamW, {"lr": 0.1}),
+    "Lion": (optim.Lion, {"lr": 0.01, "weight_decay": 0.1}),
+}
+
+
+def network(runs: int = 0) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    for p in model.parameters() if runs else ():
+        p.data = p.data.repeat(runs, *[1] * p.dim())
+    return model
+
+
+def compiled(optimizer: Any, backend: str = "aot_eager") -> tuple[Callable[[], None], CompileCounterWithBackend]:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(optimizer.step, fullgraph=True, backend=counter), counter
+
+
+def give_gradients(model: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def both(a: nn.Module, b: nn.Module, first: Any, second: Any, steps: range) -> None:
+    for seed in steps:
+        for model, step in ((a, first), (b, second)):
+            give_gradients(model, seed)
+            step()
+
+
+@pytest.mark.parametrize(("cls", "kwargs"), CASES.values(), ids=CASES)
+def test_same_bits_and_one_graph_whatever_the_numbers(cls: Any, kwargs: dict[str, Any]) -> None:
+    a, b = network(), network()
+    pair = [cls(m.parameters(), **kwargs) for m in (a, b)]
+    step, counter = compiled(pair[1])  # first: a schedule wraps the optimizer's step into what Dynamo does not trace
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.7) for o in pair]
+    for seed in range(8):
+        both(a, b, pair[0].step, step, range(seed, seed + 1))
+        for optimizer, schedule in zip(pair, schedules, strict=True):
+            schedule.step()
+            group = optimizer.param_groups[0]
+            group["weight_decay"], group["coupling"] = 0.01 * seed, 0.1 * seed
+            if "betas" in group:
+                group["betas"] = (0.9 - 0.01 * seed, 0.99)
+            elif group["momentum"]:
+                group.update(momentum=0.9 - 0.1 * seed / 8)
+    assert same(a, b)
+    assert counter.frame_count == 1
+
+
+def test_stacked_runs() -> None:
+    rules = ["sgd", "adamw", "signum", "lion"]
+    lr = torch.tensor([0.1, 0.01, 0.01, 0.01], dtype=torch.float64)
+    a, b = network(len(rules)), network(len(rules))
+    first, second = (optim.Stacked(m.parameters(), rules, lr=lr, momentum=0.9) for m in (a, b))
+    step, counter = compiled(second)
+    for seed in range(4):
+        both(a, b, first.step, step, range(seed, seed + 1))
+        lr.mul_(0.5)
+    assert same(a, b)
+    assert counter.frame_count == 1
+
+
+def test_a_first_step_with_dampening_is_a_graph_of_its_own() -> None:
+    a, b = network(), network()
+    first, second = (optim.SGD(m.parameters(), lr=0.1, momentum=0.9, dampening=0.3) for m in (a, b))
+    step, counter = compiled(second)
+    both(a, b, first.step, step, range(5))
+    assert same(a, b)
+    assert counter.frame_count == 2
+
+
+def test_what_changes_the_work_is_traced_again() -> None:
+    a, b = network(), network()
+    first, second = (optim.SGD(m[0].parameters(), lr=0.1) for m in (a, b))
+    step, counter = compiled(second)
+    both(a, b, first.step, step, range(2))
+    for optimizer, model in ((first, a), (second, b)):
+        optimizer.add_param_group({"params": model[2].parameters(), "lr": 0.01})
+    both(a, b, first.step, step, range(2, 4))
+    for optimizer in (first, second):
+        optimizer.param_groups[0]["momentum"] = 0.9
+    both(a, b, first.step, step, range(4, 7))
+    for optimizer in (first, second):
+        optimizer.param_groups[1]["maximize"] = True
+    both(a, b, first.step, step, range(7, 9))
+    assert same(a, b)
+    assert counter.frame_count == 4
+    assert torch.equal(second.state[b[0].weight]["momentum_buffer"], first.state[a[0].weight]["momentum_buffer"])
+
+
+def test_a_loaded_state_goes_on_in_the_same_graph() -> None:
+    a, b = network(), network()
+    first, second = optim.AdamW(a.parameters(), lr=0.1), optim.AdamW(b.parameters(), lr=0.1)
+    step, counter = compiled(second)
+    both(a, b, first.step, step, range(3))
+    saved = copy.deepcopy((b.state_dict(), second.state_dict()))
+    both(a, b, first.step, step, range(3, 5))
+    b.load_state_dict(saved[0])
+    second.load_state_dict(saved[1])
+    for seed in range(3, 5):
+        give_gradients(b, seed)
+        step()
+    assert same(a, b)
+    assert counter.frame_count == 1
+
+
+def test_parameters_without_gradients_stay() -> None:
+    model = network()
+    step, counter = compiled(optim.Adam(model.parameters(), lr=0.1))
+    give_gradients(model, 0)
+    model[0].weight.grad = None
+    before = model[0].weight.detach().clone()
+    step()
+    assert torch.equal(model[0].weight, before)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at the loss
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_whole_training_step(backend: str) -> None:
+    """As with torch's own classes, `backward` breaks the graph; a schedule must not make more of them."""
+    a, b = network(), network()
+    pair = [optim.AdamW(m.parameters(), lr=0.1) for m in (a, b)]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    run = torch.compile(train, backend=counter)
+    graphs = []
+    for seed in range(5):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+        losses = train(a, pair[0], x), run(b, pair[1], x)
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+        graphs.append(counter.frame_count)
+        for optimizer in pair:
+            optimizer.param_groups[0]["lr"] = 0.1 / (seed + 2)
+    assert graphs[1:] == graphs[1:2] * 4  # in the first call the gradients are still to come
+
+
+def test_observed_in_a_compiled_step() -> None:
+    model = network()
+    optimizer = optim.SGDW(model.parameters(), lr=0.1, weight_decay=0.1)
+    seen = optimizer.observe(head=model[2].weight, norms=True, bf16=True)
+    step, _ = compiled(optimizer)
+    for seed in range(3):
+        give_gradients(model, seed)
+        step()
+        grads = torch.cat([p.grad.flatten().double() for p in model.parameters()])
+        assert seen.grad_norm.item() == pytest.approx(grads.norm().item(), rel=1e-6)
+        assert torch.equal(seen.row_sum, model[2].weight.detach().double().sum(0))
+        assert all(torch.equal(seen.weights[p], p.detach().bfloat16()) for p in model.parameters())
+
+
+def test_the_operator_says_all_that_it_changes() -> None:
+    params, grads, first, second = ([torch.randn(3, 2) for _ in range(2)] for _ in range(4))
+    steps = [torch.zeros(()) for _ in range(2)]
+    values = torch.tensor([[0.1, 0.01, 0.5, 0.9, 0.999, 1e-8]], dtype=torch.float64)
+    for s in second:
+        s.abs_()
+    arguments = (
+        params,
+        grads,
+        first,
+        second,
+        steps,
+        [],
+        None,
+        None,
+        [values],
+        [],
+        [],
+        [2],
+        [1],
+        [0, 0],
+        [7, 7],
+        -1,
+        None,
+        None,
+    )
+    tests = ("test_schema", "test_faketensor")
+    assert set(torch.library.opcheck(torch.ops.ncollapse.update.default, arguments, test_utils=tests).values()) == {
+        "SUCCESS"
+    }
