@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench gpu format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed  ## six optimizers on scikit-learn's digits: table, figures, report
@@ -20,8 +20,12 @@ check: $(VENV)/.installed-dev  ## formatting, lint, types
 	rm -rf build $(VENV)/typed && $(PIP) --no-deps --no-build-isolation --target $(VENV)/typed .
 	cd $(VENV)/typed && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml -p nc
 
-bench: $(VENV)/.installed-dev  ## time the demo and record it in bench/results
+bench: $(VENV)/.installed-dev  ## time the demo and the optimizers on the CPU; records both in bench/results
 	$(BIN)/python -m pytest bench/bench_demo.py --benchmark-json=bench/results/demo.json
+	$(BIN)/python -m bench.bench_optim --device cpu
+
+gpu: $(VENV)/.installed-dev  ## the tests and benchmarks that need a CUDA GPU, in ten minutes; records in bench/results
+	$(BIN)/python bench/gpu.py
 
 format: $(VENV)/.installed-dev  ## put the code in the project's format
 	$(BIN)/ruff format .

@@ -43,7 +43,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], coupling: Hyper | None, **unsupported: bool) -> None:
         for name in (name for name, wanted in unsupported.items() if wanted):
             raise ValueError(f"{type(self).__name__} does not support {name}; use torch.optim's class for that")
-        self._plan = Plan()
+        self._plan = Plan(self)
         defaults["coupling"] = self.default_coupling if coupling is None else coupling
         super().__init__(params, defaults)
 
@@ -118,7 +118,7 @@ class Optimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         # A copy or a pickle has no plan; load_state_dict goes on with the one that there is.
-        self._plan = self.__dict__.get("_plan", Plan())
+        self._plan = self.__dict__.get("_plan") or Plan(self)
         self._plan.stale = True
         # A state dict of torch.optim has no coupling; one of an older version may lack other keys.
         groups = [{**self.defaults, **_coupling_of(group), **group} for group in self.param_groups]

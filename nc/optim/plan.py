@@ -1,8 +1,9 @@
 """A step of an optimizer: what is worked out once, and the launch."""
 
 import operator
-from itertools import chain
+from itertools import chain, count
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -19,13 +20,20 @@ if TYPE_CHECKING:
     from nc.optim.base import Optimizer
 
 
+_numbers = count()
+_traced: "WeakValueDictionary[int, Optimizer]" = WeakValueDictionary()
+
+
 class Plan:
     """States, tables and lists for the steps of one optimizer, made anew when more than a number or an address changed.
 
     An object of its own, not attributes of the optimizer: torch.compile drops what a traced step writes into those.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, optimizer: "Optimizer") -> None:
+        #: The optimizer's, for `_prepare_for_trace`.
+        self.number = next(_numbers)
+        _traced[self.number] = optimizer
         #: Whether the next step must work it out again.
         self.stale = True
         #: Whether the next step is a first one, unlike the second: dampening does not apply to it.
@@ -117,7 +125,7 @@ class Plan:
 
     def traced_step(self, optimizer: "Optimizer") -> None:
         """The same for torch.compile, which puts `update_op` into its graph."""
-        _prepare_for_trace(self, optimizer)
+        _prepare_for_trace(self.number)
         if self._sharded:
             raise RuntimeError("a step of DTensor parameters cannot be compiled; call it outside of torch.compile")
         assert not self.stale  # and a guard: what makes it stale later has the step traced anew
@@ -162,9 +170,12 @@ class Plan:
             self.stale = True
 
 
-# Runs when a compiler traces a step, not when the compiled step runs.
+# Runs when a compiler traces a step, not when the compiled step runs. Takes a number, since the Dynamo of torch 2.11 can
+# give it nothing else.
 @torch._dynamo.assume_constant_result
-def _prepare_for_trace(plan: Plan, optimizer: "Optimizer") -> None:
+def _prepare_for_trace(number: int) -> None:
+    optimizer = _traced[number]
+    plan = optimizer._plan
     params = [p for group in optimizer.param_groups for p in group["params"]]
     present = [p.requires_grad for p in params]  # a gradient may only come to be inside of what is traced
     if not plan._holds(optimizer, params, present):

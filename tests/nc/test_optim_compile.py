@@ -145,6 +145,7 @@ def test_parameters_without_gradients_stay() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at the loss
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by the inductor of torch 2.11
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_whole_training_step(backend: str) -> None:
     """As with torch's own classes, `backward` breaks the graph; a schedule must not make more of them."""
