@@ -170,8 +170,8 @@ class Plan:
             self.stale = True
 
 
-# Runs when a compiler traces a step, not when the compiled step runs. Takes a number, since the Dynamo of torch 2.11 can
-# give it nothing else.
+# Runs when a compiler traces a step, not when the compiled step runs. It takes a number, since the Dynamo of torch 2.11
+# can give it nothing else.
 @torch._dynamo.assume_constant_result
 def _prepare_for_trace(number: int) -> None:
     optimizer = _traced[number]
