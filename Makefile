@@ -20,11 +20,12 @@ check: $(VENV)/.installed-dev  ## formatting, lint, types
 	rm -rf build $(VENV)/typed && $(PIP) --no-deps --no-build-isolation --target $(VENV)/typed .
 	cd $(VENV)/typed && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml -p nc
 
-bench: $(VENV)/.installed-dev  ## time the demo and the optimizers on the CPU; records both in bench/results
+bench: $(VENV)/.installed-dev  ## time the demo and the optimizers, compile the kernels; record it in bench/results
 	$(BIN)/python -m pytest bench/bench_demo.py --benchmark-json=bench/results/demo.json
 	$(BIN)/python -m bench.bench_optim --device cpu
+	$(BIN)/python tests/kernels/compile_update.py sm_80 sm_90 sm_100 > bench/results/update-code.json
 
-gpu: $(VENV)/.installed-dev  ## the tests and benchmarks that need a CUDA GPU, in ten minutes; records in bench/results
+gpu: $(VENV)/.installed-dev  ## on a machine with a CUDA GPU: its tests, tuning and benchmarks, in ten minutes
 	$(BIN)/python bench/gpu.py
 
 format: $(VENV)/.installed-dev  ## put the code in the project's format

@@ -1,0 +1,237 @@
+"""A step of `nc.optim` against torch.optim's and against the memory's bandwidth, recorded in bench/results.
+
+python -m bench.bench_optim --device cpu
+python -m bench.bench_optim --device cuda --minutes 4
+
+Every case first checks that all candidates compute the same; then they take turns. Nothing is asserted of time. What is
+recorded of each candidate, in microseconds a step:
+
+- `difference`: of its parameters from the baseline's after five steps, mean over mean change;
+- `eager`: wall time of `step()`, called as a training loop calls it;
+- `replay` (CUDA): wall time of replaying a CUDA graph of one step;
+- `gpu` (CUDA): the GPU's time, ten steps in a CUDA graph;
+- `speed`: the baseline's median over this one's; `share`: of the GB/s of the `yardstick`, which takes its turns too: a
+  device copy on a GPU, an in-place loop over four tensors on a CPU;
+- `others`: how many processors everybody else on the machine kept busy meanwhile. Threads that wait for one another
+  then measure the others, so that on a CPU such rounds are taken again, for a while.
+
+Compilation is a group of its own, in seconds. A thousand tiny tensors are not compiled: that takes minutes. Nor is
+what is compiled captured again.
+"""
+
+import argparse
+import math
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.optim_cases import TOLERANCE, Candidate, Case, Parameters, difference, shapes
+from bench.record import RESULTS, Record, first_line
+from bench.timing import QUIET, Clock, Step, Yardstick, captured, gpu, interleaved, wall_cpu, wall_cuda
+
+CHECKED_STEPS = 5
+GRAPH_STEPS = 10
+PATIENCE = 5.0
+_BASE = ("nc", "torch fused", "torch foreach")
+_ALL = (*_BASE, "flat fused", "torch compiled", "nc compiled")
+_BY_HAND = ("nc", "by hand")
+_TORCH_RULES = ("sgd", "adam", "adamw")
+
+
+def cases(device: str) -> list[Case]:
+    """The most telling first: time may run out."""
+    found = [Case(rule, "resnet9", _ALL) for rule in _TORCH_RULES]
+    found += [Case(rule, "tiny", _BASE) for rule in _TORCH_RULES]
+    found += [Case(rule, "tiny", _BASE, group_each=True) for rule in ("sgd", "adamw")]
+    large = {"cpu": "25M", "cuda": "100M"}[device]
+    found += [Case(rule, large, (*_BASE, "flat fused")) for rule in ("sgd", "adam")]
+    found += [Case(rule, "resnet9", _BY_HAND) for rule in ("sgdw", "signum", "signumw", "lion", "adam c=0.5")]
+    found += [Case("mixed", "24×mlp", ("nc", "24 × torch fused"))]
+    found += [Case(rule, "resnet9", _BASE, dtype="bf16") for rule in ("sgd", "adamw")]
+    if device == "cuda":
+        found += [Case(rule, large, _BASE, dtype="bf16") for rule in ("sgd", "adamw")]
+        found += [Case(rule, "1B", ("nc", "torch fused")) for rule in ("sgd", "adam")]
+    elif torch.get_num_threads() > 1:
+        found += [Case(rule, "resnet9", (*_BASE, "flat fused"), threads=1) for rule in _TORCH_RULES]
+        found += [Case(rule, "tiny", _BASE, threads=1) for rule in _TORCH_RULES]
+    return found
+
+
+def built(case: Case, parameters: Parameters, capturable: bool, result: dict[str, Any]) -> dict[str, Candidate]:
+    """The candidates after some steps; raises AssertionError unless all that work have computed the same."""
+    candidates, failed = {}, result["failed"]
+    for name in case.candidates:
+        try:
+            candidates[name] = Candidate(name, case, parameters, capturable)
+        except Exception as error:  # a candidate that this version of PyTorch does not have: the others go on
+            failed[name] = first_line(error)
+    for k in range(CHECKED_STEPS):
+        parameters.new_grads()
+        for name, candidate in list(candidates.items()):
+            try:
+                candidate.first_step() if k == 0 else candidate.step()
+            except Exception as error:
+                failed[name] = first_line(error)
+                del candidates[name]
+    for name in case.candidates[:2]:
+        if name in failed:
+            raise RuntimeError(f"{name}: {failed[name]}")
+    baseline = candidates[case.candidates[1]]
+    for name, candidate in candidates.items():
+        apart = difference(case, candidate, baseline, parameters.start)
+        result["difference"][name] = float(f"{apart:.1e}")
+        assert apart <= TOLERANCE[case.dtype], f"{name} is {apart:.1e} from {case.candidates[1]}"
+    return candidates
+
+
+def timed(
+    case: Case, bytes_moved: dict[str, int], clock: Clock, seconds: float, steps: dict[str, Step], inner: int = 1
+) -> dict[str, Any]:
+    """A group of timings, as it is recorded."""
+    timings, others = interleaved(steps, clock, seconds, inner, PATIENCE if clock is wall_cpu else 0.0)
+    baseline, yardstick = timings.get(case.candidates[1]), timings.get("yardstick")
+    group: dict[str, Any] = {} if math.isnan(others) else {"others": round(others, 2)}
+    for name, timing in timings.items():
+        group[name] = timing.record()
+        if baseline is not None and name != "yardstick":
+            group[name]["speed"] = round(baseline.median / timing.median, 3)
+        if yardstick is not None:
+            rate, most = (bytes_moved[n] / t.median / 1e3 for n, t in ((name, timing), ("yardstick", yardstick)))
+            group[name] |= {"gb_per_s": round(rate, 1), "share": round(rate / most, 3)}
+    return group
+
+
+def run(case: Case, device: str, seconds: float, yardstick: Yardstick | None) -> dict[str, Any]:
+    """One case: what is recorded of it."""
+    parameters = Parameters(case, device)
+    result: dict[str, Any] = {
+        "case": str(case), "rule": case.rule, "shapes": case.shapes, "dtype": case.dtype,
+        "tensors": len(parameters.shapes), "elements": parameters.elements,
+        "groups": len(parameters.shapes) if case.group_each else 1, "threads": torch.get_num_threads(),
+        "baseline": case.candidates[1], "failed": {}, "difference": {},
+    }  # fmt: skip
+    candidates = built(case, parameters, False, result)
+    result["compile_seconds"] = {n: round(c.compile_seconds, 1) for n, c in candidates.items() if c.compile_seconds}
+    bytes_moved = {name: c.bytes for name, c in candidates.items()}
+    clock = wall_cpu if device == "cpu" else wall_cuda
+    steps: dict[str, Step] = {name: c.step for name, c in candidates.items()}
+    if yardstick is not None:
+        bytes_moved["yardstick"] = yardstick.bytes
+        steps["yardstick"] = yardstick.step
+    result["eager"] = timed(case, bytes_moved, clock, seconds, steps)
+    if device == "cpu":
+        return result
+
+    del candidates, steps
+    torch.cuda.empty_cache()
+    try:
+        result |= replayed(case, parameters, seconds / 2, yardstick, bytes_moved, result)
+    except RuntimeError as error:  # what is timed stays
+        result["failed"]["graphs"] = first_line(error)
+    return result
+
+
+def replayed(
+    case: Case, parameters: Parameters, seconds: float, yardstick: Yardstick | None, bytes_moved: dict[str, int],
+    result: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
+    """The same in CUDA graphs, of candidates made anew: with `capturable` torch.optim's foreach Adam is another one."""
+    case = replace(case, candidates=tuple(name for name in case.candidates if "compiled" not in name))
+    candidates = built(case, parameters, True, result)
+    steps: dict[str, Step] = {name: c.step for name, c in candidates.items()}
+    if yardstick is not None:
+        steps["yardstick"] = yardstick.step
+    graphs: dict[int, dict[str, Step]] = {1: {}, GRAPH_STEPS: {}}
+    for name, step in steps.items():
+        try:
+            for repeats, replays in graphs.items():
+                replays[name] = captured(step, repeats)
+        except Exception as error:
+            result["failed"][f"{name}, captured"] = first_line(error)
+            torch.cuda.synchronize()
+    return {
+        "replay": timed(case, bytes_moved, wall_cuda, seconds, graphs[1]),
+        "gpu": timed(case, bytes_moved, gpu, seconds, graphs[GRAPH_STEPS], GRAPH_STEPS),
+    }
+
+
+def line(result: dict[str, Any]) -> str:
+    """A case in a line: our median and our speed against the baseline, for each group."""
+    if "refused" in result:
+        return f"{result['case']:<28} refused: {result['refused']}"
+    parts = []
+    for group in ("eager", "replay", "gpu"):
+        if ours := result.get(group, {}).get("nc"):
+            share = f" {ours['share']:.0%}" if "share" in ours else ""
+            parts.append(f"{group} {ours['median']:9.1f} µs ({ours.get('speed', float('nan')):5.2f}×{share})")
+    others = max(result.get(group, {}).get("others", 0) for group in ("eager", "replay", "gpu"))
+    noise = f", with others on {others:.1f} processors" if others > QUIET and "replay" not in result else ""
+    return f"{result['case']:<28} {'  '.join(parts)}  against {result['baseline']}{noise}"
+
+
+def yardstick_for(case: Case, device: str, made: dict[Any, Yardstick]) -> Yardstick | None:
+    """What a case is held against; None where a step is not a matter of bandwidth."""
+    if case.shapes not in ("resnet9", "25M", "100M", "1B"):
+        return None
+    key = device if device == "cuda" else (case.shapes, torch.get_num_threads())
+    if key not in made:
+        elements = sum(torch.Size(s).numel() for s in shapes(case.shapes))
+        made[key] = Yardstick(device, elements)
+    return made[key]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--minutes", type=float, default=10.0, help="what is timed by then is recorded")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each group of timings")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    parser.add_argument("--commit", help="of the sources, where git cannot tell")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench_optim: there is no CUDA GPU here; --device cpu times the CPU kernel")
+        return 1
+
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # what is compiled is compiled anew,
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=options.device))  # and the compiler's own start not counted
+        return record_all(options)
+
+
+def record_all(options: argparse.Namespace) -> int:
+    """Every case that there is time for."""
+    end = time.monotonic() + 60 * options.minutes
+    command = f"python -m bench.bench_optim --device {options.device} --minutes {options.minutes:g}"
+    record = Record(options.out / f"optim-{options.device}.json", command, options.device, options.commit)
+    record.data |= {"tolerance": TOLERANCE, "cases": [], "left_out": []}
+    yardsticks: dict[Any, Yardstick] = {}
+    threads, refused = torch.get_num_threads(), 0
+    for case in cases(options.device):
+        if options.only not in str(case):
+            continue
+        if time.monotonic() > end:
+            record.data["left_out"].append(str(case))
+            record.save()
+            continue
+        torch.set_num_threads(case.threads or threads)
+        try:
+            result = run(case, options.device, options.seconds, yardstick_for(case, options.device, yardsticks))
+        except Exception as error:  # one case that is wrong, or does not fit the GPU, does not cost the others
+            result, refused = {"case": str(case), "refused": first_line(error)}, refused + 1
+        finally:
+            torch.set_num_threads(threads)
+        record.data["cases"].append(result)
+        record.save()
+        print(line(result), flush=True)
+    print(f"{options.device}: {len(record.data['cases'])} cases, {len(record.data['left_out'])} left out")
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
