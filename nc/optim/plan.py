@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 _numbers = count()
-_traced: "WeakValueDictionary[int, Optimizer]" = WeakValueDictionary()
+_traced: "WeakValueDictionary[str, Optimizer]" = WeakValueDictionary()
 
 
 class Plan:
@@ -31,9 +31,9 @@ class Plan:
     """
 
     def __init__(self, optimizer: "Optimizer") -> None:
-        #: The optimizer's, for `_prepare_for_trace`.
-        self.number = next(_numbers)
-        _traced[self.number] = optimizer
+        #: The optimizer's, for `_prepare_for_trace`. A number would be made symbolic when a second optimizer comes.
+        self.name = str(next(_numbers))
+        _traced[self.name] = optimizer
         #: Whether the next step must work it out again.
         self.stale = True
         #: Whether the next step is a first one, unlike the second: dampening does not apply to it.
@@ -115,6 +115,13 @@ class Plan:
             self._lists.params = [shard(p) for p in self._active]
             here = [shard(g, like=p) for g, p in zip(here, self._active, strict=True)]
         scale, inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+        if self.fresh and inf is not None and inf.item() != 0:
+            # Left out: those first steps are still to come. Only a first step with dampening waits for the device.
+            for param, slot in zip(self._active, self._lists.slots, strict=True):
+                if slot.fresh:
+                    del optimizer.state[param]
+            self.stale = True
+            return
         try:
             self._update.step(self._lists, here, scale, inf)
         except (RuntimeError, NotImplementedError):
@@ -125,7 +132,7 @@ class Plan:
 
     def traced_step(self, optimizer: "Optimizer") -> None:
         """The same for torch.compile, which puts `update_op` into its graph."""
-        _prepare_for_trace(self.number)
+        _prepare_for_trace(self.name)
         if self._sharded:
             raise RuntimeError("a step of DTensor parameters cannot be compiled; call it outside of torch.compile")
         assert not self.stale  # and a guard: what makes it stale later has the step traced anew
@@ -170,11 +177,11 @@ class Plan:
             self.stale = True
 
 
-# Runs when a compiler traces a step, not when the compiled step runs. It takes a number, since the Dynamo of torch 2.11
-# can give it nothing else.
+# Runs when a compiler traces a step, not when the compiled step runs. It takes a name, since the Dynamo of torch 2.11
+# can give it constants only.
 @torch._dynamo.assume_constant_result
-def _prepare_for_trace(number: int) -> None:
-    optimizer = _traced[number]
+def _prepare_for_trace(name: str) -> None:
+    optimizer = _traced[name]
     plan = optimizer._plan
     params = [p for group in optimizer.param_groups for p in group["params"]]
     present = [p.requires_grad for p in params]  # a gradient may only come to be inside of what is traced

@@ -217,3 +217,21 @@ def test_the_operator_says_all_that_it_changes() -> None:
     assert set(torch.library.opcheck(torch.ops.ncollapse.update.default, arguments, test_utils=tests).values()) == {
         "SUCCESS"
     }
+
+
+def test_optimizers_that_go_through_one_function_keep_apart() -> None:
+    torch._dynamo.reset()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(optimizer: Any) -> None:
+        optimizer.step()
+
+    models, twins = [network() for _ in range(3)], [network() for _ in range(3)]
+    ours, theirs = ([optim.AdamW(m.parameters(), lr=0.1 * i) for i, m in enumerate(ms)] for ms in (models, twins))
+    for seed in range(4):
+        for model, twin, compiled_one, eager in zip(models, twins, ours, theirs, strict=True):
+            give_gradients(model, seed)
+            give_gradients(twin, seed)
+            step(compiled_one)
+            eager.step()
+    assert all(same(a, b) for a, b in zip(models, twins, strict=True))

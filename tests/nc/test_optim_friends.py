@@ -84,6 +84,19 @@ def test_schedules(schedule: str, lr: Any, name: str) -> None:
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
 
 
+def test_the_plateau_schedule_of_a_class_that_torch_has_not() -> None:
+    model = network()
+    optimizer = optim.Signum(model.parameters(), lr=0.1)
+    plateau = schedules.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+    for _ in range(3):
+        plateau.step(1.0)
+    assert optimizer.param_groups[0]["lr"] == 0.025
+    loss_of(model, 0).backward()
+    before = weights(model)
+    optimizer.step()
+    torch.testing.assert_close((weights(model) - before).abs(), torch.full_like(before, 0.025))
+
+
 def test_a_schedule_goes_on_from_its_state_dict() -> None:
     model, twin = network(), network()
     pairs = []
@@ -141,21 +154,27 @@ def test_gradient_scaler(name: str, clip: bool) -> None:
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
 
 
-def test_a_disabled_scaler_is_a_plain_step() -> None:
-    a, b = network(), network()
-    first, second = optim.AdamW(a.parameters()), optim.AdamW(b.parameters())
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    for seed in range(3):
-        scaler.scale(loss_of(a, seed)).backward()
-        scaler.step(first)
-        scaler.update()
-        loss_of(b, seed).backward()
-        second.step()
-    assert torch.equal(weights(a), weights(b))
+def test_a_first_step_left_out_is_still_to_come() -> None:
+    ends = []
+    for cls in (optim.SGD, torch.optim.SGD):
+        model = network()
+        optimizer = cls(model.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for seed in range(4):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, seed)).backward()
+            if seed == 0:
+                model[2].weight.grad[0, 0] = float("inf")
+            scaler.step(optimizer)
+            scaler.update()
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
 
 
 PARALLEL = """
-import sys, torch
+import sys
+from datetime import timedelta
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -164,7 +183,8 @@ from nc import optim
 
 torch.set_num_threads(1)
 rank = int(sys.argv[1])
-dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 2), rank=rank, world_size=2)
+store = dist.FileStore(sys.argv[2], 2)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
 
 def network():
     torch.manual_seed(0)
@@ -206,3 +226,103 @@ def test_data_parallel_and_zero_are_one_process_with_the_whole_batch(tmp_path: P
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [0, 0], "".join(errors)
+
+
+DATA = torch.utils.data.TensorDataset(torch.eye(6).repeat(8, 1), torch.arange(48) % 3)
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_lightning(tmp_path: Path) -> None:
+    """With a schedule, clipping, accumulation and a checkpoint that another trainer goes on from."""
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):  # type: ignore[name-defined,misc]
+        def __init__(self, cls: Any) -> None:
+            super().__init__()
+            self.net, self.cls = network(), cls
+
+        def training_step(self, batch: Any, _: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            optimizer = self.cls(self.parameters(), lr=0.05, weight_decay=5e-4)
+            return {"optimizer": optimizer, "lr_scheduler": schedules.CosineAnnealingLR(optimizer, 12)}
+
+    options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path}
+    ends = []
+    for cls in (optim.Adam, torch.optim.Adam):
+        module = Module(cls)
+        for epochs, start in ((10, None), (12, tmp_path / "half.ckpt")):
+            trainer = lightning.Trainer(max_epochs=epochs, gradient_clip_val=1.0, accumulate_grad_batches=2, **options)
+            module = module if start is None else Module(cls)
+            trainer.fit(module, torch.utils.data.DataLoader(DATA, batch_size=8), ckpt_path=start)
+            trainer.save_checkpoint(tmp_path / "half.ckpt")
+        assert float(trainer.optimizers[0].state_dict()["state"][0]["step"]) == 36
+        ends.append(weights(module))
+    assert (module.net(DATA.tensors[0]).argmax(1) == DATA.tensors[1]).all()
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_the_hugging_face_trainer(tmp_path: Path) -> None:
+    """As torch's class, also where it goes on from a checkpoint."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.net(x)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    data = [{"x": x, "labels": int(y)} for x, y in zip(*DATA.tensors, strict=True)]
+
+    def train(cls: Any, folder: str, resume: Any = None) -> Tensor:
+        model = Model()
+        optimizer = cls(model.parameters(), lr=0.05, weight_decay=5e-4)
+        schedule = schedules.LambdaLR(optimizer, lambda step: 1 - step / 40)
+        args = transformers.TrainingArguments(
+            output_dir=str(tmp_path / folder), num_train_epochs=12, per_device_train_batch_size=16, report_to=[],
+            use_cpu=True, disable_tqdm=True, save_strategy="steps", save_steps=15,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model, args, train_dataset=data, optimizers=(optimizer, schedule))
+        trainer.train(resume_from_checkpoint=resume)
+        assert float(optimizer.state_dict()["state"][0]["step"]) == 36
+        assert (model.net(torch.eye(6)).argmax(1) == torch.arange(6) % 3).all()
+        return weights(model)
+
+    ours, theirs = train(optim.AdamW, "ours"), train(torch.optim.AdamW, "theirs")
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    again = train(optim.AdamW, "again", resume=str(tmp_path / "ours" / "checkpoint-15"))
+    torch.testing.assert_close(again, ours, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_accelerate(tmp_path: Path) -> None:
+    """Its wrapper accumulates, clips, schedules, saves and loads."""
+    accelerate = pytest.importorskip("accelerate")
+    ends = []
+    for cls in (optim.SGD, torch.optim.SGD):
+        accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = network()
+        optimizer = cls(model.parameters(), lr=0.05, momentum=0.9)
+        loader = torch.utils.data.DataLoader(DATA, batch_size=8)
+        wrapped = accelerator.prepare(model, optimizer, loader, schedules.ExponentialLR(optimizer, 0.9))
+        for epoch in range(3):
+            for x, y in wrapped[2]:
+                with accelerator.accumulate(wrapped[0]):
+                    accelerator.backward(nn.functional.cross_entropy(wrapped[0](x), y))
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), 0.5)
+                    wrapped[1].step()
+                    wrapped[3].step()
+                    wrapped[1].zero_grad()
+            if epoch == 0:
+                accelerator.save_state(str(tmp_path / cls.__module__))
+            if epoch == 1:  # back to the end of the first
+                accelerator.load_state(str(tmp_path / cls.__module__))
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
