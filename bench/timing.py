@@ -16,12 +16,12 @@ from torch import Tensor
 
 Step = Callable[[], Any]
 Clock = Callable[[Step, int], float]
-_Round = tuple[dict[str, float], float]  # microseconds a step of each; how many processors others kept busy
+_Round = tuple[dict[str, float], float]  # microseconds a step of each; processors too many that others kept busy
 
 TURN = 0.02  # seconds that a turn should last at least: far above the clock's and the synchronisation's cost
 MOST_STEPS = 1000
 ROUNDS = (5, 101)
-QUIET = 0.15  # processors that others may keep busy: the system's clock for that ticks a hundred times a second
+QUIET = 0.15  # processors that others may take from us: the system's clock for that ticks a hundred times a second
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,13 @@ def interleaved(
 
     Args:
         inner: optimizer steps in a step.
-        patience: for how many more times `seconds` to wait for rounds in which the machine was ours alone. If enough
-            come, only they count.
+        patience: for how many more seconds to wait for rounds in which we had the processors that our threads need. If
+            enough come, only they count.
 
     Returns:
-        What was timed, and how many processors everybody else kept busy in the rounds that count.
+        What was timed, and how many processors too many everybody else kept busy in the rounds that count.
     """
+    spare = max(0, (os.cpu_count() or 1) - torch.get_num_threads())
     counts = {}
     for name, step in steps.items():
         clock(step, 2)
@@ -91,22 +92,24 @@ def interleaved(
     gc.collect()
     gc.disable()
     try:
-        for k in range(ROUNDS[1]):
+        for _ in range(ROUNDS[1]):
             taken, others, start = {}, others_seconds(), time.perf_counter()
             shuffle(names)  # nobody always follows the one that leaves the caches full of other things
             for name in names:
                 taken[name] = clock(steps[name], counts[name]) / counts[name] / inner * 1e6
             now = time.perf_counter()
-            busy = (others_seconds() - others) / (now - start)
+            busy = max(0.0, (others_seconds() - others) / (now - start) - spare)
             (disturbed if patience and busy > QUIET else quiet).append((taken, busy))
-            enough = now > end if len(quiet) >= ROUNDS[0] else now > end + patience * seconds
-            if enough and k + 1 >= ROUNDS[0]:
+            enough = now > end if len(quiet) >= ROUNDS[0] else now > end + patience
+            if enough and len(quiet) + len(disturbed) >= ROUNDS[0]:
                 break
+            if patience and busy > QUIET:
+                time.sleep(0.5)
     finally:
         gc.enable()
     rounds = quiet if len(quiet) >= ROUNDS[0] else quiet + disturbed
     timings = {name: _timing([taken[name] for taken, _ in rounds], counts[name]) for name in steps}
-    return timings, max(0.0, statistics.fmean(busy for _, busy in rounds))
+    return timings, statistics.fmean(busy for _, busy in rounds)
 
 
 def _timing(each: list[float], count: int) -> Timing:

@@ -209,6 +209,7 @@ for cls, kwargs in ((optim.SGD, dict(lr=0.1, momentum=0.9)), (optim.AdamW, dict(
     for model in models:
         for p, q in zip(model.parameters(), alone.parameters()):
             torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+dist.barrier()  # nobody goes while another still listens
 dist.destroy_process_group()
 """
 

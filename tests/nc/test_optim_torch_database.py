@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -112,6 +113,66 @@ def test_state_dicts_go_on(name: str, kwargs: dict[str, Any], direction: str) ->
         close(found, expected)
 
 
+@pytest.mark.parametrize(("name", "kwargs"), list(inputs()))
+def test_copies_and_pickles_go_on_to_the_last_bit(name: str, kwargs: dict[str, Any]) -> None:
+    model = network(torch.float32)
+    optimizer = PAIRS[name][0](model.parameters(), **kwargs)
+    run(model, optimizer, range(5))
+    both = (model, optimizer)
+    others = [copy.deepcopy(both), pickle.loads(pickle.dumps(both))]
+    expected = run(*both, range(5, 10))
+    for other in others:
+        assert torch.equal(run(*other, range(5, 10)), expected)
+        for group, copied in zip(optimizer.param_groups, other[1].param_groups, strict=True):
+            assert all(copied[key] == value for key, value in group.items() if key != "params")
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_state_dict_is_the_same_every_time_and_with_names(name: str, named: bool) -> None:
+    ours, theirs = PAIRS[name]
+    a, b = network(torch.float64), network(torch.float64)
+    source, target = ours(a.named_parameters() if named else a.parameters()), theirs(b.named_parameters())
+    run(a, source, range(3))
+    first, second = source.state_dict(), source.state_dict()
+    assert first["param_groups"] == second["param_groups"]
+    assert all(torch.equal(v, second["state"][i][k]) for i, s in first["state"].items() for k, v in s.items())
+    b.load_state_dict(a.state_dict())
+    target.load_state_dict(copy.deepcopy(first))  # torch would count on in the same tensor
+    assert target.param_groups[0]["param_names"] == [n for n, _ in b.named_parameters()]
+    close(run(a, source, range(3, 8)), run(b, target, range(3, 8)))
+
+
+def older(state: dict[str, Any], step: Callable[[float], Any]) -> dict[str, Any]:
+    """What an old torch saved: fewer settings, another type of step."""
+    old = copy.deepcopy(state)
+    for group in old["param_groups"]:
+        for key in ("maximize", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"):
+            group.pop(key, None)
+    for values in old["state"].values():
+        values.update({"step": step(values["step"])} if "step" in values else {})
+    return old
+
+
+STEPS: dict[str, Any] = {
+    "tensor": lambda step: step,
+    "float64": lambda step: step.double(),
+    "int": pytest.param(int, marks=pytest.mark.xfail(strict=True, reason="a step that is no tensor has no device")),
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_state_dicts_of_older_versions(name: str, step: Callable[[float], Any]) -> None:
+    ours, theirs = PAIRS[name]
+    a, b = network(torch.float64), network(torch.float64)
+    source, target = theirs(a.parameters(), lr=0.02, weight_decay=0.1), ours(b.parameters())
+    run(a, source, range(5))
+    b.load_state_dict(a.state_dict())
+    target.load_state_dict(older(source.state_dict(), step))
+    close(run(b, target, range(5, 10)), run(a, source, range(5, 10)))
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_same_errors(name: str) -> None:
     checked = 0
@@ -178,4 +239,81 @@ def test_groups_added_later_and_groups_of_their_own(name: str) -> None:
         optimizer.add_param_group({"params": layers[1].parameters(), "weight_decay": 0.0})
         optimizer.add_param_group({"params": layers[2].weight, "lr": 0.001, "maximize": True})
         ends.append(run(model, optimizer, range(5, 15)))
+    close(*ends)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_a_hook_may_change_what_is_loaded(name: str) -> None:
+    model = network(torch.float32)
+    optimizer = PAIRS[name][0](model.parameters(), lr=0.1)
+    order: list[str] = []
+
+    def rate(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        order.append("rate")
+        return {**state, "param_groups": [{**g, "lr": 0.0, "weight_decay": 0.0} for g in state["param_groups"]]}
+
+    optimizer.register_load_state_dict_pre_hook(rate)
+    optimizer.register_load_state_dict_pre_hook(lambda *_: order.append("first"), prepend=True)
+    before = run(model, optimizer, range(2))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert order == ["first", "rate"]
+    assert optimizer.param_groups[0]["lr"] == 0
+    assert torch.equal(run(model, optimizer, range(2, 4)), before)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_zero_gradients_change_no_weight(name: str) -> None:
+    model = network(torch.float32)
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    optimizer = PAIRS[name][0](model.parameters(), weight_decay=0.0)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for _ in range(3):
+        optimizer.step()
+    assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), before)
+
+
+@pytest.mark.filterwarnings("ignore:plain PyTorch updates")  # that is how they are updated
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("name", "kwargs"), list(inputs()))
+def test_parameters_with_gaps_in_memory(name: str, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
+    """The weight and the bias of torch's own test of this."""
+    ends = []
+    for cls, settings in zip(PAIRS[name], (kwargs, plain(kwargs)), strict=True):
+        generator = torch.Generator().manual_seed(0)
+        weight, bias = (torch.randn(*n, 2, generator=generator, dtype=dtype)[..., 0] for n in ((10, 5), (10,)))
+        params = [nn.Parameter(weight), nn.Parameter(bias)]
+        x = torch.randn(5, generator=generator, dtype=dtype)
+        optimizer = cls(params, **settings)
+        for _ in range(20):
+            optimizer.zero_grad()
+            (params[0].mv(x) + params[1]).sigmoid().sum().backward()
+            optimizer.step()
+        assert not params[0].is_contiguous()
+        ends.append(torch.cat([p.detach().flatten() for p in params]))
+    close(*ends)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_differentiable_and_complex_are_refused(name: str) -> None:
+    """With `amsgrad` all that the database has, or torch's tests give to it, and these classes have not."""
+    cls = PAIRS[name][0]
+    with pytest.raises(ValueError, match="does not support differentiable"):
+        cls([nn.Parameter(torch.ones(1))], differentiable=True)
+    with pytest.raises(TypeError, match="complex"):
+        cls([nn.Parameter(torch.ones(1, dtype=torch.complex64))])
+
+
+@pytest.mark.xfail(strict=True, reason="a step goes on with the groups that it has seen")
+@pytest.mark.parametrize("name", PAIRS)
+def test_param_groups_may_be_plain_dicts_of_the_users(name: str) -> None:
+    ends = []
+    for cls in PAIRS[name]:
+        model = network(torch.float64)
+        optimizer = cls(model.parameters(), lr=0.01)
+        run(model, optimizer, range(3))
+        optimizer.param_groups = [{**g, "lr": 0.05} for g in optimizer.param_groups]
+        run(model, optimizer, range(3, 6))
+        optimizer.param_groups[0]["lr"] = 0.001
+        ends.append(run(model, optimizer, range(6, 9)))
     close(*ends)
