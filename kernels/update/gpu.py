@@ -263,8 +263,6 @@ class Scratch:
 
 def launch(table: Table, scratch: Scratch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
     """One step of every parameter in the table: one launch, no waiting."""
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        table.keep()
     if table.device.type == "cuda" and table.device.index != torch.cuda.current_device():
         with torch.cuda.device(table.device):  # Triton launches on the current device
             return launch(table, scratch, grad_scale, found_inf)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from nc.kernels.update import cpu
 from nc.kernels.update.reference import update_reference
-from nc.kernels.update.table import HyperTable, Lists, Table
+from nc.kernels.update.table import NEED_FIRST, NEED_SECOND, HyperTable, Lists, Table
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -57,6 +58,7 @@ class Update:
         self._layout: Any = None
         self._seen: Any = None
         self._mixed = True
+        self._captured: list[Any] = []  # what CUDA graphs have the addresses of, whatever becomes of the buckets
 
     @property
     def launches(self) -> int:
@@ -64,25 +66,34 @@ class Update:
         return sum(bucket.table is not None for bucket in self._buckets)
 
     def step(
-        self, lists: Lists, grads: list[Tensor], grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        lists: Callable[[], Lists],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> None:
-        """One step, in place. `lists` has the parameters of the first step, with the same states.
+        """One step, in place.
 
-        grads: of the parameters' shapes. grad_scale, found_inf: as in `update_reference`.
+        Args:
+            params: the parameters of the first step.
+            grads: of their shapes.
+            lists: gives the parameters with all that belongs to them; called where that has changed.
+            grad_scale, found_inf: as in `update_reference`.
         """
         # At every step of every model: map is faster than a comprehension.
-        params, addresses = list(map(Tensor.data_ptr, lists.params)), list(map(Tensor.data_ptr, grads))
-        seen = params, addresses, list(map(Tensor.stride, grads))
+        places, addresses = list(map(Tensor.data_ptr, params)), list(map(Tensor.data_ptr, grads))
+        seen = places, addresses, list(map(Tensor.stride, grads))
         # A gradient has its parameter's dtype, if it has not been told otherwise: then look at every step.
         if seen != self._seen or self._mixed:
-            self._point(lists, params, addresses, grads)
+            self._point(lists, params, places, addresses, grads)
             self._seen = seen
         for bucket in self._buckets:
             scale = None if grad_scale is None else grad_scale.to(bucket.device, non_blocking=True)
             inf = None if found_inf is None else found_inf.to(bucket.device, non_blocking=True)
             if bucket.table is None:
                 add = bucket is not self._buckets[0]
-                self._reference(lists.part(bucket.indices, add), [grads[i] for i in bucket.indices], scale, inf)
+                self._reference(lists().part(bucket.indices, add), [grads[i] for i in bucket.indices], scale, inf)
             elif bucket.device.type == "cpu":
                 cpu.launch(bucket.table, scale, inf)
             else:
@@ -90,17 +101,25 @@ class Update:
 
                 gpu.launch(bucket.table, bucket.scratch, scale, inf)
                 if torch.cuda.is_current_stream_capturing():
+                    self._captured.append((bucket.table, bucket.table.tensors, bucket.scratch))
                     self._seen = None  # the table is filled when the graph is replayed, not before
 
-    def _point(self, lists: Lists, params: list[int], addresses: list[int], grads: list[Tensor]) -> None:
-        layout = [(p.dtype, p.stride(), g.dtype, g.stride()) for p, g in zip(lists.params, grads, strict=True)]
+    def _point(
+        self,
+        lists: Callable[[], Lists],
+        params: list[Tensor],
+        places: list[int],
+        addresses: list[int],
+        grads: list[Tensor],
+    ) -> None:
+        layout = [(p.dtype, p.stride(), g.dtype, g.stride()) for p, g in zip(params, grads, strict=True)]
         if layout != self._layout:
-            self._plan(lists, grads)
+            self._plan(lists(), grads)
             self._layout = layout
-        self._mixed = any(p.dtype != g.dtype for p, g in zip(lists.params, grads, strict=True))
+        self._mixed = any(p.dtype != g.dtype for p, g in zip(params, grads, strict=True))
         for bucket in self._buckets:
             if bucket.table is not None:
-                bucket.table.point([params[i] for i in bucket.indices], [addresses[i] for i in bucket.indices])
+                bucket.table.point([places[i] for i in bucket.indices], [addresses[i] for i in bucket.indices])
 
     def _plan(self, lists: Lists, grads: list[Tensor]) -> None:
         kinds: defaultdict[tuple[torch.device, torch.dtype, torch.dtype, bool], list[int]] = defaultdict(list)
@@ -121,10 +140,13 @@ class Update:
     def _fits(self, lists: Lists, i: int, grad: Tensor) -> bool:
         param = lists.params[i]
         reason = why_no_kernel(param.device)
-        runs = len(self._hypers[param.device].codes[lists.sets[i]])
+        codes, slot = self._hypers[param.device].codes[lists.sets[i]], lists.slots[i]
+        rules = {code & 255 for code in codes}
+        if (rules & NEED_FIRST and slot.first is None) or (rules & NEED_SECOND and None in (slot.second, slot.step)):
+            raise ValueError("a parameter lacks the states that its rule needs")
         if reason is None and (param.dtype not in _DTYPES or grad.dtype not in (param.dtype, torch.float32)):
             reason = f"there is no kernel for {param.dtype} parameters with {grad.dtype} gradients"
-        if reason is None and not lists.fits(i, grad, runs):
+        if reason is None and not lists.fits(i, grad, len(codes)):
             reason = "a parameter, its gradient or its state does not lie densely, and alike, in memory"
         if reason is not None and reason not in _said:
             _said.add(reason)

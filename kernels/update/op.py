@@ -24,7 +24,9 @@ _library = torch.library.Library("ncollapse", "DEF")
 _library.define(
     "update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] firsts, Tensor(c!)[] seconds, Tensor(d!)[] steps, "
     "Tensor(e!)[] copies, Tensor(f!)? norms, Tensor(g!)? row_sum, Tensor[] values, Tensor[] live, int[] live_places, "
-    "int[] codes, int[] runs, int[] sets, int[] parts, int head, Tensor? grad_scale, Tensor? found_inf) -> ()"
+    "int[] codes, int[] runs, int[] sets, int[] parts, int head, Tensor? grad_scale, Tensor? found_inf) -> ()",
+    # Inductor's CUDA graphs would take the tables, which outlive a call, for a leak of theirs.
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 
@@ -61,13 +63,11 @@ def _update(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    numbers = (live_places, codes, runs, sets, parts, head)
     outputs = [t for t in (norms, row_sum) if t is not None]
-    pointers = [[t.data_ptr() for t in ts] for ts in (params, firsts, seconds, steps, copies, values, live, outputs)]
+    pointers = (t.data_ptr() for ts in (params, firsts, seconds, steps, copies, values, live, outputs) for t in ts)
     # Two models may have lived at the same address, one after the other: shapes and dtypes tell them apart.
-    kinds = [(p.shape, p.stride(), p.dtype, p.device) for p in params]
-    key = str((numbers, pointers, kinds))
-    lists = _lists(params, firsts, seconds, steps, copies, sets, parts, Extras((), norms, False, head, row_sum))
+    kinds = ((p.shape, p.stride(), p.dtype, p.device) for p in params)
+    key = (*pointers, head, *map(tuple, (live_places, codes, runs, sets, parts)), *kinds)
     update = _updates.get(key)
     if update is None:
         each, rest = [], iter(codes)
@@ -79,7 +79,11 @@ def _update(
     _updates.move_to_end(key)
     if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
         _captured.append(update)
-    update.step(lists, grads, grad_scale, found_inf)
+
+    def lists() -> Lists:
+        return _lists(params, firsts, seconds, steps, copies, sets, parts, Extras((), norms, False, head, row_sum))
+
+    update.step(params, grads, lists, grad_scale, found_inf)
 
 
 def _lists(

@@ -27,6 +27,8 @@ Rows = npt.NDArray[np.int64]
 #: The numbers of a set of hyperparameters, in the order of the table.
 HYPERS = ("lr", "weight_decay", "coupling", "beta1", "beta2", "eps")
 _RULE_NUMBER = {name: i for i, name in enumerate(RULES)}
+NEED_FIRST = {_RULE_NUMBER["adam"], _RULE_NUMBER["lion"]}  # rules that cannot do without
+NEED_SECOND = {_RULE_NUMBER["adam"]}
 MIXED = len(RULES)  # in place of a rule's number: it stands in the table
 MAXIMIZE, NESTEROV = 256, 512  # flags beside a rule's number
 ALIGNED, FRESH = 1, 2  # flags of a row
@@ -267,10 +269,6 @@ class Table:
         aligned = (vectors % 16 == 0).all(axis=1) & (pitch % 16 == 0)
         rows[:, Col.FLAGS] |= np.where(aligned, ALIGNED, 0)
         self.tensors = self._upload(rows)
-
-    def keep(self) -> None:
-        """Hold what the launch that is being captured in a CUDA graph reads."""
-        self._captured.append(self.tensors)
 
     def _upload(self, rows: Rows) -> Tensor:
         if self.device.type != "cuda":

@@ -13,6 +13,7 @@ from nc.kernels.update.op import parts, update_op
 from nc.kernels.update.reference import Slot, compute_dtype
 from nc.kernels.update.table import Extras, Lists, code
 from nc.optim.checks import check_grad
+from nc.optim.groups import Group
 from nc.optim.numbers import Numbers
 from nc.optim.observe import Observed
 
@@ -69,6 +70,11 @@ class Plan:
             )
         self._params, self._present = params, present
         groups = optimizer.param_groups
+        for row, group in enumerate(groups):
+            if isinstance(group, Group):
+                group.row = row
+            else:  # the user's own dict
+                groups[row] = Group(group, optimizer, row)
         sets = [row for row, group in enumerate(groups) for _ in group["params"]]
         active = [(p, row) for p, row, here in zip(params, sets, present, strict=True) if here]
         if len({id(p) for p, _ in active}) < len(active):
@@ -99,6 +105,8 @@ class Plan:
 
     def step(self, optimizer: "Optimizer") -> None:
         """Take a step with the gradients that there are."""
+        if any(type(group) is not Group for group in optimizer.param_groups):
+            self.stale = True
         params = [p for group in optimizer.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
         present = [g is not None for g in grads]
@@ -123,7 +131,7 @@ class Plan:
             self.stale = True
             return
         try:
-            self._update.step(self._lists, here, scale, inf)
+            self._update.step(self._lists.params, here, lambda: self._lists, scale, inf)
         except (RuntimeError, NotImplementedError):
             for param, grad in zip(self._lists.params, here, strict=True):
                 check_grad(optimizer, param, grad)
@@ -184,7 +192,8 @@ def _prepare_for_trace(name: str) -> None:
     optimizer = _traced[name]
     plan = optimizer._plan
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    present = [p.requires_grad for p in params]  # a gradient may only come to be inside of what is traced
+    # A gradient may only come to be inside of what is traced.
+    present = [p.requires_grad or p.grad is not None for p in params]
     if not plan._holds(optimizer, params, present):
         plan.prepare(optimizer, params, present)
     plan.live = True
@@ -203,7 +212,7 @@ def _slot(optimizer: "Optimizer", param: Tensor, group: dict[str, Any]) -> Slot:
         if state.get(name) is None:
             state[name] = torch.zeros_like(param, dtype=compute_dtype(param), memory_format=torch.preserve_format)
     if optimizer.counts:
-        step = state.get("step", torch.zeros(()))
+        step = torch.as_tensor(state.get("step", 0), dtype=torch.float32)  # a number in old state dicts
         state["step"] = step if step.device == param.device else placed(step, "step", param)
     first, second = (*(shard(state[name]) for name in names), None)[:2]
     return Slot(first, second, state["step"] if optimizer.counts else None, fresh)

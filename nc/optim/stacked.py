@@ -61,8 +61,6 @@ class Stacked(Optimizer):
         if unknown := sorted({str(r) for r in rules} - _CLASSES.keys()):
             raise ValueError(f"Stacked: unknown rules {', '.join(unknown)}; there are {', '.join(_CLASSES)}")
         classes = [_CLASSES[r] for r in rules]
-        self.names = ("exp_avg", "exp_avg_sq") if Adam.rule in (c.rule for c in classes) else ("exp_avg",)
-        self.counts = len(self.names) > 1
         if coupling is None:
             coupling = torch.tensor([c.default_coupling for c in classes], dtype=torch.float64)
         defaults = {
@@ -75,6 +73,15 @@ class Stacked(Optimizer):
             "rules": [c.rule for c in classes],
         }
         super().__init__(params, defaults, coupling)
+
+    # From the defaults, which a copy or a pickle keeps.
+    @property
+    def names(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("exp_avg", "exp_avg_sq") if self.counts else ("exp_avg",)
+
+    @property
+    def counts(self) -> bool:  # type: ignore[override]
+        return Adam.rule in self.defaults["rules"]
 
     def _rules(self, group: dict[str, Any]) -> list[str]:
         return list(group["rules"])

@@ -248,6 +248,12 @@ def test_stacked_runs_with_a_rule_each_are_the_classes_alone() -> None:
             torch.testing.assert_close(seen.nc0[r], watched[r].nc0, rtol=1e-12, atol=0, equal_nan=True)
             torch.testing.assert_close(seen.update_norm[r], watched[r].update_norm, rtol=1e-12, atol=0, equal_nan=True)
     assert stack[0][3].isnan().any()
+    stack_again, copied = copy.deepcopy((stack, together))
+    for p, q in zip(stack, stack_again, strict=True):
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(p)
+    together.step()
+    copied.step()
+    assert all(torch.equal(p.nan_to_num(7), q.nan_to_num(7)) for p, q in zip(stack, stack_again, strict=True))
     with pytest.raises(ValueError, match="unknown rules sgg; there are sgd"):
         optim.Stacked(stack, ["sgd", "sgg"])
     with pytest.raises(ValueError, match="2 stacked runs"):
