@@ -1,6 +1,7 @@
 """Shared by all tests."""
 
 import os
+import re
 
 # Tests run in parallel, one process per core: more threads than that would fight for the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -11,6 +12,21 @@ import torch
 # Without a GPU, Triton kernels run in Triton's interpreter. Triton must be told before anyone imports it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from nc.kernels.update.launch import why_no_kernel
+
+NO_CPU_KERNEL = why_no_kernel(torch.device("cpu"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "compiled: needs a C++ compiler and the CPU kernel that it made")
+    if NO_CPU_KERNEL:  # then all else must work on the reference, which says so
+        config.addinivalue_line("filterwarnings", f"ignore:plain PyTorch updates.*{re.escape(NO_CPU_KERNEL)}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if NO_CPU_KERNEL and item.get_closest_marker("compiled"):
+        pytest.skip(NO_CPU_KERNEL)
 
 
 @pytest.fixture(autouse=True)

@@ -142,7 +142,8 @@ class Update:
         reason = why_no_kernel(param.device)
         codes, slot = self._hypers[param.device].codes[lists.sets[i]], lists.slots[i]
         rules = {code & 255 for code in codes}
-        if (rules & NEED_FIRST and slot.first is None) or (rules & NEED_SECOND and None in (slot.second, slot.step)):
+        no_second = slot.second is None or slot.step is None
+        if (rules & NEED_FIRST and slot.first is None) or (rules & NEED_SECOND and no_second):
             raise ValueError("a parameter lacks the states that its rule needs")
         if reason is None and (param.dtype not in _DTYPES or grad.dtype not in (param.dtype, torch.float32)):
             reason = f"there is no kernel for {param.dtype} parameters with {grad.dtype} gradients"

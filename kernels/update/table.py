@@ -77,7 +77,6 @@ class HyperTable:
         self.base = np.concatenate([[0], np.cumsum(runs)])
         numbers = {c & 255 for row in codes for c in row}
         self.rule = numbers.pop() if len(numbers) == 1 else MIXED
-        self.key = (values.data_ptr(), *(t.data_ptr() for t in live))
         own = values.data_ptr() + 8 * np.arange(6 * len(codes)).reshape(-1, 6)
         rows = np.zeros((int(self.base[-1]), 8), dtype=np.int64)
         rows[:, :6] = np.repeat(own, runs, axis=0)

@@ -13,7 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
 from nc import optim
-from nc.kernels.update import cpu
 
 # What PyTorch and its compilers say on a GPU is not ours to fix; a fall back to the reference is.
 pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
@@ -339,7 +338,7 @@ def test_bfloat16_parameters_keep_float32_states_through_a_state_dict(device: to
     assert_same(a, b, first, second)
 
 
-@pytest.mark.skipif(not cpu.available(), reason="installed without a C++ compiler")
+@pytest.mark.compiled
 def test_parameters_on_both_devices(device: torch.device) -> None:
     values = [torch.randn(700), torch.randn(40, 30)]
     there, here = (nn.Parameter(v.to(d)) for v, d in zip(values, (device, "cpu"), strict=True))

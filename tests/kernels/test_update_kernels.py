@@ -55,7 +55,7 @@ def launch_triton(
         gpu.launch(table, gpu.Scratch(table), scale, inf)
 
 
-@pytest.fixture(params=["cpu", "triton"])
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.compiled), "triton"])
 def launch(request: pytest.FixtureRequest) -> Launch:
     if request.param == "triton" and torch.cuda.is_available():
         pytest.skip("with a GPU the kernel is tested on it (tests/gpu)")
@@ -288,6 +288,7 @@ def test_row_sum_norms_and_copies(launch: Launch, runs: int, pitch: int) -> None
     assert (extras.norms > again).all()
 
 
+@pytest.mark.compiled
 @settings(max_examples=60, deadline=None)
 @given(
     rule=st.sampled_from(list(RULES)),

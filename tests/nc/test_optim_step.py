@@ -63,6 +63,7 @@ def test_a_thousand_steps_stay_with_torch(ours: Any, theirs: Any, kwargs: dict[s
     assert (ends[0] - exact).abs().max() <= bound
 
 
+@pytest.mark.compiled  # without the kernel there are no launches
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_one_launch_whatever_the_number_of_groups(cls: Any) -> None:
     params = parameters(300)
@@ -80,6 +81,7 @@ def test_one_launch_whatever_the_number_of_groups(cls: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
 
 
+@pytest.mark.compiled
 def test_a_launch_for_each_dtype() -> None:
     params = parameters(2) + parameters(2, torch.bfloat16) + parameters(1, torch.float64)
     optimizer = optim.AdamW(params)
@@ -211,6 +213,7 @@ ALONE: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.compiled
 def test_stacked_runs_with_a_rule_each_are_the_classes_alone() -> None:
     rules = list(ALONE)
     params = [torch.randn(7, 3), torch.randn(5)]
