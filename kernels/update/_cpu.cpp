@@ -4,6 +4,7 @@
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
@@ -233,11 +234,17 @@ PyObject *update(PyObject *, PyObject *args) {
   }
   Py_BEGIN_ALLOW_THREADS;
   std::vector<double> partial(2 * n);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t i = 0; i < n; ++i) {
-    const Row &row = tensors[chunks[i].row];
-    const int64_t start = chunks[i].start, end = std::min<int64_t>(start + size, row.pitch ? row.pitch : row.numel);
-    function(row, hypers[row.hyper], scale, start, end, &partial[2 * i]);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    const int64_t of = omp_get_num_threads(), me = omp_get_thread_num(), until = n * (me + 1) / of;
+    for (int64_t i = n * me / of; i < until;) {
+      const Row &row = tensors[chunks[i].row];
+      const int64_t at = i++, whole = row.pitch ? row.pitch : row.numel;
+      if (!extra)  // a tensor's chunks in one go; but sums chunk by chunk, the same with any number of threads
+        while (i < until && chunks[i].row == chunks[at].row) ++i;
+      const int64_t end = std::min<int64_t>(chunks[i - 1].start + size, whole);
+      function(row, hypers[row.hyper], scale, chunks[at].start, end, &partial[2 * at]);
+    }
   }
   for (int64_t i = 0; i < n_steps; ++i) *reinterpret_cast<float *>(steps[i]) += 1;
   if (norms && !add) std::memset(norms, 0, 2 * runs * sizeof(double));

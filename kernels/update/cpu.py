@@ -8,12 +8,12 @@ from torch import Tensor
 
 from nc.kernels.update.table import Table
 
-#: Elements that a thread takes at a time: a tensor's chunk stays in the second-level cache.
-CHUNK = 16384
+#: The threads share a table's chunks evenly: large tensors are cut as small as makes their shares alike.
+CHUNK = 4096
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Below so many elements a second thread costs more to wake than it saves.
-_SERIAL = 4 * CHUNK
+_SERIAL = 65536
 
 
 @cache
