@@ -211,7 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
 def record_all(options: argparse.Namespace) -> int:
     """Every case that there is time for."""
     end = time.monotonic() + 60 * options.minutes
-    command = f"python -m bench.bench_optim --device {options.device} --seconds {options.seconds:g} --minutes {options.minutes:g}"
+    limits = f"--seconds {options.seconds:g} --minutes {options.minutes:g}"
+    command = f"python -m bench.bench_optim --device {options.device} {limits}"
     record = Record(options.out / f"optim-{options.device}.json", command, options.device, options.commit)
     record.data |= {"tolerance": TOLERANCE, "cases": [], "left_out": []}
     yardsticks: dict[Any, Yardstick] = {}
