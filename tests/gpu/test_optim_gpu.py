@@ -1,6 +1,5 @@
-"""The optimizers on the GPU: one launch, no waiting, CUDA graphs, torch.compile, gradient scaling, stacked runs."""
+"""The optimizers on the GPU: one launch, no waiting, gradient scaling, stacked runs, mixed devices."""
 
-import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,73 +11,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
+from gpu_training import assert_same, batches, captured_step, every_optimizer, train_step, two_networks
 from nc import optim
 
 # What PyTorch and its compilers say on a GPU is not ours to fix; a fall back to the reference is.
 pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
-
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "sgd": lambda params, lr=0.1: optim.SGD(params, lr=lr, momentum=0.9, weight_decay=0.01),
-    "signumw": lambda params, lr=0.01: optim.SignumW(params, lr=lr, weight_decay=0.01),
-    "adam": lambda params, lr=0.01: optim.Adam(params, lr=lr, weight_decay=0.01, coupling=0.5),
-    "lion": lambda params, lr=0.01: optim.Lion(params, lr=lr, weight_decay=0.01),
-}
-every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-
-
-class Network(nn.Module):
-    """Two layers of products and sums, which are the same bits at every run; matrix products need not be."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden = nn.Parameter(torch.randn(32, 20) / 5)
-        self.bias = nn.Parameter(torch.zeros(32))
-        self.fc = nn.Linear(32, 10, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = torch.tanh((x[:, None, :] * self.hidden).sum(-1) + self.bias)
-        return (hidden[:, None, :] * self.fc.weight).sum(-1)
-
-
-def two_networks(device: torch.device) -> tuple[Network, Network]:
-    model = Network().to(device)
-    return model, copy.deepcopy(model)
-
-
-def batches(device: torch.device, count: int) -> list[Tensor]:
-    return [torch.randn(16, 20).to(device) for _ in range(count)]
-
-
-def train_step(model: nn.Module, optimizer: Any, x: Tensor) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    (model(x) - 1).square().mean().backward()
-    optimizer.step()
-
-
-def captured_step(model: nn.Module, optimizer: Any, x: Tensor) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of a train step with whatever is in x."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        train_step(model, optimizer, x)
-    return graph
-
-
-def warm_up(step: Callable[[], Any], times: int = 3) -> None:
-    """Steps on a stream of their own, as PyTorch asks for before a capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(times):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-def assert_same(a: nn.Module, b: nn.Module, first: Any, second: Any) -> None:
-    """Parameters and states, bit for bit."""
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        assert torch.equal(p, q)
-        assert first.state[p].keys() == second.state[q].keys()
-        assert all(torch.equal(first.state[p][name], second.state[q][name]) for name in first.state[p])
 
 
 def gpu_work(step: Callable[[], Any], folder: Path) -> dict[str, list[str]]:
@@ -161,70 +98,6 @@ def test_a_step_does_not_wait_for_the_gpu(device: torch.device, make: Any, reque
         data[0].sum().item()  # and the test would notice
 
 
-@pytest.mark.parametrize("lr", ["number", "tensor"])
-@every_optimizer
-def test_a_captured_train_step_equals_an_eager_one_and_follows_the_schedule(
-    device: torch.device, make: Any, lr: str
-) -> None:
-    a, b = two_networks(device)
-    rates = [torch.tensor(0.02, dtype=torch.float64, device=device) if lr == "tensor" else 0.02 for _ in range(2)]
-    first, second = make(a.parameters(), lr=rates[0]), make(b.parameters(), lr=rates[1])
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)) for o in (first, second)]
-    x, data = torch.randn(16, 20).to(device), batches(device, 12)
-    warm_up(lambda: train_step(a, first, x))
-    for _ in range(3):
-        train_step(b, second, x)
-    graph = captured_step(a, first, x)
-    for batch in data:
-        x.copy_(batch)
-        graph.replay()
-        train_step(b, second, batch)
-        for schedule in schedules:
-            schedule.step()
-    torch.cuda.synchronize()
-    assert float(first.param_groups[0]["lr"]) == pytest.approx(0.02 / 13)
-    assert_same(a, b, first, second)
-
-
-def test_a_graph_outlives_eager_steps_with_other_gradients(device: torch.device) -> None:
-    """The graph's table must stay as it was, wherever an eager step finds its gradients, and whatever is allocated."""
-    a, b = two_networks(device)
-    first, second = optim.Adam(a.parameters(), lr=0.01), optim.Adam(b.parameters(), lr=0.01)
-    grads = [[torch.randn_like(p) for p in a.parameters()] for _ in range(3)]
-
-    def step(model: nn.Module, optimizer: Any, which: list[Tensor]) -> None:
-        for p, g in zip(model.parameters(), which, strict=True):
-            p.grad = g
-        optimizer.step()
-
-    warm_up(lambda: step(a, first, grads[0]))
-    for _ in range(3):
-        step(b, second, grads[0])
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(a, first, grads[0])
-    for k in range(6):
-        other = grads[1 + k % 2]
-        step(a, first, other)
-        step(b, second, other)
-        # Were the graph's table freed, this would be written over it: a table of nothing, which harms nobody.
-        garbage = [torch.zeros(n, dtype=torch.int64, device=device) for n in (12, 36, 64, 512, 5000) * 20]
-        graph.replay()
-        step(b, second, grads[0])
-        torch.cuda.synchronize()
-        del garbage
-    assert_same(a, b, first, second)
-
-
-def test_a_capture_before_the_first_step_is_refused(device: torch.device) -> None:
-    model, _ = two_networks(device)
-    optimizer = optim.Adam(model.parameters())
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    with pytest.raises(RuntimeError, match="must take a step"), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        optimizer.step()
-
-
 @every_optimizer
 def test_grad_scaler(device: torch.device, make: Any) -> None:
     a, b = two_networks(device)
@@ -241,31 +114,6 @@ def test_grad_scaler(device: torch.device, make: Any) -> None:
             train_step(b, second, x)
     assert scaler.get_scale() == 512
     assert_same(a, b, first, second)  # scales are powers of two
-
-
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("name", ["sgd", "adam"])
-def test_compiled_steps_follow_the_learning_rate_without_compiling_again(
-    device: torch.device, name: str, mode: str
-) -> None:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    a, b = two_networks(device)
-    first, second = (OPTIMIZERS[name](m.parameters()) for m in (a, b))
-    compiled = torch.compile(lambda: first.step(), mode=mode)
-    for k in range(8):
-        for p, q in zip(a.parameters(), b.parameters(), strict=True):
-            if p.grad is None:
-                p.grad, q.grad = torch.empty_like(p), torch.empty_like(q)
-            q.grad.normal_()
-            p.grad.copy_(q.grad)
-        for optimizer in (first, second):
-            optimizer.param_groups[0]["lr"] = 0.1 / (1 + k)
-        compiled()
-        second.step()
-    torch.cuda.synchronize()
-    assert_same(a, b, first, second)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_what_is_observed(device: torch.device) -> None:

@@ -3,93 +3,20 @@
 There Adam's bias corrections, by exp and log where the reference has a power, may differ in the last digits.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
-from nc.kernels.update.reference import RULES, Settings, Slot, compute_dtype, update_reference
+from nc.kernels.update.reference import RULES, Settings, Slot, update_reference
 from nc.kernels.update.table import HYPERS, Extras, HyperTable, Lists, Table, code
+from update_twins import DTYPES, Twins, hyper_table, launch_triton, numbers, slot_for
 
 # What PyTorch and its compilers say on a GPU is not ours to fix; a fall back to the reference is.
 pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
 
-DTYPES = {
-    "fp32": (torch.float32, torch.float32),
-    "fp64": (torch.float64, torch.float64),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16),
-    "bf16-fp32-grad": (torch.bfloat16, torch.float32),
-    "fp16-fp32-grad": (torch.float16, torch.float32),
-}
 SHAPES: list[tuple[int, ...]] = [
     (0,), (), (1,), (63,), (1000,), (3, 5, 7, 2), (511,), (512,), (513,), (4095,), (4096,), (4097,), (3, 100_001)
 ]  # fmt: skip
-BETAS = {"sgd": (0.9, 0.3), "signum": (0.9, 0.0), "adam": (0.9, 0.999), "lion": (0.9, 0.99)}
-
-
-def numbers(rule: str, **changes: float) -> dict[str, Any]:
-    beta1, beta2 = BETAS[rule]
-    start = {"lr": 0.05, "weight_decay": 0.3, "coupling": 0.4, "beta1": beta1, "beta2": beta2, "eps": 1e-8}
-    return start | changes
-
-
-def hyper_table(device: torch.device, rules: Sequence[str], values: Sequence[dict[str, Any]], **flags: bool) -> Any:
-    rows = torch.tensor([[v[name] for name in HYPERS] for v in values], dtype=torch.float64)
-    return HyperTable(rows.to(device), [], [], [[code(rule, **flags)] for rule in rules])
-
-
-def launch(
-    lists: Lists, grads: Sequence[Tensor], hypers: HyperTable, scale: Tensor | None = None, inf: Tensor | None = None
-) -> None:
-    from nc.kernels.update import gpu
-
-    table = Table(lists, grads[0].dtype, hypers, gpu.block(lists.params[0].dtype), gpu.CHUNK)
-    table.point([p.data_ptr() for p in lists.params], [g.data_ptr() for g in grads])
-    gpu.launch(table, gpu.Scratch(table), scale, inf)
-
-
-def like(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """The same elements at the same places of memory, on another device."""
-    twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
-    return twin.copy_(tensor)
-
-
-def slot_for(rule: str, param: Tensor) -> Slot:
-    first, second = (torch.zeros_like(param, dtype=compute_dtype(param)) for _ in range(2))
-    adam = rule == "adam"
-    return Slot(first, second if adam else None, torch.zeros((), device=param.device) if adam else None)
-
-
-class Twins:
-    """Parameters and their states on the GPU, for the kernel, and on the CPU, for the reference."""
-
-    def __init__(self, rule: str, params: list[Tensor]) -> None:
-        self.rule, self.device = rule, params[0].device
-        self.ours = Lists(params, [slot_for(rule, p) for p in params], [0] * len(params))
-        theirs = [like(p, "cpu") for p in params]
-        self.theirs = Lists(theirs, [slot_for(rule, p) for p in theirs], [0] * len(params))
-
-    def step(self, grads: list[Tensor], h: dict[str, Any], **flags: bool) -> None:
-        launch(self.ours, grads, hyper_table(self.device, [self.rule], [h], **flags))
-        settings = Settings(**h, **flags)
-        update_reference(self.rule, self.theirs.params, [like(g, "cpu") for g in grads], self.theirs.slots, settings)
-
-    def check(self, tolerance: float = 0.0) -> None:
-        for name, ours, theirs in self.pairs():
-            torch.testing.assert_close(
-                ours.cpu(), theirs, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-            )
-
-    def pairs(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        for i, (a, b) in enumerate(zip(self.ours.params, self.theirs.params, strict=True)):
-            yield f"parameter {i} {tuple(a.shape)}", a, b
-        for i, (s, t) in enumerate(zip(self.ours.slots, self.theirs.slots, strict=True)):
-            for name in ("first", "second", "step"):
-                if getattr(s, name) is not None:
-                    yield f"{name} {i}", getattr(s, name), getattr(t, name)
 
 
 def normal(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -102,7 +29,9 @@ def test_every_rule_and_dtype(device: torch.device, rule: str, dtypes: tuple[tor
     dtype, grad_dtype = dtypes
     twins = Twins(rule, [normal(shape, device, dtype) for shape in SHAPES])
     for k in range(4):
-        twins.step([normal(shape, device, grad_dtype) for shape in SHAPES], numbers(rule), maximize=k == 3)
+        twins.step(
+            launch_triton, [normal(shape, device, grad_dtype) for shape in SHAPES], numbers(rule), maximize=k == 3
+        )
         twins.check(1e-12 if dtype == torch.float64 and rule == "adam" else 0.0)
 
 
@@ -111,7 +40,7 @@ def test_twenty_steps_with_other_hyperparameters_at_each(device: torch.device, r
     twins = Twins(rule, [normal((4000,), device)])
     for k in range(20):
         h = numbers(rule, lr=0.1 / (k + 1), coupling=k / 19, weight_decay=0.1 * (k % 3), beta1=0.04 * k)
-        twins.step([normal((4000,), device)], h)
+        twins.step(launch_triton, [normal((4000,), device)], h)
     twins.check()
 
 
@@ -127,7 +56,7 @@ def test_layouts(device: torch.device, rule: str) -> None:
     ]
     twins = Twins(rule, params)
     for _ in range(3):
-        twins.step([torch.randn_like(p) for p in params], numbers(rule))
+        twins.step(launch_triton, [torch.randn_like(p) for p in params], numbers(rule))
     twins.check()
 
 
@@ -138,7 +67,7 @@ def test_unaligned_views_and_their_neighbours(device: torch.device, rule: str, d
     before = buffer.clone()
     params = [buffer[1:1400], buffer[1403:5404], buffer[5405:5406], buffer[5408:8999]]
     twins = Twins(rule, params)
-    twins.step([normal((p.numel() + 3,), device, dtype)[3:] for p in params], numbers(rule))
+    twins.step(launch_triton, [normal((p.numel() + 3,), device, dtype)[3:] for p in params], numbers(rule))
     twins.check(1e-12 if dtype == torch.float64 and rule == "adam" else 0.0)
     outside = [0, *range(1400, 1403), 5404, 5406, 5407, 8999]
     assert torch.equal(buffer[outside], before[outside])
@@ -154,7 +83,7 @@ def test_nan_inf_and_subnormal_numbers(device: torch.device, rule: str, dtype: t
         grad = normal((700,), device, dtype)
         grad[::7], grad[1::7], grad[2::7], grad[3::7] = float("nan"), float("inf"), -float("inf"), 0.0
         grad[4::7] *= torch.finfo(dtype).tiny
-        twins.step([grad], numbers(rule))
+        twins.step(launch_triton, [grad], numbers(rule))
     twins.check()
     assert twins.ours.params[0][4::7].isfinite().all()
 
@@ -168,9 +97,9 @@ def test_thousands_of_tensors_each_with_its_own_rule_and_numbers(device: torch.d
     slots = [slot_for(r, p) for r, p in zip(rules, params, strict=True)]
     copies, copied_grads = [p.cpu() for p in params], [g.cpu() for g in grads]
     twins = [slot_for(r, p) for r, p in zip(rules, copies, strict=True)]
-    table = hyper_table(device, rules, values)
+    table = hyper_table(rules, values, device)
     for _ in range(2):
-        launch(Lists(params, slots, list(range(count))), grads, table)
+        launch_triton(Lists(params, slots, list(range(count))), grads, table)
         for i, rule in enumerate(rules):
             update_reference(rule, copies[i : i + 1], copied_grads[i : i + 1], twins[i : i + 1], Settings(**values[i]))
     assert all(torch.equal(a.cpu(), b) for a, b in zip(params, copies, strict=True))
@@ -191,7 +120,7 @@ def test_stacked_runs_each_with_a_rule(device: torch.device, size: tuple[int, ..
     slot, twin = slot_for("adam", param), slot_for("adam", copy)
     for _ in range(3):
         grad = normal((5, *size), device)
-        launch(Lists([param], [slot], [0]), [grad], table)
+        launch_triton(Lists([param], [slot], [0]), [grad], table)
         update_reference(rules, [copy], [grad.cpu()], [twin], Settings(**vectors))
         live[0].mul_(0.5)  # seen by the next step
         vectors["lr"].mul_(0.5)
@@ -204,10 +133,10 @@ def test_stacked_runs_each_with_a_rule(device: torch.device, size: tuple[int, ..
 def test_scaled_gradients_and_a_step_that_is_skipped(device: torch.device, rule: str) -> None:
     twins = Twins(rule, [normal((600,), device), normal((3,), device)])
     grads = [normal((600,), device) * 3e4, normal((3,), device) * 3e4]
-    table = hyper_table(device, [rule], [numbers(rule)])
+    table = hyper_table([rule], [numbers(rule)], device)
     scale, inf = torch.full((), 3e4, device=device), torch.zeros(1, device=device)
-    launch(twins.ours, grads, table, scale, inf)
-    launch(twins.ours, grads, table, scale, inf + 1)
+    launch_triton(twins.ours, grads, table, scale, inf)
+    launch_triton(twins.ours, grads, table, scale, inf + 1)
     update_reference(
         rule, twins.theirs.params, [g.cpu() for g in grads], twins.theirs.slots, Settings(**numbers(rule)),
         grad_scale=scale.cpu(),
@@ -238,7 +167,7 @@ def test_row_sum_norms_and_copies(device: torch.device, runs: int, pitch: int) -
         for param, start in zip(params, before, strict=True):
             param.copy_(start)
         lists = Lists(params, [slot_for("adam", p) for p in params], [0, 0, 0], extras)
-        launch(lists, grads, table, torch.full((), 2.0, device=device))
+        launch_triton(lists, grads, table, torch.full((), 2.0, device=device))
         seen.append(extras.norms.clone())
     assert torch.equal(seen[0], seen[1])  # the same order of summation every time
     assert torch.equal(seen[0], seen[2])
@@ -259,7 +188,7 @@ def test_every_step_is_counted_once_whoever_comes_last(device: torch.device) -> 
     slots = [slot_for("adam", p) for p in params]
     norms = torch.zeros(1, 2, dtype=torch.float64, device=device)
     lists = Lists(params, slots, [0, 0], Extras(norms=norms))
-    grads, hypers = [torch.ones_like(p) for p in params], hyper_table(device, ["adam"], [numbers("adam")])
+    grads, hypers = [torch.ones_like(p) for p in params], hyper_table(["adam"], [numbers("adam")], device)
     table = Table(lists, torch.float32, hypers, gpu.block(torch.float32), gpu.CHUNK)
     table.point([p.data_ptr() for p in params], [g.data_ptr() for g in grads])
     scratch = gpu.Scratch(table)
@@ -276,5 +205,5 @@ def test_tensors_of_more_than_two_to_the_31_elements(device: torch.device) -> No
     param = torch.ones(count, dtype=torch.bfloat16, device=device)
     grad = torch.full_like(param, 2.0)
     h = numbers("sgd", lr=0.5, weight_decay=0.0, beta1=0.0)
-    launch(Lists([param], [Slot()], [0]), [grad], hyper_table(device, ["sgd"], [h]))
+    launch_triton(Lists([param], [Slot()], [0]), [grad], hyper_table(["sgd"], [h], device))
     assert not param.any()  # 1 − 0.5 · 2, everywhere

@@ -5,54 +5,18 @@ they may differ in the last digits, which float32 does not see. And Triton's int
 rounds: in a step a weight may be one unit in its last place (2⁻⁷ relative) off.
 """
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from nc.kernels.update import cpu
-from nc.kernels.update.reference import RULES, Settings, Slot, compute_dtype, update_reference
-from nc.kernels.update.table import HYPERS, Extras, HyperTable, Lists, Table, code
+from nc.kernels.update.reference import RULES, Settings, Slot, update_reference
+from nc.kernels.update.table import HYPERS, Extras, HyperTable, Lists, code
+from update_twins import DTYPES, Launch, Twins, hyper_table, launch_cpu, launch_triton, numbers, slot_for
 
-DTYPES = {
-    "fp32": (torch.float32, torch.float32),
-    "fp64": (torch.float64, torch.float64),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16),
-    "bf16-fp32-grad": (torch.bfloat16, torch.float32),
-    "fp16-fp32-grad": (torch.float16, torch.float32),
-}
 SHAPES: list[tuple[int, ...]] = [(0,), (), (1,), (63,), (1000,), (3, 5, 7, 2), (512,), (4096,), (5000,)]
-NAMES = {"sgd": (0.9, 0.3), "signum": (0.9, 0.0), "adam": (0.9, 0.999), "lion": (0.9, 0.99)}
-Launch = Callable[[Lists, Sequence[Tensor], HyperTable, Tensor | None, Tensor | None], None]
-
-
-def launch_cpu(
-    lists: Lists, grads: Sequence[Tensor], hypers: HyperTable, scale: Tensor | None = None, inf: Tensor | None = None
-) -> None:
-    table = Table(lists, grads[0].dtype, hypers, cpu.CHUNK, cpu.CHUNK)
-    table.point([p.data_ptr() for p in lists.params], [g.data_ptr() for g in grads])
-    cpu.launch(table, scale, inf)
-
-
-def launch_triton(
-    lists: Lists, grads: Sequence[Tensor], hypers: HyperTable, scale: Tensor | None = None, inf: Tensor | None = None
-) -> None:
-    from nc.kernels.update import gpu
-
-    table = Table(lists, grads[0].dtype, hypers, gpu.block(lists.params[0].dtype), gpu.CHUNK)
-    table.point([p.data_ptr() for p in lists.params], [g.data_ptr() for g in grads])
-    # Behind the interpreter, numpy warns of NaN and of log 0, and of how Triton 3.6's interpreter makes loop bounds.
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        gpu.launch(table, gpu.Scratch(table), scale, inf)
 
 
 @pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.compiled), "triton"])
@@ -62,78 +26,19 @@ def launch(request: pytest.FixtureRequest) -> Launch:
     return {"cpu": launch_cpu, "triton": launch_triton}[request.param]
 
 
-def hyper_table(rules: Sequence[str], values: Sequence[dict[str, Any]], **flags: bool) -> HyperTable:
-    numbers = torch.tensor([[v[name] for name in HYPERS] for v in values], dtype=torch.float64)
-    return HyperTable(numbers, [], [], [[code(rule, **flags)] for rule in rules])
-
-
-def numbers(rule: str, **changes: float) -> dict[str, float]:
-    beta1, beta2 = NAMES[rule]
-    start = {"lr": 0.05, "weight_decay": 0.3, "coupling": 0.4, "beta1": beta1, "beta2": beta2, "eps": 1e-8}
-    return start | changes
-
-
-def slot_for(rule: str, param: Tensor, fresh: bool = False) -> Slot:
-    state = [torch.zeros_like(param, dtype=compute_dtype(param)) for _ in range(2)]
-    return Slot(state[0], *([state[1], torch.tensor(0.0)] if rule == "adam" else [None, None]), fresh=fresh)
-
-
-@dataclass
-class Case:
-    """The same parameters and states twice: for a kernel and for the reference."""
-
-    rule: str
-    ours: Lists
-    theirs: Lists
-
-    @staticmethod
-    def of(rule: str, params: list[Tensor]) -> "Case":
-        both = [
-            Lists(ps, [slot_for(rule, p) for p in ps], [0] * len(ps)) for ps in (params, [_twin(p) for p in params])
-        ]
-        return Case(rule, *both)
-
-    def step(self, launch: Launch, grads: list[Tensor], h: dict[str, Any], **flags: bool) -> None:
-        launch(self.ours, grads, hyper_table([self.rule], [h], **flags), None, None)
-        update_reference(self.rule, self.theirs.params, grads, self.theirs.slots, Settings(**h, **flags))
-
-    def check(self, rtol: float = 0.0, atol: float = 0.0) -> None:
-        for name, ours, theirs in self.pairs():
-            if theirs is None:
-                assert ours is None
-            elif rtol == 0:
-                torch.testing.assert_close(
-                    ours, theirs, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-                )
-            else:
-                torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
-
-    def pairs(self) -> Iterator[tuple[str, Any, Any]]:
-        for i, (a, b) in enumerate(zip(self.ours.params, self.theirs.params, strict=True)):
-            yield f"parameter {i}", a, b
-        for i, (s, t) in enumerate(zip(self.ours.slots, self.theirs.slots, strict=True)):
-            for name in ("first", "second", "step"):
-                yield f"{name} {i}", getattr(s, name), getattr(t, name)
-
-
-def _twin(tensor: Tensor) -> Tensor:
-    twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-    return twin.copy_(tensor)
-
-
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_every_rule_and_dtype(launch: Launch, rule: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     torch.manual_seed(0)
     dtype, grad_dtype = dtypes
-    case = Case.of(rule, [torch.randn(shape).to(dtype) for shape in SHAPES])
+    twins = Twins(rule, [torch.randn(shape).to(dtype) for shape in SHAPES])
     cut_off = launch is launch_triton and dtype == torch.bfloat16
     tolerance = 2**-7 if cut_off else 1e-14 if dtype == torch.float64 and rule == "adam" else 0.0
     for k in range(4):
         grads = [torch.randn(shape).to(grad_dtype) for shape in SHAPES]
-        case.step(launch, grads, numbers(rule), maximize=k == 3)
-        case.check(tolerance, tolerance)
-        for _, ours, theirs in case.pairs() if cut_off else ():
+        twins.step(launch, grads, numbers(rule), maximize=k == 3)
+        twins.check(tolerance)
+        for _, ours, theirs in twins.pairs() if cut_off else ():
             if ours is not None:
                 ours.copy_(theirs)
 
@@ -148,12 +53,12 @@ def test_layouts(launch: Launch, rule: str) -> None:
         torch.randn(40, 30).T,
         torch.randn(1, 7, 1, 5).to(memory_format=torch.channels_last),
     ]
-    case = Case.of(rule, params)
+    twins = Twins(rule, params)
     for _ in range(3):
         grads = [torch.randn_like(p) for p in params]
-        assert all(case.ours.fits(i, g, 1) for i, g in enumerate(grads))
-        case.step(launch, grads, numbers(rule))
-    case.check()
+        assert all(twins.ours.fits(i, g, 1) for i, g in enumerate(grads))
+        twins.step(launch, grads, numbers(rule))
+    twins.check()
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -162,23 +67,23 @@ def test_unaligned_views_and_their_neighbours(launch: Launch, rule: str) -> None
     buffer = torch.randn(9000)
     before = buffer.clone()
     params = [buffer[1:1400], buffer[1403:5404], buffer[5405:5406], buffer[5408:8999]]
-    case = Case.of(rule, params)
+    twins = Twins(rule, params)
     grads = [torch.randn(p.numel() + 3)[3:] for p in params]
-    case.step(launch, grads, numbers(rule))
-    case.check()
+    twins.step(launch, grads, numbers(rule))
+    twins.check()
     outside = [0, *range(1400, 1403), 5404, 5406, 5407, 8999]
     assert torch.equal(buffer[outside], before[outside])
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_nan_and_inf_spread_as_in_the_reference(launch: Launch, rule: str) -> None:
-    case = Case.of(rule, [torch.ones(600)])
+    twins = Twins(rule, [torch.ones(600)])
     for _ in range(3):
         grad = torch.randn(600)
         grad[::7], grad[1::7], grad[2::7], grad[3::7] = float("nan"), float("inf"), -float("inf"), 0.0
-        case.step(launch, [grad], numbers(rule))
-    case.check()
-    assert case.ours.params[0][4::7].isfinite().all()
+        twins.step(launch, [grad], numbers(rule))
+    twins.check()
+    assert twins.ours.params[0][4::7].isfinite().all()
 
 
 def test_sgd_without_momentum_and_its_first_step_and_nesterov(launch: Launch) -> None:
@@ -242,14 +147,14 @@ def test_stacked_runs_each_with_a_rule(launch: Launch, size: tuple[int, ...]) ->
 @pytest.mark.parametrize("rule", RULES)
 def test_scaled_gradients_and_a_step_that_is_skipped(launch: Launch, rule: str) -> None:
     torch.manual_seed(0)
-    case = Case.of(rule, [torch.randn(600), torch.randn(3)])
+    twins = Twins(rule, [torch.randn(600), torch.randn(3)])
     grads = [torch.randn(600) * 1024, torch.randn(3) * 1024]
     table = hyper_table([rule], [numbers(rule)])
     scale, inf = torch.tensor([1024.0]), torch.tensor([0.0])
-    launch(case.ours, grads, table, scale, inf)
-    launch(case.ours, grads, table, scale, inf + 1)
-    update_reference(rule, case.theirs.params, grads, case.theirs.slots, Settings(**numbers(rule)), grad_scale=scale)
-    case.check()
+    launch(twins.ours, grads, table, scale, inf)
+    launch(twins.ours, grads, table, scale, inf + 1)
+    update_reference(rule, twins.theirs.params, grads, twins.theirs.slots, Settings(**numbers(rule)), grad_scale=scale)
+    twins.check()
 
 
 @pytest.mark.parametrize("pitch", [17, 640], ids=["unaligned", "aligned"])
@@ -306,7 +211,7 @@ def test_any_hyperparameters(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     h = {"lr": lr, "weight_decay": decay, "coupling": coupling, "beta1": beta1, "beta2": beta2, "eps": eps}
-    case = Case.of(rule, [torch.randn(size, generator=generator)])
+    twins = Twins(rule, [torch.randn(size, generator=generator)])
     for _ in range(3):
-        case.step(launch_cpu, [torch.randn(size, generator=generator)], h)
-    case.check()
+        twins.step(launch_cpu, [torch.randn(size, generator=generator)], h)
+    twins.check()

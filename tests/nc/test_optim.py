@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from nc import optim
+from small_network import network, weights
 
 PAIRS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "SGD": (optim.SGD, torch.optim.SGD, {"lr": 0.05}),
@@ -35,15 +36,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
         x = torch.randn(16, 6, generator=generator, dtype=dtype)
         nn.functional.cross_entropy(model(x), torch.arange(16) % 3).backward()
         optimizer.step()
-
-
-def network(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from nc import optim
+from small_network import network
 
 # Of torch, not of ours: a schedule does not see that a compiled step has run.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
@@ -25,10 +26,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def network(runs: int = 0) -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-    for p in model.parameters() if runs else ():
+def stacked(runs: int) -> nn.Module:
+    """The network with its parameters as often as there are runs; it holds them and cannot be called."""
+    model = network()
+    for p in model.parameters():
         p.data = p.data.repeat(runs, *[1] * p.dim())
     return model
 
@@ -93,7 +94,7 @@ def test_a_learning_rate_in_a_tensor_is_turned_in_place(cls: Any) -> None:
 def test_stacked_runs() -> None:
     rules = ["sgd", "adamw", "signum", "lion"]
     lr = torch.tensor([0.1, 0.01, 0.01, 0.01], dtype=torch.float64)
-    a, b = network(len(rules)), network(len(rules))
+    a, b = stacked(len(rules)), stacked(len(rules))
     first, second = (optim.Stacked(m.parameters(), rules, lr=lr, momentum=0.9) for m in (a, b))
     step, counter = compiled(second)
     for seed in range(4):

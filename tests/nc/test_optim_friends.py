@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 
 from nc import optim
+from small_network import network, weights
 
 PAIRS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "SGD": (optim.SGD, torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}),
@@ -44,18 +45,9 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def network(dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)).to(dtype)
-
-
 def loss_of(model: nn.Module, seed: int) -> Tensor:
     x = torch.randn(16, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return nn.functional.cross_entropy(model(x.to(next(model.parameters()).dtype)), torch.arange(16) % 3)
-
-
-def weights(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("name", PAIRS)

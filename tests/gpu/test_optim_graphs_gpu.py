@@ -1,0 +1,113 @@
+"""The optimizers in CUDA graphs and under torch.compile."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gpu_training import OPTIMIZERS, assert_same, batches, captured_step, every_optimizer, train_step, two_networks
+from nc import optim
+
+# What PyTorch and its compilers say on a GPU is not ours to fix; a fall back to the reference is.
+pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
+
+
+def warm_up(step: Callable[[], Any], times: int = 3) -> None:
+    """Steps on a stream of their own, as PyTorch asks for before a capture."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(times):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+@pytest.mark.parametrize("lr", ["number", "tensor"])
+@every_optimizer
+def test_a_captured_train_step_equals_an_eager_one_and_follows_the_schedule(
+    device: torch.device, make: Any, lr: str
+) -> None:
+    a, b = two_networks(device)
+    rates = [torch.tensor(0.02, dtype=torch.float64, device=device) if lr == "tensor" else 0.02 for _ in range(2)]
+    first, second = make(a.parameters(), lr=rates[0]), make(b.parameters(), lr=rates[1])
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)) for o in (first, second)]
+    x, data = torch.randn(16, 20).to(device), batches(device, 12)
+    warm_up(lambda: train_step(a, first, x))
+    for _ in range(3):
+        train_step(b, second, x)
+    graph = captured_step(a, first, x)
+    for batch in data:
+        x.copy_(batch)
+        graph.replay()
+        train_step(b, second, batch)
+        for schedule in schedules:
+            schedule.step()
+    torch.cuda.synchronize()
+    assert float(first.param_groups[0]["lr"]) == pytest.approx(0.02 / 13)
+    assert_same(a, b, first, second)
+
+
+def test_a_graph_outlives_eager_steps_with_other_gradients(device: torch.device) -> None:
+    """The graph's table must stay as it was, wherever an eager step finds its gradients, and whatever is allocated."""
+    a, b = two_networks(device)
+    first, second = optim.Adam(a.parameters(), lr=0.01), optim.Adam(b.parameters(), lr=0.01)
+    grads = [[torch.randn_like(p) for p in a.parameters()] for _ in range(3)]
+
+    def step(model: nn.Module, optimizer: Any, which: list[Tensor]) -> None:
+        for p, g in zip(model.parameters(), which, strict=True):
+            p.grad = g
+        optimizer.step()
+
+    warm_up(lambda: step(a, first, grads[0]))
+    for _ in range(3):
+        step(b, second, grads[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(a, first, grads[0])
+    for k in range(6):
+        other = grads[1 + k % 2]
+        step(a, first, other)
+        step(b, second, other)
+        # Were the graph's table freed, this would be written over it: a table of nothing, which harms nobody.
+        garbage = [torch.zeros(n, dtype=torch.int64, device=device) for n in (12, 36, 64, 512, 5000) * 20]
+        graph.replay()
+        step(b, second, grads[0])
+        torch.cuda.synchronize()
+        del garbage
+    assert_same(a, b, first, second)
+
+
+def test_a_capture_before_the_first_step_is_refused(device: torch.device) -> None:
+    model, _ = two_networks(device)
+    optimizer = optim.Adam(model.parameters())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="must take a step"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_compiled_steps_follow_the_learning_rate_without_compiling_again(
+    device: torch.device, name: str, mode: str
+) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    a, b = two_networks(device)
+    first, second = (OPTIMIZERS[name](m.parameters()) for m in (a, b))
+    compiled = torch.compile(lambda: first.step(), mode=mode)
+    for k in range(8):
+        for p, q in zip(a.parameters(), b.parameters(), strict=True):
+            if p.grad is None:
+                p.grad, q.grad = torch.empty_like(p), torch.empty_like(q)
+            q.grad.normal_()
+            p.grad.copy_(q.grad)
+        for optimizer in (first, second):
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + k)
+        compiled()
+        second.step()
+    torch.cuda.synchronize()
+    assert_same(a, b, first, second)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

@@ -1,0 +1,64 @@
+"""Small models, optimizers and train steps for the tests that need a GPU."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nc import optim
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "sgd": lambda params, lr=0.1: optim.SGD(params, lr=lr, momentum=0.9, weight_decay=0.01),
+    "signumw": lambda params, lr=0.01: optim.SignumW(params, lr=lr, weight_decay=0.01),
+    "adam": lambda params, lr=0.01: optim.Adam(params, lr=lr, weight_decay=0.01, coupling=0.5),
+    "lion": lambda params, lr=0.01: optim.Lion(params, lr=lr, weight_decay=0.01),
+}
+every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+
+
+class Network(nn.Module):
+    """Two layers of products and sums, which are the same bits at every run; matrix products need not be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Parameter(torch.randn(32, 20) / 5)
+        self.bias = nn.Parameter(torch.zeros(32))
+        self.fc = nn.Linear(32, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh((x[:, None, :] * self.hidden).sum(-1) + self.bias)
+        return (hidden[:, None, :] * self.fc.weight).sum(-1)
+
+
+def two_networks(device: torch.device) -> tuple[Network, Network]:
+    model = Network().to(device)
+    return model, copy.deepcopy(model)
+
+
+def batches(device: torch.device, count: int) -> list[Tensor]:
+    return [torch.randn(16, 20).to(device) for _ in range(count)]
+
+
+def train_step(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    (model(x) - 1).square().mean().backward()
+    optimizer.step()
+
+
+def captured_step(model: nn.Module, optimizer: Any, x: Tensor) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of a train step with whatever is in x."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train_step(model, optimizer, x)
+    return graph
+
+
+def assert_same(a: nn.Module, b: nn.Module, first: Any, second: Any) -> None:
+    """Parameters and states, bit for bit."""
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert first.state[p].keys() == second.state[q].keys()
+        assert all(torch.equal(first.state[p][name], second.state[q][name]) for name in first.state[p])

@@ -1,0 +1,105 @@
+"""Parameters updated twice, by a kernel and by the reference: what the tests of the update kernels share."""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nc.kernels.update import cpu
+from nc.kernels.update.reference import Settings, Slot, compute_dtype, update_reference
+from nc.kernels.update.table import HYPERS, HyperTable, Lists, Table, code
+
+Launch = Callable[[Lists, Sequence[Tensor], HyperTable, Tensor | None, Tensor | None], None]
+#: Of parameters and gradients.
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "fp64": (torch.float64, torch.float64),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "bf16-fp32-grad": (torch.bfloat16, torch.float32),
+    "fp16-fp32-grad": (torch.float16, torch.float32),
+}
+_BETAS = {"sgd": (0.9, 0.3), "signum": (0.9, 0.0), "adam": (0.9, 0.999), "lion": (0.9, 0.99)}
+
+
+def launch_cpu(
+    lists: Lists, grads: Sequence[Tensor], hypers: HyperTable, scale: Tensor | None = None, inf: Tensor | None = None
+) -> None:
+    table = Table(lists, grads[0].dtype, hypers, cpu.CHUNK, cpu.CHUNK)
+    table.point([p.data_ptr() for p in lists.params], [g.data_ptr() for g in grads])
+    cpu.launch(table, scale, inf)
+
+
+def launch_triton(
+    lists: Lists, grads: Sequence[Tensor], hypers: HyperTable, scale: Tensor | None = None, inf: Tensor | None = None
+) -> None:
+    """On the GPU, or in Triton's interpreter."""
+    from nc.kernels.update import gpu
+
+    table = Table(lists, grads[0].dtype, hypers, gpu.block(lists.params[0].dtype), gpu.CHUNK)
+    table.point([p.data_ptr() for p in lists.params], [g.data_ptr() for g in grads])
+    # Behind the interpreter, numpy warns of NaN and of log 0, and of how Triton 3.6's interpreter makes loop bounds.
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        gpu.launch(table, gpu.Scratch(table), scale, inf)
+
+
+def numbers(rule: str, **changes: float) -> dict[str, float]:
+    """Hyperparameters with which every part of a rule counts."""
+    beta1, beta2 = _BETAS[rule]
+    start = {"lr": 0.05, "weight_decay": 0.3, "coupling": 0.4, "beta1": beta1, "beta2": beta2, "eps": 1e-8}
+    return start | changes
+
+
+def hyper_table(
+    rules: Sequence[str], values: Sequence[dict[str, Any]], device: torch.device | str = "cpu", **flags: bool
+) -> HyperTable:
+    rows = torch.tensor([[v[name] for name in HYPERS] for v in values], dtype=torch.float64)
+    return HyperTable(rows.to(device), [], [], [[code(rule, **flags)] for rule in rules])
+
+
+def slot_for(rule: str, param: Tensor) -> Slot:
+    first, second = (torch.zeros_like(param, dtype=compute_dtype(param)) for _ in range(2))
+    adam = rule == "adam"
+    return Slot(first, second if adam else None, torch.zeros((), device=param.device) if adam else None)
+
+
+def like(tensor: Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """The same elements at the same places of memory, on that device."""
+    twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return twin.copy_(tensor)
+
+
+class Twins:
+    """Parameters and their states where they are, for a kernel, and on the CPU, for the reference."""
+
+    def __init__(self, rule: str, params: list[Tensor]) -> None:
+        self.rule, self.device = rule, params[0].device
+        self.ours = Lists(params, [slot_for(rule, p) for p in params], [0] * len(params))
+        theirs = [like(p) for p in params]
+        self.theirs = Lists(theirs, [slot_for(rule, p) for p in theirs], [0] * len(params))
+
+    def step(self, launch: Launch, grads: list[Tensor], h: dict[str, Any], **flags: bool) -> None:
+        launch(self.ours, grads, hyper_table([self.rule], [h], self.device, **flags), None, None)
+        settings = Settings(**h, **flags)
+        update_reference(self.rule, self.theirs.params, [like(g) for g in grads], self.theirs.slots, settings)
+
+    def check(self, tolerance: float = 0.0) -> None:
+        """Raise AssertionError if they differ; by default, in a single bit."""
+        for name, ours, theirs in self.pairs():
+            if theirs is None:
+                assert ours is None, name
+                continue
+            torch.testing.assert_close(
+                ours.cpu(), theirs, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+    def pairs(self) -> Iterator[tuple[str, Any, Any]]:
+        for i, (a, b) in enumerate(zip(self.ours.params, self.theirs.params, strict=True)):
+            yield f"parameter {i} {tuple(a.shape)}", a, b
+        for i, (s, t) in enumerate(zip(self.ours.slots, self.theirs.slots, strict=True)):
+            for name in ("first", "second", "step"):
+                yield f"{name} {i}", getattr(s, name), getattr(t, name)
