@@ -34,9 +34,9 @@ format: $(VENV)/.installed-dev  ## put the code in the project's format
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the virtual environment and caches; results stay
-	rm -rf $(VENV) build kernels/update/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build kernels/*/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/.installed: pyproject.toml constraints.txt kernels/update/_cpu.cpp
+$(VENV)/.installed: pyproject.toml constraints.txt kernels/_half.h $(wildcard kernels/*/_cpu.cpp)
 	@echo "Setting up $(VENV): PyTorch alone is several GB, give it a minute or more."
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or later is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)

@@ -1,5 +1,5 @@
 """Kernels and their plain-PyTorch references. Knows tensors only.
 
-Each file holds one operation. The reference in it is the specification: a fused kernel that replaces it has the same
-signature and is tested against it, and machines without Triton run it.
+Each folder holds one operation. The reference in it is the specification: the kernels are tested against it, and where
+none can go it runs instead, with a warning (`fallback`).
 """

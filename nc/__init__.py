@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nc import metrics, optim, ufm
-    from nc.probe import NCResult, measure
+    from nc.probe import NCCallback, NCResult, measure
     from nc.stats import ClassStats
 
 try:
@@ -17,9 +17,9 @@ try:
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["ClassStats", "NCResult", "measure", "metrics", "optim", "ufm"]
+__all__ = ["ClassStats", "NCCallback", "NCResult", "measure", "metrics", "optim", "ufm"]
 
-_HOME = {"ClassStats": "nc.stats", "NCResult": "nc.probe", "measure": "nc.probe"}
+_HOME = {"ClassStats": "nc.stats", "NCCallback": "nc.probe", "NCResult": "nc.probe", "measure": "nc.probe"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,89 +1,138 @@
 """NC0–NC4: how far a classifier's last layer is from neural collapse. 0 is collapse in every one of them.
 
 W is the classifier's weight `[*, K, d]`, h its input features, μ_k the class means, μ_G the mean of the class means and
-M the rows μ_k − μ_G. `*` is nothing, or R stacked runs, and each function returns a float64 tensor of shape `[*]`. All
-arithmetic is float64. A run whose features or weights are not finite has NaN metrics; where features or weights have
-vanished (`degenerate`) NC1–NC3 are NaN, never a zero that would read as perfect collapse.
+M the rows μ_k − μ_G; Σ_W and Σ_B are the covariances within and between classes (`ClassStats`). `*` is nothing, or R
+stacked runs, and each function returns a float64 tensor of shape `[*]`. All arithmetic is float64. A run whose features
+or weights are not finite has NaN metrics; where features or weights have vanished (`degenerate`) NC1–NC3 are NaN, never
+a zero that would read as perfect collapse.
 
-A class without samples takes no part, with a warning that names it.
+A class without samples takes no part, with a warning that names it. `balance` says what counts where classes differ in
+size (`ClassStats.between_cov`): "class", the default, takes each class mean as often as any other (Papyan et al.).
 
-Sources: Papyan, Han, Donoho, PNAS 117(40), 2020; Zhu et al., NeurIPS 2021, arXiv 2105.02375; NC0: arXiv 2602.16642.
+Sources: Papyan, Han, Donoho, PNAS 117(40), 2020; Zhu et al., NeurIPS 2021, arXiv 2105.02375; Tirer et al., ICML 2023,
+arXiv 2211.00644; Galanti et al., ICLR 2022, arXiv 2112.15121; Kothapalli, TMLR 2023, arXiv 2206.04041; NC0: arXiv
+2602.16642.
 """
 
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from nc.stats import ClassStats
+from nc.kernels.class_stats.op import project_op
+from nc.stats import Balance, ClassStats
 
 
-def nc0(weight: Tensor) -> Tensor:
-    """‖Wᵀ1‖², the squared norm of the row sum of W; collapse needs it to vanish (arXiv 2602.16642, Proposition 2.1).
+def nc0(weight: Tensor, *, kind: Literal["squared", "norm", "per_class"] = "squared") -> Tensor:
+    """Size of the row sum of W, which collapse needs to vanish (arXiv 2602.16642, Proposition 2.1).
 
-    Divided by K it is the quantity whose limit under SignGD with decoupled decay is (K − 2)²/λ².
+    Args:
+        weight: W `[*, K, d]`, any floating dtype.
+        kind: "squared" is ‖Wᵀ1‖²; "norm" its root, most likely what the result tables of arXiv 2602.16642 hold;
+            "per_class" ‖Wᵀ1‖²/K, whose limit under SignGD with decoupled decay λ is (K − 2)²/λ².
     """
-    return weight.double().sum(-2).square().sum(-1)
+    _known(kind, "squared", "norm", "per_class")
+    squared = weight.double().sum(-2).square().sum(-1)
+    return squared.sqrt() if kind == "norm" else squared / weight.shape[-2] if kind == "per_class" else squared
 
 
-def nc0_norm(weight: Tensor) -> Tensor:
-    """‖Wᵀ1‖, the root of `nc0`: most likely what the result tables of arXiv 2602.16642 hold."""
-    return nc0(weight).sqrt()
-
-
-def nc1(stats: ClassStats, *, kind: Literal["pinv", "trace_ratio"] = "pinv") -> Tensor:
+def nc1(
+    stats: ClassStats,
+    *,
+    kind: Literal["pinv", "trace_ratio", "cdnv"] = "pinv",
+    balance: Balance = "class",
+    per_class: bool = True,
+) -> Tensor:
     """Variability of features within their class, relative to the spread of the class means.
 
     Args:
-        kind: "pinv" is tr(Σ_W Σ_B⁺)/K (Papyan et al. 2020), "trace_ratio" tr(Σ_W)/tr(Σ_B) (Tirer et al. 2023).
+        kind: "pinv" is tr(Σ_W Σ_B⁺)/K (Papyan et al. 2020), "trace_ratio" tr(Σ_W)/tr(Σ_B) (Tirer et al. 2023), "cdnv"
+            the mean over pairs of classes of (tr Σ_i + tr Σ_j)/(2 ‖μ_i − μ_j‖²) (Galanti et al. 2022), which has no
+            balance.
+        balance: as in `ClassStats.between_cov`.
+        per_class: for "pinv", divide by K; some code that papers share leaves that out.
+
+    Raises:
+        ValueError: "pinv" of statistics that keep no second moment.
     """
-    means = _usable_means(stats)
-    within = stats.within_cov()
+    _known(kind, "pinv", "trace_ratio", "cdnv")
+    means = _usable_means(stats, balance)
     k = means.shape[-2]
+    if kind == "cdnv":
+        gram = means @ means.mT
+        sizes = gram.diagonal(dim1=-2, dim2=-1)
+        apart = sizes.unsqueeze(-1) + sizes.unsqueeze(-2) - 2 * gram
+        variances = stats.within_variances()
+        ratios = (variances.unsqueeze(-1) + variances.unsqueeze(-2)) / (2 * apart)
+        return ratios[..., _off_diagonal(means)].mean(-1)
+    scaled = means * stats.class_weights(balance).sqrt().unsqueeze(-1)  # Σ_B = scaledᵀ scaled
     if kind == "trace_ratio":
-        return within.diagonal(dim1=-2, dim2=-1).sum(-1) * k / means.square().sum((-2, -1))
-    # Σ_B = MᵀM/K has rank ≤ K − 1, so that its pseudo-inverse needs only the right singular vectors v_i of M:
-    # tr(Σ_W Σ_B⁺)/K = Σ v_iᵀ Σ_W v_i / s_i².
-    bad = means.isfinite().all(-1).all(-1).logical_not()
-    _, s, vh = torch.linalg.svd(means.nan_to_num(0.0, 0.0, 0.0), full_matrices=False)
-    # Directions that are rounding alone: the K-th, since the rows of M sum to zero, and whatever lies below the
-    # rounding of the means before they were centred.
-    s, vh = s[..., : k - 1], vh[..., : k - 1, :]
-    tiny = torch.finfo(s.dtype).eps * max(means.shape[-2:]) * _size(stats).unsqueeze(-1)
-    along = (vh @ within * vh).sum(-1)
-    value = torch.where(s > tiny, along / s.square(), 0.0).sum(-1)
-    return value.masked_fill(bad, float("nan"))
+        return stats.within_trace() / scaled.square().sum((-2, -1))
+    # Σ_B has the eigenvalues λ_i of the K × K matrix scaled scaledᵀ, and from its eigenvectors u_i the eigenvectors
+    # v_i = scaledᵀ u_i/√λ_i. So tr(Σ_W Σ_B⁺) = Σ v_iᵀ Σ_W v_i/λ_i needs no d × d pseudo-inverse.
+    bad = scaled.isfinite().all(-1).all(-1).logical_not()
+    scaled = scaled.nan_to_num(0.0, 0.0, 0.0)
+    values, vectors = torch.linalg.eigh(scaled @ scaled.mT)
+    # Without directions that are rounding alone: the first, since the rows of M add up to zero, and those below the
+    # rounding of the matrix, or of the means before they were centred.
+    values, vectors = values[..., 1:], vectors[..., 1:]
+    eps = torch.finfo(values.dtype).eps * max(means.shape[-2:])
+    tiny = torch.maximum(eps * values[..., -1], (eps * _size(stats)).square() / k).unsqueeze(-1)
+    along = (vectors.mT @ stats.within_cov(scaled) @ vectors).diagonal(dim1=-2, dim2=-1)
+    value = torch.where(values > tiny, along / values.square(), 0.0).sum(-1)
+    return value.masked_fill(bad, float("nan")) / (k if per_class else 1)
 
 
-def nc2(stats: ClassStats, *, kind: Literal["etf", "equinorm", "equiangularity"] = "etf") -> Tensor:
-    """Distance of the centred class means M from a simplex equiangular tight frame.
+def nc2(
+    of: ClassStats | Tensor,
+    *,
+    kind: Literal["etf", "equinorm", "equiangularity"] = "etf",
+    balance: Balance = "class",
+) -> Tensor:
+    """Distance from a simplex equiangular tight frame.
 
     Args:
+        of: the statistics, for their centred class means M (Kothapalli 2023), or W `[*, K, d]`, which is not centred.
+            M stands for either in the following.
         kind: "etf" is ‖MMᵀ/‖MMᵀ‖_F − (I − 11ᵀ/K)/√(K−1)‖_F (Zhu et al. 2021), "equinorm" the coefficient of variation
-            of the norms ‖μ_k − μ_G‖, "equiangularity" the mean over pairs of |cos + 1/(K−1)| (Papyan et al. 2020).
+            of the rows' norms, "equiangularity" the mean over pairs of |cos + 1/(K−1)| (both Papyan et al. 2020).
+        balance: of the means, as in `ClassStats.centred_means`.
     """
-    means = _usable_means(stats, simplex=True)
+    _known(kind, "etf", "equinorm", "equiangularity")
+    if isinstance(of, ClassStats):
+        rows = _usable_means(of, balance, simplex=True)
+    else:
+        rows = of.double()
+        _warn_of_dimension(rows.shape[-2], rows.shape[-1], "the weight")
     if kind == "etf":
-        return _etf_distance(means @ means.mT)
-    norms = means.norm(dim=-1)
+        return _etf_distance(rows @ rows.mT)
+    norms = rows.norm(dim=-1)
     if kind == "equinorm":
         return norms.std(-1, correction=0) / norms.mean(-1)
-    k = means.shape[-2]
-    unit = means / norms.unsqueeze(-1)
-    deviation = (unit @ unit.mT + 1 / (k - 1)).abs()
-    off_diagonal = ~torch.eye(k, dtype=torch.bool, device=means.device)
-    return deviation[..., off_diagonal].mean(-1)
+    unit = rows / norms.unsqueeze(-1)
+    deviation = (unit @ unit.mT + 1 / (rows.shape[-2] - 1)).abs()
+    return deviation[..., _off_diagonal(rows)].mean(-1)
 
 
-def nc3(weight: Tensor, stats: ClassStats, *, kind: Literal["product", "difference"] = "product") -> Tensor:
+def nc3(
+    weight: Tensor,
+    stats: ClassStats,
+    *,
+    kind: Literal["product", "difference"] = "product",
+    balance: Balance = "class",
+) -> Tensor:
     """Distance between the classifier and the centred class means (self-duality).
 
     Args:
+        weight: W `[*, K, d]`, any floating dtype.
+        stats: of the head's input.
         kind: "product" is ‖WMᵀ/‖WMᵀ‖_F − (I − 11ᵀ/K)/√(K−1)‖_F (Zhu et al. 2021), "difference"
             ‖W/‖W‖_F − M/‖M‖_F‖_F (Papyan et al. 2020).
+        balance: of the means, as in `ClassStats.centred_means`.
     """
-    means = _usable_means(stats, simplex=True)
+    _known(kind, "product", "difference")
+    means = _usable_means(stats, balance, simplex=True)
     w = weight.double()[..., stats.present, :]
     w = w.masked_fill(degenerate(weight, stats)[..., None, None], float("nan"))
     if kind == "product":
@@ -97,16 +146,34 @@ def nc4(features: Tensor, logits: Tensor, stats: ClassStats) -> Tensor:
     Args:
         features: `[*, N, d]`.
         logits: `[*, N, K]` of the same samples, bias included.
-        stats: of the training data; distances are centred at μ_G, so that an offset of all features costs no digits.
+        stats: of the training data.
     """
     if features.shape[-2] == 0:
         raise ValueError("nc4 needs at least one sample")
-    present = stats.present.nonzero().squeeze(-1)
-    means = stats.centred_means().to(features.dtype)
-    centred = features - stats.global_mean.unsqueeze(-2).to(features.dtype)
-    score = centred @ means.mT - means.square().sum(-1).unsqueeze(-2) / 2
-    differ = (logits.argmax(-1) != present[score.argmax(-1)]).double().mean(-1)
-    return differ.masked_fill(~(means.isfinite().all(-1).all(-1)), float("nan"))
+    means = stats.means
+    differ = (logits.argmax(-1) != nearest_class(features, means)).double().mean(-1)
+    return differ.masked_fill(~(means[..., stats.present, :].isfinite().all(-1).all(-1)), float("nan"))
+
+
+def nearest_class(features: Tensor, means: Tensor) -> Tensor:
+    """The class whose mean is nearest, `[*, N]` int64.
+
+    Distances are taken from the middle of the means: an offset that all features share costs no digits.
+
+    Args:
+        features: `[*, N, d]`.
+        means: `[*, K, d]` float64; rows of NaN are classes that nothing is nearest to.
+    """
+    absent = means.isnan().any(-1)
+    middle = means.nan_to_num(0.0).sum(-2, keepdim=True) / (~absent).sum(-1, keepdim=True).clamp(min=1).unsqueeze(-1)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    middle = middle.to(dtype)
+    axes = (means - middle).nan_to_num(0.0)
+    labels = torch.zeros(features.shape[-2], dtype=torch.int64, device=features.device)
+    along = project_op(features.detach(), labels, middle, axes.to(dtype))
+    # ‖h − μ‖² is smallest where (h − m)·(μ − m) − ‖μ − m‖²/2 is largest.
+    half = (axes.square().sum(-1) / 2).to(dtype).masked_fill(absent, float("inf"))
+    return (along - half.unsqueeze(-2)).argmax(-1)
 
 
 def degenerate(weight: Tensor, stats: ClassStats) -> Tensor:
@@ -128,21 +195,46 @@ def _size(stats: ClassStats) -> Tensor:
     return stats.means[..., stats.present, :].flatten(-2).norm(dim=-1)
 
 
-def _usable_means(stats: ClassStats, *, simplex: bool = False) -> Tensor:
-    """M with NaN in runs where it has vanished; warns of what makes the metrics of all runs questionable."""
+def _usable_means(stats: ClassStats, balance: Balance, *, simplex: bool = False) -> Tensor:
+    """M with NaN in runs where it has vanished; warns of what makes the metrics questionable."""
+    who = f"{stats.name}: " if stats.name else ""
     missing = stats.present.logical_not().nonzero().flatten().tolist()
     if len(missing) > stats.num_classes - 2:
-        raise ValueError(f"NC metrics need samples of at least two classes; got {stats.num_classes - len(missing)}")
-    if missing:
-        warnings.warn(f"no samples of class {', '.join(map(str, missing))}: left out of the NC metrics", stacklevel=3)
-    if simplex and stats.dim < stats.num_classes - 1:
-        warnings.warn(
-            f"{stats.num_classes} classes cannot form a simplex in {stats.dim} dimensions (K − 1 are needed): "
-            "NC2 and NC3 cannot reach 0",
-            stacklevel=3,
+        raise ValueError(
+            f"{who}NC metrics need samples of at least two classes; got {stats.num_classes - len(missing)}"
         )
-    means = stats.centred_means()
-    return means.masked_fill(_vanished(stats, means)[..., None, None], float("nan"))
+    if missing:
+        _warn(f"{who}no samples of class {', '.join(map(str, missing))}: left out of the NC metrics")
+    if simplex:
+        _warn_of_dimension(stats.num_classes - len(missing), stats.dim, stats.name)
+    means = stats.centred_means(balance)
+    vanished = _vanished(stats, means)
+    # Of stacked runs `degenerate` tells which; to warn of one would say nothing of the others.
+    if stats.runs is None and vanished:
+        _warn(f"{who}the class means have vanished or are all the same: NC1–NC3 are undefined (NaN)")
+    return means.masked_fill(vanished[..., None, None], float("nan"))
+
+
+def _warn_of_dimension(k: int, d: int, who: str) -> None:
+    if d < k - 1:
+        _warn(
+            f"{who + ': ' if who else ''}{k} classes cannot form a simplex in {d} dimensions (K − 1 are needed): "
+            "NC2 and NC3 cannot reach 0"
+        )
+
+
+def _warn(message: str) -> None:
+    # As if from here: Python shows it once then, not for every metric of the same statistics.
+    warnings.warn(message, UserWarning, stacklevel=1)
+
+
+def _known(kind: Any, *kinds: str) -> None:
+    if kind not in kinds:
+        raise ValueError(f"kind is {', '.join(map(repr, kinds))}; got {kind!r}")
+
+
+def _off_diagonal(rows: Tensor) -> Tensor:
+    return ~torch.eye(rows.shape[-2], dtype=torch.bool, device=rows.device)
 
 
 def _unit(matrix: Tensor) -> Tensor:

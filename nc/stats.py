@@ -1,26 +1,44 @@
 """Streaming statistics of a layer's features by class: all that NC1–NC4 need."""
 
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
 import torch
 from torch import Tensor
 
-from nc.kernels.class_stats import class_stats_reference
+from nc.kernels.class_stats.moments import all_reduce, merge, within
+from nc.kernels.class_stats.op import class_stats_op
+from nc.kernels.class_stats.reference import State
+
+Moment = Literal["full", "projected", "trace"]
+Balance = Literal["class", "sample", "sample_mean"]
 
 
 class ClassStats:
-    """Counts, means and within-class scatter of features, gathered batch by batch in one read of the features.
+    """Counts, means and within-class second moment of features, gathered batch by batch in one read of the features.
 
     The sums are kept about a shift per class, its first sample, so that they keep their digits near collapse
-    (see `nc.kernels.class_stats`). Everything read off is float64.
+    (`nc.kernels.class_stats`). Nothing waits for a GPU until a number is asked for; every number is float64.
 
     Args:
         num_classes: K ≥ 2.
         dim: d, the feature dimension.
+        moment: what to keep of the second moment. "full": d × d values, from which NC1 is exact after one pass.
+            "projected": its part along `axes`, at most K × K values, from which NC1 is exact if the class means lie in
+            their span; for a second pass, which `projected()` begins. "trace": the trace for each class alone, which is
+            kept in any case: all but the NC1 with the pseudo-inverse.
+        axes: `[*, m, d]`, directions whose span holds the centred class means, such as the class means of an earlier
+            pass; for "projected" only.
         runs: R for stacked runs with features `[R, B, d]`; None for one model with `[B, d]`. `*` below is R or nothing.
+        nan_policy: what becomes of a batch with values that are NaN or infinite. "raise": it is refused, and reported
+            with how many there are. "propagate": it is added; the numbers of its run are then NaN.
+        name: of the layer, for errors and warnings.
         device: where the features are.
-        dtype: of the sums; float32 unless float64 features are to keep their digits.
+        dtype: of the sums: float32, or float64 for float64 features that are to keep their digits.
 
-    Attributes:
-        counts: `[K]` int64, samples seen of each class.
+    A refused batch changes nothing but the error: on a CPU it is raised by `update`, elsewhere by the first number that
+    is asked for, once; the statistics hold all other batches.
     """
 
     def __init__(
@@ -28,47 +46,95 @@ class ClassStats:
         num_classes: int,
         dim: int,
         *,
+        moment: Moment = "full",
+        axes: Tensor | None = None,
         runs: int | None = None,
+        nan_policy: Literal["raise", "propagate"] = "raise",
+        name: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if num_classes < 2 or dim < 1:
-            raise ValueError(f"ClassStats needs num_classes ≥ 2 and dim ≥ 1; got {num_classes} and {dim}")
+        if num_classes < 2 or dim < 1 or (runs is not None and runs < 1):
+            raise ValueError(
+                f"ClassStats needs num_classes ≥ 2, dim ≥ 1 and runs ≥ 1 or None; got {num_classes}, {dim} and {runs}"
+            )
+        if moment not in get_args(Moment) or nan_policy not in ("raise", "propagate"):
+            raise ValueError(
+                "ClassStats: moment is 'full', 'projected' or 'trace', nan_policy 'raise' or 'propagate'; "
+                f"got {moment!r} and {nan_policy!r}"
+            )
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"ClassStats: sums are torch.float32 or torch.float64, not {dtype}")
         lead = () if runs is None else (runs,)
+        if (axes is None) == (moment == "projected"):
+            raise ValueError(
+                "ClassStats: moment='projected' needs axes, and no other takes them; `projected()` gives both"
+            )
+        if axes is not None and (axes.shape[:-2] != lead or axes.shape[-1] != dim):
+            raise ValueError(f"ClassStats: axes must be {(*lead, 'm', dim)}, got {tuple(axes.shape)}")
         self.num_classes, self.dim, self.runs = num_classes, dim, runs
-        self.counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
-        self._shifts = torch.zeros(*lead, num_classes, dim, dtype=dtype, device=device)
-        self._sums = torch.zeros_like(self._shifts)
-        self._scatter = torch.zeros(*lead, dim, dim, dtype=dtype, device=device)
+        self.moment, self.nan_policy, self.name = moment, nan_policy, name
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*lead, *shape, dtype=dtype, device=device)
+
+        if axes is not None:
+            # Orthonormal, so that whatever lies in their span is the sum of its projections.
+            basis = torch.linalg.qr(axes.detach().double().nan_to_num(0.0, 0.0, 0.0).mT).Q.mT
+            axes = basis.to(device=device, dtype=dtype).contiguous()
+        m = dim if axes is None else axes.shape[-2]
+        self._state = State(
+            counts=torch.zeros(num_classes, dtype=torch.int64, device=device),
+            shifts=zeros(num_classes, dim),
+            sums=zeros(num_classes, dim),
+            squares=zeros(num_classes),
+            scatter=None if moment == "trace" else zeros(m, m),
+            axes=axes,
+            refused=torch.zeros(3, dtype=torch.int64, device=device),
+        )
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch.
 
         Args:
-            features: `[*, B, d]`, any floating dtype; NaN features make the metrics of their run NaN.
-            labels: `[B]` integers in [0, K), shared by stacked runs.
+            features: `[*, B, d]`, any floating dtype and strides.
+            labels: `[B]` integers in [0, K), in any order, shared by stacked runs.
 
         Raises:
-            ValueError: wrong shapes or labels out of range.
-            TypeError: labels that are not integers.
+            ValueError: wrong shapes or device, labels out of range, values that are not finite.
+            TypeError: labels that are not integers, features that are not floating.
 
         After an error the statistics are as they were before the call.
         """
-        expected = (*self._shifts.shape[:-2], labels.shape[0] if labels.dim() == 1 else "B", self.dim)
+        expected = (*self._state.squares.shape[:-1], labels.shape[0] if labels.dim() == 1 else "B", self.dim)
         if labels.dim() != 1 or tuple(features.shape) != expected:
             raise ValueError(
-                f"ClassStats.update: expected features {expected} with labels [B]; "
+                f"{self._who}.update: expected features {expected} with labels [B]; "
                 f"got {tuple(features.shape)} and {tuple(labels.shape)}"
             )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"ClassStats.update: labels must be integers, got {labels.dtype}")
-        labels = labels.long()
-        if labels.numel() and (labels.min() < 0 or labels.max() >= self.num_classes):
+            raise TypeError(f"{self._who}.update: labels must be integers, got {labels.dtype}")
+        if not features.is_floating_point():
+            raise TypeError(f"{self._who}.update: features must be floating, got {features.dtype}")
+        device = self._state.counts.device
+        if not (features.device == labels.device == device):
             raise ValueError(
-                f"ClassStats.update: labels must lie in [0, {self.num_classes}); "
-                f"got {int(labels.min())} to {int(labels.max())}"
+                f"{self._who}.update: features on {features.device} and labels on {labels.device}, statistics on "
+                f"{device}; move them, or the statistics with `to`"
             )
-        class_stats_reference(features, labels, self.counts, self._shifts, self._sums, self._scatter)
+        class_stats_op(features.detach(), labels.long(), *self._state, self.nan_policy == "propagate")
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            self._report()
+
+    def projected(self) -> "ClassStats":
+        """Empty statistics for a second pass over the same features: NC1 without any d × d matrix.
+
+        Its axes span the centred class means gathered here, so that give it the same data again.
+        """
+        return ClassStats(
+            self.num_classes, self.dim, moment="projected", axes=self.centred_means(), runs=self.runs,
+            nan_policy=self.nan_policy, name=self.name, device=self.device, dtype=self._state.shifts.dtype,
+        )  # fmt: skip
 
     def merge(self, other: "ClassStats") -> None:
         """Add what `other` has seen, as if its batches had come here; `other` stays as it is.
@@ -76,23 +142,61 @@ class ClassStats:
         The sums are moved to the shifts kept here in float64 (Chan et al. 1979).
 
         Raises:
-            ValueError: `other` has another shape.
+            ValueError: `other` has another shape, moment or axes.
         """
-        if (self.num_classes, self.dim, self.runs) != (other.num_classes, other.dim, other.runs):
+        if self._kind() != other._kind():
+            raise ValueError(f"{self._who}.merge: cannot add (K, d, R, moment) = {other._kind()} to {self._kind()}")
+        theirs = other._state.to(self.device)
+        if self._state.axes is not None and not torch.equal(self._state.axes, theirs.axes):  # type: ignore[arg-type]
+            raise ValueError(f"{self._who}.merge: the projections are on other axes; make both of one `projected()`")
+        merge(self._state, theirs)
+
+    def all_reduce(self, group: Any = None) -> None:
+        """Merge the statistics of all processes of a `torch.distributed` group into each of them.
+
+        A class's shift becomes that of the first process which has samples of it; sums are moved there and added in
+        float64. Twice K × d and (moment) d × d or m × m values go over the network. Axes must be the same everywhere.
+        """
+        all_reduce(self._state, group)
+
+    def reset(self) -> None:
+        """Forget all batches; the axes stay."""
+        for tensor in self._tensors(but="axes").values():
+            tensor.zero_()
+
+    def to(self, device: torch.device | str) -> "ClassStats":
+        """Move the statistics, in place, and return them."""
+        self._state = self._state.to(device)
+        return self
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of all tensors by name (`nc.kernels.class_stats.reference.State`), for `torch.save`."""
+        return {name: tensor.clone() for name, tensor in self._tensors().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where a `state_dict` was taken.
+
+        Raises:
+            ValueError: it belongs to statistics of another shape or moment; nothing is changed then.
+        """
+        own = self._tensors()
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in state.items()}:
             raise ValueError(
-                f"ClassStats.merge: cannot add (K, d, R) = {(other.num_classes, other.dim, other.runs)} "
-                f"to {(self.num_classes, self.dim, self.runs)}"
+                f"{self._who}.load_state_dict: it holds {_shapes(state)}; these statistics hold {_shapes(own)}"
             )
-        new = (self.counts == 0).unsqueeze(-1)
-        self._shifts.copy_(torch.where(new, other._shifts.to(self._shifts), self._shifts))
-        n = other.counts.double().to(self.counts.device).unsqueeze(-1)
-        sums = other._sums.to(self._shifts.device, torch.float64)
-        moved = torch.where(n > 0, other._shifts.to(sums) - self._shifts.double(), 0.0)
-        cross = sums.mT @ moved
-        scatter = other._scatter.to(sums) + cross + cross.mT + (n * moved).mT @ moved
-        self._scatter.copy_(self._scatter.double() + scatter)
-        self._sums.copy_(self._sums.double() + sums + n * moved)
-        self.counts += other.counts.to(self.counts.device)
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the statistics are."""
+        return self._state.counts.device
+
+    @property
+    def counts(self) -> Tensor:
+        """`[K]` int64, samples seen of each class."""
+        self._report()
+        return self._state.counts
 
     @property
     def present(self) -> Tensor:
@@ -102,26 +206,105 @@ class ClassStats:
     @property
     def means(self) -> Tensor:
         """Class means μ_k, `[*, K, d]` float64; NaN for a class that was not seen."""
-        return self._shifts.double() + self._sums.double() / self.counts.unsqueeze(-1)
+        return self._state.shifts.double() + self._state.sums.double() / self.counts.unsqueeze(-1)
 
     @property
     def global_mean(self) -> Tensor:
         """μ_G, `[*, d]` float64: the mean of the class means, each class with the same weight (Papyan et al. 2020)."""
         return self.means[..., self.present, :].mean(-2)
 
-    def centred_means(self) -> Tensor:
-        """M, rows μ_k − μ_G of the classes seen, `[*, K', d]` float64."""
+    def class_weights(self, balance: Balance = "class") -> Tensor:
+        """What each of the K' classes seen counts in Σ_B, `[K']` float64: 1/K' or (balance "sample") n_k/N."""
+        counts = self.counts[self.present].double()
+        return counts / counts.sum() if balance == "sample" else torch.full_like(counts, 1 / len(counts))
+
+    def centred_means(self, balance: Balance = "class") -> Tensor:
+        """M, rows μ_k − μ_G of the K' classes seen, `[*, K', d]` float64.
+
+        Args:
+            balance: "class": μ_G is the mean of the class means (Papyan et al. 2020). "sample", "sample_mean": the mean
+                of all samples. With equal counts they are the same.
+        """
+        if balance not in get_args(Balance):
+            raise ValueError(f"balance is 'class', 'sample' or 'sample_mean', not {balance!r}")
         # Centred before the shifts are added to anything large: both steps are differences of float64 values.
         means = self.means[..., self.present, :]
-        return means - means.mean(-2, keepdim=True)
+        weights = self.class_weights("class" if balance == "class" else "sample")
+        return means - (weights.unsqueeze(-1) * means).sum(-2, keepdim=True)
 
-    def within_cov(self) -> Tensor:
-        """Σ_W = (1/N) Σ (h − μ_y)(h − μ_y)ᵀ over all samples, `[*, d, d]` float64 (Papyan et al. 2020)."""
-        counts = self.counts.clamp(min=1).double().unsqueeze(-1)
-        sums = self._sums.double()
-        return (self._scatter.double() - sums.mT @ (sums / counts)) / self.counts.sum()
+    def between_cov(self, balance: Balance = "class") -> Tensor:
+        """Σ_B = Σ_k w_k (μ_k − μ_G)(μ_k − μ_G)ᵀ over the classes seen, `[*, d, d]` float64.
 
-    def between_cov(self) -> Tensor:
-        """Σ_B = (1/K) Σ_k (μ_k − μ_G)(μ_k − μ_G)ᵀ over the classes seen, `[*, d, d]` float64 (Papyan et al. 2020)."""
-        means = self.centred_means()
-        return means.mT @ means / means.shape[-2]
+        Args:
+            balance: "class": w_k = 1/K' and μ_G the mean of the class means (Papyan et al. 2020). "sample": w_k = n_k/N
+                and μ_G the mean of all samples. "sample_mean": w_k = 1/K' and μ_G the mean of all samples.
+        """
+        means = self.centred_means(balance)
+        return means.mT @ (self.class_weights(balance).unsqueeze(-1) * means)
+
+    def within_variances(self) -> Tensor:
+        """tr Σ_k = (1/n_k) Σ ‖h − μ_k‖² of each of the K' classes seen, `[*, K']` float64."""
+        counts = self.counts[self.present].double()
+        sums = self._state.sums[..., self.present, :].double() / counts.unsqueeze(-1)
+        return (self._state.squares[..., self.present].double() / counts - sums.square().sum(-1)).clamp(min=0)
+
+    def within_trace(self) -> Tensor:
+        """tr Σ_W = (1/N) Σ ‖h − μ_y‖² over all samples, `[*]` float64."""
+        return (self.class_weights("sample") * self.within_variances()).sum(-1)
+
+    def within_cov(self, directions: Tensor | None = None) -> Tensor:
+        """Σ_W = (1/N) Σ (h − μ_y)(h − μ_y)ᵀ over all samples, `[*, d, d]` float64 (Papyan et al. 2020).
+
+        Args:
+            directions: D `[*, m, d]` float64: D Σ_W Dᵀ instead, `[*, m, m]`, which costs less.
+
+        Raises:
+            ValueError: moment="trace" keeps no second moment; moment="projected" only that between directions.
+
+        Warns:
+            UserWarning: with moment="projected", of directions that leave the span of the axes by more than 0.1 %.
+        """
+        axes = self._state.axes
+        if self._state.scatter is None or (axes is not None and directions is None):
+            raise ValueError(
+                f"{self._who}: moment={self.moment!r} does not keep the second moment that this needs; moment='full' "
+                "does. For NC1 'projected' is enough, and nc1(kind='trace_ratio') and 'cdnv' need none"
+            )
+        self._report()
+        if axes is not None and directions is not None:
+            along = directions @ axes.double().mT
+            rest = (directions - along @ axes.double()).flatten(-2).norm(dim=-1) / directions.flatten(-2).norm(dim=-1)
+            if (rest > 1e-3).any():
+                warnings.warn(
+                    f"{self._who}: {rest.nan_to_num(0.0).max():.1%} of the class means lie outside the axes that the "
+                    "second moment was projected on; NC1 lacks that part. `projected()` of the same data has the axes",
+                    stacklevel=2,
+                )
+            directions = along
+        return within(self._state, directions)
+
+    def _report(self) -> None:
+        """Raise for what was refused since the last report; asks the GPU."""
+        batches, labels, values = self._state.refused.tolist()
+        if not batches:
+            return
+        self._state.refused.zero_()
+        what = [f"{labels} labels outside [0, {self.num_classes})"] if labels else []
+        if values:
+            what.append(f"{values} values that are NaN or infinite (nan_policy='propagate' takes them)")
+        batch = "the batch was" if batches == 1 else f"{batches} batches were"
+        raise ValueError(f"{self._who}: {batch} refused, for {' and '.join(what)}; the statistics hold all others")
+
+    def _tensors(self, *, but: str = "") -> dict[str, Tensor]:
+        return {n: t for n, t in self._state._asdict().items() if t is not None and n != but}
+
+    def _kind(self) -> tuple[int, int, int | None, str]:
+        return self.num_classes, self.dim, self.runs, self.moment
+
+    @property
+    def _who(self) -> str:
+        return f"ClassStats of {self.name!r}" if self.name else "ClassStats"
+
+
+def _shapes(state: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in state.items())

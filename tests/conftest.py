@@ -21,7 +21,7 @@ NO_CPU_KERNEL = why_no_kernel(torch.device("cpu"))
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: needs a C++ compiler and the CPU kernel that it made")
     if NO_CPU_KERNEL:  # then all else must work on the reference, which says so
-        config.addinivalue_line("filterwarnings", f"ignore:plain PyTorch updates.*{re.escape(NO_CPU_KERNEL)}")
+        config.addinivalue_line("filterwarnings", f"ignore:plain PyTorch.*{re.escape(NO_CPU_KERNEL)}")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

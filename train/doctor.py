@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from nc.kernels.update.launch import why_no_kernel
+from nc.kernels.class_stats import op as class_stats
+from nc.kernels.update import launch as update
 from nc.train.data import DATA_SETS, data_folder, find
 from nc.train.provenance import device_name, package_version
 
@@ -25,10 +26,12 @@ def findings(data_dir: Path | None) -> Iterator[tuple[str, str]]:
     triton = package_version("triton")
     yield "Triton", triton or "not installed"
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        reason = why_no_kernel(torch.device(kind))
-        fused = "a fused kernel, one launch a step" if reason is None else f"plain PyTorch, slowly: {reason}"
-        yield f"optimizers on {kind}", fused
-    yield "metrics", "plain PyTorch (no fused kernels in this version)"
+        for what, why_not, fused in (
+            ("optimizers", update.why_no_kernel, "a fused kernel, one launch a step"),
+            ("metrics", class_stats.why_no_kernel, "fused kernels, one read of the features"),
+        ):
+            reason = why_not(torch.device(kind))
+            yield f"{what} on {kind}", fused if reason is None else f"plain PyTorch, slowly: {reason}"
     yield "data folder", str(data_folder(data_dir).resolve())
     for name in DATA_SETS:
         yield f"data {name}", find(name, data_folder(data_dir))

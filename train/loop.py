@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nc.probe import summarize
+from nc.metrics import nc4
+from nc.probe import of_head
 from nc.stats import ClassStats
 from nc.train.config import RunConfig
 from nc.train.data import Dataset
@@ -78,9 +79,13 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def evaluate(stack: Stack, data: Dataset) -> dict[str, list[float]]:
     """Every metric of every run: losses, accuracies, NC0–NC4 on the training data in evaluation mode."""
     features, logits = _forward(stack, data.train_x)
-    stats = ClassStats(len(data.classes), features.shape[-1], runs=stack.runs, device=features.device)
+    stats = ClassStats(
+        len(data.classes), features.shape[-1], runs=stack.runs, nan_policy="propagate", device=features.device
+    )
     stats.update(features, data.train_y)
-    values = summarize(stack.weight, features, logits, data.train_y, stats)
+    values = of_head(stack.weight, stats)
+    values["nc4"] = nc4(features, logits, stats)
+    values["train_accuracy"] = (logits.argmax(-1) == data.train_y).double().mean(-1)
     values["train_loss"] = _cross_entropy(logits, data.train_y)
     values["weight_norm"] = stack.weight.double().flatten(1).norm(dim=1)
     values["feature_norm"] = stats.centred_means().norm(dim=-1).mean(-1)

@@ -12,18 +12,11 @@
 #include <cstring>
 #include <vector>
 
+#include "../_half.h"
+
 namespace {
 
-// The loops over a chunk are compiled for each of these instruction sets and chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__)
-#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define CLONES
-#endif
-#define INLINE static inline __attribute__((always_inline))
-
 enum Rule { SGD, SIGNUM, ADAM, LION };
-enum Type { F32, F64, BF16, F16 };
 constexpr int64_t MAXIMIZE = 256, NESTEROV = 512, FRESH = 2;
 
 struct Row {  // of the table `tensors`
@@ -35,47 +28,6 @@ struct Hyper {  // of the table `hypers`
 struct Chunk {
   int64_t row, start;
 };
-
-struct BF16x {
-  uint16_t bits;
-};
-struct F16x {
-  uint16_t bits;
-};
-
-INLINE float bits_to_float(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-INLINE uint32_t float_to_bits(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
-template <class R> INLINE R load(const R *p, int64_t i) { return p[i]; }
-template <class R> INLINE R load(const BF16x *p, int64_t i) { return bits_to_float(uint32_t(p[i].bits) << 16); }
-template <class R> INLINE R load(const F16x *p, int64_t i) {
-  const uint32_t h = p[i].bits, sign = (h & 0x8000u) << 16, body = h & 0x7fffu;
-  // Shifted into place the exponent is 112 too small: a product mends it, subnormal numbers included.
-  const uint32_t finite = float_to_bits(bits_to_float(body << 13) * 0x1p112f);
-  return bits_to_float(sign | (body >= 0x7c00u ? (body << 13) | 0x7f800000u : finite));
-}
-
-template <class R> INLINE void store(R *p, int64_t i, R x) { p[i] = x; }
-INLINE void store(BF16x *p, int64_t i, float x) {  // to nearest, ties to even
-  const uint32_t b = float_to_bits(x);
-  p[i].bits = uint16_t(x != x ? 0x7fc0u : (b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
-}
-INLINE void store(F16x *p, int64_t i, float x) {  // to nearest, ties to even
-  const uint32_t b = float_to_bits(x), sign = (b >> 16) & 0x8000u, body = b & 0x7fffffffu;
-  // Below 2^-14 half floats are multiples of 2^-24: a sum with 0.5 rounds to that.
-  const uint32_t tiny = float_to_bits(bits_to_float(body) + 0.5f) - 0x3f000000u;
-  const uint32_t normal = (body - 0x38000000u + 0xfffu + ((body >> 13) & 1u)) >> 13;
-  const uint32_t finite = body >= 0x477ff000u ? 0x7c00u : (body < 0x38800000u ? tiny : normal);
-  p[i].bits = uint16_t(sign | (body > 0x7f800000u ? 0x7e00u : finite));
-}
 
 INLINE float root_of(float x) { return std::sqrt(x); }
 INLINE double root_of(double x) { return std::sqrt(x); }

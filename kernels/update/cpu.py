@@ -1,8 +1,5 @@
 """The update of a whole model on the CPU: the launcher of `_cpu.cpp`, compiled when the package is installed."""
 
-from functools import cache
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
@@ -14,12 +11,6 @@ CHUNK = 4096
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Below so many elements a second thread costs more to wake than it saves.
 _SERIAL = 65536
-
-
-@cache
-def available() -> bool:
-    """Whether the kernel was compiled."""
-    return find_spec("nc.kernels.update._cpu") is not None
 
 
 def launch(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:

@@ -1,6 +1,5 @@
 """Steps over lists of tensors: one launch for each device and dtype, the reference where no kernel can go."""
 
-import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nc.kernels import fallback
 from nc.kernels.update import cpu
 from nc.kernels.update.reference import update_reference
 from nc.kernels.update.table import NEED_FIRST, NEED_SECOND, HyperTable, Lists, Table
@@ -18,15 +18,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def why_no_kernel(device: torch.device) -> str | None:
     """Why updates on this device fall back to the reference; None if they don't."""
-    if device.type == "cpu":
-        return None if cpu.available() else "the package was installed without a C++ compiler"
-    if device.type != "cuda":
-        return f"there is no kernel for {device.type} tensors"
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "Triton is not installed"
-    return None
+    return fallback.why_no_kernel(device, "nc.kernels.update._cpu")
 
 
 @dataclass
@@ -149,9 +141,8 @@ class Update:
             reason = f"there is no kernel for {param.dtype} parameters with {grad.dtype} gradients"
         if reason is None and not lists.fits(i, grad, len(codes)):
             reason = "a parameter, its gradient or its state does not lie densely, and alike, in memory"
-        if reason is not None and reason not in _said:
-            _said.add(reason)
-            warnings.warn(f"plain PyTorch updates some parameters, slowly: {reason}", UserWarning, stacklevel=2)
+        if reason is not None:
+            fallback.warn_once("updates some parameters", reason)
         return reason is None
 
     def _reference(self, lists: Lists, grads: list[Tensor], scale: Tensor | None, inf: Tensor | None) -> None:
@@ -173,7 +164,3 @@ class Update:
                 copy.copy_(param)
             if i == extras.head and extras.row_sum is not None:
                 extras.row_sum.copy_(param.double().sum(-2))
-
-
-#: Reasons that a warning has been given for.
-_said: set[str] = set()

@@ -1,6 +1,7 @@
 """NC0–NC4: analytic cases, definitions in float64, invariances, and what is undefined."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ def every_metric(weight: Tensor, stats: ClassStats) -> dict[str, float]:
     values = {
         "nc1": metrics.nc1(stats),
         "nc1_trace_ratio": metrics.nc1(stats, kind="trace_ratio"),
+        "nc1_cdnv": metrics.nc1(stats, kind="cdnv"),
         "nc2": metrics.nc2(stats),
         "nc2_equinorm": metrics.nc2(stats, kind="equinorm"),
         "nc2_equiangularity": metrics.nc2(stats, kind="equiangularity"),
@@ -49,15 +51,21 @@ def test_a_collapsed_classifier_is_zero_everywhere(k: int, d: int) -> None:
     stats = gather(features, labels, k)
     for name, value in every_metric(points, stats).items():
         assert value == pytest.approx(0, abs=1e-12), name
+    for kind in ("etf", "equinorm", "equiangularity"):
+        assert metrics.nc2(points, kind=kind).item() == pytest.approx(0, abs=1e-12)
     assert metrics.nc0(points).item() == pytest.approx(0, abs=1e-24)
     assert metrics.nc4(features, (features - 100) @ points.T, stats) == 0
     assert not metrics.degenerate(points, stats)
 
 
-def test_nc0_is_the_squared_norm_of_the_row_sum() -> None:
+def test_nc0_is_the_size_of_the_row_sum() -> None:
     weight = torch.tensor([[1.0, 2.0], [2.0, 2.0]])
     assert metrics.nc0(weight).item() == 25
-    assert metrics.nc0_norm(weight).item() == 5
+    assert metrics.nc0(weight, kind="norm").item() == 5
+    assert metrics.nc0(weight, kind="per_class").item() == 12.5
+    assert metrics.nc0(weight.repeat(3, 1, 1)).tolist() == [25, 25, 25]
+    with pytest.raises(ValueError, match="kind is 'squared', 'norm', 'per_class'; got 'root'"):
+        metrics.nc0(weight, kind="root")  # type: ignore[arg-type]
 
 
 def test_known_covariances_give_the_known_nc1() -> None:
@@ -70,7 +78,50 @@ def test_known_covariances_give_the_known_nc1() -> None:
     stats = gather(features, labels, 2 * d)
     sigma2, between = 1 / d, s**2 / d
     assert metrics.nc1(stats).item() == pytest.approx(d * sigma2 / between / (2 * d))
+    assert metrics.nc1(stats, per_class=False).item() == pytest.approx(d * sigma2 / between)
     assert metrics.nc1(stats, kind="trace_ratio").item() == pytest.approx(sigma2 / between)
+    # Pairs e_i, −e_i are 2s apart, all others √2·s; every class has the variance d σ² = 1.
+    pairs = d * [1 / (4 * s**2)] + d * (2 * d - 2) * [1 / (2 * s**2)]
+    assert metrics.nc1(stats, kind="cdnv").item() == pytest.approx(sum(pairs) / len(pairs))
+
+
+@pytest.mark.parametrize("balance", ["class", "sample", "sample_mean"])
+def test_conventions_for_classes_of_different_size(balance: Literal["class", "sample", "sample_mean"]) -> None:
+    k, d = 4, 6
+    labels = torch.tensor([0] * 50 + [1] * 20 + [2] * 5 + [3] * 2)
+    features = 3 * torch.randn(k, d, dtype=torch.float64)[labels] + torch.randn(len(labels), d, dtype=torch.float64)
+    means = torch.stack([features[labels == c].mean(0) for c in range(k)])
+    share = labels.bincount() / len(labels)
+    middle = means.mean(0) if balance == "class" else features.mean(0)
+    weights = share if balance == "sample" else torch.full((k,), 1 / k)
+    m = means - middle
+    between = sum(w * torch.outer(row, row) for w, row in zip(weights.double(), m, strict=True))
+    residuals = features - means[labels]
+    within = residuals.T @ residuals / len(labels)
+    stats, weight = gather(features, labels, k), torch.randn(k, d, dtype=torch.float64)
+    expected = (within @ torch.linalg.pinv(between, rtol=1e-10)).trace() / k
+    assert metrics.nc1(stats, balance=balance).item() == pytest.approx(expected.item(), rel=1e-6)
+    expected = within.trace() / between.trace()
+    assert metrics.nc1(stats, kind="trace_ratio", balance=balance).item() == pytest.approx(expected.item(), rel=1e-6)
+    gram = m @ m.T
+    ideal = (torch.eye(k) - 1 / k) / (k - 1) ** 0.5
+    assert metrics.nc2(stats, balance=balance).item() == pytest.approx((gram / gram.norm() - ideal).norm().item())
+    expected = (weight / weight.norm() - m / m.norm()).norm()
+    assert metrics.nc3(weight, stats, kind="difference", balance=balance).item() == pytest.approx(expected.item())
+
+
+def test_cdnv_is_its_definition() -> None:
+    features, labels = blobs(90, 5, 7)
+    stats = gather(features, labels, 5)
+    means = torch.stack([features[labels == c].mean(0) for c in range(5)])
+    variance = torch.stack([(features[labels == c] - means[c]).square().sum(1).mean() for c in range(5)])
+    pairs = [
+        (variance[i] + variance[j]) / (2 * (means[i] - means[j]).square().sum())
+        for i in range(5)
+        for j in range(5)
+        if i != j
+    ]
+    assert metrics.nc1(stats, kind="cdnv").item() == pytest.approx(torch.stack(pairs).mean().item())
 
 
 @settings(deadline=None, max_examples=40)
@@ -111,6 +162,27 @@ def test_nc4_counts_disagreement_with_the_nearest_mean() -> None:
         metrics.nc4(features[:0], logits[:0], stats)
 
 
+def test_nc4_is_that_of_the_logits_bias_included() -> None:
+    features, labels = blobs(200, 4, 8)
+    stats = gather(features, labels, 4)
+    weight, bias = torch.randn(4, 8, dtype=torch.float64), 50 * torch.eye(4, dtype=torch.float64)[2]
+    nearest = torch.cdist(features, stats.means).argmin(1)
+    assert metrics.nc4(features, features @ weight.T + bias, stats).item() == (nearest != 2).double().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_nearest_mean_keeps_its_digits_at_large_offsets(dtype: torch.dtype) -> None:
+    """‖h‖² − 2 hᵀμ + ‖μ‖² in float32 has none left here."""
+    means = torch.randn(6, 16, dtype=torch.float64)
+    features, labels = means.repeat(50, 1) + 0.1 * torch.randn(300, 16, dtype=torch.float64), torch.arange(300) % 6
+    far, moved = (features + 3000).to(dtype), means + 3000
+    assert torch.equal(metrics.nearest_class(far, moved), labels)
+    moved[3] = float("nan")
+    assert 3 not in metrics.nearest_class(far, moved)
+    both = metrics.nearest_class(torch.stack([far, far]), torch.stack([moved, means + 3000]))
+    assert torch.equal(both[1], labels)
+
+
 def test_a_missing_class_is_left_out_and_named() -> None:
     features, labels = blobs(60, 4, 8)
     weight = torch.randn(4, 8, dtype=torch.float64)
@@ -131,8 +203,12 @@ def test_a_missing_class_is_left_out_and_named() -> None:
 
 
 def test_too_few_dimensions_are_said() -> None:
-    with pytest.warns(UserWarning, match="5 classes cannot form a simplex in 3 dimensions"):
-        metrics.nc2(gather(*blobs(40, 5, 3), 5))
+    stats = gather(*blobs(40, 5, 3), 5)
+    stats.name = "layer2"
+    with pytest.warns(UserWarning, match="layer2: 5 classes cannot form a simplex in 3 dimensions"):
+        metrics.nc2(stats)
+    with pytest.warns(UserWarning, match="the weight: 5 classes cannot form a simplex in 3 dimensions"):
+        metrics.nc2(torch.randn(5, 3))
 
 
 @pytest.mark.parametrize("case", ["features", "zero features", "weights"])
@@ -147,18 +223,23 @@ def test_vanished_is_undefined_not_collapsed(case: str) -> None:
         weight *= 1e-12
     stats = gather(features, labels, 4)
     assert metrics.degenerate(weight, stats)
-    undefined = ["nc3", "nc3_difference"] if case == "weights" else list(every_metric(weight, stats))
-    values = every_metric(weight, stats)
-    assert all(math.isnan(values[name]) for name in undefined)
+    if case == "weights":
+        values, undefined = every_metric(weight, stats), ["nc3", "nc3_difference"]
+    else:
+        with pytest.warns(UserWarning, match="the class means have vanished or are all the same"):
+            values = every_metric(weight, stats)
+        undefined = list(values)
+    assert [name for name, value in values.items() if math.isnan(value)] == undefined
 
 
 def test_a_run_that_is_nan_stays_alone() -> None:
     features, labels = blobs(60, 4, 8)
     stacked = torch.stack([features, features * float("nan"), features])
     weight = torch.randn(3, 4, 8, dtype=torch.float64)
-    stats = ClassStats(4, 8, runs=3, dtype=torch.float64)
+    stats = ClassStats(4, 8, runs=3, dtype=torch.float64, nan_policy="propagate")
     stats.update(stacked, labels)
-    for value in (metrics.nc1(stats), metrics.nc2(stats), metrics.nc3(weight, stats)):
+    cdnv, ratio = metrics.nc1(stats, kind="cdnv"), metrics.nc1(stats, kind="trace_ratio")
+    for value in (metrics.nc1(stats), cdnv, ratio, metrics.nc2(stats), metrics.nc3(weight, stats)):
         assert value.isnan().tolist() == [False, True, False]
     nc4 = metrics.nc4(stacked, stacked @ weight.mT, stats)
     assert nc4.isnan().tolist() == [False, True, False]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nc import optim
-from nc.kernels.update import launch
+from nc.kernels import fallback
 
 CLASSES = [optim.SGD, optim.SGDW, optim.Signum, optim.SignumW, optim.Adam, optim.AdamW, optim.Lion]
 
@@ -161,7 +161,7 @@ def test_a_tensor_as_learning_rate_is_read_at_every_step() -> None:
 
 
 def test_strided_parameters_go_to_the_reference_and_say_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_said", set())
+    monkeypatch.setattr(fallback, "_warned", set())
     rows = nn.Parameter(torch.ones(8, 6)[::2])
     plain = nn.Parameter(torch.ones(4, 6))
     for p in (rows, plain):

@@ -1,0 +1,246 @@
+// Statistics of features by class on the CPU: what reference.py says, in one read of the features. Compiled without
+// torch; addresses come in as integers.
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "../_half.h"
+
+namespace {
+
+struct Batch {  // features [runs, rows, dim], of which the last dimension is dense; shifts [runs, classes, dim]
+  unsigned long long features, labels, shifts;
+  long long runs, rows, dim, run_stride, row_stride, classes;
+};
+
+template <class X> INLINE const X *row_of(const Batch &b, int64_t run, int64_t row) {
+  return reinterpret_cast<const X *>(b.features) + run * b.run_stride + row * b.row_stride;
+}
+INLINE int64_t label_of(const Batch &b, int64_t row) { return reinterpret_cast<const int64_t *>(b.labels)[row]; }
+template <class R> INLINE R *shift_of(const Batch &b, int64_t run, int64_t k) {
+  return reinterpret_cast<R *>(b.shifts) + (run * b.classes + k) * b.dim;
+}
+template <class R, class X> INLINE R get(const X *p, int64_t i) {
+  if constexpr (sizeof(X) == 2)
+    return load<float>(p, i);
+  else
+    return R(p[i]);
+}
+
+// Part of the rows of one run, and what they sum to.
+struct Part {
+  int64_t run, from, until, odd;  // odd: values that are not finite
+  std::unique_ptr<char[]> sums;  // R [classes, dim], of which only the rows of classes seen are written
+  std::vector<double> squares;
+  std::vector<char> seen;
+};
+
+template <class X, class R> INLINE void add_rows(const Batch &b, Part &part) {
+  const int64_t dim = b.dim;
+  for (int64_t row = part.from; row < part.until; ++row) {
+    const int64_t k = label_of(b, row);
+    const X *__restrict x = row_of<X>(b, part.run, row);
+    const R *__restrict shift = shift_of<R>(b, part.run, k);
+    R *__restrict sum = reinterpret_cast<R *>(part.sums.get()) + k * dim;
+    if (!part.seen[k]) std::memset(sum, 0, dim * sizeof(R));
+    part.seen[k] = 1;
+    R square = 0;
+    int32_t odd = 0;
+#pragma omp simd reduction(+ : square, odd)
+    for (int64_t i = 0; i < dim; ++i) {
+      const R value = get<R>(x, i), centred = value - shift[i];
+      sum[i] += centred;
+      square += centred * centred;
+      odd += !(value - value == 0);
+    }
+    part.squares[k] += square;
+    part.odd += odd;
+  }
+}
+
+template <class X, class R> INLINE void centre_row(const Batch &b, int64_t run, int64_t row, R *__restrict out) {
+  const X *__restrict x = row_of<X>(b, run, row);
+  const R *__restrict shift = shift_of<R>(b, run, label_of(b, row));
+  const int64_t dim = b.dim;
+  for (int64_t i = 0; i < dim; ++i) out[i] = get<R>(x, i) - shift[i];
+}
+
+template <class R> INLINE void project_row(const R *__restrict x, const R *__restrict axes, int64_t dim, int64_t many, R *out) {
+  int64_t j = 0;
+  for (; j + 4 <= many; j += 4) {  // four at a time share the loads of x
+    const R *__restrict a = axes + j * dim;
+    R s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t i = 0; i < dim; ++i) {
+      s0 += x[i] * a[i];
+      s1 += x[i] * a[dim + i];
+      s2 += x[i] * a[2 * dim + i];
+      s3 += x[i] * a[3 * dim + i];
+    }
+    out[j] = s0, out[j + 1] = s1, out[j + 2] = s2, out[j + 3] = s3;
+  }
+  for (; j < many; ++j) {
+    R s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int64_t i = 0; i < dim; ++i) s += x[i] * axes[j * dim + i];
+    out[j] = s;
+  }
+}
+
+// Rows from..until of one run: centred, or (axes) projected as well.
+struct Rows {
+  int64_t run, from, until;
+  unsigned long long axes, out;
+  long long many;
+};
+
+template <class X, class R> INLINE void map_rows(const Batch &b, const Rows &rows) {
+  const R *axes = reinterpret_cast<const R *>(rows.axes) + rows.run * rows.many * b.dim;
+  const int64_t width = rows.axes ? rows.many : b.dim;
+  R *out = reinterpret_cast<R *>(rows.out) + rows.run * b.rows * width;
+  std::vector<R> centred(rows.axes ? b.dim : 0);
+  for (int64_t row = rows.from; row < rows.until; ++row) {
+    centre_row<X>(b, rows.run, row, rows.axes ? centred.data() : out + row * width);
+    if (rows.axes) project_row<R>(centred.data(), axes, b.dim, rows.many, out + row * width);
+  }
+}
+
+struct Functions {
+  void (*add)(const Batch &, Part &);
+  void (*map)(const Batch &, const Rows &);
+  int64_t wide;  // bytes of R
+};
+#define KERNELS(name, X, R)                                                            \
+  CLONES void add_##name(const Batch &b, Part &part) { add_rows<X, R>(b, part); }      \
+  CLONES void map_##name(const Batch &b, const Rows &rows) { map_rows<X, R>(b, rows); }
+KERNELS(f32, float, float)
+KERNELS(bf16, BF16x, float)
+KERNELS(f16, F16x, float)
+KERNELS(f64, double, double)
+KERNELS(f32_f64, float, double)
+
+Functions choose(int features, int sums) {
+  switch (features * 4 + sums) {
+    case F32 * 4 + F32: return {add_f32, map_f32, 4};
+    case BF16 * 4 + F32: return {add_bf16, map_bf16, 4};
+    case F16 * 4 + F32: return {add_f16, map_f16, 4};
+    case F64 * 4 + F64: return {add_f64, map_f64, 8};
+    case F32 * 4 + F64: return {add_f32_f64, map_f32_f64, 8};
+    default: PyErr_SetString(PyExc_TypeError, "no kernel for these dtypes"); return {nullptr, nullptr, 0};
+  }
+}
+
+template <class X, class R> void set_shift(const Batch &b, int64_t k, int64_t row) {
+  for (int64_t run = 0; run < b.runs; ++run) {
+    const X *x = row_of<X>(b, run, row);
+    R *shift = shift_of<R>(b, run, k);
+    for (int64_t i = 0; i < b.dim; ++i) shift[i] = get<R>(x, i);
+  }
+}
+void set_shift(const Batch &b, int features, int sums, int64_t k, int64_t row) {
+  if (features == F32 && sums == F32) set_shift<float, float>(b, k, row);
+  if (features == BF16) set_shift<BF16x, float>(b, k, row);
+  if (features == F16) set_shift<F16x, float>(b, k, row);
+  if (features == F64) set_shift<double, double>(b, k, row);
+  if (features == F32 && sums == F64) set_shift<float, double>(b, k, row);
+}
+
+template <class R> void commit(const Batch &b, const std::vector<Part> &parts, R *sums, R *squares) {
+  for (const Part &part : parts)  // in their order, whichever thread took them: the same result every time
+    for (int64_t k = 0; k < b.classes; ++k)
+      if (part.seen[k]) {
+        const int64_t at = part.run * b.classes + k;
+        const R *from = reinterpret_cast<const R *>(part.sums.get()) + k * b.dim;
+        for (int64_t i = 0; i < b.dim; ++i) sums[at * b.dim + i] += from[i];
+        squares[at] += R(part.squares[k]);
+      }
+}
+
+// A run's rows are cut into as many parts whatever the number of threads, so that their sums are the same.
+constexpr int64_t PART = 512, MOST_PARTS = 16;
+
+#define BATCH_FORMAT "KKKLLLLLL"
+#define BATCH_ADDRESSES(b)                                                                                              \
+  &b.features, &b.labels, &b.shifts, &b.runs, &b.rows, &b.dim, &b.run_stride, &b.row_stride, &b.classes
+
+PyObject *gather(PyObject *, PyObject *args) {
+  Batch b;
+  unsigned long long counts_at, sums_at, squares_at;
+  int propagate, features, sums, threads;
+  if (!PyArg_ParseTuple(args, BATCH_FORMAT "KKKpiii", BATCH_ADDRESSES(b), &counts_at, &sums_at, &squares_at,
+                        &propagate, &features, &sums, &threads))
+    return nullptr;
+  const Functions functions = choose(features, sums);
+  if (!functions.add) return nullptr;
+  auto *counts = reinterpret_cast<int64_t *>(counts_at);
+  long long odd_labels = 0, odd_values = 0;
+  Py_BEGIN_ALLOW_THREADS;
+  std::vector<int64_t> in_batch(b.classes), first(b.classes);
+  for (int64_t row = b.rows - 1; row >= 0; --row) {
+    const int64_t k = label_of(b, row);
+    if (k < 0 || k >= b.classes)
+      ++odd_labels;
+    else
+      ++in_batch[k], first[k] = row;
+  }
+  if (!odd_labels) {
+    for (int64_t k = 0; k < b.classes; ++k)
+      if (in_batch[k] && !counts[k]) set_shift(b, features, sums, k, first[k]);
+    const int64_t cuts = std::clamp<int64_t>(b.rows / PART, 1, MOST_PARTS), many = cuts * b.runs;
+    std::vector<Part> parts(many);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+    for (int64_t i = 0; i < many; ++i) {
+      const int64_t cut = i % cuts;
+      parts[i] = {i / cuts, b.rows * cut / cuts, b.rows * (cut + 1) / cuts, 0,
+                  std::unique_ptr<char[]>(new char[b.classes * b.dim * functions.wide]),
+                  std::vector<double>(b.classes), std::vector<char>(b.classes)};
+      functions.add(b, parts[i]);
+    }
+    for (const Part &part : parts) odd_values += part.odd;
+    if (propagate || !odd_values) {
+      for (int64_t k = 0; k < b.classes; ++k) counts[k] += in_batch[k];
+      if (sums == F64)
+        commit(b, parts, reinterpret_cast<double *>(sums_at), reinterpret_cast<double *>(squares_at));
+      else
+        commit(b, parts, reinterpret_cast<float *>(sums_at), reinterpret_cast<float *>(squares_at));
+    }
+  }
+  Py_END_ALLOW_THREADS;
+  return Py_BuildValue("LL", odd_labels, odd_values);
+}
+
+PyObject *map(PyObject *, PyObject *args) {
+  Batch b;
+  Rows rows;
+  int features, sums, threads;
+  if (!PyArg_ParseTuple(args, BATCH_FORMAT "KLKiii", BATCH_ADDRESSES(b), &rows.axes, &rows.many, &rows.out, &features,
+                        &sums, &threads))
+    return nullptr;
+  const Functions functions = choose(features, sums);
+  if (!functions.map) return nullptr;
+  Py_BEGIN_ALLOW_THREADS;
+  constexpr int64_t block = 64;
+  const int64_t blocks = (b.rows + block - 1) / block, many = blocks * b.runs;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < many; ++i) {
+    const int64_t from = i % blocks * block;
+    functions.map(b, {i / blocks, from, std::min<int64_t>(from + block, b.rows), rows.axes, rows.out, rows.many});
+  }
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {{"gather", gather, METH_VARARGS, "Add a batch to counts, shifts, sums and squares."},
+                         {"map", map, METH_VARARGS, "Centre each row at its class's shift, and project it."},
+                         {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&module); }
