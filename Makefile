@@ -24,7 +24,7 @@ bench: $(VENV)/.installed-dev  ## time the demo and the optimizers, compile the 
 	$(BIN)/python -m pytest bench/bench_demo.py --benchmark-json=bench/results/demo.json
 	# Make asks git before it runs the first line, which makes the checkout look dirty.
 	$(BIN)/python -m bench.bench_optim --device cpu --seconds 8 --commit "$(shell git describe --always --dirty --abbrev=12 --exclude='*')"
-	$(BIN)/python tests/kernels/compile_update.py sm_80 sm_90 sm_100 > bench/results/update-code.json
+	$(BIN)/python tests/kernels/compile_kernels.py sm_80 sm_90 sm_100 > bench/results/kernel-code.json
 
 gpu: $(VENV)/.installed-dev  ## on a machine with a CUDA GPU: its tests, tuning and benchmarks, in ten minutes
 	$(BIN)/python bench/gpu.py

@@ -25,13 +25,17 @@ from nc.kernels.class_stats.gpu_kernels import (
 from nc.kernels.class_stats.reference import State
 
 #: Labels that a program looks at, and how many classes at a time.
-LABELS, CLASSES = 512, 32
-#: Of a tile of features that a program takes at a time: samples, features; classes at most; warps.
-ROWS, COLUMNS, MOST_CLASSES, WARPS = 64, 64, 128, 4
+LABELS, CLASSES = 256, 32
+#: Of a tile of features that a program takes at a time: samples, features; classes at most.
+ROWS, COLUMNS, MOST_CLASSES = 32, 64, 128
+#: Of every launch. A product and a sum in one rounding are as good as in two.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+#: The same for more than 32 classes at a time, whose sums would not go into the registers of four warps.
+MANY_CLASSES = OPTIONS | {"num_warps": 8}
 #: Programs to a multiprocessor that sums are cut for.
 PROGRAMS = 4
 #: Features in a step of a projection, and elements at a time of an addition.
-STEP, BLOCK = 64, 1024
+STEP, BLOCK = 32, 1024
 #: Samples in one matrix product, of which the matrix units sum the terms less exactly than we want for more; products
 #: in one call.
 PRODUCT, PRODUCTS = 2048, 8
@@ -46,9 +50,9 @@ def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -
         runs, rows, dim = where[0], *features.shape[-2:]
         classes = len(state.counts)
         batch = torch.zeros(2 * classes + 2, dtype=torch.int32, device=features.device)
-        labels_kernel[(triton.cdiv(rows, LABELS),)](labels, rows, classes, batch, LABELS, CLASSES)
+        labels_kernel[(triton.cdiv(rows, LABELS),)](labels, rows, classes, batch, LABELS, CLASSES, **OPTIONS)
         shifts_kernel[(classes, runs)](
-            features, *where[1:], rows, dim, classes, state.counts, batch, state.shifts, BLOCK
+            features, *where[1:], rows, dim, classes, state.counts, batch, state.shifts, BLOCK, **OPTIONS
         )  # fmt: skip
         at_once = min(MOST_CLASSES, max(16, triton.next_power_of_2(classes)))
         blocks, columns = triton.cdiv(classes, at_once), triton.cdiv(dim, COLUMNS)
@@ -60,11 +64,11 @@ def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -
         squares = features.new_empty(parts, columns, runs, classes, dtype=torch.float32)
         gather_kernel[(columns, parts, runs * blocks)](
             features, *where[1:], labels, state.shifts, rows, rows_each, dim, classes, blocks, sums, squares, batch,
-            ROWS, COLUMNS, at_once, num_warps=WARPS,
+            ROWS, COLUMNS, at_once, **(OPTIONS if at_once <= 32 else MANY_CLASSES),
         )  # fmt: skip
         commit_kernel[(triton.cdiv(classes * dim, BLOCK), runs)](
             sums, squares, batch, parts, columns, dim, classes,
-            state.counts, state.sums, state.squares, state.refused, propagate, BLOCK,
+            state.counts, state.sums, state.squares, state.refused, propagate, BLOCK, **OPTIONS,
         )  # fmt: skip
         if state.scatter is None:
             return
@@ -87,7 +91,7 @@ def project(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor) -> T
         with torch.cuda.device_of(features):
             project_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(many, at_once), where[0])](
                 features, *where[1:], labels, shifts, rows, dim, classes, axes, many, out,
-                ROWS, STEP, at_once, num_warps=WARPS,
+                ROWS, STEP, at_once, **OPTIONS,
             )  # fmt: skip
     return out
 
@@ -102,7 +106,7 @@ def _moment(features: Tensor, labels: Tensor, state: State, batch: Tensor, propa
         halves = features.new_empty(runs * products, product, 2 * dim, dtype=torch.bfloat16)
         split_kernel[(triton.cdiv(dim, COLUMNS), triton.cdiv(products * product, ROWS), runs)](
             features, *where[1:], labels, state.shifts, start, rows, dim, classes, halves, products * product,
-            ROWS, COLUMNS, num_warps=WARPS,
+            ROWS, COLUMNS, **OPTIONS,
         )  # fmt: skip
         high, low = halves[..., :dim].mT, halves[..., dim:]
         highs, lows = _product(high, halves), _product(low.mT, low)

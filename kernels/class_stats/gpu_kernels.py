@@ -54,6 +54,12 @@ def _tile(
     return label, value - shift, value
 
 
+@triton.jit
+def _cut(x):
+    """The 11 leading bits of float32 numbers, which are all that tf32 has."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
 @triton.jit(do_not_specialize=["rows", "rows_each"])
 def gather_kernel(
     features_ptr, stride_run, stride_row, stride_column, labels_ptr, shifts_ptr, rows, rows_each, dim, classes, blocks,
@@ -70,29 +76,32 @@ def gather_kernel(
     start = (part * rows_each).to(tl.int32)
     last = tl.minimum(start + rows_each, rows)
     sums, squares = tl.zeros((CLASSES, COLUMNS), tl.float32), tl.zeros((CLASSES,), tl.float32)
-    odd = tl.zeros((ROWS, COLUMNS), tl.int32)
+    odd = 0
     for top in range(start, last, ROWS):
         row = top + tl.arange(0, ROWS)
         label, centred, value = _tile(
             features_ptr + run * stride_run, stride_row, stride_column, labels_ptr, shifts_ptr + run * classes * dim,
             classes, dim, row, column, last,
         )  # fmt: skip
-        odd += (value - value != 0).to(tl.int32)
+        square = tl.sum(centred * centred, 1)
+        # Only where a square is not finite a value can be so.
+        if tl.max((square - square != 0).to(tl.int32), 0) > 0:
+            odd += tl.sum(tl.sum((value - value != 0).to(tl.int32), 1), 0)
         match = label[None, :] == k[:, None]
         # Of batches sorted by class a tile has few classes: most blocks of many classes have none of them.
         if tl.max(match.to(tl.int32)) > 0:
-            # The ones are exact, and three tf32 products hold all but the last two bits of float32.
-            sums = tl.dot(match.to(tl.float32), centred, sums, input_precision="tf32x3")
-            square = tl.sum(centred * centred, 1)
             squares += tl.sum(tl.where(match, square[None, :], 0.0), 1)
+            # The ones are exact, and two tf32 numbers are 22 bits at the least. Matrix units cut off when they add up:
+            # they do so for one tile only.
+            high, ones = _cut(centred), match.to(tl.float32)
+            tile = tl.dot(ones, centred - high, input_precision="tf32")
+            sums += tl.dot(ones, high, tile, input_precision="tf32")
     out = ((part * runs + run) * classes + k)[:, None] * dim + column[None, :]
     tl.store(sums_ptr + out, sums, mask=(k < classes)[:, None] & (column < dim)[None, :])
     out = ((part * tl.num_programs(0) + block) * runs + run) * classes + k
     tl.store(squares_ptr + out, squares, mask=k < classes)
-    if first_class == 0:
-        many = tl.sum(tl.sum(odd, 1), 0)
-        if many > 0:
-            tl.atomic_add(batch_ptr + 2 * classes + 1, many, sem="relaxed")
+    if (first_class == 0) & (odd > 0):
+        tl.atomic_add(batch_ptr + 2 * classes + 1, odd, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -130,9 +139,8 @@ def commit_kernel(
                 place = squares_ptr + run * classes + k
                 tl.store(place, tl.load(place, mask=k < classes) + square, mask=k < classes)
                 if run == 0:
-                    place = counts_ptr + k
-                    count = tl.load(batch_ptr + k, mask=k < classes)
-                    tl.store(place, tl.load(place, mask=k < classes) + count, mask=k < classes)
+                    count = tl.load(counts_ptr + k, mask=k < classes) + tl.load(batch_ptr + k, mask=k < classes)
+                    tl.store(counts_ptr + k, count, mask=k < classes)
 
 
 @triton.jit(do_not_specialize=["start", "rows"])
@@ -201,6 +209,10 @@ def project_kernel(
         )  # fmt: skip
         place = axes_ptr + (run * many + axis)[None, :] * dim + column[:, None]
         axes = tl.load(place, mask=(axis < many)[None, :] & (column < dim)[:, None], other=0.0)
-        total = tl.dot(centred, axes, total, input_precision="tf32x3")
+        # As tf32x3 would, but each step's sum is added in full precision, of which matrix units cut off.
+        high, axes_high = _cut(centred), _cut(axes)
+        part = tl.dot(centred - high, axes_high, input_precision="tf32")
+        part = tl.dot(high, axes - axes_high, part, input_precision="tf32")
+        total += tl.dot(high, axes_high, part, input_precision="tf32")
     out = out_ptr + (run * rows + row)[:, None] * many + axis[None, :]
     tl.store(out, total, mask=(row < rows)[:, None] & (axis < many)[None, :])

@@ -1,13 +1,12 @@
 """Parameters updated twice, by a kernel and by the reference: what the tests of the update kernels share."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+import interpreter
 from nc.kernels.update import cpu
 from nc.kernels.update.reference import Settings, Slot, compute_dtype, update_reference
 from nc.kernels.update.table import HYPERS, HyperTable, Lists, Table, code
@@ -41,9 +40,7 @@ def launch_triton(
 
     table = Table(lists, grads[0].dtype, hypers, gpu.block(lists.params[0].dtype), gpu.CHUNK)
     table.point([p.data_ptr() for p in lists.params], [g.data_ptr() for g in grads])
-    # Behind the interpreter, numpy warns of NaN and of log 0, and of how Triton 3.6's interpreter makes loop bounds.
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with interpreter.quiet():
         gpu.launch(table, gpu.Scratch(table), scale, inf)
 
 

@@ -1,0 +1,127 @@
+"""Compile the kernels for GPUs that need not be there, and print what came out: JSON, a record for each variant.
+
+python tests/kernels/compile_kernels.py sm_90
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nc.kernels.class_stats import gpu as stats
+from nc.kernels.class_stats import gpu_kernels
+from nc.kernels.update import gpu as update
+from nc.kernels.update.reference import RULES
+from nc.kernels.update.table import MIXED
+
+_TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp64": tl.float64}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+def compiled(
+    kernel: Any, arch: int, pointers: dict[str, str], constants: dict[str, Any], sixteen: tuple[str, ...] = (),
+    **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Registers, spilled bytes, and what is in the code of one variant.
+
+    Args:
+        pointers: types of what is no int32.
+        constants: of what is known when compiling; integers that are 1 belong here too.
+        sixteen: which integers are known to be multiples of 16, as all pointers are.
+        options: as the launch gives them.
+    """
+    types = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name.endswith("_ptr") or name in sixteen
+    }
+    source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constants, aligned)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(binary.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    registers, stack, local = map(int, found.groups())
+    ptx = binary.asm["ptx"]
+    # 128 bits: four of 32 or two of 64.
+    loads, stores = (len(re.findall(rf"{op}\.global[.\w:]*\.(?:v4\.\w32|v2\.\w64)", ptx)) for op in ("ld", "st"))
+    loads += len(re.findall(r"cp\.async\.cg\.shared\.global[.\w:]* [^;]*\b0x10\b", ptx))
+    return {
+        "arch": f"sm_{arch}", "registers": registers, "spilled_bytes": stack + local,
+        "shared_bytes": binary.metadata.shared, "loads_128": loads, "stores_128": stores,
+        "matrix_products": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
+        "float_atomics": len(re.findall(r"\b(?:atom|red)\.[.\w:]*\bf(?:16|32|64)", ptx)),
+    }  # fmt: skip
+
+
+def updates(arch: int) -> Iterator[dict[str, Any]]:
+    pointers = {
+        "tensors_ptr": "*i64", "chunks_ptr": "*i64", "hypers_ptr": "*i64", "steps_ptr": "*i64", "arrived_ptr": "*i32",
+        "scale_ptr": "*fp32", "inf_ptr": "*fp32", "partial_ptr": "*fp32", "norms_ptr": "*fp64",
+    }  # fmt: skip
+    variants = [(rule, dtype, False) for rule in (*range(len(RULES)), MIXED) for dtype in ("fp32", "bf16")]
+    for rule, dtype, extras in [*variants, (2, "fp32", True), (MIXED, "fp32", True), (2, "fp64", False)]:
+        param = _TYPES[dtype]
+        constants = {
+            "PARAM": param, "GRAD": param, "REAL": tl.float64 if dtype == "fp64" else tl.float32, "RULE": rule,
+            "HAS_SCALE": extras, "HAS_INF": extras, "HAS_COPY": extras, "HAS_NORMS": extras, "ADD": False,
+            "HAS_SUMS": extras, "HAS_STEPS": rule in (2, MIXED), "BLOCK": update.block(_DTYPES[dtype]),
+            "CHUNK": update.CHUNK,
+        }  # fmt: skip
+        name = {"kernel": "update", "rule": [*RULES, "mixed"][rule], "dtype": dtype, "extras": extras}
+        options = {"num_warps": update.WARPS, "enable_fp_fusion": False}
+        yield name | compiled(update._update_kernel, arch, pointers, constants, **options)
+
+
+def class_stats(arch: int) -> Iterator[dict[str, Any]]:
+    """Features as a layer gives them: `[B, d]`, dense, d a multiple of 16."""
+    batch, labels, counts = {"batch_ptr": "*i32"}, {"labels_ptr": "*i64"}, {"counts_ptr": "*i64"}
+    sixteen = ("dim", "stride_run", "stride_row")
+    block, tile = {"BLOCK": stats.BLOCK}, {"ROWS": stats.ROWS, "COLUMNS": stats.COLUMNS}
+    real = {f"{name}_ptr": "*fp32" for name in ("shifts", "sums", "squares", "part_sums", "part_squares", "axes")}
+
+    def variant(
+        name: str, pointers: dict[str, str], constants: dict[str, Any], options: Any = None, **what: Any
+    ) -> dict[str, Any]:
+        kernel = getattr(gpu_kernels, f"{name}_kernel")
+        known = {n: t for n, t in (real | pointers).items() if n in kernel.arg_names}
+        dense = {"stride_column": 1} if "stride_column" in kernel.arg_names else {}
+        here = tuple(n for n in sixteen if n in kernel.arg_names)
+        return {"kernel": f"class_stats {name}", **what} | compiled(
+            kernel, arch, known, constants | dense, here, **(options or stats.OPTIONS)
+        )
+
+    yield variant("labels", labels | batch, {"LABELS": stats.LABELS, "CLASSES": stats.CLASSES})
+    for dtype in ("fp32", "bf16"):
+        features = {"features_ptr": f"*{dtype}"} | labels | batch | counts
+        yield variant("shifts", features, block, dtype=dtype)
+        for classes, options in ((16, None), (32, None), (64, stats.MANY_CLASSES), (128, stats.MANY_CLASSES)):
+            yield variant("gather", features, tile | {"CLASSES": classes}, options, dtype=dtype, classes=classes)
+        yield variant("split", features | {"out_ptr": "*bf16"}, tile, dtype=dtype)
+        for axes in (16, 64):
+            constants = {"ROWS": stats.ROWS, "STEP": stats.STEP, "AXES": axes}
+            yield variant("project", features | {"out_ptr": "*fp32"}, constants, dtype=dtype, axes=axes)
+    yield variant("commit", batch | counts | {"refused_ptr": "*i64"}, block | {"PROPAGATE": False})
+    moment = batch | {"highs_ptr": "*fp32", "lows_ptr": "*fp32", "scatter_ptr": "*fp32"}
+    yield variant("add_moment", moment, block | {"PROPAGATE": False})
+
+
+if __name__ == "__main__":
+    arches = [int(name.removeprefix("sm_")) for name in sys.argv[1:]]
+    print(json.dumps([variant for arch in arches for of in (updates, class_stats) for variant in of(arch)], indent=0))

@@ -1,0 +1,126 @@
+"""Batches of features and the statistics of their classes: what the tests of the class-statistics kernels share."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import interpreter
+from nc.kernels.class_stats import cpu
+from nc.kernels.class_stats.reference import State
+
+#: Adds features and labels to a state; the last argument is `propagate`.
+Add = Callable[[Tensor, Tensor, State, bool], None]
+Project = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+MOMENTS = ("full", "projected", "trace")
+
+
+def empty(
+    classes: int,
+    dim: int,
+    moment: str = "full",
+    *,
+    runs: int | None = None,
+    many: int = 3,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> State:
+    """Statistics of nothing yet; the axes of "projected" are always the same orthonormal ones, at most `many`."""
+    lead = () if runs is None else (runs,)
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*lead, *shape, dtype=dtype, device=device)
+
+    axes = None
+    if moment == "projected":
+        g = torch.Generator().manual_seed(dim)
+        basis = torch.linalg.qr(torch.randn(*lead, dim, min(many, dim), generator=g)).Q.mT
+        axes = basis.contiguous().to(device, dtype)
+    m = dim if axes is None else axes.shape[-2]
+    return State(
+        counts=torch.zeros(classes, dtype=torch.int64, device=device),
+        shifts=zeros(classes, dim),
+        sums=zeros(classes, dim),
+        squares=zeros(classes),
+        scatter=None if moment == "trace" else zeros(m, m),
+        axes=axes,
+        refused=torch.zeros(3, dtype=torch.int64, device=device),
+    )
+
+
+def batch(
+    rows: int,
+    classes: int,
+    dim: int,
+    *,
+    runs: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    noise: float = 1.0,
+    offset: float = 20.0,
+    device: torch.device | str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Features and labels. The class means are about as far from each other as they are wide, 1, around the offset."""
+    lead = () if runs is None else (runs,)
+    labels = torch.randint(classes, (rows,))
+    means = offset + torch.randn(classes, dim, generator=torch.Generator().manual_seed(classes * dim)).double()
+    features = means[labels] + noise * torch.randn(*lead, rows, dim, dtype=torch.float64)
+    return features.to(device, dtype), labels.to(device)
+
+
+def add_triton(features: Tensor, labels: Tensor, state: State, propagate: bool = False) -> None:
+    """On the GPU, or in Triton's interpreter."""
+    from nc.kernels.class_stats import gpu
+
+    with interpreter.quiet():
+        gpu.add_batch(features, labels, state, propagate)
+
+
+def project_triton(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor) -> Tensor:
+    """On the GPU, or in Triton's interpreter."""
+    from nc.kernels.class_stats import gpu
+
+    with interpreter.quiet():
+        return gpu.project(features, labels, shifts, axes)
+
+
+def in_float64(state: State) -> State:
+    """A copy on the CPU in float64."""
+    return State._make(
+        None if t is None else t.cpu().to(torch.float64 if t.is_floating_point() else t.dtype, copy=True) for t in state
+    )
+
+
+def copied(state: State) -> State:
+    return State._make(None if t is None else t.clone() for t in state)
+
+
+def check(state: State, expected: State, tolerance: float = 3e-6, scatter: float | None = None) -> None:
+    """Raise AssertionError unless each tensor is as expected: integers and shifts exactly, others relatively.
+
+    Args:
+        tolerance: of ‖difference‖ ≤ tolerance · ‖expected‖, for each tensor as a whole.
+        scatter: another one for the scatter, of which what stands above the diagonal is not looked at.
+    """
+    for name, ours, theirs in zip(State._fields, in_float64(state), expected, strict=True):
+        if theirs is None:
+            assert ours is None, name
+            continue
+        if name == "scatter":
+            ours, theirs = ours.tril(), theirs.tril()
+        if name in ("counts", "shifts", "axes", "refused"):
+            assert torch.equal(ours.nan_to_num(7.5), theirs.nan_to_num(7.5)), f"{name}: {ours} is not {theirs}"
+            continue
+        assert torch.equal(ours.isfinite(), theirs.isfinite()), name
+        bound = scatter if name == "scatter" and scatter is not None else tolerance
+        error, size = ((t.nan_to_num(0, 0, 0)).norm() for t in (ours - theirs, theirs))
+        assert error <= bound * size + 1e-30, f"{name}: relative error {error / size:.1e}"
+
+
+def same_bits(a: State, b: State) -> bool:
+    """Whether two states are equal to the last bit."""
+    pairs = zip(a, b, strict=True)
+    return all(s is t or (s is not None and t is not None and torch.equal(s, t)) for s, t in pairs)
+
+
+add_cpu: Add = cpu.add_batch
+project_cpu: Project = cpu.project
