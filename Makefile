@@ -20,10 +20,13 @@ check: $(VENV)/.installed-dev  ## formatting, lint, types
 	rm -rf build $(VENV)/typed && $(PIP) --no-deps --no-build-isolation --target $(VENV)/typed .
 	cd $(VENV)/typed && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml -p nc
 
-bench: $(VENV)/.installed-dev  ## time the demo and the optimizers, compile the kernels; record it in bench/results
+# Asked before the first record is written, which makes the checkout look dirty.
+bench: COMMIT := $(shell git describe --always --dirty --abbrev=12 --exclude='*')
+bench: $(VENV)/.installed-dev  ## time the demo, the optimizers and the metrics, compile the kernels; record it in bench/results
 	$(BIN)/python -m pytest bench/bench_demo.py --benchmark-json=bench/results/demo.json
-	# Make asks git before it runs the first line, which makes the checkout look dirty.
-	$(BIN)/python -m bench.bench_optim --device cpu --seconds 8 --commit "$(shell git describe --always --dirty --abbrev=12 --exclude='*')"
+	$(BIN)/python -m bench.bench_optim --device cpu --seconds 8 --commit "$(COMMIT)"
+	$(BIN)/python -m bench.bench_stats --device cpu --commit "$(COMMIT)"
+	$(BIN)/python -m bench.moment_accuracy --commit "$(COMMIT)"
 	$(BIN)/python tests/kernels/compile_kernels.py sm_80 sm_90 sm_100 > bench/results/kernel-code.json
 
 gpu: $(VENV)/.installed-dev  ## on a machine with a CUDA GPU: its tests, tuning and benchmarks, in ten minutes

@@ -1,10 +1,10 @@
-"""Everything that needs a GPU, in one go and in time: its tests, the kernel's tuning, the benchmark of the optimizers.
+"""Everything that needs a GPU, in one go and in time: its tests, the update kernel's tuning, the benchmarks.
 
 make gpu                                        in a checkout
 python bench/gpu.py --out DIR --minutes 9       on a bare machine with PyTorch, Triton and pytest, nothing installed
 
-What fails is recorded and does not stop the rest. DIR takes gpu.json, update-tuning.json and optim-cuda.json; with
---logs another folder takes everything that was printed.
+What fails is recorded and does not stop the rest. DIR takes gpu.json, stats-cuda.json, update-tuning.json and
+optim-cuda.json; with --logs another folder takes everything that was printed.
 """
 
 import argparse
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: name -> its share of the time that is left, and the command; {minutes} is a little less than what it gets.
 STEPS = {
     "tests": (0.40, "-m pytest tests/gpu -q -p no:cacheprovider --durations=5"),
+    "statistics": (0.30, "-m bench.bench_stats --device cuda --minutes {minutes} --seconds 1 --out {out}"),
     "tuning": (0.40, "-m bench.tune_update --minutes {minutes} --out {out}"),
     "benchmark": (1.0, "-m bench.bench_optim --device cuda --minutes {minutes} --seconds 2 --out {out}"),
 }
@@ -81,6 +82,8 @@ def table(out: Path, began: float) -> list[str]:
         lines += ["", "tuning: time over that of the library's own constants"]
         for row in found["update-tuning"].get("best", [])[:4]:
             lines.append(f"  BLOCK {row['block']:5} CHUNK {row['chunk']:6} WARPS {row['warps']}  {row['time']:.3f}")
+    if "stats-cuda" in found:
+        lines += statistics_table(found["stats-cuda"])
     if "optim-cuda" in found:
         lines += [
             "",
@@ -97,6 +100,25 @@ def table(out: Path, began: float) -> list[str]:
             share = case.get("gpu", {}).get("nc", {}).get("share")
             name = f"{case['case']} / {case['baseline']}"
             lines.append(f"  {name:<42}" + "".join(f"{c:>18}" for c in cells) + (f"{share:9.0%}" if share else ""))
+    return lines
+
+
+def statistics_table(record: dict[str, Any]) -> list[str]:
+    """Of the class statistics: time and speed of the ways to NC1, and what adding the batches makes of the GPU."""
+    lines = ["", "class statistics: ms, speed against two passes; then of a copy's GB/s, TFLOP/s of the same product's"]
+    for case in record["cases"]:
+        if "refused" in case:
+            lines.append(f"  {case['case']:<52}{case['refused']}")
+            continue
+        ways = ("nc full", "nc projected", "nc trace")
+        cells = [f"{case['all'][n]['median'] / 1e3:8.2f} {case['all'][n]['speed']:5.1f}×" for n in ways]
+        full, trace, product = (case["update"][n] for n in ("nc full", "nc trace", "product"))
+        lines.append(
+            f"  {case['case']:<52}{''.join(cells)}{trace['share']:6.0%}"
+            f"{full['tflop_per_s']:7.0f} of {product['tflop_per_s']:.0f}"
+        )
+    if over := record.get("measure"):
+        lines.append(f"  measure of ResNet9 over its forward passes: {over['measure']['over_forward']:+.1%}")
     return lines
 
 

@@ -158,7 +158,7 @@ def test_nobody_waits_until_a_number_is_asked_for(device: torch.device, moment: 
         stats.update(h.bfloat16(), y.int())
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    with pytest.raises(ValueError, match="'fc'.*the batch was refused, for 1 values"):
+    with pytest.raises(ValueError, match=r"'fc'.*the batch was refused, for 1 values"):
         _ = stats.means
     assert int(stats.counts.sum()) == 1500
 

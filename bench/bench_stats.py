@@ -1,0 +1,194 @@
+"""Class statistics and NC1 against other ways to them, recorded in bench/results.
+
+python -m bench.bench_stats --device cpu
+python -m bench.bench_stats --device cuda --minutes 3
+
+Candidates take turns; nothing is asserted of time. Of each case of features near collapse is recorded, in microseconds:
+
+- `all`: from the features to the number, with its relative error against float64 (`error`), and its speed against the
+  two passes; `per sample` is timed on some samples and scaled (`scaled_from`); `read` is the features once, and nothing
+  else;
+- `update`: adding the batches alone, with GB/s of features; on a GPU in a CUDA graph by its own clock, beside a device
+  copy (`share`) and a product of bfloat16 matrices of as many operations as the second moment needs (`product`);
+- `number`: NC1 from gathered statistics alone, and the pseudo-inverse of Σ_B that it does without.
+
+`measure`: a whole `nc.measure` of ResNet9 against the forward passes over the same images alone.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.record import RESULTS, Record, first_line
+from bench.stats_cases import BASELINE, LOOPED, SAME, WAYS, Case, Features, gathered
+from bench.timing import QUIET, Clock, Step, Yardstick, captured, gpu, interleaved, wall_cpu, wall_cuda
+from nc import ClassStats, measure
+from nc.metrics import nc1
+from nc.train import models
+
+PATIENCE = 30.0
+#: Images, and in a batch, of the measurement of a whole network.
+IMAGES = {"cpu": (512, 256), "cuda": (60_000, 1000)}
+
+
+def cases(device: str) -> list[Case]:
+    """The most telling first: time may run out."""
+    found = [Case(60_000, 512), Case(60_000, 512, batch=1024), Case(60_000, 2048), Case(60_000, 512, classes=100)]
+    found += [Case(60_000, 512, dtype="bf16")]
+    return [*found, Case(500_000, 512), Case(500_000, 512, dtype="bf16")] if device == "cuda" else found
+
+
+def timed(steps: dict[str, Step], clock: Clock, seconds: float, baseline: str | None) -> dict[str, Any]:
+    """A group of timings, as it is recorded."""
+    on_cpu = clock is wall_cpu
+    timings, others = interleaved(steps, clock, seconds, 1, PATIENCE if on_cpu else 0.0)
+    group: dict[str, Any] = {name: timing.record() for name, timing in timings.items()}
+    if baseline is not None and not (on_cpu and others > QUIET):
+        for name, timing in timings.items():
+            group[name]["speed"] = round(timings[baseline].median / timing.median, 3)
+    return group | ({"others": round(others, 2)} if on_cpu else {})
+
+
+def run(case: Case, device: str, seconds: float) -> dict[str, Any]:
+    """One case: what is recorded of it."""
+    data, clock = Features(case, device), wall_cpu if device == "cpu" else wall_cuda
+    ways = {name: way for name, way in WAYS.items() if name != "per sample" or device == "cpu"}
+    result: dict[str, Any] = {
+        "case": str(case), "truth": data.truth,
+        "error": {name: float(f"{float(ways[name](data)) / data.truth - 1:.1e}") for name in SAME},
+    }  # fmt: skip
+    # The loop over samples sees some of them: not in turns with the others, whose times stand for all samples.
+    steps: dict[str, Step] = {name: lambda way=way: way(data) for name, way in ways.items()}
+    result["all"] = timed(steps, clock, seconds, BASELINE)
+    if "per sample" in steps:
+        looped, scale = result["all"]["per sample"], case.samples / LOOPED
+        for name in ("median", "quartile_1", "quartile_3", "best"):
+            looped[name] = round(looped[name] * scale, 1)
+        if "speed" in looped:
+            looped["speed"] = round(looped["speed"] / scale, 5)
+        looped["scaled_from"] = LOOPED
+    result["update"] = updates(case, data, device, seconds / 2)
+    stats = gathered(data, "full")
+    means = stats.centred_means()
+    result["number"] = timed(
+        {"nc1": lambda: nc1(stats), "pinv": lambda: torch.linalg.pinv((means.T @ means).float())},
+        clock, seconds / 4, "pinv",
+    )  # fmt: skip
+    return result
+
+
+def updates(case: Case, data: Features, device: str, seconds: float) -> dict[str, Any]:
+    """Adding the batches to statistics that have their shifts."""
+    kept = {moment: gathered(data, moment) for moment in ("full", "trace")}
+    steps: dict[str, Step] = {}
+    for moment, stats in kept.items():
+
+        def step(stats: ClassStats = stats) -> None:
+            for h, y in data.batches:
+                stats.update(h, y)
+
+        steps[f"nc {moment}"] = step
+    steps["read"] = lambda: WAYS["read"](data)
+    size = sum(h.nbytes for h, _ in data.batches)
+    if device == "cpu":
+        group = timed(steps, wall_cpu, seconds, None)
+    else:
+        copy = Yardstick("cuda", 0)
+        # (H + L)ᵀ(H + L) is three products of d × d by samples.
+        half = torch.randn(3 * case.samples, case.dim, device=device).bfloat16()
+        steps |= {"copy": copy.step, "product": lambda: half.T @ half}
+        group = timed({name: captured(s) for name, s in steps.items()}, gpu, seconds, None)
+        rate = copy.bytes / group["copy"]["median"]
+        for name in ("nc full", "nc trace", "read"):
+            group[name]["share"] = round(size / group[name]["median"] / rate, 3)
+        for name in ("nc full", "product"):
+            operations = 2 * 3 * case.samples * case.dim**2
+            group[name]["tflop_per_s"] = round(operations / group[name]["median"] / 1e6, 1)
+    for name in ("nc full", "nc trace", "read"):
+        group[name]["gb_per_s"] = round(size / group[name]["median"] / 1e3, 1)
+    return group
+
+
+def whole_network(device: str, seconds: float) -> dict[str, Any]:
+    """What `measure` costs beside the forward passes that it needs."""
+    images, size = IMAGES[device]
+    model = models.build("resnet9", 1, 28, 10, 0).to(device).eval()
+    x = torch.randn(images, 1, 28, 28, device=device)
+    y = torch.arange(images, device=device) % 10
+    parts = list(zip(x.split(size), y.split(size), strict=True))
+    head = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)][-1]
+
+    @torch.no_grad()
+    def forward() -> None:
+        for h, _ in parts:
+            model(h)
+
+    steps: dict[str, Step] = {
+        "forward": forward,
+        "measure": lambda: measure(model, parts, head=head),
+        "measure, projected": lambda: measure(model, parts, head=head, moment="projected"),
+    }
+    group = timed(steps, wall_cpu if device == "cpu" else wall_cuda, seconds, None)
+    for name in ("measure", "measure, projected"):
+        group[name]["over_forward"] = round(group[name]["median"] / group["forward"]["median"] - 1, 4)
+    return {"images": images, "batch": size} | group
+
+
+def line(result: dict[str, Any]) -> str:
+    """A case in a line."""
+    if "refused" in result:
+        return f"{result['case']}: refused: {result['refused']}"
+    parts = [
+        f"{name} {row['median'] / 1e3:.1f} ms" + (f" ({row['speed']:.2f}×)" if "speed" in row else "")
+        for name, row in result["all"].items()
+        if isinstance(row, dict)
+    ]
+    return f"{result['case']}: {', '.join(parts)}; error {result['error']}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--minutes", type=float, default=10.0, help="what is timed by then is recorded")
+    parser.add_argument("--seconds", type=float, default=8.0, help="for each group of timings")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    parser.add_argument("--commit", help="of the sources, where git cannot tell")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench_stats: there is no CUDA GPU here; --device cpu times the CPU kernel")
+        return 1
+    end = time.monotonic() + 60 * options.minutes
+    command = (
+        f"python -m bench.bench_stats --device {options.device} --seconds {options.seconds:g} "
+        f"--minutes {options.minutes:g}"
+    )
+    record = Record(options.out / f"stats-{options.device}.json", command, options.device, options.commit)
+    record.data |= {"threads": torch.get_num_threads(), "baseline": BASELINE, "cases": [], "left_out": []}
+    todo = [case for case in cases(options.device) if options.only in str(case)]
+    for n, case in enumerate(todo):
+        if time.monotonic() > end:
+            record.data["left_out"] = [str(c) for c in todo[n:]]
+            break
+        try:
+            result = run(case, options.device, options.seconds)
+        except Exception as error:  # one case does not cost the others
+            result = {"case": str(case), "refused": first_line(error)}
+        record.data["cases"].append(result)
+        record.save()
+        print(line(result), flush=True)
+        if n == 0:
+            record.data["measure"] = whole_network(options.device, options.seconds)
+            over = [
+                f"{name} {row['over_forward']:+.1%}" for name, row in record.data["measure"].items() if "me" in name
+            ]
+            print(f"over the forward passes of ResNet9: {', '.join(over)}", flush=True)
+    record.save()
+    return 1 if any("refused" in result for result in record.data["cases"]) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
