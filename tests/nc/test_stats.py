@@ -86,7 +86,8 @@ def test_matches_the_definitions(
     assert stats.counts.tolist() == y.bincount(minlength=k).tolist()
     assert relative(stats.means[stats.present], means) < 1e-6
     assert relative(stats.global_mean, means.mean(0)) < 1e-5
-    assert relative(stats.between_cov(), between) < 1e-5
+    # Where class means are nearly equal their rounding, 1e-7 of the noise, is what is left of the difference.
+    assert (stats.between_cov() - between).norm() < 1e-5 * between.norm() + 2e-6 * between.norm().sqrt()
     assert stats.means[~stats.present].isnan().all()
     if extra:
         # Of variances that are far below the squares that they are taken of only what float32 leaves.
