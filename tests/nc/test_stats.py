@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -117,6 +117,7 @@ def test_nc1_keeps_its_digits_whatever_the_noise_and_the_offset(
     # What no shift can mend: the class means in float32 data have a rounding error, and where two of them are nearly
     # equal (in few dimensions) NC1 multiplies it.
     _, s, _ = torch.linalg.svd(sum_free(h, y, k))
+    assume(s[min(k - 1, d) - 1] > 1e-2)  # in one dimension class means of one norm may be the same: NC1 is undefined
     amplified = 1e-6 * (s[0] / s[min(k - 1, d) - 1]).item() ** 2
     bound = 1e-5 + amplified if offset <= 50 else 1e-3 + amplified
     for stats in (gathered(h, y, k, batch), twice(h, y, k, batch)):
