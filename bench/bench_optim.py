@@ -21,23 +21,20 @@ what is compiled captured again.
 """
 
 import argparse
-import math
 import os
 import tempfile
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.optim_cases import TOLERANCE, Candidate, Case, Parameters, difference, shapes
-from bench.record import RESULTS, Record, first_line
-from bench.timing import QUIET, Clock, Step, Yardstick, captured, gpu, interleaved, wall_cpu, wall_cuda
+from bench.record import Record, first_line, timing_options
+from bench.timing import QUIET, Clock, Step, Yardstick, captured, compared, gpu, wall_cpu, wall_cuda
 
 CHECKED_STEPS = 5
 GRAPH_STEPS = 10
-PATIENCE = 30.0
 _BASE = ("nc", "torch fused", "torch foreach")
 _ALL = (*_BASE, "flat fused", "torch compiled", "nc compiled")
 _BY_HAND = ("nc", "by hand")
@@ -94,20 +91,12 @@ def timed(
     case: Case, bytes_moved: dict[str, int], clock: Clock, seconds: float, steps: dict[str, Step], inner: int = 1
 ) -> dict[str, Any]:
     """A group of timings, as it is recorded."""
-    on_cpu = clock is wall_cpu
-    timings, others = interleaved(steps, clock, seconds, inner, PATIENCE if on_cpu else 0.0)
-    disturbed = on_cpu and others > QUIET
-    baseline, yardstick = timings.get(case.candidates[1]), timings.get("yardstick")
-    group: dict[str, Any] = {"others": round(others, 2)} if on_cpu and not math.isnan(others) else {}
-    for name, timing in timings.items():
-        group[name] = timing.record()
-        if disturbed:
-            continue
-        if baseline is not None and name != "yardstick":
-            group[name]["speed"] = round(baseline.median / timing.median, 3)
-        if yardstick is not None:
-            rate, most = (bytes_moved[n] / t.median / 1e3 for n, t in ((name, timing), ("yardstick", yardstick)))
-            group[name] |= {"gb_per_s": round(rate, 1), "share": round(rate / most, 3)}
+    group, disturbed = compared(steps, clock, seconds, case.candidates[1], inner)
+    if "yardstick" in steps and not disturbed:
+        most = bytes_moved["yardstick"] / group["yardstick"]["median"]
+        for name in steps:
+            rate = bytes_moved[name] / group[name]["median"]
+            group[name] |= {"gb_per_s": round(rate / 1e3, 1), "share": round(rate / most, 3)}
     return group
 
 
@@ -190,18 +179,7 @@ def yardstick_for(case: Case, device: str, made: dict[Any, Yardstick]) -> Yardst
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--minutes", type=float, default=10.0, help="what is timed by then is recorded")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each group of timings")
-    parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
-    parser.add_argument("--commit", help="of the sources, where git cannot tell")
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("bench_optim: there is no CUDA GPU here; --device cpu times the CPU kernel")
-        return 1
-
+    options = timing_options(__doc__, arguments, seconds=3.0)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # what is compiled is compiled anew,
         torch.compile(lambda x: x + 1)(torch.ones(2, device=options.device))  # and the compiler's own start not counted

@@ -7,15 +7,13 @@ features, 512 at a time; its NC1 is held against float64 of the same features. A
 sample of each class; "bf16 × 2" is what a GPU does here.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.record import RESULTS, Record
+from bench.record import Record, recording
 
 K, D, NORM, AT_ONCE, SEEDS = 10, 128, 10.0, 512, 5
 Parts = tuple[Tensor, ...]
@@ -103,10 +101,7 @@ def errors(noise: float, offset: float, outlier: float, seed: int) -> dict[str, 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
-    parser.add_argument("--commit", help="of the sources, where git cannot tell")
-    options = parser.parse_args()
+    options = recording(__doc__).parse_args()
     record = Record(options.out / "moment-accuracy.json", "python -m bench.moment_accuracy", "cpu", options.commit)
     record.data |= {
         "classes": K,

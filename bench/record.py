@@ -1,5 +1,6 @@
 """The JSON files that the scripts of this folder write: where and with what first, saved again after every case."""
 
+import argparse
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,31 @@ import torch
 from nc.train.provenance import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def recording(doc: str | None) -> argparse.ArgumentParser:
+    """The options of a script that records: where to, and of which commit."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    parser.add_argument("--commit", help="of the sources, where git cannot tell")
+    return parser
+
+
+def timing_options(doc: str | None, arguments: list[str] | None, seconds: float) -> argparse.Namespace:
+    """The options of a benchmark of many cases, parsed; without the GPU that is asked for it ends here.
+
+    Args:
+        seconds: for each group of timings, unless the user says otherwise.
+    """
+    parser = recording(doc)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--minutes", type=float, default=10.0, help="what is timed by then is recorded")
+    parser.add_argument("--seconds", type=float, default=seconds, help="for each group of timings")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(1, "there is no CUDA GPU here; --device cpu times the CPU kernels\n")
+    return options
 
 
 class Record:

@@ -21,6 +21,7 @@ _Round = tuple[dict[str, float], float]  # microseconds a step of each; processo
 TURN = 0.02  # seconds that a turn should last at least: far above the clock's and the synchronisation's cost
 MOST_STEPS = 1000
 ROUNDS = (5, 101)
+PATIENCE = 30.0  # seconds that rounds on a CPU which others disturbed are taken again
 QUIET = 0.15  # processors that others may take from us: the system's clock for that ticks a hundred times a second
 
 
@@ -110,6 +111,24 @@ def interleaved(
     rounds = quiet if len(quiet) >= ROUNDS[0] else quiet + disturbed
     timings = {name: _timing([taken[name] for taken, _ in rounds], counts[name]) for name in steps}
     return timings, statistics.fmean(busy for _, busy in rounds)
+
+
+def compared(
+    steps: dict[str, Step], clock: Clock, seconds: float, baseline: str | None, inner: int = 1
+) -> tuple[dict[str, Any], bool]:
+    """A group of timings as it is recorded, with each one's speed against the baseline's; whether others disturbed it.
+
+    Nothing is said of speed then, nor of the yardstick's.
+    """
+    on_cpu = clock is wall_cpu
+    timings, others = interleaved(steps, clock, seconds, inner, PATIENCE if on_cpu else 0.0)
+    disturbed = on_cpu and others > QUIET
+    group: dict[str, Any] = {"others": round(others, 2)} if on_cpu and not math.isnan(others) else {}
+    for name, timing in timings.items():
+        group[name] = timing.record()
+        if baseline in timings and name != "yardstick" and not disturbed:
+            group[name]["speed"] = round(timings[baseline].median / timing.median, 3)
+    return group, disturbed
 
 
 def _timing(each: list[float], count: int) -> Timing:

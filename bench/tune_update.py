@@ -6,18 +6,16 @@ The kernel works in place, so that the library never tunes it while it is used: 
 kernels/update/gpu.py, from what this prints. Every setting first proves that it computes the same bits.
 """
 
-import argparse
 import math
 import time
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.optim_cases import RULES, Case, Parameters
-from bench.record import RESULTS, Record, first_line
+from bench.record import Record, first_line, recording
 from bench.timing import Step, Yardstick, captured, gpu, interleaved
 
 #: (BLOCK, WARPS) × CHUNK. BLOCK is doubled for bfloat16 parameters, as the library does.
@@ -121,10 +119,8 @@ def best_over_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = recording(__doc__)
     parser.add_argument("--minutes", type=float, default=3.0, help="what is timed by then is recorded")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
-    parser.add_argument("--commit", help="of the sources, where git cannot tell")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("tune_update: there is no CUDA GPU here")

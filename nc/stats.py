@@ -75,22 +75,11 @@ class ClassStats:
         self.num_classes, self.dim, self.runs = num_classes, dim, runs
         self.moment, self.nan_policy, self.name = moment, nan_policy, name
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*lead, *shape, dtype=dtype, device=device)
-
         if axes is not None:
             # Orthonormal, so that whatever lies in their span is the sum of its projections.
-            basis = torch.linalg.qr(axes.detach().double().nan_to_num(0.0, 0.0, 0.0).mT).Q.mT
-            axes = basis.to(device=device, dtype=dtype).contiguous()
-        m = dim if axes is None else axes.shape[-2]
-        self._state = State(
-            counts=torch.zeros(num_classes, dtype=torch.int64, device=device),
-            shifts=zeros(num_classes, dim),
-            sums=zeros(num_classes, dim),
-            squares=zeros(num_classes),
-            scatter=None if moment == "trace" else zeros(m, m),
-            axes=axes,
-            refused=torch.zeros(3, dtype=torch.int64, device=device),
+            axes = torch.linalg.qr(axes.detach().double().nan_to_num(0.0, 0.0, 0.0).mT).Q.mT
+        self._state = State.empty(
+            num_classes, dim, runs=runs, scatter=moment != "trace", axes=axes, dtype=dtype, device=device
         )
 
     def update(self, features: Tensor, labels: Tensor) -> None:

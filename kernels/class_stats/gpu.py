@@ -32,8 +32,6 @@ LABELS, CLASSES = 256, 32
 ROWS, COLUMNS, MOST_CLASSES = 32, 64, 128
 #: Of every launch. A product and a sum in one rounding are as good as in two.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-#: The same for more than 32 classes at a time, whose sums would not go into the registers of four warps.
-MANY_CLASSES = OPTIONS | {"num_warps": 8}
 #: Programs to a multiprocessor that sums are cut for.
 PROGRAMS = 4
 #: Features in a step of a projection, and elements at a time of an addition.
@@ -41,6 +39,11 @@ STEP, BLOCK = 32, 1024
 #: Samples in one matrix product, of which the matrix units sum the terms less exactly than we want for more; products
 #: in one call.
 PRODUCT, PRODUCTS = 2048, 8
+
+
+def gather_options(classes: int) -> dict[str, int | bool]:
+    """Of gathering so many classes at a time: the sums of more than 32 do not go into the registers of four warps."""
+    return OPTIONS | ({"num_warps": 8} if classes > 32 else {})
 
 
 def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -> None:
@@ -66,7 +69,7 @@ def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -
         squares = features.new_empty(parts, columns, runs, classes, dtype=torch.float32)
         gather_kernel[(columns, parts, runs * blocks)](
             features, *where[1:], labels, state.shifts, rows, rows_each, dim, classes, blocks, sums, squares, batch,
-            ROWS, COLUMNS, at_once, **(OPTIONS if at_once <= 32 else MANY_CLASSES),
+            ROWS, COLUMNS, at_once, **gather_options(at_once),
         )  # fmt: skip
         commit_kernel[(triton.cdiv(classes * dim, BLOCK), runs)](
             sums, squares, batch, parts, columns, dim, classes,
@@ -113,8 +116,8 @@ def _moment(features: Tensor, labels: Tensor, state: State, batch: Tensor, propa
         high, low = halves[..., :dim].mT, halves[..., dim:]
         highs, lows = _product(high, halves), _product(low.mT, low)
         add_moment_kernel[(triton.cdiv(dim * dim, BLOCK), runs)](
-            highs, lows, products, dim, batch, classes, state.scatter, propagate, BLOCK
-        )
+            highs, lows, products, dim, batch, classes, state.scatter, propagate, BLOCK, **OPTIONS
+        )  # fmt: skip
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -34,6 +34,35 @@ class State(NamedTuple):
     axes: Tensor | None
     refused: Tensor
 
+    @classmethod
+    def empty(
+        cls,
+        classes: int,
+        dim: int,
+        *,
+        runs: int | None = None,
+        scatter: bool = True,
+        axes: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> "State":
+        """Statistics of nothing yet; `dtype` is that of the sums, axes are moved to it and to the device."""
+        lead = () if runs is None else (runs,)
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*lead, *shape, dtype=dtype, device=device)
+
+        m = dim if axes is None else axes.shape[-2]
+        return cls(
+            counts=torch.zeros(classes, dtype=torch.int64, device=device),
+            shifts=zeros(classes, dim),
+            sums=zeros(classes, dim),
+            squares=zeros(classes),
+            scatter=zeros(m, m) if scatter else None,
+            axes=None if axes is None else axes.to(device=device, dtype=dtype).contiguous(),
+            refused=torch.zeros(3, dtype=torch.int64, device=device),
+        )
+
     def to(self, device: torch.device | str) -> "State":
         """The same on another device."""
         return State._make(t if t is None else t.to(device) for t in self)

@@ -111,7 +111,8 @@ def class_stats(arch: int) -> Iterator[dict[str, Any]]:
     for dtype in ("fp32", "bf16"):
         features = {"features_ptr": f"*{dtype}"} | labels | batch | counts
         yield variant("shifts", features, block, dtype=dtype)
-        for classes, options in ((16, None), (32, None), (64, stats.MANY_CLASSES), (128, stats.MANY_CLASSES)):
+        for classes in (16, 32, 64, stats.MOST_CLASSES):
+            options = stats.gather_options(classes)
             yield variant("gather", features, tile | {"CLASSES": classes}, options, dtype=dtype, classes=classes)
         yield variant("split", features | {"out_ptr": "*bf16"}, tile, dtype=dtype)
         for axes in (16, 64):

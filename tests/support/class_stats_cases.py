@@ -12,6 +12,8 @@ from nc.kernels.class_stats.reference import State
 #: Adds features and labels to a state; the last argument is `propagate`.
 Add = Callable[[Tensor, Tensor, State, bool], None]
 Project = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+add_cpu: Add = cpu.add_batch
+project_cpu: Project = cpu.project
 MOMENTS = ("full", "projected", "trace")
 
 
@@ -26,26 +28,13 @@ def empty(
     device: torch.device | str = "cpu",
 ) -> State:
     """Statistics of nothing yet; the axes of "projected" are always the same orthonormal ones, at most `many`."""
-    lead = () if runs is None else (runs,)
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(*lead, *shape, dtype=dtype, device=device)
-
     axes = None
     if moment == "projected":
+        lead = () if runs is None else (runs,)
         g = torch.Generator().manual_seed(dim)
-        basis = torch.linalg.qr(torch.randn(*lead, dim, min(many, dim), generator=g)).Q.mT
-        axes = basis.contiguous().to(device, dtype)
-    m = dim if axes is None else axes.shape[-2]
-    return State(
-        counts=torch.zeros(classes, dtype=torch.int64, device=device),
-        shifts=zeros(classes, dim),
-        sums=zeros(classes, dim),
-        squares=zeros(classes),
-        scatter=None if moment == "trace" else zeros(m, m),
-        axes=axes,
-        refused=torch.zeros(3, dtype=torch.int64, device=device),
-    )
+        axes = torch.linalg.qr(torch.randn(*lead, dim, min(many, dim), generator=g)).Q.mT
+    scatter = moment != "trace"
+    return State.empty(classes, dim, runs=runs, scatter=scatter, axes=axes, dtype=dtype, device=device)
 
 
 def batch(
@@ -120,7 +109,3 @@ def same_bits(a: State, b: State) -> bool:
     """Whether two states are equal to the last bit."""
     pairs = zip(a, b, strict=True)
     return all(s is t or (s is not None and t is not None and torch.equal(s, t)) for s, t in pairs)
-
-
-add_cpu: Add = cpu.add_batch
-project_cpu: Project = cpu.project
