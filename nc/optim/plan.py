@@ -187,7 +187,6 @@ class Plan:
 
 # Runs when a compiler traces a step, not when the compiled step runs. It takes a name, since the Dynamo of torch 2.11
 # can give it constants only.
-@torch._dynamo.assume_constant_result
 def _prepare_for_trace(name: str) -> None:
     optimizer = _traced[name]
     plan = optimizer._plan
@@ -200,6 +199,10 @@ def _prepare_for_trace(name: str) -> None:
     for held in (*plan._held, *plan.numbers.values, *plan.numbers.read):
         if isinstance(held, Tensor):
             torch._dynamo.mark_static_address(held)
+
+
+# What `torch.compiler.assume_constant_result` does, without loading the compiler: that takes as long as torch itself.
+_prepare_for_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _slot(optimizer: "Optimizer", param: Tensor, group: dict[str, Any]) -> Slot:
