@@ -10,7 +10,7 @@ from typing import Any
 from nc.train import cli
 from nc.train.report.selection import Selection
 from nc.train.report.tables import main_table
-from nc.train.store import load_runs
+from nc.train.results import load_runs
 
 FIGURE = Path(__file__).parents[1] / "docs" / "nc0.png"
 

@@ -34,9 +34,13 @@ def test_imports_run_one_way(path: Path) -> None:
         assert not bad or name.startswith(allowed or ("\0",)), f"{path.name} imports {name}"
 
 
-def test_matplotlib_is_imported_in_one_file() -> None:
-    users = [p.name for p in SOURCES if any(n.split(".")[0] == "matplotlib" for n in imported(p))]
-    assert users == ["figures.py"]
+@pytest.mark.parametrize(
+    ("library", "home"),
+    [("matplotlib", "figures.py"), ("ray", "cluster.py"), ("tensorboard", "tensorboard.py")],
+)
+def test_a_heavy_library_is_imported_in_one_file(library: str, home: str) -> None:
+    users = [p.name for p in SOURCES if any(n.split(".")[0] == library for n in imported(p))]
+    assert users == [home]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -55,6 +59,7 @@ def test_every_folder_is_a_listed_package() -> None:
     [
         ("import nc", ("torch", "torchvision", "matplotlib", "pandas", "tyro", "sklearn", "triton")),
         ("import nc.optim, nc.stats, nc.metrics", ("torchvision", "matplotlib", "pandas", "tyro", "sklearn", "rich")),
+        ("import nc.optim, nc.train.engine.sweep", ("torch._dynamo", "torchvision", "matplotlib", "pandas", "ray")),
         ("import nc.train.cli", ("torch", "torchvision", "matplotlib", "pandas", "sklearn")),
     ],
 )

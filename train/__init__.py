@@ -1,1 +1,22 @@
-"""The trainer: data, models, the training loop, grids, the store, the report and the command line."""
+"""The trainer: data, models, the training loop, grids, the store, the report and the command line.
+
+What a results folder holds, as DataFrames, finished or not:
+
+    from nc.train import load_metrics, load_runs
+    runs, epochs = load_runs("results/demo"), load_metrics("results/demo")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nc.train.results import load_metrics, load_runs
+
+__all__ = ["load_metrics", "load_runs"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: `ncollapse --help` must not wait for pandas.
+    if name in __all__:
+        return getattr(import_module("nc.train.results"), name)
+    raise AttributeError(f"module 'nc.train' has no attribute {name!r}")

@@ -1,18 +1,20 @@
 """The command `ncollapse`. Heavy libraries are imported where a command needs them."""
 
 import dataclasses
+import functools
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
 
 import nc
 from nc.train.config import DESCRIPTIONS, FIELDS, make_run
+from nc.train.engine.options import Keeping, Options, Place, told
 from nc.train.errors import InterruptError, UserError
 from nc.train.report.selection import Selection
 
@@ -20,36 +22,14 @@ if TYPE_CHECKING:
     from nc.train.grid import Grid
 
 
-#: For options whose default the help text tells better than "None".
-_told = tyro.conf.arg(help_behavior_hint="")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Where:
-    """Where data come from, where results go and what trains."""
-
-    out: Annotated[Path | None, _told] = None
-    """Results folder; by default results/NAME. The same command on the same folder continues."""
-    data_dir: Annotated[Path | None, _told] = None
-    """Folder of the data sets; by default $NCOLLAPSE_DATA, else ./data."""
-    download: bool = False
-    """Let torchvision download a data set that is missing."""
-    device: Annotated[str | None, _told] = None
-    """cpu, cuda, cuda:1 …; by default cuda where there is a GPU."""
-    stack: Annotated[int | None, _told] = None
-    """Runs trained together as one program; by default chosen for the model."""
-    save_weights: bool = False
-    """Write each run's final weights to weights/RUN.pt."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Demo(Where, Selection):
-    """Six optimizers on scikit-learn's digits: the paper's table, figures and a report in a few minutes."""
+class Demo(Place, Options, Selection):
+    """Six optimizers on scikit-learn's digits: the paper's table, figures and a report in under a minute."""
 
     def main(self, console: Console) -> None:
         from nc.train.grid import load_grid
 
-        _sweep(load_grid("demo"), self, self, console)
+        _sweep(load_grid("demo"), self, self, self, console)
         me = "ncollapse" if shutil.which("ncollapse") else sys.argv[0]
         console.print(f"Next: {me} sweep coupling (Adam to AdamW in steps), or {me} run --help for a run of your own.")
 
@@ -74,33 +54,37 @@ _Axes = _settings("axes", several=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run(Where):
+class Run(Place, Keeping):
     """Train one run and show its metrics."""
 
     settings: _Settings = dataclasses.field(default_factory=_Settings)  # type: ignore[valid-type]
+    """The run's settings."""
 
     def main(self, console: Console) -> None:
         from nc.train.grid import Grid
         from nc.train.report.run import print_run
 
         run = make_run({**vars(self.settings)}, "run")
-        out = _train(Grid(f"{run.model}-{run.data}-{run.optimizer}-{run.id}", (run,)), self, console)
+        grid = Grid(f"{run.model}-{run.data}-{run.optimizer}-{run.id}", (run,))
+        options = Options(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Keeping)})
+        out = _train(grid, self, options, console)
         print_run(out, console)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sweep(Where, Selection):
+class Sweep(Place, Options, Selection):
     """Train every run of a grid; the same command continues where it was stopped."""
 
     grid: tyro.conf.Positional[str]
     """A TOML file, or a preset: demo, coupling, paper."""
     axes: _Axes = dataclasses.field(default_factory=_Axes)  # type: ignore[valid-type]
+    """Values in the place of the grid's."""
 
     def main(self, console: Console) -> None:
         from nc.train.grid import load_grid
 
         given = {name: list(values) for name, values in vars(self.axes).items() if values is not None}
-        _sweep(load_grid(self.grid, given), self, self, console)
+        _sweep(load_grid(self.grid, given), self, self, self, console)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,10 +99,41 @@ class Report(Selection):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Status:
+    """How far a sweep is, from another terminal while it runs, or after it has stopped."""
+
+    folder: tyro.conf.Positional[Path]
+    """The results folder."""
+
+    def main(self, console: Console) -> None:
+        from nc.train.status import print_status, read_status
+
+        print_status(read_status(self.folder), console)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write every run, every evaluated epoch and what the columns mean as files for other programs."""
+
+    folder: tyro.conf.Positional[Path]
+    """The results folder, finished or not."""
+    format: Literal["parquet", "csv"] = "parquet"
+    """parquet keeps types and missing values, and needs pyarrow; csv needs nothing."""
+    out: Annotated[Path | None, told] = None
+    """Folder for the files; by default export in the results folder."""
+
+    def main(self, console: Console) -> None:
+        from nc.train.export import export
+
+        for path in export(self.folder, self.format, self.out):
+            console.print(path, highlight=False, markup=False, soft_wrap=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Doctor:
     """What this machine has: torch, Triton, GPU, data sets; what will be fast and what falls back."""
 
-    data_dir: Annotated[Path | None, _told] = None
+    data_dir: Annotated[Path | None, told] = None
     """Folder of the data sets; by default $NCOLLAPSE_DATA, else ./data."""
 
     def main(self, console: Console) -> None:
@@ -143,7 +158,7 @@ def main(args: list[str] | None = None) -> None:
     console = Console()
     try:
         command = tyro.cli(
-            Demo | Run | Sweep | Report | Doctor,
+            Demo | Run | Sweep | Status | Report | Export | Doctor,
             prog="ncollapse",
             description="Which optimizers drive a classifier into neural collapse, and why.",
             args=args,
@@ -163,25 +178,15 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _train(grid: "Grid", where: Where, console: Console) -> Path:
+def _train(grid: "Grid", place: Place, options: Options, console: Console) -> Path:
     """Train what is not finished of a grid; returns the results folder."""
-    if where.stack is not None and where.stack < 1:
-        raise UserError(f"--stack must be at least 1 run; got {where.stack}")
     from nc.train.data import load
-    from nc.train.engine import sweep
+    from nc.train.engine.sweep import sweep
 
-    device = _device(where.device)
-    out = where.out or Path("results") / grid.name
+    out = place.out or Path("results") / grid.name
     started = time.perf_counter()
-    trained = sweep(
-        grid,
-        out,
-        lambda name: load(name, data_dir=where.data_dir, download=where.download, device=device),
-        device,
-        stack=where.stack,
-        save_weights=where.save_weights,
-        console=console,
-    )
+    load_data = functools.partial(load, data_dir=place.data_dir, download=place.download)
+    trained = sweep(grid, out, load_data, _device(place.device), options, console)
     if trained:
         console.print(f"Trained {trained} of {len(grid.runs)} runs in {time.perf_counter() - started:.0f} s.")
     else:
@@ -189,8 +194,8 @@ def _train(grid: "Grid", where: Where, console: Console) -> Path:
     return out
 
 
-def _sweep(grid: "Grid", where: Where, selection: Selection, console: Console) -> None:
-    _report(_train(grid, where, console), selection, console)
+def _sweep(grid: "Grid", place: Place, options: Options, selection: Selection, console: Console) -> None:
+    _report(_train(grid, place, options, console), selection, console)
 
 
 def _report(folder: Path, selection: Selection, console: Console) -> None:

@@ -66,11 +66,12 @@ def find(name: str, folder: Path) -> str:
     return "there" if (folder / inside).is_dir() else "missing; use --data-dir or --download"
 
 
-def load(name: str, *, data_dir: Path | None, download: bool, device: torch.device) -> Dataset:
+def load(name: str, device: torch.device, *, data_dir: Path | None, download: bool) -> Dataset:
     """Load a data set onto the device.
 
     Args:
         name: digits, mnist, fashion-mnist, cifar10 or imagefolder.
+        device: where to.
         data_dir: see `data_folder`; torchvision's `root`, or for imagefolder the folder that holds train/ and test/.
         download: let torchvision download what is missing.
 

@@ -1,101 +1,219 @@
-"""The training loop: a stack of runs from its initial weights to its last epoch."""
+"""The training loop: a stack of runs from its initial weights, or a checkpoint, to the last epoch of the last run."""
 
 import dataclasses
+import io
+import pickle
+import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from nc.metrics import nc4
-from nc.probe import of_head
-from nc.stats import ClassStats
 from nc.train.config import RunConfig
 from nc.train.data import Dataset
 from nc.train.errors import UserError
+from nc.train.evaluate import evaluate
 from nc.train.models import MIN_SIZE, build
 from nc.train.stack import Stack, make_optimizer
+from nc.train.step import Step
 
-#: Images in one forward pass of an evaluation: few enough that activations stay in a CPU's cache and take less memory
-#: than a training step.
-_EVAL_BATCH = 256
+#: Runs that have ended are taken out of the stack when no more than this share of it is left: on a GPU that means a new
+#: CUDA graph.
+_LEFT = 0.75
+_FORMAT = 1
+
+
+class CheckpointError(UserError):
+    """A checkpoint that a training cannot go on from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a run ended: done, diverged (NaN or inf, first seen at `diverged_epoch`) or degenerate, and its seconds."""
+
+    status: str
+    diverged_epoch: int | None
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What was measured at the end of an epoch (0: before the first step): metric name -> one value per run."""
+    """What was measured after an epoch (0: before the first step).
+
+    Attributes:
+        rows: the runs that were evaluated, as indices into the runs of the training.
+        values: metric name -> one value for each of `rows`.
+        ended: run -> how it ended; such runs are not trained further.
+        weights: run -> what `torch.save` writes of {"config": settings, "state_dict": final weights}, for those that
+            ended and if asked for.
+    """
 
     epoch: int
+    rows: tuple[int, ...]
     values: dict[str, list[float]]
-    stack: Stack
+    ended: dict[int, Ended]
+    weights: dict[int, bytes]
 
 
-def train(runs: Sequence[RunConfig], data: Dataset, device: torch.device) -> Iterator[Evaluation | int]:
-    """Train a stack of runs; yields the number of each epoch that ends, and an `Evaluation` where one is due.
+class Training:
+    """Runs that train as one program; an iterator over their `Evaluation`s, and the number of each epoch that ends.
 
-    The runs differ only in optimizer hyperparameters (one optimizer family). All start from the same weights and see
-    the same batches; a run that diverges goes on as NaN and changes nothing for its neighbours.
+    The runs share model, data, `limit` and `batch_size`; all else may differ. A run's numbers are those that it has
+    when trained alone, but for the rounding of sums taken in another order: nothing flows between runs. Runs of one
+    seed start from the same weights and see the same batches. A run that has ended, or diverged, is not trained
+    further.
+
+    Args:
+        runs: R of them.
+        data: the data set, on the device.
+        device: that trains.
+        checkpoint: what `checkpoint()` gave in a training of the same runs: goes on from there, bit for bit on the same
+            device with the same versions.
+        keep_weights: have evaluations hold the final weights of the runs that end.
 
     Raises:
-        UserError: images too small for the model, training samples of one class only.
+        UserError: images too small for the model, training samples of one class only, a checkpoint of other runs.
     """
-    config = runs[0]
-    data = data.limited(config.limit)
-    if data.size < MIN_SIZE[config.model]:
-        raise UserError(
-            f"model {config.model} needs images of at least {MIN_SIZE[config.model]} pixels a side; "
-            f"data set {config.data} has {data.size}"
-        )
-    if len(data.train_y.unique()) < 2:
-        raise UserError(f"the {len(data.train_y)} training samples are all of one class; give a larger --limit")
-    model = build(config.model, data.channels, data.size, len(data.classes), config.seed)
-    stack = Stack(model, len(runs), device)
-    optimizer = make_optimizer(stack, runs)
-    group = optimizer.param_groups[0]
-    base_lr = group["lr"]
-    order = torch.Generator().manual_seed(config.seed)
 
-    yield Evaluation(0, evaluate(stack, data), stack)
-    for epoch in range(config.epochs):
-        group["lr"] = base_lr * config.lr_factor(epoch)
-        for batch in torch.randperm(len(data.train_y), generator=order).to(device).split(config.batch_size):
-            _, logits = stack(data.train_x[batch], train=True)
-            # Summed over runs: each run's gradient is that of its own mean loss.
-            loss = _cross_entropy(logits, data.train_y[batch]).sum()
-            (stack.flat.grad,) = torch.autograd.grad(loss, stack.flat)
-            optimizer.step()
-        yield epoch + 1
-        if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-            yield Evaluation(epoch + 1, evaluate(stack, data), stack)
+    def __init__(
+        self,
+        runs: Sequence[RunConfig],
+        data: Dataset,
+        device: torch.device,
+        *,
+        checkpoint: bytes | None = None,
+        keep_weights: bool = False,
+    ) -> None:
+        config = runs[0]
+        self.runs = list(runs)
+        self.data = data = data.limited(config.limit)
+        if data.size < MIN_SIZE[config.model]:
+            raise UserError(
+                f"model {config.model} needs images of at least {MIN_SIZE[config.model]} pixels a side; "
+                f"data set {config.data} has {data.size}"
+            )
+        if len(data.train_y.unique()) < 2:
+            raise UserError(f"the {len(data.train_y)} training samples are all of one class; give a larger --limit")
+        self._device, self._keep_weights = device, keep_weights
+        self.epoch = 0
+        self._rows = list(range(len(runs)))  # of the runs in the stack
+        self._over: set[int] = set()  # runs that have ended and may still be in the stack
+        self._seconds = [0.0] * len(runs)
+        seeds = {run.seed for run in runs}
+        self._orders = {seed: torch.Generator().manual_seed(seed) for seed in sorted(seeds)}
+        models = {s: build(config.model, data.channels, data.size, len(data.classes), s) for s in seeds}
+        self._take(Stack.of([models[run.seed] for run in runs], device))
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    def __iter__(self) -> Iterator[Evaluation | int]:
+        if self.epoch == 0:
+            yield self._evaluate()
+        while left := [i for i in self._rows if i not in self._over]:
+            started = time.perf_counter()
+            self._train_epoch()
+            self.epoch += 1
+            due = any(self._due(i) for i in left)
+            evaluation = self._evaluate() if due else None  # waits for the device
+            for i in left:
+                self._seconds[i] += (time.perf_counter() - started) / len(left)
+            if evaluation is not None:
+                yield evaluation
+            yield self.epoch
+
+    def _due(self, i: int) -> bool:
+        run = self.runs[i]
+        return self.epoch in (0, run.epochs) or self.epoch % run.eval_every == 0
+
+    def _take(self, stack: Stack, optimizer_state: dict[int, Any] | None = None) -> None:
+        """Go on with another stack, of the runs `self._rows`."""
+        own = [self.runs[i] for i in self._rows]
+        self._stack, self._optimizer = stack, make_optimizer(stack, own)
+        if optimizer_state:
+            # Without the runs of Adam that have left, there is less to keep.
+            kept = {*self._optimizer.names, *(["step"] if self._optimizer.counts else [])}
+            own_state = {p: {n: v for n, v in each.items() if n in kept} for p, each in optimizer_state.items()}
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": own_state, "param_groups": groups})
+        self._lr = self._optimizer.param_groups[0]["lr"]
+        self._base_lr = self._lr.clone()
+        self._step = Step(stack, self._optimizer, self.data)
+
+    def _train_epoch(self) -> None:
+        own = [self.runs[i] for i in self._rows]
+        factors = [run.lr_factor(self.epoch) for run in own]
+        # In place: CUDA graphs read it there.
+        self._lr.copy_(self._base_lr * torch.tensor(factors, dtype=torch.float64, device=self._device))
+        orders = {s: torch.randperm(len(self.data.train_y), generator=g) for s, g in self._orders.items()}
+        seeds = [run.seed for run in own]
+        order = orders[seeds[0]] if len(set(seeds)) == 1 else torch.stack([orders[seed] for seed in seeds])
+        for batch in order.to(self._device).split(own[0].batch_size, dim=-1):
+            self._step(batch)
+
+    def _evaluate(self) -> Evaluation:
+        values = evaluate(self._stack, self.data)
+        rows, ended = [], {}
+        for place, i in enumerate(self._rows):
+            if i in self._over or not self._due(i):
+                continue
+            rows.append(i)
+            diverged = not abs(values["train_loss"][place]) < float("inf")
+            if diverged or self.epoch == self.runs[i].epochs:
+                status = "diverged" if diverged else "degenerate" if values["degenerate"][place] else "done"
+                ended[i] = Ended(status, self.epoch if diverged else None, self._seconds[i])
+        places = [self._rows.index(i) for i in rows]
+        weights = {i: self._weights(i) for i in ended} if self._keep_weights else {}
+        self._over |= ended.keys()
+        self._shrink()
+        taken = {name: [each[place] for place in places] for name, each in values.items()}
+        return Evaluation(self.epoch, tuple(rows), taken, ended, weights)
+
+    def _weights(self, i: int) -> bytes:
+        state = self._stack.state_dict(self._rows.index(i))
+        return _saved({"config": self.runs[i].as_dict(), "state_dict": state})
+
+    def _shrink(self) -> None:
+        """Take the runs that have ended out of the stack, if they are enough of them."""
+        keep = [place for place, i in enumerate(self._rows) if i not in self._over]
+        if not keep or len(keep) > _LEFT * len(self._rows):
+            return
+        places = torch.tensor(keep, device=self._device)
+        state = self._optimizer.state_dict()["state"]
+        # A state has the shape of its parameter, but for the step, which all runs of the stack have in common.
+        kept = {p: {n: v[places] if v.dim() else v for n, v in own.items()} for p, own in state.items()}
+        self._rows = [self._rows[place] for place in keep]
+        self._take(self._stack.select(places), kept)
+
+    def checkpoint(self) -> bytes:
+        """Everything that the rest of the training depends on; taken when the iteration has given an epoch's number."""
+        content = {
+            "format": _FORMAT,
+            "runs": [run.id for run in self.runs],
+            "epoch": self.epoch,
+            "rows": self._rows,
+            "over": sorted(self._over),
+            "seconds": self._seconds,
+            "orders": {seed: generator.get_state() for seed, generator in self._orders.items()},
+            "tensors": self._stack.tensors(),
+            "optimizer": self._optimizer.state_dict()["state"],
+        }
+        return _saved(content)
+
+    def _restore(self, checkpoint: bytes) -> None:
+        try:
+            content = torch.load(io.BytesIO(checkpoint), map_location=self._device, weights_only=True)
+        except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"a checkpoint cannot be read ({type(error).__name__})") from None
+        if content["format"] != _FORMAT or content["runs"] != [run.id for run in self.runs]:
+            raise CheckpointError("a checkpoint is of other runs, or of another version of ncollapse")
+        self.epoch, self._rows, self._over = content["epoch"], content["rows"], set(content["over"])
+        self._seconds = content["seconds"]
+        for seed, generator in self._orders.items():
+            generator.set_state(content["orders"][seed].cpu())
+        self._take(self._stack.with_tensors(content["tensors"]), content["optimizer"])
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of each run, `[R]`, from logits `[R, B, K]` and labels `[B]`."""
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.repeat(logits.shape[0]), reduction="none")
-    return losses.view(logits.shape[:2]).mean(1)
-
-
-@torch.no_grad()
-def evaluate(stack: Stack, data: Dataset) -> dict[str, list[float]]:
-    """Every metric of every run: losses, accuracies, NC0–NC4 on the training data in evaluation mode."""
-    features, logits = _forward(stack, data.train_x)
-    stats = ClassStats(
-        len(data.classes), features.shape[-1], runs=stack.runs, nan_policy="propagate", device=features.device
-    )
-    stats.update(features, data.train_y)
-    values = of_head(stack.weight, stats)
-    values["nc4"] = nc4(features, logits, stats)
-    values["train_accuracy"] = (logits.argmax(-1) == data.train_y).double().mean(-1)
-    values["train_loss"] = _cross_entropy(logits, data.train_y)
-    values["weight_norm"] = stack.weight.double().flatten(1).norm(dim=1)
-    values["feature_norm"] = stats.centred_means().norm(dim=-1).mean(-1)
-    _, logits = _forward(stack, data.val_x)
-    values["val_loss"] = _cross_entropy(logits, data.val_y)
-    values["val_accuracy"] = (logits.argmax(-1) == data.val_y).double().mean(-1)
-    return {name: value.double().tolist() for name, value in values.items()}
-
-
-def _forward(stack: Stack, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features `[R, N, d]` and logits `[R, N, K]` of all images, in evaluation mode."""
-    parts = [stack(some, train=False) for some in images.split(_EVAL_BATCH)]
-    return torch.cat([features for features, _ in parts], 1), torch.cat([logits for _, logits in parts], 1)
+def _saved(content: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()

@@ -31,35 +31,35 @@ def mlp(channels: int, size: int, num_classes: int) -> Classifier:
 
 def cnn(channels: int, size: int, num_classes: int) -> Classifier:
     """Two convolutions (16 and 32 channels) with batch norm and pooling, global max pooling, head."""
-    layers = [_conv(channels, 16), nn.MaxPool2d(2), _conv(16, 32), nn.MaxPool2d(2), _GlobalMaxPool()]
+    layers = [_conv(channels, 16), nn.MaxPool2d(2), _conv(16, 32), nn.MaxPool2d(2), GlobalMaxPool()]
     return Classifier(nn.Sequential(*layers), 32, num_classes)
 
 
-def resnet9(channels: int, size: int, num_classes: int) -> Classifier:
-    """ResNet9: 6.57 M parameters for 28 × 28 grey images."""
+def resnet9(channels: int, size: int, num_classes: int, width: int = 64) -> Classifier:
+    """ResNet9: 6.57 M parameters for 28 × 28 grey images; `width` is that of the first convolution."""
     layers = [
-        _conv(channels, 64),
-        _conv(64, 128),
+        _conv(channels, width),
+        _conv(width, 2 * width),
         nn.MaxPool2d(2),
-        _Residual(128),
-        _conv(128, 256),
+        Residual(2 * width),
+        _conv(2 * width, 4 * width),
         nn.MaxPool2d(2),
-        _conv(256, 512),
+        _conv(4 * width, 8 * width),
         nn.MaxPool2d(2),
-        _Residual(512),
-        _GlobalMaxPool(),
+        Residual(8 * width),
+        GlobalMaxPool(),
     ]
-    return Classifier(nn.Sequential(*layers), 512, num_classes)
+    return Classifier(nn.Sequential(*layers), 8 * width, num_classes)
 
 
-def vgg9(channels: int, size: int, num_classes: int) -> Classifier:
+def vgg9(channels: int, size: int, num_classes: int, width: int = 64) -> Classifier:
     """VGG9: eight convolutions in pairs with pooling between, 4.69 M parameters for 28 × 28 grey images."""
     layers: list[nn.Module] = []
-    for width in (64, 128, 256, 512):
-        layers += [_conv(channels, width), _conv(width, width)]
-        layers += [_GlobalMaxPool() if width == 512 else nn.MaxPool2d(2)]
-        channels = width
-    return Classifier(nn.Sequential(*layers), 512, num_classes)
+    for factor in (1, 2, 4, 8):
+        layers += [_conv(channels, factor * width), _conv(factor * width, factor * width)]
+        layers += [GlobalMaxPool() if factor == 8 else nn.MaxPool2d(2)]
+        channels = factor * width
+    return Classifier(nn.Sequential(*layers), 8 * width, num_classes)
 
 
 MODELS = {"mlp": mlp, "cnn": cnn, "resnet9": resnet9, "vgg9": vgg9}
@@ -86,15 +86,21 @@ def _conv(channels: int, width: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
 
 
-class _Residual(nn.Module):
+class Residual(nn.Module):
+    """x + two convolutions of x."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.block = nn.Sequential(_conv(width, width), _conv(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Maps `[B, width, H, W]` to maps of the same shape."""
         return x + self.block(x)
 
 
-class _GlobalMaxPool(nn.Module):
+class GlobalMaxPool(nn.Module):
+    """The largest value of each channel."""
+
     def forward(self, x: Tensor) -> Tensor:
+        """Maps `[B, C, H, W]` to `[B, C]`."""
         return x.amax((-2, -1))

@@ -1,54 +1,43 @@
-"""The store: one SQLite file per results folder, written as runs go, in transactions.
+"""The store: one SQLite file per results folder, written as runs go, in transactions; `nc.train.results` reads it.
 
-Tables: `runs`, one row per run of the grid with its settings and status; `metrics`, one row per run and evaluated
-epoch; `sessions`, one row per start of a sweep with command, versions, commit and device; `meta`. A run's status is
-pending or running until it ends as done, diverged (NaN or inf) or degenerate (features or weights have vanished).
+Checkpoints of long stacks are files beside it, known to the table `stacks`: a checkpoint counts once its row is
+committed, and then its file is whole.
 """
 
+import dataclasses
 import json
-import math
 import sqlite3
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from nc.train.config import FIELDS, RunConfig
+from nc.train.columns import METRICS
+from nc.train.config import RunConfig
 from nc.train.errors import UserError
+from nc.train.files import write_whole
 from nc.train.grid import Grid
+from nc.train.schema import ENDED, SCHEMA, SETTING_COLUMNS, SETTINGS, check_version, connect, difference
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from nc.train.loop import Evaluation
 
-FILE = "runs.sqlite"
-SCHEMA_VERSION = 1
+LOCK = ".lock"
+#: Seconds between transactions that say only how far stacks are.
+_PROGRESS_SECONDS = 1.0
 
-#: Columns of `metrics`, beside run and epoch; definitions in `nc.metrics`. Norms are Frobenius, of W and of μ_k − μ_G.
-METRICS = (
-    *("nc0", "nc1", "nc1_trace_ratio", "nc2", "nc2_equinorm", "nc2_equiangularity", "nc3", "nc3_difference", "nc4"),
-    *("train_loss", "train_accuracy", "val_loss", "val_accuracy", "weight_norm", "feature_norm", "degenerate"),
-)
-FINISHED = ("done", "diverged", "degenerate")
 
-_SETTINGS = tuple(field.name for field in FIELDS)
-# Quoted: `limit` is a word of SQL.
-_SETTING_COLUMNS = ", ".join(f'"{name}"' for name in _SETTINGS)
+@dataclasses.dataclass(frozen=True)
+class PlannedStack:
+    """Runs that train as one program, in order; `checkpoint` is where they go on, if there is one."""
 
-_SCHEMA = f"""
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE sessions (id INTEGER PRIMARY KEY, started TEXT NOT NULL, command TEXT NOT NULL, provenance TEXT NOT NULL);
-CREATE TABLE runs (
-    id TEXT PRIMARY KEY, position INTEGER NOT NULL, status TEXT NOT NULL, {_SETTING_COLUMNS},
-    session INTEGER REFERENCES sessions, stack_size INTEGER, train_samples INTEGER, seconds REAL, diverged_epoch INTEGER
-);
-CREATE TABLE metrics (
-    run TEXT NOT NULL REFERENCES runs, epoch INTEGER NOT NULL, {", ".join(f"{name} REAL" for name in METRICS)},
-    PRIMARY KEY (run, epoch)
-) WITHOUT ROWID;
-PRAGMA user_version = {SCHEMA_VERSION};
-"""
+    id: int
+    runs: tuple[RunConfig, ...]
+    checkpoint: Path | None = None
 
 
 class Store:
@@ -60,14 +49,16 @@ class Store:
 
     Raises:
         UserError: the folder holds another grid (the message names the differences), is in use by another process, was
-            written by a newer version, or cannot be written.
+            written by another version, or cannot be written. Every method raises it where the disk is full.
     """
 
     def __init__(self, folder: Path, grid: Grid) -> None:
         self.folder, self.grid = folder, grid
+        self._progress: dict[int, int] = {}  # stack -> epoch, not written yet
+        self._written = time.monotonic()
         with self._telling():
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / ".lock")
+            self._lock = FileLock(folder / LOCK)
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
@@ -77,7 +68,7 @@ class Store:
         with ExitStack() as undo:
             undo.callback(self._lock.release)
             with self._telling():
-                self._db = _connect(folder, create=True)
+                self._db = connect(folder, create=True)
                 undo.callback(self._db.close)
                 self._open_or_create()
             self._close = undo.pop_all().close
@@ -91,29 +82,46 @@ class Store:
     def _open_or_create(self) -> None:
         with self._transaction():
             if self._db.execute("PRAGMA user_version").fetchone()[0] == 0:
-                for statement in _SCHEMA.split(";"):
+                for statement in SCHEMA.split(";"):
                     self._db.execute(statement)
                 self._db.execute("INSERT INTO meta VALUES ('grid', ?)", (self.grid.name,))
                 self._db.execute("INSERT INTO meta VALUES ('description', ?)", (self.grid.description,))
                 rows = [(run.id, i, "pending", *run.as_dict().values()) for i, run in enumerate(self.grid.runs)]
-                places = ", ".join("?" * (3 + len(_SETTINGS)))
+                places = ", ".join("?" * (3 + len(SETTINGS)))
                 self._db.executemany(
-                    f"INSERT INTO runs (id, position, status, {_SETTING_COLUMNS}) VALUES ({places})", rows
+                    f"INSERT INTO runs (id, position, status, {SETTING_COLUMNS}) VALUES ({places})", rows
                 )
-        _check_version(self._db, self.folder)
-        stored = {row[0]: row[1:] for row in self._db.execute(f"SELECT id, {_SETTING_COLUMNS} FROM runs")}
+        check_version(self._db, self.folder)
+        stored = {row[0]: row[1:] for row in self._db.execute(f"SELECT id, {SETTING_COLUMNS} FROM runs")}
         wanted = {run.id: tuple(run.as_dict().values()) for run in self.grid.runs}
         if stored != wanted:
             raise UserError(
                 f"{self.folder} was made by another grid ({len(stored)} runs there, {len(wanted)} now): "
-                f"{_difference(list(stored.values()), list(wanted.values()))}. "
+                f"{difference(list(stored.values()), list(wanted.values()))}. "
                 "Choose another --out, or go back to the grid that made it"
             )
+        self._tidy()
 
-    def begin_session(self, started: str, command: str, provenance: Mapping[str, Any]) -> int:
-        """Record the start of a sweep; returns the session's number, for `begin`."""
+    def _tidy(self) -> None:
+        """Remove what a sweep that was killed could not: files not committed any more, checkpoints of no use."""
         with self._transaction():
-            row = (started, command, json.dumps(provenance))
+            self._db.execute(
+                "UPDATE stacks SET checkpoint = NULL, checkpoint_epoch = NULL WHERE checkpoint IS NOT NULL "
+                f"AND id NOT IN (SELECT stack FROM runs WHERE stack IS NOT NULL AND status NOT IN ({ENDED}))"
+            )
+        known = {row[0] for row in self._db.execute("SELECT checkpoint FROM stacks")}
+        for path in (*self._checkpoints.glob("*"), *(self.folder / "weights").glob("*.partial")):
+            if path.name not in known:
+                path.unlink()
+
+    def begin_session(self, command: str, provenance: Mapping[str, Any]) -> int:
+        """Record the start of a sweep; returns the session's number, for `begin`.
+
+        What a sweep that was killed left undone is pending again.
+        """
+        with self._transaction():
+            self._db.execute("UPDATE runs SET status = 'pending' WHERE status = 'running'")
+            row = (_now(), command, json.dumps(provenance))
             cursor = self._db.execute("INSERT INTO sessions (started, command, provenance) VALUES (?, ?, ?)", row)
         assert cursor.lastrowid is not None
         return cursor.lastrowid
@@ -129,33 +137,143 @@ class Store:
                 f"({fingerprint} now, {known} then); give that one with --data-dir, or choose another --out"
             )
 
-    def finished(self) -> set[str]:
-        """Identities of the runs that have ended."""
-        marks = ", ".join("?" * len(FINISHED))
-        return {row[0] for row in self._db.execute(f"SELECT id FROM runs WHERE status IN ({marks})", FINISHED)}
+    def finished(self) -> dict[str, str]:
+        """Identity -> status of the runs that have ended."""
+        return dict(self._db.execute(f"SELECT id, status FROM runs WHERE status IN ({ENDED})"))
 
-    def begin(self, runs: Sequence[RunConfig], session: int, train_samples: int) -> None:
-        """Mark runs as running, and forget what an earlier attempt at them left."""
+    # The plan: which runs train together. A run's numbers depend on it in their last digits, so that it is kept.
+
+    def stacks(self) -> list[PlannedStack]:
+        """The stacks with runs that have not ended, in order; empty before there is a plan."""
+        members: dict[int, list[RunConfig]] = {}
+        by_id = {run.id: run for run in self.grid.runs}
+        for run, stack in self._db.execute("SELECT id, stack FROM runs WHERE stack IS NOT NULL ORDER BY stack, id"):
+            members.setdefault(stack, []).append(by_id[run])
+        finished = self.finished().keys()
+        files = dict(self._db.execute("SELECT id, checkpoint FROM stacks WHERE checkpoint IS NOT NULL"))
+        return [
+            PlannedStack(stack, tuple(runs), self._checkpoints / files[stack] if stack in files else None)
+            for stack, runs in members.items()
+            if any(run.id not in finished for run in runs)
+        ]
+
+    def begun(self) -> set[int]:
+        """Stacks that cannot be planned anew without losing something: with a run that has ended, or a checkpoint."""
+        rows = self._db.execute(
+            f"SELECT stack FROM runs WHERE status IN ({ENDED}) UNION SELECT id FROM stacks WHERE checkpoint IS NOT NULL"
+        )
+        return {row[0] for row in rows}
+
+    def set_plan(self, stacks: Sequence[Sequence[RunConfig]], engine: Mapping[str, Any] | None = None) -> list[int]:
+        """Put runs into new stacks, instead of those that they were in; returns the numbers of the stacks.
+
+        Args:
+            engine: how and why, kept as meta "engine".
+        """
+        ids = []
         with self._transaction():
-            self._db.executemany("DELETE FROM metrics WHERE run = ?", [(run.id,) for run in runs])
-            self._db.executemany(
-                "UPDATE runs SET status = 'running', session = ?, stack_size = ?, train_samples = ? WHERE id = ?",
-                [(session, len(runs), train_samples, run.id) for run in runs],
-            )
+            for runs in stacks:
+                cursor = self._db.execute("INSERT INTO stacks (size) VALUES (?)", (len(runs),))
+                ids.append(cursor.lastrowid)
+                self._db.executemany(
+                    "UPDATE runs SET stack = ?, status = 'pending' WHERE id = ?",
+                    [(cursor.lastrowid, run.id) for run in runs],
+                )
+            self._db.execute("DELETE FROM stacks WHERE id NOT IN (SELECT stack FROM runs WHERE stack IS NOT NULL)")
+            if engine is not None:
+                self._db.execute("INSERT OR REPLACE INTO meta VALUES ('engine', ?)", (json.dumps(engine),))
+        return [i for i in ids if i is not None]
 
-    def record(self, runs: Sequence[RunConfig], epoch: int, values: Mapping[str, Sequence[float]]) -> None:
-        """Add one evaluated epoch of each run: metric name -> a value per run. NaN is stored as NULL."""
-        rows = [(run.id, epoch, *(values[name][i] for name in METRICS)) for i, run in enumerate(runs)]
+    def engine(self) -> dict[str, Any] | None:
+        """What `set_plan` was told of how the runs are trained."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = 'engine'").fetchone()
+        return json.loads(row[0]) if row else None
+
+    # What comes in while a stack trains.
+
+    def begin(self, stack: PlannedStack, session: int, train_samples: int, *, resume: bool) -> int:
+        """A stack starts, from its checkpoint or anew; returns the epoch at which it does.
+
+        What its unfinished runs have beyond that is forgotten.
+        """
+        where = f"run IN (SELECT id FROM runs WHERE stack = ? AND status NOT IN ({ENDED}))"
+        with self._transaction():
+            row = self._db.execute("SELECT checkpoint_epoch FROM stacks WHERE id = ?", (stack.id,)).fetchone()
+            epoch = row[0] if resume else -1
+            self._db.execute(f"DELETE FROM metrics WHERE {where} AND epoch > ?", (stack.id, epoch))
+            self._db.execute(
+                f"UPDATE runs SET status = 'running', session = ?, train_samples = ? "
+                f"WHERE stack = ? AND status NOT IN ({ENDED})",
+                (session, train_samples, stack.id),
+            )
+            self._db.execute(
+                "UPDATE stacks SET session = ?, updated = ?, begun_epoch = ?, epoch = ? WHERE id = ?",
+                (session, _now(), max(epoch, 0), max(epoch, 0), stack.id),
+            )
+        return max(epoch, 0)
+
+    def record(self, stack: PlannedStack, evaluation: "Evaluation") -> dict[str, str]:
+        """Add an evaluated epoch of a stack's runs, and end those that have ended; returns their identity -> status.
+
+        A run that had already ended is left as it is: a stack that starts anew trains its finished runs again, so that
+        the others keep their company. NaN is stored as NULL.
+        """
+        finished = self.finished().keys()
+        new = [(n, i) for n, i in enumerate(evaluation.rows) if stack.runs[i].id not in finished]
+        ended = [(i, evaluation.ended[i]) for _, i in new if i in evaluation.ended]
+        for i, _ in ended:
+            if i in evaluation.weights:  # before the run counts as ended
+                write_whole(self.folder / "weights" / f"{stack.runs[i].id}.pt", evaluation.weights[i])
+        rows = [(stack.runs[i].id, evaluation.epoch, *(evaluation.values[name][n] for name in METRICS)) for n, i in new]
+        self._progress[stack.id] = evaluation.epoch
         with self._transaction():
             self._db.executemany(f"INSERT INTO metrics VALUES ({', '.join('?' * (2 + len(METRICS)))})", rows)
-
-    def finish(self, runs: Sequence[RunConfig], statuses: Sequence[tuple[str, int | None]], seconds: float) -> None:
-        """End runs: a status of `FINISHED` and the epoch of divergence for each; `seconds` is one run's share."""
-        with self._transaction():
             self._db.executemany(
                 "UPDATE runs SET status = ?, diverged_epoch = ?, seconds = ? WHERE id = ?",
-                [(status, epoch, seconds, run.id) for run, (status, epoch) in zip(runs, statuses, strict=True)],
+                [(end.status, end.diverged_epoch, end.seconds, stack.runs[i].id) for i, end in ended],
             )
+            self._write_progress()
+        return {stack.runs[i].id: end.status for i, end in ended}
+
+    def progress(self, stack: PlannedStack, epoch: int) -> None:
+        """A stack has trained so many epochs; written now and then, for whoever looks on."""
+        self._progress[stack.id] = epoch
+        if time.monotonic() - self._written > _PROGRESS_SECONDS:
+            with self._transaction():
+                self._write_progress()
+
+    def _write_progress(self) -> None:
+        self._db.executemany(
+            "UPDATE stacks SET epoch = ?, updated = ? WHERE id = ?",
+            [(epoch, _now(), stack) for stack, epoch in self._progress.items()],
+        )
+        self._progress.clear()
+        self._written = time.monotonic()
+
+    def save_checkpoint(self, stack: PlannedStack, epoch: int, content: bytes) -> None:
+        """Keep a checkpoint, which replaces the stack's last one; all evaluations up to its epoch are recorded."""
+        name = f"{stack.id}-{epoch}.pt"
+        write_whole(self._checkpoints / name, content)
+        self._set_checkpoint(stack.id, name, epoch)
+
+    def end(self, stack: PlannedStack) -> None:
+        """All runs of a stack have ended: its checkpoint is not needed any more."""
+        self._set_checkpoint(stack.id, None, None)
+
+    def _set_checkpoint(self, stack: int, name: str | None, epoch: int | None) -> None:
+        old = self._db.execute("SELECT checkpoint FROM stacks WHERE id = ?", (stack,)).fetchone()[0]
+        if old == name:
+            return
+        with self._transaction():
+            self._db.execute(
+                "UPDATE stacks SET checkpoint = ?, checkpoint_epoch = ? WHERE id = ?", (name, epoch, stack)
+            )
+        if old is not None:
+            (self._checkpoints / old).unlink(missing_ok=True)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -180,80 +298,5 @@ class Store:
             ) from error
 
 
-def load_runs(folder: Path) -> "pd.DataFrame":
-    """One row per run: settings, status, and each metric at its start (`nc0_start` …) and last evaluation (`nc0` …)."""
-    runs = _query(folder, "SELECT * FROM runs ORDER BY position").set_index("id", drop=False)
-    metrics = load_metrics(folder).sort_values("epoch").groupby("run")
-    # head and tail, not first and last, which would pass over NaN.
-    start, last = (rows.set_index("run")[list(METRICS)] for rows in (metrics.head(1), metrics.tail(1)))
-    return runs.join(last).join(start.add_suffix("_start")).reset_index(drop=True)
-
-
-def load_metrics(folder: Path) -> "pd.DataFrame":
-    """One row per run and evaluated epoch; NaN where a metric is undefined."""
-    frame = _query(folder, "SELECT * FROM metrics ORDER BY run, epoch")
-    return frame.astype(dict.fromkeys(METRICS, float))
-
-
-def load_sessions(folder: Path) -> list[dict[str, Any]]:
-    """Provenance of each start of the sweep, oldest first."""
-    frame = _query(folder, "SELECT * FROM sessions ORDER BY id")
-    rows = frame.to_dict("records")
-    return [{"started": row["started"], "command": row["command"], **json.loads(row["provenance"])} for row in rows]
-
-
-def load_meta(folder: Path) -> dict[str, str]:
-    """The grid's name and description, and the fingerprints of its data sets."""
-    return {row["key"]: row["value"] for row in _query(folder, "SELECT * FROM meta").to_dict("records")}
-
-
-def _query(folder: Path, sql: str) -> "pd.DataFrame":
-    import pandas as pd
-
-    if not (folder / FILE).is_file():
-        raise UserError(f"no results in {folder}: {FILE} is not there; make some with ncollapse sweep … --out {folder}")
-    try:
-        connection = _connect(folder, create=False)
-        try:
-            _check_version(connection, folder)
-            return pd.read_sql_query(sql, connection)
-        finally:
-            connection.close()
-    except (sqlite3.Error, pd.errors.DatabaseError) as error:
-        raise UserError(f"cannot read {folder / FILE}: {error}") from None
-
-
-def _connect(folder: Path, *, create: bool) -> sqlite3.Connection:
-    # Never opened read-only: after a crash even a reader has to roll the last transaction back.
-    uri = f"{(folder / FILE).resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
-    connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30)
-    try:
-        connection.execute("PRAGMA synchronous = FULL")  # reads the file: it may be no database
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _check_version(connection: sqlite3.Connection, folder: Path) -> None:
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{folder / FILE} has format {version}, this ncollapse reads {SCHEMA_VERSION}; "
-            "use the version that wrote it"
-        )
-
-
-def _difference(stored: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]]) -> str:
-    """The settings whose values differ between two lists of runs."""
-    parts = []
-    for i, name in enumerate(_SETTINGS):
-        was, now = ({row[i] for row in rows} for rows in (stored, wanted))
-        if was != now:
-            parts.append(f"{name} was {_listing(was)}, is {_listing(now)}")
-    return "; ".join(parts) or "the same values, combined otherwise"
-
-
-def _listing(values: set[Any]) -> str:
-    ordered = sorted(values, key=lambda v: (v is None, v if not isinstance(v, float) or math.isfinite(v) else 0))
-    return ", ".join("none" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in ordered)
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

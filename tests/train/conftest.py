@@ -10,7 +10,8 @@ from rich.console import Console
 
 from nc.train.config import RunConfig
 from nc.train.data import Dataset, load
-from nc.train.engine import sweep
+from nc.train.engine.options import Options
+from nc.train.engine.sweep import sweep
 from nc.train.grid import Grid
 
 CPU = torch.device("cpu")
@@ -18,7 +19,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="session")
 def digits() -> Dataset:
-    return load("digits", data_dir=None, download=False, device=CPU)
+    return load("digits", CPU, data_dir=None, download=False)
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +32,7 @@ def run_sweep(digits: Dataset, quiet: Console) -> Callable[..., int]:
     """sweep(grid, out, **options) on digits, on the CPU, without output."""
 
     def run(grid: Grid, out: Path, **options: Any) -> int:
-        return sweep(grid, out, lambda name: digits, CPU, console=quiet, **options)
+        return sweep(grid, out, lambda name, device: digits, CPU, Options(**options), quiet)
 
     return run
 

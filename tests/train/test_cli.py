@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nc.train import cli
-from nc.train.store import load_runs
+from nc.train.results import load_runs
 
 GRID = 'optimizer = ["sgdw", "adamw"]\nlr = 0.01\nepochs = 2\nlimit = 200\n'
 
@@ -63,6 +63,8 @@ def test_sweep_reads_a_grid_and_options_replace_its_axes(capsys: pytest.CaptureF
         (["sweep", "nothing.toml"], "neither a file nor a preset"),
         (["sweep", "grid.toml", "--weight-decay", "-3"], "grid.toml: weight_decay = -3.0"),
         (["report", "nowhere"], "no results in nowhere"),
+        (["status", "nowhere"], "no results in nowhere"),
+        (["export", "nowhere"], "no results in nowhere"),
         (["sweep", "grid.toml", "--threshold", "2"], "--threshold must lie in [0, 1]"),
         (["sweep", "grid.toml", "--stack", "0"], "--stack must be at least 1"),
     ],
@@ -82,6 +84,8 @@ def test_errors_are_one_message_and_exit_code_1(
         (["run", "--optimizer", "sdg"], "sdg"),
         (["run", "--model", "vit"], "invalid choice 'vit'"),
         (["run", "--learning-rate", "1"], "--learning-rate"),
+        (["export", "results", "--format", "xlsx"], "invalid choice 'xlsx'"),
+        (["status"], "PATH"),
         (["dmeo"], "dmeo"),
         ([], "demo"),
     ],
@@ -91,29 +95,33 @@ def test_bad_arguments_are_exit_code_2(capsys: pytest.CaptureFixture[str], args:
 
 
 def test_an_interrupt_is_exit_code_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from nc.train import engine
+    from nc.train.engine import processes
 
     def interrupt(*args: object) -> object:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "train", interrupt)
+    monkeypatch.setattr(processes, "train", interrupt)
     text = fails(capsys, 130, "sweep", "grid.toml")
     assert "0 of 2 runs are finished and kept in results/grid; the same command goes on from there" in text
 
 
 def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
-    """The options of run and sweep, frozen: a user's scripts rest on them."""
+    """The options of every command, frozen: a user's scripts rest on them."""
     settings = [
         *("--model", "--data", "--optimizer", "--lr", "--momentum", "--weight-decay", "--coupling", "--beta2", "--eps"),
         *("--epochs", "--batch-size", "--lr-drops", "--lr-drop-factor", "--seed", "--limit", "--eval-every"),
     ]
-    where = ["--out", "--data-dir", "--download", "--device", "--stack", "--save-weights"]
+    place = ["--out", "--data-dir", "--download", "--device"]
+    keeping = ["--save-weights", "--tensorboard", "--checkpoint-minutes"]
+    engine = ["--engine", "--stack", "--workers", "--ray-address"]
     choice = ["--threshold", "--best-by"]
     for command, options in {
-        "run": [*where, *settings],
-        "sweep": [*where, *choice, *settings],
-        "demo": [*where, *choice],
+        "run": [*place, *keeping, *settings],
+        "sweep": [*place, *keeping, *engine, *choice, *settings],
+        "demo": [*place, *keeping, *engine, *choice],
+        "status": [],
         "report": choice,
+        "export": ["--format", "--out"],
         "doctor": ["--data-dir"],
     }.items():
         with pytest.raises(SystemExit):

@@ -1,8 +1,11 @@
 """The training loop against a plain loop of torch.optim, and stacked runs against runs alone."""
 
 import dataclasses
+import functools
+import io
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,24 +13,26 @@ from torch.nn import functional as F
 
 from nc import ufm
 from nc.train import loop
-from nc.train.config import RunConfig
+from nc.train.columns import METRICS
+from nc.train.config import OPTIMIZERS, RunConfig
 from nc.train.data import Dataset
 from nc.train.errors import UserError
-from nc.train.loop import Evaluation, train
-from nc.train.models import build
+from nc.train.loop import CheckpointError, Evaluation, Training
+from nc.train.models import MODELS, Classifier, build
 from nc.train.stack import Stack
-from nc.train.store import METRICS
 
 CPU = torch.device("cpu")
 
 
 def evaluations(runs: list[RunConfig], data: Dataset) -> Iterator[Evaluation]:
-    return (event for event in train(runs, data, CPU) if isinstance(event, Evaluation))
+    return (event for event in Training(runs, data, CPU) if isinstance(event, Evaluation))
 
 
-def last(runs: list[RunConfig], data: Dataset) -> Evaluation:
-    *_, final = evaluations(runs, data)
-    return final
+def trained(runs: list[RunConfig], data: Dataset) -> tuple[Stack, dict[str, list[float]]]:
+    """The stack after the last epoch, and what was measured last."""
+    training = Training(runs, data, CPU)
+    *_, final = (event for event in training if isinstance(event, Evaluation))
+    return training._stack, final.values
 
 
 @pytest.mark.parametrize(
@@ -42,7 +47,7 @@ def test_trains_as_a_plain_loop_does(
     optimizer: str, theirs: type[torch.optim.Optimizer], options: dict[str, float], digits: Dataset
 ) -> None:
     run = RunConfig(optimizer=optimizer, model="cnn", lr=0.01, weight_decay=0.01, epochs=3, limit=300, seed=4)
-    final = last([run], digits)
+    stack, values = trained([run], digits)
 
     model = build("cnn", 1, 8, 10, seed=4)
     plain = theirs(model.parameters(), lr=0.01, weight_decay=0.01, **options)
@@ -54,13 +59,13 @@ def test_trains_as_a_plain_loop_does(
             F.cross_entropy(model(digits.train_x[batch]), digits.train_y[batch]).backward()
             plain.step()
     model.eval()
-    state = final.stack.state_dict(0)
+    state = stack.state_dict(0)
     assert set(state) == set(model.state_dict())
     for name, value in model.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5)
     model.load_state_dict(state)
     loss = F.cross_entropy(model(digits.val_x), digits.val_y)
-    assert final.values["val_loss"][0] == pytest.approx(loss.item(), rel=1e-5)
+    assert values["val_loss"][0] == pytest.approx(loss.item(), rel=1e-5)
 
 
 @pytest.fixture
@@ -70,33 +75,147 @@ def in_float64(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     return dataclasses.replace(digits, train_x=digits.train_x.double(), val_x=digits.val_x.double())
 
 
+def enlarged(data: Dataset) -> Dataset:
+    """140 training images, a batch and a small one, at 16 × 16 pixels.
+
+    At 8 × 8 VGG9's last maps are single pixels, and a bias whose channel is active everywhere is taken out again by the
+    next batch norm: its gradient is rounding alone, and a sign of that.
+    """
+    x, val_x = (F.interpolate(images, scale_factor=2) for images in (data.train_x[:140], data.val_x[:40]))
+    return Dataset(x, data.train_y[:140], val_x, data.val_y[:40], data.classes, "")
+
+
+@pytest.fixture
+def shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ResNet9 and VGG9 with a sixteenth of their channels, so that training them takes seconds."""
+    for name in ("resnet9", "vgg9"):
+        monkeypatch.setitem(MODELS, name, functools.partial(MODELS[name], width=4))
+
+
+def neighbours(model: str, **settings: Any) -> list[RunConfig]:
+    """Every optimizer twice, with different hyperparameters; one run that diverges, one that ends sooner."""
+    base = RunConfig(model=model, limit=300, eval_every=1, **settings)
+    lr = {"sgd": 0.01, "signum": 1e-3, "adam": 1e-3}
+    runs = []
+    for optimizer in OPTIMIZERS:
+        own = dataclasses.replace(base, optimizer=optimizer, lr=lr[optimizer.removesuffix("w")], coupling=None)
+        runs += [own, dataclasses.replace(own, weight_decay=0.1, momentum=0.5, lr_drops=0)]
+    runs.insert(3, dataclasses.replace(base, lr=1e308))
+    runs.insert(7, dataclasses.replace(base, epochs=1, lr=0.005))
+    return runs
+
+
+@pytest.mark.usefixtures("shrunk")
+@pytest.mark.parametrize("model", MODELS)
+def test_stacked_runs_train_as_alone(model: str, in_float64: Dataset) -> None:
+    """The same numbers to rounding, whatever the neighbours are: in float64 1e-7 of a weight, 1e-5 of a metric."""
+    runs, data = neighbours(model, epochs=3), enlarged(in_float64)
+    training = Training(runs, data, CPU, keep_weights=True)
+    together: dict[int, tuple[int, dict[str, float], bytes]] = {}
+    for event in training:
+        if isinstance(event, Evaluation):
+            for place, i in enumerate(event.rows):
+                if i in event.ended:
+                    values = {name: each[place] for name, each in event.values.items()}
+                    together[i] = event.epoch, values, event.weights[i]
+    assert sorted(together) == list(range(len(runs)))
+    assert not math.isfinite(together[3][1]["train_loss"])
+    for i, run in enumerate(runs):
+        epoch, values, weights = together[i]
+        stack, alone = trained([run], data)
+        assert epoch == (1 if i in (3, 7) else 3)
+        if i == 3:
+            continue
+        mine = torch.load(io.BytesIO(weights), weights_only=True)["state_dict"]
+        for name, theirs in stack.state_dict(0).items():
+            torch.testing.assert_close(mine[name], theirs, rtol=1e-7, atol=1e-9)
+        for name in METRICS:
+            assert values[name] == pytest.approx(alone[name][0], rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.usefixtures("shrunk")
+@pytest.mark.parametrize("model", MODELS)
+def test_stacked_runs_train_as_alone_in_float32(model: str, digits: Dataset) -> None:
+    """Six steps in float32, where a sign may flip on a rounding: 1e-5 of a weight, and for Signum twice its steps."""
+    runs = [dataclasses.replace(run, epochs=3) for run in neighbours(model, epochs=3) if run.lr < 1]
+    together, _ = trained(runs, enlarged(digits))
+    for i, run in enumerate(runs):
+        alone, _ = trained([run], enlarged(digits))
+        bound = 2 * 6 * run.lr if run.family == "signum" else 1e-5
+        for name, theirs in alone.state_dict(0).items():
+            torch.testing.assert_close(together.state_dict(i)[name], theirs, rtol=1e-5, atol=bound)
+
+
+def test_runs_of_different_seeds_train_together(in_float64: Dataset) -> None:
+    runs = [RunConfig(model=model, epochs=2, limit=300, seed=seed) for model in ("cnn",) for seed in (0, 1, 2)]
+    together, values = trained(runs, in_float64)
+    assert len(set(values["train_loss"])) == 3
+    for i, run in enumerate(runs):
+        alone, _ = trained([run], in_float64)
+        for name, theirs in alone.state_dict(0).items():
+            torch.testing.assert_close(together.state_dict(i)[name], theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_runs_that_have_ended_leave_the_stack(digits: Dataset) -> None:
+    runs = [RunConfig(epochs=epochs, limit=200, eval_every=10) for epochs in (1, 2, 4, 4)]
+    training = Training(runs, digits, CPU)
+    sizes, ended = [], []
+    for event in training:
+        if isinstance(event, Evaluation):
+            ended.append((event.epoch, event.rows, sorted(event.ended)))
+        else:
+            sizes.append(training._stack.runs)
+    assert sizes == [3, 2, 2, 2]
+    assert ended == [(0, (0, 1, 2, 3), []), (1, (0,), [0]), (2, (1,), [1]), (4, (2, 3), [2, 3])]
+
+
+def test_a_rule_may_leave_the_stack(digits: Dataset) -> None:
+    """Adam's states go with its last run; momentum stays, so that the others go on as alone."""
+    short, long = RunConfig(optimizer="adam", lr=1e-3, epochs=1, limit=200), RunConfig(epochs=3, limit=200)
+    together, _ = trained([short, dataclasses.replace(short, lr=1e-4), long], digits)
+    alone, _ = trained([long], digits)
+    assert together.runs == 1
+    for name, theirs in alone.state_dict(0).items():
+        torch.testing.assert_close(together.state_dict(0)[name], theirs, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-@pytest.mark.parametrize("family", ["sgd", "signum", "adam"])
-def test_stacked_runs_train_as_alone(model: str, family: str, in_float64: Dataset) -> None:
-    """The same numbers to rounding, whatever the neighbours are; one that diverges to NaN changes nothing."""
-    base = RunConfig(model=model, optimizer=family, epochs=2, limit=300, eval_every=1, lr=0.01)
-    runs = [
-        base,
-        dataclasses.replace(base, optimizer=family + "w", coupling=None, weight_decay=0.1),
-        dataclasses.replace(base, lr=1e308),
-        dataclasses.replace(base, momentum=0.5, coupling=0.3),
-    ]
-    together = last(runs, in_float64)
-    assert not math.isfinite(together.values["train_loss"][2])
-    for r in (0, 1, 3):
-        alone = last([runs[r]], in_float64)
-        mine, theirs = together.stack.state_dict(r), alone.stack.state_dict(0)
-        for name in mine:
-            torch.testing.assert_close(mine[name], theirs[name], rtol=1e-7, atol=1e-9)
-        for name in ("nc0", "nc1", "nc2", "nc3", "train_loss", "val_accuracy"):
-            assert together.values[name][r] == pytest.approx(alone.values[name][0], rel=1e-5, abs=1e-7), name
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_checkpoint_goes_on_bit_for_bit(model: str, at: int, digits: Dataset) -> None:
+    runs = neighbours(model, epochs=4)
+    whole = Training(runs, digits, CPU)
+    events = [event for event in whole if isinstance(event, Evaluation)]
+    first = Training(runs, digits, CPU)
+    for event in first:
+        if event == at:
+            break
+    second = Training(runs, digits, CPU, checkpoint=first.checkpoint())
+    rest = [event for event in second if isinstance(event, Evaluation)]
+    assert second.epoch == whole.epoch
+    for one, other in zip(events[at + 1 :], rest, strict=True):
+        assert (one.epoch, one.rows) == (other.epoch, other.rows)
+        assert {n: [repr(v) for v in each] for n, each in one.values.items()} == {
+            n: [repr(v) for v in each] for n, each in other.values.items()
+        }
+    for name, value in whole._stack.tensors().items():
+        torch.testing.assert_close(second._stack.tensors()[name], value, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_checkpoint_of_other_runs_or_broken_is_refused(digits: Dataset) -> None:
+    run = RunConfig(epochs=2, limit=200)
+    content = Training([run], digits, CPU).checkpoint()
+    with pytest.raises(CheckpointError, match="of other runs"):
+        Training([dataclasses.replace(run, lr=0.3)], digits, CPU, checkpoint=content)
+    for broken in (content[: len(content) // 2], b"", b"nothing of the kind"):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            Training([run], digits, CPU, checkpoint=broken)
 
 
 def test_same_seed_same_run(digits: Dataset) -> None:
     run = RunConfig(model="cnn", epochs=1, limit=300)
-    assert torch.equal(last([run], digits).stack.flat, last([run], digits).stack.flat)
-    other = last([dataclasses.replace(run, seed=1)], digits).stack.flat
-    assert not torch.equal(last([run], digits).stack.flat, other)
+    weights = [trained([r], digits)[0].weight for r in (run, run, dataclasses.replace(run, seed=1))]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "sgdw"])
@@ -110,8 +229,8 @@ def test_row_sum_follows_theory_in_float32(optimizer: str, digits: Dataset) -> N
 
 
 def test_evaluates_when_asked_and_everything_that_is_stored(digits: Dataset) -> None:
-    events = list(train([RunConfig(epochs=5, eval_every=2, limit=200)], digits, CPU))
-    assert [e if isinstance(e, int) else -e.epoch for e in events] == [0, 1, 2, -2, 3, 4, -4, 5, -5]
+    events = list(Training([RunConfig(epochs=5, eval_every=2, limit=200)], digits, CPU))
+    assert [e if isinstance(e, int) else -e.epoch for e in events] == [0, 1, -2, 2, 3, -4, 4, -5, 5]
     first = events[0]
     assert isinstance(first, Evaluation)
     assert set(first.values) >= set(METRICS)
@@ -121,43 +240,49 @@ def test_evaluates_when_asked_and_everything_that_is_stored(digits: Dataset) -> 
 def test_a_stack_is_its_modules(model: str, in_float64: Dataset) -> None:
     """Logits and gradients of two stacked networks with different weights are those of the modules."""
     modules = [build(model, 1, 8, 10, seed).double() for seed in (0, 1)]
-    stack = Stack(modules[0], 2, CPU)
-    with torch.no_grad():
-        stack.flat[1] = Stack(modules[1], 1, CPU).flat[0]
+    stack = Stack.of(modules, CPU)
     images, labels = in_float64.train_x[:6], in_float64.train_y[:6]
     _, logits = stack(images, train=True)
-    (grad,) = torch.autograd.grad(sum(F.cross_entropy(logits[r], labels) for r in range(2)), stack.flat)
+    loss = sum(F.cross_entropy(logits[r], labels) for r in range(2))
+    grads = dict(zip(stack.params, torch.autograd.grad(loss, list(stack.params.values())), strict=True))  # type: ignore[arg-type]
     for r, module in enumerate(modules):
         expected = module(images)
         torch.testing.assert_close(logits[r], expected, rtol=1e-9, atol=1e-9)
         theirs = torch.autograd.grad(F.cross_entropy(expected, labels), list(module.parameters()))
-        torch.testing.assert_close(grad[r], torch.cat([g.flatten() for g in theirs]), rtol=1e-6, atol=1e-9)
+        for (name, _), grad in zip(module.named_parameters(), theirs, strict=True):
+            torch.testing.assert_close(grads[name][r], grad, rtol=1e-6, atol=1e-9)
         for name, value in module.state_dict().items():
             torch.testing.assert_close(stack.state_dict(r)[name], value, rtol=1e-9, atol=1e-9)
 
 
+def test_a_layer_without_a_form_for_stacks_is_refused(digits: Dataset) -> None:
+    model = Classifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.GELU()), 64, 10)
+    with pytest.raises(TypeError, match=r"GELU \(features.1\) has no form for stacked runs"):
+        Stack.of([model], CPU)(digits.train_x[:4], train=True)
+
+
 def test_resnet9_and_vgg9_take_a_step_with_finite_metrics(digits: Dataset) -> None:
     for model in ("resnet9", "vgg9"):
-        final = last(
+        _, values = trained(
             [RunConfig(model=model, epochs=1, limit=64, lr=0.01)],
             dataclasses.replace(digits, val_x=digits.val_x[:50], val_y=digits.val_y[:50]),
         )
-        assert all(abs(values[0]) < 1e6 for values in final.values.values())
+        assert all(abs(each[0]) < 1e6 for each in values.values())
 
 
 def test_images_too_small_for_the_model_are_refused(digits: Dataset) -> None:
     tiny = dataclasses.replace(digits, train_x=digits.train_x[:, :, :4, :4], val_x=digits.val_x[:, :, :4, :4])
     with pytest.raises(UserError, match="resnet9 needs images of at least 8 pixels a side; data set digits has 4"):
-        next(iter(train([RunConfig(model="resnet9")], tiny, CPU)))
+        Training([RunConfig(model="resnet9")], tiny, CPU)
 
 
 def test_one_class_is_refused(digits: Dataset) -> None:
     with pytest.raises(UserError, match="the 1 training samples are all of one class; give a larger --limit"):
-        next(iter(train([RunConfig(limit=1)], digits, CPU)))
+        Training([RunConfig(limit=1)], digits, CPU)
 
 
 def test_evaluation_mode_leaves_running_statistics(digits: Dataset) -> None:
-    stack = Stack(build("cnn", 1, 8, 10, 0), 2, CPU)
+    stack = Stack.of([build("cnn", 1, 8, 10, 0)] * 2, CPU)
     before = stack.state_dict(1)
     with torch.no_grad():
         stack(digits.train_x[:32], train=False)

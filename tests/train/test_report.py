@@ -21,7 +21,8 @@ from nc.train.report import tables
 from nc.train.report.page import change, number, write_report
 from nc.train.report.run import print_run
 from nc.train.report.selection import Selection
-from nc.train.store import FILE, load_metrics, load_runs
+from nc.train.results import load_metrics, load_runs
+from nc.train.schema import FILE
 
 ALL = Selection(threshold=0.0)
 

@@ -1,6 +1,7 @@
 """The engine and the store: planning, resuming, refusing, and losing nothing."""
 
 import dataclasses
+import io
 import os
 import shutil
 import signal
@@ -10,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -18,41 +18,61 @@ import pytest
 import torch
 from rich.console import Console
 
-from nc.train import engine
-from nc.train.config import RunConfig
+from nc.train import loop
+from nc.train.columns import METRICS
+from nc.train.config import OPTIMIZERS, RunConfig
 from nc.train.data import Dataset
-from nc.train.engine import plan, sweep
+from nc.train.engine import processes, work
+from nc.train.engine.options import Options
+from nc.train.engine.plan import Shape, plan
+from nc.train.engine.progress import rate
+from nc.train.engine.sweep import sweep
 from nc.train.errors import InterruptError, UserError
 from nc.train.grid import Grid, load_grid
-from nc.train.store import FILE, METRICS, Store, load_meta, load_metrics, load_runs, load_sessions
+from nc.train.results import load_meta, load_metrics, load_runs, load_sessions
+from nc.train.schema import FILE
+from nc.train.store import Store
+from sweep_results import assert_same
 
-
-def results(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Everything that a sweep found out; not how long it took or in which session."""
-    return load_runs(folder).drop(columns=["seconds", "session"]), load_metrics(folder)
-
-
-def assert_same(a: Path, b: Path) -> None:
-    for mine, theirs in zip(results(a), results(b), strict=True):
-        pd.testing.assert_frame_equal(mine, theirs, check_exact=True)
+CPU = torch.device("cpu")
 
 
 def test_plan_groups_what_can_train_together() -> None:
     runs = [
-        RunConfig(optimizer=optimizer, model=model, weight_decay=decay)
+        RunConfig(optimizer=optimizer, model=model, weight_decay=decay / 100)
         for model in ("mlp", "cnn")
-        for optimizer in ("sgd", "sgdw", "adam")
-        for decay in (0.0, 0.1)
+        for optimizer in OPTIMIZERS
+        for decay in range(9)
     ]
-    stacks = plan(runs)
+    stacks = plan(runs, lambda shape: 24 if shape.model == "mlp" else 7)
     assert sorted(run.id for members in stacks for run in members) == sorted(run.id for run in runs)
     for members in stacks:
-        assert len({(run.model, run.family) for run in members}) == 1
-        assert len(members) <= (24 if members[0].model == "mlp" else 1)
-    assert {run.family for members in stacks[:2] for run in members} == {"sgd", "adam"}  # alternating
-    assert [len(members) for members in plan([RunConfig(seed=0, lr=lr / 100) for lr in range(1, 14)], 12)] == [6, 7]
-    assert len(plan([RunConfig(seed=seed) for seed in range(3)])) == 3
-    assert len(plan(load_grid("demo").runs)) == 3
+        assert len({Shape.of(run) for run in members}) == 1
+        assert len(members) <= (24 if members[0].model == "mlp" else 7)
+        assert {run.optimizer for run in members} == set(OPTIMIZERS)
+    assert {members[0].model for members in stacks[:3]} == {"mlp", "cnn"}  # they take turns
+
+
+@pytest.mark.parametrize("size", [1, 6, 36])
+def test_any_beginning_of_a_plan_is_a_fair_sample(size: int) -> None:
+    runs = load_grid("paper").runs
+    stacks = plan(runs, lambda shape: size)
+    early = [run for members in stacks[: -(-432 // size)] for run in members]
+    for axis in ("optimizer", "model", "data", "momentum"):
+        whole, part = (pd.Series([getattr(run, axis) for run in some]).value_counts() for some in (runs, early))
+        expected = whole / whole.sum() * part.sum()
+        assert (part.reindex(whole.index, fill_value=0) > 0.6 * expected).all(), (axis, part)
+    assert len({run.optimizer for members in stacks[: -(-36 // size)] for run in members}) == 6
+
+
+def test_stacks_are_even_and_divide_among_workers() -> None:
+    runs = [RunConfig(lr=lr / 100) for lr in range(1, 14)]
+    assert [len(members) for members in plan(runs, lambda shape: 12)] == [6, 7]
+    assert [len(members) for members in plan(runs, lambda shape: 13, workers=3)] == [4, 4, 5]
+    assert [len(members) for members in plan(runs[:2], lambda shape: 13, workers=3)] == [1, 1]
+    mixed = [RunConfig(seed=seed, epochs=epochs) for seed in range(3) for epochs in (1, 2)]
+    assert len(plan(mixed, lambda shape: 6)) == 1
+    assert len(plan([RunConfig(batch_size=size) for size in (1, 2, 3)], lambda shape: 6)) == 3
 
 
 def test_a_sweep_is_stored_as_it_goes(swept: Path, small_grid: Grid) -> None:
@@ -75,9 +95,24 @@ def test_the_same_command_again_trains_nothing(
     run_sweep: Callable[..., int], small_grid: Grid, swept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (swept / FILE).read_bytes()
-    monkeypatch.setattr(engine, "train", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(processes, "train", lambda *args: pytest.fail("trained again"))
     assert run_sweep(small_grid, swept) == 0
     assert (swept / FILE).read_bytes() == before
+
+
+def interrupt_after(events: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after so many of the messages of training."""
+    real, left = processes.train, events
+
+    def interrupted(*args: Any) -> object:
+        nonlocal left
+        for event in real(*args):
+            if left == 0:
+                raise KeyboardInterrupt
+            left -= 1
+            yield event
+
+    monkeypatch.setattr(processes, "train", interrupted)
 
 
 @pytest.mark.parametrize("events", [0, 3, 8, 9, 13, 20])
@@ -89,25 +124,16 @@ def test_interrupted_anywhere_it_continues_to_the_same_results(
     monkeypatch: pytest.MonkeyPatch,
     events: int,
 ) -> None:
-    real, left = engine.train, events
-
-    def interrupted(*args: Any) -> object:
-        nonlocal left
-        for event in real(*args):
-            if left == 0:
-                raise KeyboardInterrupt
-            left -= 1
-            yield event
-
-    monkeypatch.setattr(engine, "train", interrupted)
+    interrupt_after(events, monkeypatch)
     with pytest.raises(InterruptError, match=r"of 12 runs are finished and kept in .*; the same command goes on"):
-        run_sweep(small_grid, tmp_path / "cut")
+        run_sweep(small_grid, tmp_path / "cut", stack=4)
     kept = load_runs(tmp_path / "cut")
     done = int((kept.status == "done").sum())
-    assert done == 4 * (events // 7)  # a stack of four runs has seven events: 3 evaluations, 4 epochs
-    monkeypatch.setattr(engine, "train", real)
-    assert run_sweep(small_grid, tmp_path / "cut") == 12 - done
-    assert_same(swept, tmp_path / "cut")
+    # A stack of four runs has eight events: three evaluations, the last of which ends the runs, four epochs, the end.
+    assert done == 4 * ((events + 2) // 8)
+    monkeypatch.undo()
+    assert run_sweep(small_grid, tmp_path / "cut", stack=4) == 12 - done
+    assert_same(swept, tmp_path / "cut", but="stack")
     assert len(load_sessions(tmp_path / "cut")) == 2
 
 
@@ -165,23 +191,23 @@ def test_another_grid_in_the_folder_is_refused_by_name(
 
 
 def test_other_data_in_the_folder_are_refused(
-    run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, digits: Dataset, quiet: Console
+    run_sweep: Callable[..., int],
+    small_grid: Grid,
+    tmp_path: Path,
+    digits: Dataset,
+    quiet: Console,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def interrupt(*args: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes, "train", interrupt)
     with pytest.raises(InterruptError):
-        sweep(small_grid, tmp_path, interrupting(digits), torch.device("cpu"), console=quiet)
+        run_sweep(small_grid, tmp_path)
+    monkeypatch.undo()
     other = dataclasses.replace(digits, fingerprint="0")
     with pytest.raises(UserError, match="digits is not the one that its earlier runs were trained on"):
-        sweep(small_grid, tmp_path, lambda name: other, torch.device("cpu"), console=quiet)
-
-
-def interrupting(data: Dataset) -> Callable[[str], Dataset]:
-    """A loader whose data interrupt training once they have been checked."""
-
-    class Interrupting(Dataset):
-        def limited(self, limit: int | None) -> Dataset:
-            raise KeyboardInterrupt
-
-    return lambda name: Interrupting(**{f.name: getattr(data, f.name) for f in dataclasses.fields(data)})
+        sweep(small_grid, tmp_path, lambda name, device: other, CPU, Options(), quiet)
 
 
 def test_a_second_process_is_refused(small_grid: Grid, tmp_path: Path) -> None:
@@ -195,28 +221,30 @@ Store(Path({str(tmp_path)!r}), load_grid("demo"))
         other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "is in use by another process" in other.stderr
     with Store(tmp_path, small_grid) as store:
-        assert store.finished() == set()
+        assert store.finished() == {}
 
 
 def test_a_full_disk_keeps_what_is_finished(
     run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SQLite's own limit on pages stands in for a disk that fills up in the middle of a sweep."""
-    real = Store.finish
+    real = Store.record
 
-    def fill_up(self: Store, *args: Any) -> None:
-        real(self, *args)
-        pages = self._db.execute("PRAGMA page_count").fetchone()[0]
-        self._db.execute(f"PRAGMA max_page_count = {pages}")
+    def fill_up(self: Store, *args: Any) -> dict[str, str]:
+        ended = real(self, *args)
+        if ended:
+            pages = self._db.execute("PRAGMA page_count").fetchone()[0]
+            self._db.execute(f"PRAGMA max_page_count = {pages}")
+        return ended
 
-    monkeypatch.setattr(Store, "finish", fill_up)
+    monkeypatch.setattr(Store, "record", fill_up)
     with pytest.raises(
         UserError, match=r"cannot write to .*: database or disk is full. Every finished run in it is kept"
     ):
         run_sweep(small_grid, tmp_path, stack=1)
     kept = int((load_runs(tmp_path).status == "done").sum())
     assert kept >= 1
-    monkeypatch.setattr(Store, "finish", real)
+    monkeypatch.setattr(Store, "record", real)
     assert run_sweep(small_grid, tmp_path, stack=1) == 12 - kept
 
 
@@ -270,21 +298,63 @@ def test_what_is_no_store_is_said_and_closed(small_grid: Grid, tmp_path: Path, m
     [(0, 5.0, "… runs/min"), (96, 60.0, "96 runs/min"), (119, 3600.0, "119 runs/h"), (0.5, 3600.0, "0.5 runs/h")],
 )
 def test_the_rate_is_in_plain_numbers(runs: float, seconds: float, text: str) -> None:
-    task: Any = SimpleNamespace(
-        completed=700 + 200 * runs, elapsed=seconds, fields={"begun_at": 700, "epochs_per_run": 200}
-    )
-    assert engine._Rate().render(task).plain == text
+    assert rate(runs, seconds) == text
 
 
-def test_out_of_memory_names_the_knob(
+def exhausting(most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Memory for so many runs at once; gives the sizes of the stacks that were tried."""
+    real, tried = loop.Training, []
+
+    def limited(runs: list[RunConfig], *args: Any, **options: Any) -> object:
+        tried.append(len(runs))
+        if len(runs) > most:
+            raise torch.OutOfMemoryError("no room for so many")
+        return real(runs, *args, **options)
+
+    monkeypatch.setattr(work, "Training", limited)
+    return tried
+
+
+def test_a_stack_that_does_not_fit_is_halved_and_said(
+    digits: Dataset, swept: Path, small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = exhausting(3, monkeypatch)
+    console = Console(record=True, width=200, file=io.StringIO())
+    assert sweep(small_grid, tmp_path, lambda name, device: digits, CPU, Options(stack=6), console) == 12
+    assert tried == [6, 3, 3, 3, 3]  # the second stack of six is not even tried
+    assert "6 runs at once do not fit (no room for so many); going on with stacks of 3" in console.export_text()
+    assert_same(swept, tmp_path, but="stack")
+
+
+def test_runs_that_do_not_fit_alone_are_named_and_stop_nobody(
     run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def exhausted(*args: object) -> object:
-        raise torch.OutOfMemoryError("no room")
+    real = loop.Training
 
-    monkeypatch.setattr(engine, "train", exhausted)
-    with pytest.raises(UserError, match="out of memory with 4 runs at once; give a smaller --stack"):
-        run_sweep(small_grid, tmp_path)
+    def no_adam(runs: list[RunConfig], *args: Any, **options: Any) -> object:
+        if any(run.family == "adam" for run in runs):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return real(runs, *args, **options)
+
+    monkeypatch.setattr(work, "Training", no_adam)
+    with pytest.raises(UserError, match="4 runs could not be trained, since there is no memory for even one of them"):
+        run_sweep(small_grid, tmp_path, stack=2)
+    frame = load_runs(tmp_path)
+    assert set(frame.status[frame.optimizer.str.startswith("adam")]) == {"running"}
+    assert set(frame.status[~frame.optimizer.str.startswith("adam")]) == {"done"}
+
+
+def test_another_size_of_stacks_replans_what_is_not_begun(
+    run_sweep: Callable[..., int], swept: Path, small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt_after(7, monkeypatch)  # the first of three stacks has ended
+    with pytest.raises(InterruptError):
+        run_sweep(small_grid, tmp_path, stack=4)
+    assert sorted(load_runs(tmp_path)["stack"].value_counts()) == [4, 4, 4]
+    monkeypatch.undo()
+    run_sweep(small_grid, tmp_path, stack=2)
+    assert sorted(load_runs(tmp_path)["stack"].value_counts()) == [2, 2, 2, 2, 4]
+    assert_same(swept, tmp_path, but="stack")
 
 
 def test_weights_are_saved_on_request(run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from rich.table import Table
 from nc.train.errors import UserError
 from nc.train.report import figures, tables
 from nc.train.report.selection import Selection
-from nc.train.store import FINISHED, load_meta, load_metrics, load_runs, load_sessions
+from nc.train.results import load_meta, load_metrics, load_runs, load_sessions
+from nc.train.schema import FINISHED
 
 #: What a cell says, and a second, smaller line below it.
 Cell = tuple[str, str]

@@ -5,9 +5,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from nc.train.columns import METRICS
 from nc.train.report.page import number
 from nc.train.report.tables import predicted_nc0
-from nc.train.store import METRICS, load_runs
+from nc.train.results import load_runs
 
 
 def print_run(folder: Path, console: Console) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from nc import ufm
 from nc.train.config import FIELDS, OPTIMIZERS, RunConfig, make_run
 from nc.train.report.selection import Selection
-from nc.train.store import FINISHED
+from nc.train.schema import FINISHED
 
 CHANGES = ("nc0", "nc1", "nc2", "nc3", "nc4")
 

@@ -1,0 +1,121 @@
+"""Sweeps in processes of their own that are killed: by themselves at a chosen point, or by somebody at any instant.
+
+The processes are forks of a server that has everything loaded, so that a trial takes a fraction of a second.
+"""
+
+import functools
+import itertools
+import multiprocessing
+import os
+import signal
+import sqlite3
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from nc.train import files, store
+from nc.train.config import OPTIMIZERS, RunConfig
+from nc.train.data import Dataset, load
+from nc.train.engine.options import Options
+from nc.train.engine.sweep import sweep
+from nc.train.grid import Grid
+
+#: Two stacks; in each a run that diverges, and runs that end at different epochs.
+GRID = Grid(
+    "crash",
+    tuple(
+        RunConfig(optimizer=optimizer, lr=lr, epochs=epochs, limit=200, eval_every=1)  # type: ignore[arg-type]
+        for optimizer in OPTIMIZERS
+        for lr, epochs in ((2e-3, 3), (1e30, 3), (0.01, 2))
+        if optimizer.startswith("sgd") or lr < 1
+    ),
+)
+
+
+def start(out: Path, die_at: int | None = None) -> BaseProcess:
+    """A process that sweeps into a folder; with `die_at` it kills itself at its so many-th chance."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["crash_server"])
+    process = context.Process(target=sweep_into, args=(out, die_at), daemon=True)
+    with pytest.MonkeyPatch.context() as patch:
+        # Read by the server when it starts: it does not look where the tests' own modules are.
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        process.start()
+    return process
+
+
+def finish(out: Path) -> None:
+    """Sweep to the end."""
+    process = start(out)
+    process.join()
+    assert process.exitcode == 0
+
+
+def chances(out: Path) -> int:
+    """How many chances to die a sweep to the end has."""
+    process = start(out, die_at=_NEVER)
+    process.join()
+    assert process.exitcode == 0
+    return int((out.parent / "chances").read_text())
+
+
+_NEVER = 2**62
+
+
+@functools.cache
+def _data(name: str, device: torch.device) -> Dataset:
+    return load(name, device, data_dir=None, download=False)
+
+
+def sweep_into(out: Path, die_at: int | None) -> None:
+    """The sweep; see `start`."""
+    torch.set_num_threads(1)
+    counter = itertools.count(1)
+    if die_at is not None:
+        _die(lambda: next(counter) == die_at)
+    sweep(
+        GRID,
+        out,
+        _data,
+        torch.device("cpu"),
+        Options(stack=8, checkpoint_minutes=0, save_weights=True),
+        Console(quiet=True),
+    )
+    if die_at == _NEVER:
+        (out.parent / "chances").write_text(str(next(counter)))
+
+
+def _die(now: Callable[[], bool]) -> None:
+    """Have this process kill itself before or after anything that reaches the disk, when `now` says so."""
+
+    def chance() -> None:
+        if now():
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+
+    def guarded(act: Callable[..., Any]) -> Callable[..., Any]:
+        def acting(*args: Any, **options: Any) -> Any:
+            chance()
+            result = act(*args, **options)
+            chance()
+            return result
+
+        return acting
+
+    connect = store.connect
+
+    def traced(*args: Any, **options: Any) -> sqlite3.Connection:
+        connection = connect(*args, **options)
+        connection.set_trace_callback(lambda statement: chance())  # before each statement, COMMIT included
+        return connection
+
+    store.connect = traced
+    for name in ("replace", "fsync"):
+        setattr(files.os, name, guarded(getattr(os, name)))
+    Path.unlink = guarded(Path.unlink)  # type: ignore[method-assign]

@@ -1,0 +1,174 @@
+"""The Ray engine: the results of the local engine, also when a node is lost, and errors that say what to do."""
+
+import dataclasses
+import io
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from nc.train.config import RunConfig
+from nc.train.data import Dataset
+from nc.train.engine import cluster as engine
+from nc.train.engine.cluster import start_cluster
+from nc.train.engine.options import Options
+from nc.train.engine.sweep import sweep
+from nc.train.engine.work import How, Job
+from nc.train.errors import UserError
+from nc.train.grid import Grid
+from nc.train.results import load_runs
+from nc.train.store import Store
+from sweep_results import assert_same
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Any]:
+    """A Ray cluster of processes on this machine: a head that trains nothing, and nodes with one core each."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # or what other tests take would end these workers
+        patch.setenv("RAY_health_check_period_ms", "1000")  # a lost node is taken for lost after 3 s instead of 15
+        patch.setenv("RAY_health_check_failure_threshold", "3")
+        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        try:
+            yield nodes
+        finally:
+            nodes.shutdown()
+
+
+@pytest.fixture
+def cluster(nodes: Any) -> Any:
+    """Two nodes that train."""
+    while len(nodes.worker_nodes) < 2:
+        nodes.add_node(num_cpus=1)
+    return nodes
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # What is set there stays in the environment, and nodes that start later need more patience.
+    monkeypatch.setattr(engine, "_PATIENCE", {})
+
+
+@pytest.fixture(scope="module")
+def grid() -> Grid:
+    """For four stacks of three runs, of some seconds each."""
+    runs = [
+        RunConfig(optimizer=optimizer, lr=2e-3, weight_decay=decay, epochs=60, eval_every=6)
+        for optimizer in ("sgdw", "signum", "adam")
+        for decay in (0.0, 5e-4, 5e-3, 5e-2)
+    ]
+    return Grid("cluster", tuple(runs), "")
+
+
+@pytest.fixture(scope="module")
+def trained_here(grid: Grid, digits: Dataset, quiet: Console, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("here")
+    sweep(grid, folder, lambda name, device: digits, CPU, Options(stack=3, workers=1), quiet)
+    return folder
+
+
+def on(cluster: Any, **options: Any) -> Options:
+    return Options(engine="ray", ray_address=cluster.address, stack=3, **options)
+
+
+def how(data: Dataset) -> How:
+    return How(lambda name, device: data, 60.0, keep_weights=False)
+
+
+def test_a_cluster_gives_the_results_of_one_process(
+    cluster: Any, grid: Grid, trained_here: Path, digits: Dataset, quiet: Console, tmp_path: Path
+) -> None:
+    assert sweep(grid, tmp_path, lambda name, device: digits, CPU, on(cluster), quiet) == 12
+    assert_same(trained_here, tmp_path, but="stack")
+
+
+def test_a_lost_node_costs_only_its_stack(
+    cluster: Any, grid: Grid, trained_here: Path, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while both nodes train, each in the middle of a stack."""
+    real, killed = Store.save_checkpoint, []
+    flying: set[int] = set()
+
+    def kill_a_node(self: Store, stack: Any, epoch: int, content: bytes) -> None:
+        real(self, stack, epoch, content)
+        if epoch == 2:
+            flying.add(stack.id)
+        elif epoch == 50:
+            flying.discard(stack.id)
+        if not killed and len(flying) == 2:
+            killed.append(next(iter(cluster.worker_nodes)))
+            cluster.remove_node(killed[0], allow_graceful=False)
+
+    monkeypatch.setattr(Store, "save_checkpoint", kill_a_node)
+    told = io.StringIO()
+    console = Console(file=told, width=500)
+    sweep(grid, tmp_path, lambda name, device: digits, CPU, on(cluster, checkpoint_minutes=0), console)
+    assert killed
+    assert told.getvalue().count("was lost: Task failed because the node it was running on is dead") == 1
+    assert_same(trained_here, tmp_path, but="stack")
+
+
+def test_a_node_that_joins_is_used(cluster: Any, digits: Dataset) -> None:
+    cluster.remove_node(next(iter(cluster.worker_nodes)))
+    jobs = iter([Job(i, (RunConfig(epochs=100_000, seed=i),)) for i in range(2)])
+    trainer = start_cluster(cluster.address, 1, CPU, how(digits))
+    try:
+        heard = set()
+        for job, _ in trainer.run(lambda: next(jobs, None)):
+            if not heard:
+                cluster.add_node(num_cpus=1)
+            heard.add(job.stack)
+            if len(heard) == 2:  # one core each: the second can train nowhere but on the new node
+                break
+    finally:
+        trainer.close()
+
+
+def test_a_bug_in_a_task_is_shown(cluster: Any, grid: Grid, digits: Dataset, quiet: Console, tmp_path: Path) -> None:
+    broken = dataclasses.replace(digits, train_y=digits.train_y + 5)
+    with pytest.raises(Exception, match=r"(?s)in train.*labels outside \[0, 10\)"):
+        sweep(grid, tmp_path, lambda name, device: broken, CPU, on(cluster), quiet)
+    assert set(load_runs(tmp_path).status) == {"running", "pending"}
+
+
+def test_a_cluster_without_the_device_is_refused(cluster: Any, digits: Dataset) -> None:
+    with pytest.raises(UserError, match="has no GPU to train on: give another --device, or start nodes"):
+        start_cluster(cluster.address, 1, torch.device("cuda"), how(digits))
+
+
+@pytest.mark.parametrize("given", ["--ray-address", "RAY_ADDRESS"])
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "no-such-machine.invalid:6379", "6379", "ray://head:10001"])
+def test_an_address_that_does_not_answer_is_said_soon(
+    address: str, given: str, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray")
+    with socket.socket() as unused:  # bound, not listening: nobody else gets the port
+        unused.bind(("127.0.0.1", 0))
+        address = address.format(port=unused.getsockname()[1])
+        if given == "RAY_ADDRESS":
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        begun = time.monotonic()
+        with pytest.raises(
+            UserError, match=rf"(no connection to a Ray cluster at|is HOST:PORT, as in .*got) {address}"
+        ):
+            start_cluster(address if given == "--ray-address" else None, 1, CPU, how(digits))
+        assert time.monotonic() - begun < 15
+
+
+def test_without_ray_the_extra_is_named(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"--engine ray needs Ray .*: pip install 'ncollapse\[ray\]'"):
+        start_cluster(None, 1, CPU, how(digits))

@@ -1,0 +1,93 @@
+"""Nothing finished is ever lost: sweeps that are killed at a hundred instants end as the one that was left alone."""
+
+import multiprocessing
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import crashes
+from nc.train.results import load_metrics, load_runs
+from sweep_results import assert_same
+
+pytestmark = pytest.mark.skipif(
+    "forkserver" not in multiprocessing.get_all_start_methods(), reason=f"no forks on {sys.platform}"
+)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    crashes.finish(folder)
+    return folder
+
+
+def assert_as_undisturbed(undisturbed: Path, out: Path) -> None:
+    assert_same(undisturbed, out)
+    assert not list((out / "checkpoints").iterdir())
+    assert sorted(path.name for path in (out / "weights").iterdir()) == sorted(f"{i}.pt" for i in load_runs(out).id)
+    for run in load_runs(out).id[::5]:
+        mine, theirs = (torch.load(f / "weights" / f"{run}.pt")["state_dict"] for f in (out, undisturbed))
+        for name in mine:
+            torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=0, equal_nan=True)
+
+
+def assert_whole_so_far(undisturbed: Path, out: Path) -> None:
+    """The store opens, and what it holds of finished runs is what the undisturbed one holds."""
+    if not (out / "runs.sqlite").exists() or not (out / "runs.sqlite").stat().st_size:
+        return
+    runs = load_runs(out)
+    finished = set(runs.id[runs.status.isin(["done", "diverged", "degenerate"])])
+    mine, theirs = (
+        frame[frame.run.isin(finished)].reset_index(drop=True) for frame in map(load_metrics, (out, undisturbed))
+    )
+    assert mine.equals(theirs)
+
+
+def test_the_sweep_has_all_that_could_be_lost(undisturbed: Path) -> None:
+    runs = load_runs(undisturbed)
+    assert runs.status.value_counts().to_dict() == {"done": 12, "diverged": 2}
+    assert runs["stack"].nunique() == 2
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_killed_at_every_kind_of_point(part: int, undisturbed: Path, tmp_path: Path) -> None:
+    """Before and after statements, renames, deletions and syncs; twice in a row where it resumes."""
+    count = crashes.chances(tmp_path / "whole")
+    assert count > 200
+    chosen = random.Random(part)
+    for trial in range(10):
+        out = tmp_path / "cut"
+        for _ in range(1 + trial % 2):
+            process = crashes.start(out, die_at=chosen.randrange(1, count))
+            process.join()
+            assert process.exitcode in (-9, 0)  # 0: a resumed sweep has fewer chances
+            assert_whole_so_far(undisturbed, out)
+        crashes.finish(out)
+        assert_as_undisturbed(undisturbed, out)
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("part", range(5))
+def test_killed_at_any_instant(part: int, undisturbed: Path, tmp_path: Path) -> None:
+    started = time.monotonic()
+    crashes.finish(tmp_path / "whole")
+    duration = time.monotonic() - started
+    chosen = random.Random(100 + part)
+    killed = 0
+    for _ in range(10):
+        out = tmp_path / "cut"
+        process = crashes.start(out)
+        process.join(chosen.uniform(0, duration))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -9
+        assert_whole_so_far(undisturbed, out)
+        crashes.finish(out)
+        assert_as_undisturbed(undisturbed, out)
+        shutil.rmtree(out)
+    assert killed

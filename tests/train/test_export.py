@@ -1,0 +1,143 @@
+"""Results as DataFrames and as files: columns and types are the same whatever is missing."""
+
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from nc.train import cli, load_metrics, load_runs
+from nc.train.columns import METRICS, epoch_columns, epoch_dtypes, run_columns, run_dtypes
+from nc.train.config import FIELDS
+from nc.train.errors import UserError
+from nc.train.export import Format, export
+from nc.train.grid import Grid
+from nc.train.schema import FILE
+from nc.train.store import Store
+
+FORMATS: tuple[Format, ...] = ("parquet", "csv")
+
+
+@pytest.fixture(params=["finished", "partial", "untrained"])
+def folder(request: pytest.FixtureRequest, swept: Path, small_grid: Grid, tmp_path: Path) -> Path:
+    """Results that are whole, that lack half of everything, and that have nothing but their grid."""
+    if request.param == "untrained":
+        with Store(tmp_path, small_grid):
+            return tmp_path
+    shutil.copy(swept / FILE, tmp_path)
+    if request.param == "partial":
+        half = "SELECT id FROM runs WHERE position % 2"
+        with sqlite3.connect(tmp_path / FILE) as connection:
+            connection.execute(f"DELETE FROM metrics WHERE run IN ({half})")
+            connection.execute("UPDATE metrics SET nc1 = NULL")
+            connection.execute(
+                "UPDATE runs SET status = 'pending', stack = NULL, session = NULL, train_samples = NULL, "
+                f"seconds = NULL WHERE id IN ({half})"
+            )
+            connection.execute('UPDATE runs SET "limit" = 100, diverged_epoch = 2 WHERE position = 0')
+        connection.close()
+    return tmp_path
+
+
+def test_columns_and_types_are_those_that_are_documented(folder: Path) -> None:
+    runs, epochs = load_runs(folder), load_metrics(folder)
+    assert list(runs) == list(run_columns())
+    assert list(epochs) == list(epoch_columns())
+    assert runs.dtypes.astype(str).to_dict() == run_dtypes()
+    assert epochs.dtypes.astype(str).to_dict() == epoch_dtypes()
+    assert len(runs) == 12
+
+
+def test_types_are_what_the_columns_hold() -> None:
+    types = run_dtypes()
+    assert {name for name, kind in types.items() if kind == "string"} == {"id", "status", "model", "data", "optimizer"}
+    may_lack = {"position", "stack", "session", "train_samples", "diverged_epoch", "limit"}
+    assert {name for name, kind in types.items() if kind == "Int64"} == may_lack
+    whole = {"epochs", "batch_size", "lr_drops", "seed", "eval_every"}
+    assert {name for name, kind in types.items() if kind == "int64"} == whole
+    assert {field.name for field in FIELDS} < set(types)
+    assert all(types[name] == types[f"{name}_start"] == "float64" for name in METRICS)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_files_hold_what_the_dataframes_hold(folder: Path, format: Format) -> None:
+    paths = export(folder, format)
+    assert [path.relative_to(folder / "export").as_posix() for path in paths] == [
+        f"runs.{format}",
+        f"epochs.{format}",
+        "columns.csv",
+    ]
+    for path, expected, types in zip(
+        paths, (load_runs(folder), load_metrics(folder)), (run_dtypes(), epoch_dtypes()), strict=False
+    ):
+        # The types are asked of parquet, and told to csv.
+        frame = pd.read_parquet(path) if format == "parquet" else pd.read_csv(path, dtype=types)
+        pd.testing.assert_frame_equal(frame, expected, check_exact=True)
+
+
+def test_parquet_types_do_not_depend_on_what_is_missing(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    paths = export(folder, "parquet")
+    of = {"string": (pa.string(), pa.large_string()), "float64": (pa.float64(),)}
+    for path, types in zip(paths, (run_dtypes(), epoch_dtypes()), strict=False):
+        schema = pq.read_schema(path)
+        for name, kind in types.items():
+            assert schema.field(name).type in of.get(kind, (pa.int64(),)), name
+
+
+def test_every_column_has_its_meaning(folder: Path) -> None:
+    meanings = pd.read_csv(export(folder, "csv")[-1])
+    assert list(meanings) == ["table", "column", "meaning"]
+    assert meanings.notna().all().all()
+    for table, frame in (("runs", load_runs(folder)), ("epochs", load_metrics(folder))):
+        assert meanings[meanings.table == table].column.tolist() == list(frame)
+
+
+def test_another_folder_and_files_that_are_there(swept: Path, tmp_path: Path) -> None:
+    out = tmp_path / "some" / "where"
+    for _ in range(2):  # a second time over the first
+        paths = export(swept, "csv", out)
+        assert sorted(out.iterdir()) == sorted(paths)
+    assert not (swept / "export").exists()
+
+
+def test_the_command_writes_parquet_unless_told_otherwise(
+    swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["export", str(swept), "--out", str(tmp_path)])
+    names = ["runs.parquet", "epochs.parquet", "columns.csv"]
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in names]
+
+
+def test_parquet_without_pyarrow_names_the_way_out(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"pip install 'ncollapse\[parquet\]', or give --format csv"):
+        export(swept, "parquet", tmp_path)
+    assert not list(tmp_path.iterdir())
+    export(swept, "csv", tmp_path)
+
+
+def test_what_cannot_be_written_is_said(swept: Path, tmp_path: Path) -> None:
+    (tmp_path / "epochs.csv").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*epochs\.csv"):
+        export(swept, "csv", tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_package_loads_no_pandas_before_it_is_asked() -> None:
+    code = (
+        "import sys, nc.train; print('pandas' in sys.modules or 'torch' in sys.modules); "
+        "from nc.train import load_runs; print(load_runs.__module__, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout.split() == ["False", "nc.train.results", "False"]
+    with pytest.raises(ImportError, match="nothing"):
+        from nc.train import nothing  # noqa: F401

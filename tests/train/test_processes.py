@@ -1,0 +1,216 @@
+"""Stacks trained side by side: the same numbers, whatever happens to a process."""
+
+import functools
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from rich.console import Console
+
+from nc.train.config import RunConfig
+from nc.train.data import load
+from nc.train.engine import local, processes
+from nc.train.engine.choose import Choice, Work
+from nc.train.engine.measure import Facts, bytes_per_run, measure
+from nc.train.engine.options import Options
+from nc.train.engine.plan import Shape
+from nc.train.engine.sweep import sweep
+from nc.train.engine.work import Job, Message
+from nc.train.errors import UserError
+from nc.train.grid import Grid
+from nc.train.results import load_meta, load_runs
+from nc.train.stack import Stack
+from sweep_results import assert_same
+
+CPU = torch.device("cpu")
+DIGITS = Facts(1, 8, 10, 1437, "")
+MLP = Shape("mlp", "digits", None, 128)
+LOAD = functools.partial(load, data_dir=None, download=False)
+
+
+def pooled(grid: Grid, out: Path, quiet: Console, **options: object) -> int:
+    return sweep(grid, out, LOAD, CPU, Options(workers=2, **options), quiet)  # type: ignore[arg-type]
+
+
+def test_side_by_side_and_killed_the_results_are_those_of_one_process(
+    run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is killed costs nothing but the time since its last checkpoint."""
+    run_sweep(small_grid, tmp_path / "one", stack=3, save_weights=True)
+    real, killed = processes.Processes.run, []
+
+    def killing(self: processes.Processes, take: Callable[[], Job | None]) -> Iterator[tuple[Job, Message]]:
+        for number, item in enumerate(real(self, take)):
+            yield item
+            if number in (6, 15):  # in the middle of a stack, or between two
+                victim = self._workers[number % 2].process
+                victim.kill()
+                killed.append(victim)
+
+    monkeypatch.setattr(processes.Processes, "run", killing)
+    pooled(small_grid, tmp_path / "two", quiet, stack=3, save_weights=True, checkpoint_minutes=0)
+    assert len(killed) == 2
+    assert_same(tmp_path / "one", tmp_path / "two")
+    for path in (tmp_path / "one" / "weights").iterdir():
+        mine, theirs = (torch.load(tmp_path / name / "weights" / path.name)["state_dict"] for name in ("two", "one"))
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert not any(victim.is_alive() for victim in killed)
+
+
+def test_a_stack_that_kills_its_process_each_time_is_halved(
+    small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = processes.Processes.run
+
+    def killing(self: processes.Processes, take: Callable[[], Job | None]) -> Iterator[tuple[Job, Message]]:
+        for job, message in real(self, take):
+            if len(job.runs) > 3:  # as the system does where memory is short
+                for worker in self._workers:
+                    worker.process.kill()
+            yield job, message
+
+    monkeypatch.setattr(processes.Processes, "run", killing)
+    console = Console(record=True, width=200, file=io.StringIO())
+    assert sweep(small_grid, tmp_path, LOAD, CPU, Options(workers=2, stack=6), console) == 12
+    text = console.export_text()
+    assert "was lost: its process ended with exit code -9; it starts again from its last checkpoint" in text
+    assert "6 runs at once do not fit" in text
+    assert load_runs(tmp_path)["stack"].value_counts().max() <= 3
+    assert set(load_runs(tmp_path).status) == {"done"}
+
+
+def test_an_error_in_a_process_comes_here_with_its_traceback(small_grid: Grid, tmp_path: Path, quiet: Console) -> None:
+    with pytest.raises(RuntimeError, match=r"a training process failed:(.|\n)*ZeroDivisionError"):
+        sweep(small_grid, tmp_path, failing_in_workers, CPU, Options(workers=2), quiet)
+    assert not any(p.name().startswith("python") and "spawn_main" in " ".join(p.cmdline()) for p in descendants())
+
+
+def failing_in_workers(name: str, device: torch.device) -> object:
+    import multiprocessing
+
+    if multiprocessing.parent_process() is not None and multiprocessing.current_process().name != "MainProcess":
+        raise ZeroDivisionError
+    return LOAD(name, device)
+
+
+def descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def test_what_the_user_has_to_mend_is_said(tmp_path: Path, quiet: Console) -> None:
+    runs = tuple(RunConfig(limit=1, epochs=1, lr=lr) for lr in (0.1, 0.2))
+    with pytest.raises(UserError, match="all of one class; give a larger --limit"):
+        pooled(Grid("bad", runs), tmp_path, quiet)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "grid.toml").write_text("model = 'cnn'\nepochs = 10000\nlr = [0.1, 0.2]\neval_every = 10000\n")
+    arguments = ["sweep", str(tmp_path / "grid.toml"), "--workers", "2", "--stack", "1", "--out", str(tmp_path / "out")]
+    parent = subprocess.Popen([sys.executable, "-m", "nc.train", *arguments], stdout=subprocess.DEVNULL)
+    try:
+        workers = until(
+            lambda: [p for p in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(p.cmdline())], 2
+        )
+        until(lambda: [1] if (tmp_path / "out" / "runs.sqlite").exists() and running(tmp_path / "out") else [], 1)
+    finally:
+        parent.kill()
+        parent.wait()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+
+
+def running(out: Path) -> bool:
+    return (load_runs(out).status == "running").sum() == 2
+
+
+def until(found: Callable[[], list[object]], count: int) -> list[object]:
+    deadline = time.monotonic() + 120
+    while len(result := found()) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return result
+
+
+# The choice.
+
+
+def measured_as(rates: dict[int, float | None]) -> Callable[[Shape, Facts, int], float | None]:
+    return lambda shape, facts, size: rates[max(known for known in rates if known <= size)]
+
+
+@pytest.mark.parametrize(
+    ("rates", "runs", "size"),
+    [
+        ({1: 100, 4: 300, 16: 900, 64: 950}, 200, 64),
+        ({1: 100, 4: 300, 16: 900, 64: 910}, 200, 16),  # hardly faster: a smaller stack loses less
+        ({1: 100, 2: 90, 4: 80}, 200, 1),  # stacking does not pay
+        ({1: 100, 4: 200, 8: 300, 16: 290}, 200, 8),  # found between the large steps
+        ({1: 100, 4: 300, 16: 900, 32: 1200, 64: None}, 200, 32),  # no room for more
+        ({1: None}, 200, 1),
+        ({1: 100, 4: 300, 8: 900}, 10, 10),
+    ],
+)
+def test_the_size_is_chosen_by_measurement(rates: dict[int, float | None], runs: int, size: int) -> None:
+    work = Work([RunConfig(lr=0.1 + i) for i in range(runs)], {"digits": DIGITS}, "auto")
+    choice = work.measured(measured_as(rates), 1, 1, {MLP: 1000})
+    assert choice.sizes == {MLP: size}
+    assert len({one["size"] for one in choice.measured}) == len(choice.measured)
+
+
+def test_what_the_user_says_is_done() -> None:
+    work = Work([RunConfig(lr=0.1 + i) for i in range(50)], {"digits": DIGITS}, 7)
+    assert work.measured(measured_as({1: 10}), 2, 1, {MLP: 1000}).sizes == {MLP: 7}
+    assert work.unmeasured(1, {MLP: 1000}).sizes == {MLP: 7}
+    assert work.unmeasured(1, {MLP: 5}).sizes == {MLP: 5}  # no room for more
+
+
+def test_a_sweep_with_much_to_do_measures_and_records_its_choice(
+    tmp_path: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "WORTH_MEASURING", 0.0)
+    monkeypatch.setattr(local, "_WORTH_PROCESSES", 0.0)
+    monkeypatch.setattr(local, "_cores", lambda: 2)
+    grid = Grid("many", tuple(RunConfig(lr=0.01 * lr, epochs=1, limit=150) for lr in range(1, 9)))
+    console = Console(record=True, width=200, file=io.StringIO())
+    assert sweep(grid, tmp_path, LOAD, CPU, Options(), console) == 8
+    engine = json.loads(load_meta(tmp_path)["engine"])
+    assert engine["engine"] == "local"
+    assert engine["threads"] == 1
+    assert {one["size"] for one in engine["measured"]} >= {1, 4}
+    assert all(one["steps_per_second"] > 0 for one in engine["measured"])
+    assert "training steps/s)" in console.export_text()
+
+
+def test_measuring_says_what_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (measure(MLP, DIGITS, 2, CPU, quick=True) or 0) > 0
+
+    def exhausted(*args: object) -> object:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    monkeypatch.setattr(Stack, "of", exhausted)
+    assert measure(MLP, DIGITS, 2, CPU) is None
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn", "resnet9"])
+def test_the_estimate_of_memory_grows_with_the_model(model: str) -> None:
+    """For ResNet9 on 28 × 28: 6.57 M weights, a gradient and two states each, and about 190 MB of activations."""
+    size = bytes_per_run(Shape(model, "mnist", None, 128), Facts(1, 28, 10, 60_000, ""))
+    low, high = {"mlp": (1e7, 1e8), "cnn": (1e7, 3e8), "resnet9": (2e8, 1.2e9)}[model]
+    assert low < size < high
+
+
+def test_choices_are_told_in_a_line_each() -> None:
+    choice = Choice(2, 1, {MLP: 36}, {MLP: 9064.2})
+    assert list(choice.describe()) == [
+        "mlp on digits, batches of 128: stacks of up to 36 runs in 2 processes with one thread "
+        "(measured: 9,064 training steps/s)"
+    ]

@@ -1,0 +1,68 @@
+"""What a results folder holds, as DataFrames; finished or not, also while a sweep writes to it."""
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nc.train.columns import METRICS, epoch_columns, epoch_dtypes, run_columns, run_dtypes
+from nc.train.errors import UserError
+from nc.train.schema import FILE, check_version, connect
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def load_runs(folder: Path | str) -> "pd.DataFrame":
+    """One row per run: settings, status, and each metric at its start (`nc0_start` …) and last evaluation (`nc0` …).
+
+    The columns are those of `nc.train.columns.run_columns`, each with the same dtype whatever is missing.
+
+    Raises:
+        UserError: no results there, or results of another version.
+    """
+    runs = query(folder, "SELECT * FROM runs ORDER BY position").set_index("id", drop=False)
+    metrics = load_metrics(folder).sort_values("epoch").groupby("run")
+    # head and tail, not first and last, which would pass over NaN.
+    start, last = (rows.set_index("run")[list(METRICS)] for rows in (metrics.head(1), metrics.tail(1)))
+    frame = runs.join(last).join(start.add_suffix("_start")).reset_index(drop=True)
+    return frame[list(run_columns())].astype(run_dtypes())
+
+
+def load_metrics(folder: Path | str) -> "pd.DataFrame":
+    """One row per run and evaluated epoch; NaN where a metric is undefined.
+
+    The columns are those of `nc.train.columns.epoch_columns`, each with the same dtype whatever is missing.
+    """
+    frame = query(folder, "SELECT * FROM metrics ORDER BY run, epoch")
+    return frame[list(epoch_columns())].astype(epoch_dtypes())
+
+
+def load_sessions(folder: Path | str) -> list[dict[str, Any]]:
+    """Each start of the sweep, oldest first: number, when, command and what it ran on."""
+    frame = query(folder, "SELECT * FROM sessions ORDER BY id")
+    rows = frame.to_dict("records")
+    return [{**json.loads(row["provenance"]), **{k: row[k] for k in ("id", "started", "command")}} for row in rows]
+
+
+def load_meta(folder: Path | str) -> dict[str, str]:
+    """The grid's name and description, how it is trained, and the fingerprints of its data sets."""
+    return {row["key"]: row["value"] for row in query(folder, "SELECT * FROM meta").to_dict("records")}
+
+
+def query(folder: Path | str, sql: str) -> "pd.DataFrame":
+    """What a query of the folder's database gives; see `load_runs` for errors."""
+    import pandas as pd
+
+    folder = Path(folder)
+    if not (folder / FILE).is_file():
+        raise UserError(f"no results in {folder}: {FILE} is not there; make some with ncollapse sweep … --out {folder}")
+    try:
+        connection = connect(folder, create=False)
+        try:
+            check_version(connection, folder)
+            return pd.read_sql_query(sql, connection)
+        finally:
+            connection.close()
+    except (sqlite3.Error, pd.errors.DatabaseError) as error:
+        raise UserError(f"cannot read {folder / FILE}: {error}") from None
