@@ -6,8 +6,8 @@ python -m bench.bench_sweep --device cuda      ResNet9 and the CNN on images of 
 "plain" is one run after the other with torch.optim and a DataLoader, "sequential" the best that one run after the other
 can be: data in memory (on the GPU), torch's fused optimizers, on a CPU the better of both memory formats and of one and
 all threads. "engine" is ours with the stacks and processes that it chose by itself, "engine, alone" with one run at a
-time in each process. All train the same runs (SGD, Adam and AdamW of torch.optim's definitions) on the same batches, and are
-first shown to end at the same weights. Evaluations take part in ours alone: one at the start, one at the end.
+time in each process. All train the same runs (SGD, Adam and AdamW) on the same batches, and are first shown to end at
+the same weights. Evaluations take part in ours alone: one at the start, one at the end.
 """
 
 import functools
@@ -31,7 +31,7 @@ from nc.train.engine import local
 from nc.train.engine.choose import Work
 from nc.train.engine.measure import Facts
 from nc.train.engine.plan import plan
-from nc.train.engine.work import Engine, Finished, How, Job
+from nc.train.engine.work import Engine, Failed, How, Job
 from nc.train.loop import Evaluation
 from nc.train.models import build
 
@@ -117,7 +117,7 @@ def engine_run(engine: Engine, stacks: list[list[RunConfig]]) -> dict[str, dict[
         if isinstance(message, Evaluation):
             for place, i in enumerate(message.rows):
                 found[job.runs[i].id] = {name: each[place] for name, each in message.values.items()}
-        elif not isinstance(message, Finished) and "Failed" in type(message).__name__:
+        elif isinstance(message, Failed):
             raise RuntimeError(f"the engine failed: {message}")
     return found
 

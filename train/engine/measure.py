@@ -14,7 +14,7 @@ from nc.train.models import build
 from nc.train.stack import Stack, make_optimizer
 from nc.train.step import Step
 
-_SECONDS = 0.15  # that a measurement lasts at least
+_SECONDS = 0.1  # that a measurement lasts at least
 _STEPS = 3  # that it takes at least, unless one of them takes longer than `_LONG`
 _LONG = 2.0
 _OPTIMIZERS = ("sgd", "adam", "signum", "sgdw", "adamw", "signumw")
