@@ -3,8 +3,8 @@
 make gpu                                        in a checkout
 python bench/gpu.py --out DIR --minutes 9       on a bare machine with PyTorch, Triton and pytest, nothing installed
 
-What fails is recorded and does not stop the rest. DIR takes gpu.json, stats-cuda.json, update-tuning.json and
-optim-cuda.json; with --logs another folder takes everything that was printed.
+What fails is recorded and does not stop the rest. DIR takes gpu.json, stats-cuda.json, sweep-cuda.json,
+update-tuning.json and optim-cuda.json; with --logs another folder takes everything that was printed.
 """
 
 import argparse
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = {
     "tests": (0.40, "-m pytest tests/gpu -q -p no:cacheprovider --durations=5"),
     "statistics": (0.30, "-m bench.bench_stats --device cuda --minutes {minutes} --seconds 1 --out {out}"),
+    "sweep": (0.40, "-m bench.bench_sweep --device cuda --minutes {minutes} --seconds 10 --out {out}"),
     "tuning": (0.40, "-m bench.tune_update --minutes {minutes} --out {out}"),
     "benchmark": (1.0, "-m bench.bench_optim --device cuda --minutes {minutes} --seconds 2 --out {out}"),
 }
@@ -84,6 +85,13 @@ def table(out: Path, began: float) -> list[str]:
             lines.append(f"  BLOCK {row['block']:5} CHUNK {row['chunk']:6} WARPS {row['warps']}  {row['time']:.3f}")
     if "stats-cuda" in found:
         lines += statistics_table(found["stats-cuda"])
+    if "sweep-cuda" in found:
+        lines += ["", "sweep: runs a minute (200 epochs of 12,800 images), × a plain loop, × the best sequential loop"]
+        for name, one in found["sweep-cuda"]["cases"].items():
+            rate = one["engine"]["runs_per_minute_of_200_epochs"]
+            lines.append(
+                f"  {name:<42}{rate:9.2f}{one['speed_against_plain']:9.1f}{one['speed_against_best_sequential']:9.1f}"
+            )
     if "optim-cuda" in found:
         lines += [
             "",

@@ -4,7 +4,6 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 
-import psutil
 import torch
 
 from nc.train.engine.choose import Choice, Measure, Work
@@ -114,5 +113,10 @@ def _side_by_side(device: torch.device, workers: int) -> list[str]:
 
 def room_for(shape: Shape, facts: Facts, device: torch.device) -> int:
     """How many runs fit into the free memory, by an estimate; at least one, which training tries in any case."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
     return max(1, int(_MEMORY * free / bytes_per_run(shape, facts)))

@@ -61,6 +61,9 @@ def measure(shape: Shape, facts: Facts, size: int, device: torch.device, *, quic
         if not out_of_memory(error):
             raise
         return None
+    finally:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # other processes may share the GPU
 
 
 def _step(shape: Shape, facts: Facts, size: int, device: torch.device, batch: int) -> Step:

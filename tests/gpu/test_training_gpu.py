@@ -1,0 +1,76 @@
+"""Stacks on a GPU: steps replayed from CUDA graphs train as steps launched one by one do, last batch included."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from nc.train import step
+from nc.train.config import OPTIMIZERS, RunConfig
+from nc.train.data import Dataset
+from nc.train.loop import Evaluation, Training
+
+pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
+
+
+def data_on(device: torch.device) -> Dataset:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 1, 8, 8, generator=generator)
+    y = (x.flatten(1).sum(1) > 0).long() + 2 * (x[:, 0, 0, 0] > 0).long()
+    return Dataset(*(part.to(device) for part in (x[:260], y[:260], x[260:], y[260:])), tuple("0123"), "")  # type: ignore[arg-type]
+
+
+def trained(
+    runs: list[RunConfig], device: torch.device, checkpoint_at: int | None = None
+) -> tuple[Any, dict[str, Any]]:
+    training = Training(runs, data_on(device), device)
+    values: dict[str, Any] = {}
+    for event in training:
+        if isinstance(event, Evaluation):
+            values = event.values
+        elif event == checkpoint_at:
+            training = Training(runs, data_on(device), device, checkpoint=training.checkpoint())
+            *_, last = (e for e in training if isinstance(e, Evaluation))
+            return training, last.values
+    return training, values
+
+
+def stack_of(model: str) -> list[RunConfig]:
+    """Every optimizer; batches of 128, 128 and 4; learning rates drop at epochs 3 and 6."""
+    return [
+        RunConfig(model=model, optimizer=name, lr=1e-2 if name.startswith("sgd") else 1e-3, epochs=9, eval_every=9)  # type: ignore[arg-type]
+        for name in OPTIMIZERS
+    ]
+
+
+@pytest.mark.parametrize("model", ["mlp", "cnn"])
+def test_graphs_train_as_steps_launched_one_by_one(
+    model: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = stack_of(model)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    captured, values = trained(runs, device)
+    assert len(captured._step._replays) == 2
+    monkeypatch.setattr(step, "_WARM_UP", 10**9)
+    eager, expected = trained(runs, device)
+    assert not eager._step._replays
+    for i, run in enumerate(runs):
+        # Sums on a GPU are not always taken in the same order, and a sign may flip on that.
+        bound = 2e-2 if run.family != "sgd" else 1e-4
+        for name, theirs in eager._stack.state_dict(i).items():
+            torch.testing.assert_close(captured._stack.state_dict(i)[name], theirs, rtol=bound, atol=bound)
+        assert values["train_loss"][i] == pytest.approx(expected["train_loss"][i], rel=5 * bound)
+
+
+def test_a_checkpoint_goes_on_on_a_gpu(device: torch.device) -> None:
+    whole, values = trained(stack_of("mlp"), device)
+    resumed, again = trained(stack_of("mlp"), device, checkpoint_at=4)
+    assert resumed.epoch == whole.epoch == 9
+    assert again["train_loss"] == pytest.approx(values["train_loss"], rel=0.05)
+
+
+def test_runs_that_end_leave_the_graph(device: torch.device) -> None:
+    runs = [RunConfig(epochs=epochs, eval_every=20) for epochs in (6, 12, 12)]
+    training, values = trained(runs, device)
+    assert training._stack.runs == 2
+    assert all(loss < 1.4 for loss in values["train_loss"])
