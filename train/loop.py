@@ -108,18 +108,26 @@ class Training:
 
     def __iter__(self) -> Iterator[Evaluation | int]:
         if self.epoch == 0:
-            yield self._evaluate()
-        while left := [i for i in self._rows if i not in self._over]:
+            yield self._evaluate(time.perf_counter())
+        while left := self._left():
             started = time.perf_counter()
             self._train_epoch()
             self.epoch += 1
-            due = any(self._due(i) for i in left)
-            evaluation = self._evaluate() if due else None  # waits for the device
-            for i in left:
-                self._seconds[i] += (time.perf_counter() - started) / len(left)
-            if evaluation is not None:
-                yield evaluation
+            if any(self._due(i) for i in left):
+                yield self._evaluate(started)
+            else:
+                self._spend(started)
             yield self.epoch
+
+    def _left(self) -> list[int]:
+        """The runs that have not ended."""
+        return [i for i in self._rows if i not in self._over]
+
+    def _spend(self, started: float) -> None:
+        """Divide the time since `started` among the runs that have not ended."""
+        left = self._left()
+        for i in left:
+            self._seconds[i] += (time.perf_counter() - started) / len(left)
 
     def _due(self, i: int) -> bool:
         run = self.runs[i]
@@ -150,8 +158,10 @@ class Training:
         for batch in order.to(self._device).split(own[0].batch_size, dim=-1):
             self._step(batch)
 
-    def _evaluate(self) -> Evaluation:
-        values = evaluate(self._stack, self.data)
+    def _evaluate(self, started: float) -> Evaluation:
+        """Measure; the time since `started` counts for the runs, those that end now included."""
+        values = evaluate(self._stack, self.data)  # waits for the device
+        self._spend(started)
         rows, ended = [], {}
         for place, i in enumerate(self._rows):
             if i in self._over or not self._due(i):

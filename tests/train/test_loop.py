@@ -163,6 +163,7 @@ def test_runs_that_have_ended_leave_the_stack(digits: Dataset) -> None:
     for event in training:
         if isinstance(event, Evaluation):
             ended.append((event.epoch, event.rows, sorted(event.ended)))
+            assert all(end.seconds > 0 for end in event.ended.values())  # that of a single epoch, too
         else:
             sizes.append(training._stack.runs)
     assert sizes == [3, 2, 2, 2]

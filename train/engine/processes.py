@@ -81,10 +81,6 @@ class _Worker:
         self.process.start()
         theirs.close()
 
-    def ask(self, request: Any) -> Any:
-        self.connection.send(request)
-        return self.receive()
-
     def receive(self) -> Any:
         """The next message; Failed where the process is gone."""
         try:
