@@ -30,7 +30,8 @@ def test_demo(benchmark: Any, tmp_path: Path) -> None:
 
     benchmark.extra_info["command"] = "ncollapse demo"
     benchmark.extra_info["runs"] = len(runs)
-    benchmark.extra_info["training_seconds"] = [float(load_runs(tmp_path / str(i)).seconds.sum()) for i in range(3)]
+    process_seconds = [float(load_runs(tmp_path / str(i)).seconds.sum()) for i in range(3)]
+    benchmark.extra_info["training_seconds_of_all_processes"] = process_seconds
     benchmark.extra_info["nc0_start"] = float(start)
     recorded = table.reset_index().drop(columns="run").astype(object)
     benchmark.extra_info["table"] = recorded.where(recorded.notna(), None).to_dict("records")  # JSON has no NaN
