@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from nc.train.config import OPTIMIZERS
-from nc.train.engine.plan import Shape
+from nc.train.engine.choose import Choice
 from nc.train.engine.progress import rate
 from nc.train.results import load_meta, query
 from nc.train.schema import FINISHED
@@ -202,8 +201,10 @@ def print_status(status: Status, console: Console, now: datetime | None = None) 
     if status.session is not None:
         left = "time left not known yet" if status.left is None else f"about {_time(status.left)} left"
         say(f"{rate(status.trained, status.seconds)} in session {status.session}" + ("" if finished else f"; {left}"))
-    for line in _engine(status.engine or {}):
-        say(line)
+    if status.engine:
+        say(f"Engine {status.engine['engine']}")
+        for line in Choice.from_dict(status.engine).describe():
+            say(f"  {line}")
     console.print(_optimizers(status))
     if status.stacks:
         console.print(_stacks(status, now or datetime.now(UTC)))
@@ -211,18 +212,6 @@ def print_status(status: Status, console: Console, now: datetime | None = None) 
         say("No stack is training at the moment: a sweep measures before it begins")
     if status.sweeping is False and status.command and not finished:
         console.print(f"To go on: {status.command}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _engine(engine: dict[str, Any]) -> Iterator[str]:
-    """How it is trained, in a line, and one for each shape of stacks."""
-    if not engine:
-        return
-    workers, threads = (f"{engine[name]} {name if engine[name] != 1 else name[:-1]}" for name in ("workers", "threads"))
-    yield f"Engine {engine['engine']}: {workers}, {threads} each"
-    for stack in engine["stacks"]:
-        shape = Shape(**{field.name: stack[field.name] for field in dataclasses.fields(Shape)})
-        size = stack["size"]
-        yield f"  {shape}: " + ("one run at a time" if size == 1 else f"stacks of up to {size} runs")
 
 
 def _table(title: str | None = None) -> Table:

@@ -16,14 +16,14 @@ import torch
 from rich.console import Console
 
 from nc.train.config import RunConfig
-from nc.train.data import load
+from nc.train.data import Dataset, load
 from nc.train.engine import local, processes
 from nc.train.engine.choose import Choice, Work
 from nc.train.engine.measure import Facts, bytes_per_run, measure
 from nc.train.engine.options import Options
 from nc.train.engine.plan import Shape
 from nc.train.engine.sweep import sweep
-from nc.train.engine.work import Job, Message
+from nc.train.engine.work import How, Job, Message
 from nc.train.errors import UserError
 from nc.train.grid import Grid
 from nc.train.results import load_meta, load_runs
@@ -214,3 +214,11 @@ def test_choices_are_told_in_a_line_each() -> None:
         "mlp on digits, batches of 128: stacks of up to 36 runs in 2 processes with one thread "
         "(measured: 9,064 training steps/s)"
     ]
+
+
+def test_one_process_trains_with_the_threads_that_the_sweep_began_with(digits: Dataset) -> None:
+    before = torch.get_num_threads()
+    engine = local.start(1, before + 1, torch.device("cpu"), How(lambda name, device: digits, 60.0, False))
+    assert torch.get_num_threads() == before + 1
+    engine.close()
+    assert torch.get_num_threads() == before

@@ -1,11 +1,6 @@
-"""The engine and the store: planning, resuming, refusing, and losing nothing."""
+"""The engine and the store: planning, storing, stopping, and going on to the same results."""
 
-import dataclasses
-import io
-import os
-import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -16,22 +11,16 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from rich.console import Console
 
-from nc.train import loop
 from nc.train.columns import METRICS
 from nc.train.config import OPTIMIZERS, RunConfig
-from nc.train.data import Dataset
-from nc.train.engine import processes, work
-from nc.train.engine.options import Options
+from nc.train.engine import processes
 from nc.train.engine.plan import Shape, plan
 from nc.train.engine.progress import rate
-from nc.train.engine.sweep import sweep
-from nc.train.errors import InterruptError, UserError
+from nc.train.errors import InterruptError
 from nc.train.grid import Grid, load_grid
 from nc.train.results import load_meta, load_metrics, load_runs, load_sessions
 from nc.train.schema import FILE
-from nc.train.store import Store
 from sweep_results import assert_same
 
 CPU = torch.device("cpu")
@@ -137,15 +126,13 @@ def test_interrupted_anywhere_it_continues_to_the_same_results(
     assert len(load_sessions(tmp_path / "cut")) == 2
 
 
-def test_killed_outright_it_continues_to_the_same_results(small_grid: Grid, tmp_path: Path) -> None:
+def test_killed_outright_it_continues_to_the_same_results(run_sweep: Callable[..., int], tmp_path: Path) -> None:
     grid = tmp_path / "grid.toml"
     grid.write_text('optimizer = ["sgd", "adamw", "signum"]\nweight_decay = [5e-4, 5e-2]\nepochs = 40\nlr = 0.002\n')
 
-    def command(out: str) -> list[str]:
-        return [sys.executable, "-m", "nc.train", "sweep", str(grid), "--stack", "1", "--out", str(tmp_path / out)]
-
-    subprocess.run(command("whole"), check=True, capture_output=True)
-    victim = subprocess.Popen(command("cut"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "nc.train", "sweep", str(grid), "--stack", "1", "--out", str(tmp_path / "cut")]
+    run_sweep(load_grid(str(grid)), tmp_path / "whole", stack=1)
+    victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while victim.poll() is None and time.monotonic() < deadline:
         if (tmp_path / "cut" / FILE).exists() and (load_runs(tmp_path / "cut").status == "done").sum() >= 2:
@@ -155,142 +142,9 @@ def test_killed_outright_it_continues_to_the_same_results(small_grid: Grid, tmp_
     assert victim.wait() == -signal.SIGKILL
     done = int((load_runs(tmp_path / "cut").status == "done").sum())
     assert 2 <= done < 6
-    again = subprocess.run(command("cut"), check=True, capture_output=True, text=True)
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert f"Trained {6 - done} of 6 runs" in again.stdout
     assert_same(tmp_path / "whole", tmp_path / "cut")
-
-
-def test_diverged_and_vanished_runs_are_recorded_and_stop_nobody(run_sweep: Callable[..., int], tmp_path: Path) -> None:
-    good = RunConfig(epochs=3, eval_every=1)
-    runs = (good, dataclasses.replace(good, lr=1e20), dataclasses.replace(good, weight_decay=9.0, momentum=0.0))
-    run_sweep(Grid("mixed", runs), tmp_path)
-    frame = load_runs(tmp_path)
-    assert frame.status.tolist() == ["done", "diverged", "degenerate"]
-    assert frame.diverged_epoch.tolist()[1] == 1
-    assert pd.isna(frame.nc1[1])
-    assert pd.isna(frame.nc3[2])
-    assert frame.train_accuracy[0] > 0.8
-
-
-def test_a_stack_that_has_diverged_altogether_stops_early(run_sweep: Callable[..., int], tmp_path: Path) -> None:
-    run_sweep(Grid("bad", (RunConfig(epochs=50, eval_every=1, lr=1e20),)), tmp_path)
-    assert load_metrics(tmp_path).epoch.max() == 1
-
-
-def test_another_grid_in_the_folder_is_refused_by_name(
-    run_sweep: Callable[..., int], small_grid: Grid, swept: Path
-) -> None:
-    changed = Grid("small", tuple(dataclasses.replace(run, epochs=5) for run in small_grid.runs[:3]))
-    with pytest.raises(UserError) as error:
-        run_sweep(changed, swept)
-    text = str(error.value)
-    assert "made by another grid (12 runs there, 3 now)" in text
-    assert "epochs was 4, is 5" in text
-    assert "optimizer was adam, adamw, sgd, sgdw, signum, signumw, is sgd, sgdw" in text
-    assert (load_runs(swept).status == "done").all()
-
-
-def test_other_data_in_the_folder_are_refused(
-    run_sweep: Callable[..., int],
-    small_grid: Grid,
-    tmp_path: Path,
-    digits: Dataset,
-    quiet: Console,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def interrupt(*args: object) -> object:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(processes, "train", interrupt)
-    with pytest.raises(InterruptError):
-        run_sweep(small_grid, tmp_path)
-    monkeypatch.undo()
-    other = dataclasses.replace(digits, fingerprint="0")
-    with pytest.raises(UserError, match="digits is not the one that its earlier runs were trained on"):
-        sweep(small_grid, tmp_path, lambda name, device: other, CPU, Options(), quiet)
-
-
-def test_a_second_process_is_refused(small_grid: Grid, tmp_path: Path) -> None:
-    code = f"""
-from pathlib import Path
-from nc.train.grid import load_grid
-from nc.train.store import Store
-Store(Path({str(tmp_path)!r}), load_grid("demo"))
-"""
-    with Store(tmp_path, small_grid):
-        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "is in use by another process" in other.stderr
-    with Store(tmp_path, small_grid) as store:
-        assert store.finished() == {}
-
-
-def test_a_full_disk_keeps_what_is_finished(
-    run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """SQLite's own limit on pages stands in for a disk that fills up in the middle of a sweep."""
-    real = Store.record
-
-    def fill_up(self: Store, *args: Any) -> dict[str, str]:
-        ended = real(self, *args)
-        if ended:
-            pages = self._db.execute("PRAGMA page_count").fetchone()[0]
-            self._db.execute(f"PRAGMA max_page_count = {pages}")
-        return ended
-
-    monkeypatch.setattr(Store, "record", fill_up)
-    with pytest.raises(
-        UserError, match=r"cannot write to .*: database or disk is full. Every finished run in it is kept"
-    ):
-        run_sweep(small_grid, tmp_path, stack=1)
-    kept = int((load_runs(tmp_path).status == "done").sum())
-    assert kept >= 1
-    monkeypatch.setattr(Store, "record", real)
-    assert run_sweep(small_grid, tmp_path, stack=1) == 12 - kept
-
-
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_is_said(run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot write to"):
-        run_sweep(small_grid, tmp_path / "out")
-
-
-def test_a_folder_that_cannot_be_made_is_said(run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write to .*file/out"):
-        run_sweep(small_grid, tmp_path / "file" / "out")
-
-
-def test_a_store_of_another_version_is_left_alone(
-    run_sweep: Callable[..., int], small_grid: Grid, swept: Path, tmp_path: Path
-) -> None:
-    shutil.copy(swept / FILE, tmp_path)
-    with sqlite3.connect(tmp_path / FILE) as connection:
-        connection.execute("PRAGMA user_version = 99")
-    for act in (lambda: run_sweep(small_grid, tmp_path), lambda: load_runs(tmp_path)):
-        with pytest.raises(UserError, match="has format 99"):
-            act()
-
-
-def test_what_is_no_store_is_said_and_closed(small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="no results in"):
-        load_runs(tmp_path)
-    (tmp_path / FILE).write_bytes(
-        b"this is not a database, but it is long enough to look like a file of some kind" * 20
-    )
-    opened: list[sqlite3.Connection] = []
-    connect = sqlite3.connect
-    monkeypatch.setattr(
-        sqlite3, "connect", lambda *args, **options: opened.append(connect(*args, **options)) or opened[-1]
-    )
-    with pytest.raises(UserError, match="file is not a database"):
-        load_runs(tmp_path)
-    with pytest.raises(UserError, match="file is not a database"):
-        Store(tmp_path, small_grid)
-    assert len(opened) == 2
-    for connection in opened:
-        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
-            connection.total_changes  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -299,49 +153,6 @@ def test_what_is_no_store_is_said_and_closed(small_grid: Grid, tmp_path: Path, m
 )
 def test_the_rate_is_in_plain_numbers(runs: float, seconds: float, text: str) -> None:
     assert rate(runs, seconds) == text
-
-
-def exhausting(most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Memory for so many runs at once; gives the sizes of the stacks that were tried."""
-    real, tried = loop.Training, []
-
-    def limited(runs: list[RunConfig], *args: Any, **options: Any) -> object:
-        tried.append(len(runs))
-        if len(runs) > most:
-            raise torch.OutOfMemoryError("no room for so many")
-        return real(runs, *args, **options)
-
-    monkeypatch.setattr(work, "Training", limited)
-    return tried
-
-
-def test_a_stack_that_does_not_fit_is_halved_and_said(
-    digits: Dataset, swept: Path, small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tried = exhausting(3, monkeypatch)
-    console = Console(record=True, width=200, file=io.StringIO())
-    assert sweep(small_grid, tmp_path, lambda name, device: digits, CPU, Options(stack=6), console) == 12
-    assert tried == [6, 3, 3, 3, 3]  # the second stack of six is not even tried
-    assert "6 runs at once do not fit (no room for so many); going on with stacks of 3" in console.export_text()
-    assert_same(swept, tmp_path, but="stack")
-
-
-def test_runs_that_do_not_fit_alone_are_named_and_stop_nobody(
-    run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = loop.Training
-
-    def no_adam(runs: list[RunConfig], *args: Any, **options: Any) -> object:
-        if any(run.family == "adam" for run in runs):
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
-        return real(runs, *args, **options)
-
-    monkeypatch.setattr(work, "Training", no_adam)
-    with pytest.raises(UserError, match="4 runs could not be trained, since there is no memory for even one of them"):
-        run_sweep(small_grid, tmp_path, stack=2)
-    frame = load_runs(tmp_path)
-    assert set(frame.status[frame.optimizer.str.startswith("adam")]) == {"running"}
-    assert set(frame.status[~frame.optimizer.str.startswith("adam")]) == {"done"}
 
 
 def test_another_size_of_stacks_replans_what_is_not_begun(

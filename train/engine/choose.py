@@ -3,11 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nc.train.config import RunConfig
-from nc.train.engine.measure import Facts
 from nc.train.engine.plan import Shape, by_shape
+
+if TYPE_CHECKING:  # `ncollapse status` reads choices, and must not wait for torch
+    from nc.train.engine.measure import Facts
 
 #: Runs per stack where there is too little work to measure. On a CPU linear layers gain the more the larger the stack,
 #: convolutions up to a few runs (`bench/NOTES.md`).
@@ -16,7 +18,7 @@ _USUAL = {"mlp": 32, "cnn": 4}
 _FASTER = 1.03
 
 #: Training steps a second, of all processes and runs, with stacks of a size; None where that does not fit in memory.
-Measure = Callable[[Shape, Facts, int], float | None]
+Measure = Callable[[Shape, "Facts", int], float | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +47,17 @@ class Choice:
         ]
         return {"workers": self.workers, "threads": self.threads, "stacks": sizes, "measured": list(self.measured)}
 
+    @classmethod
+    def from_dict(cls, kept: Mapping[str, Any]) -> "Choice":
+        """The choice that the store has kept."""
+        sizes, rates = {}, {}
+        for stack in kept["stacks"]:
+            shape = Shape(**{field.name: stack[field.name] for field in dataclasses.fields(Shape)})
+            sizes[shape] = stack["size"]
+            if stack["steps_per_second"] is not None:
+                rates[shape] = stack["steps_per_second"]
+        return cls(kept["workers"], kept["threads"], sizes, rates, tuple(kept["measured"]))
+
     def describe(self) -> Iterator[str]:
         """What to tell the user, a line for each shape."""
         workers = "one process" if self.workers == 1 else f"{self.workers} processes"
@@ -65,7 +78,7 @@ class Work:
     """
 
     runs: Sequence[RunConfig]
-    facts: Mapping[str, Facts]
+    facts: Mapping[str, "Facts"]
     stack: int | str
 
     @property

@@ -25,7 +25,7 @@ _MEMORY = 0.7
 def start(workers: int, threads: int, device: torch.device, how: How) -> Engine:
     """An engine with so many processes; one trains in this process."""
     if workers == 1:
-        return InProcess(_devices(device)[0], how)
+        return InProcess(_devices(device)[0], how, threads)
     return Processes(_side_by_side(device, workers), threads, how)
 
 
@@ -40,7 +40,7 @@ def choose(work: Work, workers: int | str, device: torch.device, how: How) -> tu
     room = {shape: room_for(shape, work.facts[shape.data], first) for shape in work.shapes}
     choice = work.unmeasured(torch.get_num_threads(), room)
     if workers in ("auto", 1):
-        here = InProcess(first, how)
+        here = start(1, choice.threads, device, how)
         if len(work.runs) == 1 or (workers == 1 and work.stack != "auto"):
             return choice, here
         quick = {s: measure(s, work.facts[s.data], size, first, quick=True) for s, size in choice.sizes.items()}
@@ -54,7 +54,7 @@ def choose(work: Work, workers: int | str, device: torch.device, how: How) -> tu
             return choice, here
     counts = _counts(device, len(work.runs)) if workers == "auto" else [int(workers)]
     if counts == [1]:
-        here = InProcess(first, how)
+        here = start(1, choice.threads, device, how)
         return choice if choice.rates else work.measured(_here(first), 1, choice.threads, room), here
     return _choose_processes(work, choice, counts, room, device, how)
 

@@ -44,10 +44,12 @@ class Trainer:
 
 
 class InProcess:
-    """Trains one stack after the other in this process, with all of its threads."""
+    """Trains one stack after the other in this process, with so many threads until it is closed."""
 
-    def __init__(self, device: torch.device, how: How) -> None:
+    def __init__(self, device: torch.device, how: How, threads: int) -> None:
         self.trainer = Trainer(device, how)
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(threads)
 
     def run(self, take: Take) -> Iterator[tuple[Job, Message]]:
         """See `nc.train.engine.work.Engine`."""
@@ -57,6 +59,7 @@ class InProcess:
 
     def close(self) -> None:
         """See `nc.train.engine.work.Engine`."""
+        torch.set_num_threads(self._before)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,7 +172,7 @@ class _Sweep:
             self._bar.at(stack, message.epoch)
         elif isinstance(message, Saved):
             self._store.save_checkpoint(stack, message.epoch, message.content)
-        elif isinstance(message, Finished):
+        elif isinstance(message, Finished) or not self._left(stack):  # it may also fail when it has nothing left to do
             self._store.end(stack)
         elif message.kind == "checkpoint":
             self._say(f"{message.text}; stack {stack.id} starts from its beginning")
@@ -187,17 +187,21 @@ class _Sweep:
         else:
             self._halve(stack, message)
 
+    def _left(self, stack: PlannedStack) -> list[RunConfig]:
+        """The runs of a stack that have not ended."""
+        finished = self._store.finished()
+        return [run for run in stack.runs if run.id not in finished]
+
     def _again(self, stack: PlannedStack) -> PlannedStack:
         """A stack as the store has it now: with its last checkpoint."""
         return next(one for one in self._store.stacks() if one.id == stack.id)
 
     def _halve(self, stack: PlannedStack, failure: Failed) -> None:
         """Go on with stacks of at most half the size, also of those of its shape that are still to come."""
-        finished = self._store.finished()
-        half = len([run for run in stack.runs if run.id not in finished]) // 2
+        half = len(self._left(stack)) // 2
         self._store.end(stack)
         if half == 0:
-            self._too_large += [(run, failure.text) for run in stack.runs if run.id not in finished]
+            self._too_large += [(run, failure.text) for run in self._left(stack)]
             return
         self._say(f"{len(stack.runs)} runs at once do not fit ({failure.text}); going on with stacks of {half}")
         alike = [stack] + [
@@ -205,7 +209,7 @@ class _Sweep:
             for one in self._queue
             if Shape.of(one.runs[0]) == Shape.of(stack.runs[0]) and len(one.runs) > half and one.checkpoint is None
         ]
-        parts = [part for one in alike for part in _cut([r for r in one.runs if r.id not in finished], half)]
+        parts = [part for one in alike for part in _cut(self._left(one), half)]
         numbers = self._store.set_plan(parts)
         rest = [one for one in self._queue if one not in alike]
         self._queue = deque([PlannedStack(n, tuple(runs)) for n, runs in zip(numbers, parts, strict=True)] + rest)
