@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
-from nc.train.provenance import describe_machine
+from nc.train.provenance import describe_machine, device_name
 
 # At the start: what a benchmark writes must not make its own commit look dirty.
-_MACHINE = describe_machine("cuda" if torch.cuda.is_available() else "cpu")
+_MACHINE = describe_machine(device_name("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nc.train.provenance import describe_machine
+from nc.train.provenance import describe_machine, device_name
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -50,7 +50,7 @@ class Record:
 
     def __init__(self, path: Path, command: str, device: str, commit: str | None = None) -> None:
         self.path = path
-        machine = describe_machine(device)
+        machine = describe_machine(device_name(device))
         machine["commit"] = commit or machine["commit"]
         if device == "cuda":
             machine["cuda"] = torch.version.cuda

@@ -186,7 +186,7 @@ def _train(grid: "Grid", place: Place, options: Options, console: Console) -> Pa
     out = place.out or Path("results") / grid.name
     started = time.perf_counter()
     load_data = functools.partial(load, data_dir=place.data_dir, download=place.download)
-    trained = sweep(grid, out, load_data, _device(place.device), options, console)
+    trained = sweep(grid, out, load_data, _device(place.device, options.engine), options, console)
     if trained:
         console.print(f"Trained {trained} of {len(grid.runs)} runs in {time.perf_counter() - started:.0f} s.")
     else:
@@ -205,12 +205,13 @@ def _report(folder: Path, selection: Selection, console: Console) -> None:
     console.print(f"Results: {folder}/runs.sqlite, figures and {page} (open it in a browser).", soft_wrap=True)
 
 
-def _device(name: str | None) -> Any:
+def _device(name: str | None, engine: str) -> Any:
     import torch
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
+        if engine == "local":  # a cluster may have GPUs where this machine has none; it says so itself
+            torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device

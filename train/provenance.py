@@ -11,13 +11,13 @@ _PACKAGES = ("ncollapse", "torch", "triton", "torchvision", "numpy", "scikit-lea
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Versions, the source's commit if it is a git checkout, and the device, as JSON-ready values."""
+    """Versions, the source's commit if it is a git checkout, and the device's name, as JSON-ready values."""
     import torch
 
     return {
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}},
-        "device": device_name(device),
+        "device": device,
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }

@@ -13,10 +13,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from nc.train import cli
 from nc.train.config import RunConfig
 from nc.train.data import Dataset
 from nc.train.engine import cluster as engine
+from nc.train.engine import connect
+from nc.train.engine.choose import Choice, Work
 from nc.train.engine.cluster import start_cluster
+from nc.train.engine.measure import Facts
 from nc.train.engine.options import Options
 from nc.train.engine.sweep import sweep
 from nc.train.engine.work import How, Job
@@ -59,7 +63,7 @@ def cluster(nodes: Any) -> Any:
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     # What is set there stays in the environment, and nodes that start later need more patience.
-    monkeypatch.setattr(engine, "_PATIENCE", {})
+    monkeypatch.setattr(connect, "_PATIENCE", {})
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +139,48 @@ def test_a_node_that_joins_is_used(cluster: Any, digits: Dataset) -> None:
                 break
     finally:
         trainer.close()
+
+
+@pytest.fixture
+def gpu_node(nodes: Any) -> Iterator[None]:
+    """A node with two cores and something that Ray takes for a GPU."""
+    node = nodes.add_node(num_cpus=2, num_gpus=1)
+    yield
+    nodes.remove_node(node)
+
+
+def test_stacks_share_a_gpu(nodes: Any, gpu_node: None, digits: Dataset) -> None:
+    jobs = iter([Job(i, (RunConfig(epochs=100_000, seed=i),)) for i in range(2)])
+    trainer = start_cluster(nodes.address, 1, torch.device("cuda"), how(digits), per_gpu=2)
+    trainer._device = CPU  # type: ignore[attr-defined]  # Ray counts the GPU, nobody computes on it
+    try:
+        assert "1 GPUs" in trainer.device
+        heard = set()
+        for job, _ in trainer.run(lambda: next(jobs, None)):
+            heard.add(job.stack)
+            if len(heard) == 2:
+                break
+    finally:
+        trainer.close()
+
+
+def test_the_machine_of_the_command_needs_no_gpu() -> None:
+    assert cli._device("cuda:0", "ray") == torch.device("cuda:0")
+
+
+def test_how_many_share_a_gpu_is_measured(nodes: Any, gpu_node: None, digits: Dataset) -> None:
+    runs = [RunConfig(epochs=100_000, seed=seed) for seed in range(4)]
+    trainer = engine.Cluster(nodes.address, 1, torch.device("cuda"), how(digits))
+    trainer._device = CPU
+    try:
+        choice = trainer.choose(Work(runs, {"digits": Facts.of(digits)}, 2))
+    finally:
+        trainer.close()
+    rates = {one["workers"]: one["steps_per_second"] for one in choice.measured}
+    assert set(rates) == {1, 2}  # four do not fit beside two cores
+    assert choice.per_gpu == choice.workers == max(rates, key=rates.__getitem__)
+    assert list(choice.sizes.values()) == [2]
+    assert Choice.from_dict(choice.as_dict()) == choice
 
 
 def test_a_bug_in_a_task_is_shown(cluster: Any, grid: Grid, digits: Dataset, quiet: Console, tmp_path: Path) -> None:

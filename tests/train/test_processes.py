@@ -214,6 +214,7 @@ def test_choices_are_told_in_a_line_each() -> None:
         "mlp on digits, batches of 128: stacks of up to 36 runs in 2 processes with one thread "
         "(measured: 9,064 training steps/s)"
     ]
+    assert next(Choice(4, 1, {MLP: 1}, per_gpu=2).describe()).endswith("in 4 processes with one thread, 2 on each GPU")
 
 
 def test_one_process_trains_with_the_threads_that_the_sweep_began_with(digits: Dataset) -> None:

@@ -31,6 +31,7 @@ class Choice:
         sizes: runs in a stack, at most.
         rates: training steps a second of all runs together; missing where it was not measured.
         measured: every measurement.
+        per_gpu: stacks that share each GPU of a cluster.
     """
 
     workers: int
@@ -38,6 +39,7 @@ class Choice:
     sizes: dict[Shape, int]
     rates: dict[Shape, float] = dataclasses.field(default_factory=dict)
     measured: tuple[dict[str, Any], ...] = ()
+    per_gpu: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         """What the store keeps."""
@@ -45,7 +47,13 @@ class Choice:
             {**dataclasses.asdict(shape), "size": size, "steps_per_second": self.rates.get(shape)}
             for shape, size in self.sizes.items()
         ]
-        return {"workers": self.workers, "threads": self.threads, "stacks": sizes, "measured": list(self.measured)}
+        return {
+            "workers": self.workers,
+            "threads": self.threads,
+            "per_gpu": self.per_gpu,
+            "stacks": sizes,
+            "measured": list(self.measured),
+        }
 
     @classmethod
     def from_dict(cls, kept: Mapping[str, Any]) -> "Choice":
@@ -56,12 +64,14 @@ class Choice:
             sizes[shape] = stack["size"]
             if stack["steps_per_second"] is not None:
                 rates[shape] = stack["steps_per_second"]
-        return cls(kept["workers"], kept["threads"], sizes, rates, tuple(kept["measured"]))
+        return cls(kept["workers"], kept["threads"], sizes, rates, tuple(kept["measured"]), kept.get("per_gpu", 1))
 
     def describe(self) -> Iterator[str]:
         """What to tell the user, a line for each shape."""
         workers = "one process" if self.workers == 1 else f"{self.workers} processes"
         threads = "one thread" if self.threads == 1 else f"{self.threads} threads"
+        if self.per_gpu > 1:
+            threads += f", {self.per_gpu} on each GPU"
         for shape, size in self.sizes.items():
             stacks = "one run at a time" if size == 1 else f"stacks of up to {size} runs"
             measured = f" (measured: {self.rates[shape]:,.0f} training steps/s)" if shape in self.rates else ""
@@ -119,7 +129,8 @@ class Work:
         measured = []
         for shape, own in self.shapes.items():
             most = max(1, min(room[shape], -(-len(own) // workers)))
-            sizes[shape] = 1  # if even that does not fit by the measurement, training tries, and says so
+            # Where even that does not fit by the measurement, training tries, says so and halves it.
+            sizes[shape] = min(self.stack, most) if isinstance(self.stack, int) else 1
             tried = set()
             for step in (4, 2):  # growing in large steps first, then looking about in small ones
                 for size in self._candidates(sizes[shape], most, step):

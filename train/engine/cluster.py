@@ -13,16 +13,10 @@ cluster, Ray starts one on this machine for the time of the sweep. A cluster tha
 
 import dataclasses
 import functools
-import importlib
-import logging
-import os
-import signal
-import socket
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,7 +24,8 @@ import torch
 
 from nc.train.data import Dataset
 from nc.train.engine.choose import Choice, Work
-from nc.train.engine.local import WORTH_MEASURING, room_for
+from nc.train.engine.connect import connect
+from nc.train.engine.local import PER_GPU, WORTH_MEASURING, room_for
 from nc.train.engine.measure import Facts, measure
 from nc.train.engine.plan import Shape
 from nc.train.engine.processes import keep_memory
@@ -41,15 +36,6 @@ from nc.train.errors import UserError
 _THREADS = 1
 #: Seconds between looks at the size of the cluster.
 _LOOK = 2.0
-#: Seconds that a machine may take to accept a connection.
-_ANSWER = 10.0
-#: Bounds for what Ray does when something else answers at the address, or this machine is not of the cluster: by
-#: default it tries for a quarter of an hour. Read when Ray is imported.
-_PATIENCE = {
-    "RAY_NUM_REDIS_GET_RETRIES": "1",
-    "RAY_py_gcs_connect_timeout_s": "10",
-    "RAY_gcs_server_request_timeout_seconds": "20",
-}
 
 
 def choose_cluster(work: Work, ray_address: str | None, device: torch.device, how: How) -> tuple[Choice, Engine]:
@@ -70,33 +56,30 @@ def choose_cluster(work: Work, ray_address: str | None, device: torch.device, ho
         raise
 
 
-def start_cluster(ray_address: str | None, threads: int, device: torch.device, how: How) -> Engine:
+def start_cluster(ray_address: str | None, threads: int, device: torch.device, how: How, per_gpu: int = 1) -> Engine:
     """The engine alone, for stacks that are planned already; see `choose_cluster`.
 
     Args:
         threads: of each stack.
+        per_gpu: stacks that share a GPU.
 
     Raises:
         UserError: Ray is not installed, the cluster does not answer, or it has nothing of the kind of `device`.
     """
-    return Cluster(ray_address, threads, device, how)
+    return Cluster(ray_address, threads, device, how, per_gpu)
 
 
 class Cluster:
-    """Trains stacks as tasks on a Ray cluster: one on `threads` cores each, or one on each GPU."""
+    """Trains stacks as tasks on a Ray cluster: one on `threads` cores each, or `per_gpu` on each GPU."""
 
-    def __init__(self, ray_address: str | None, threads: int, device: torch.device, how: How) -> None:
-        self._ray = _connect(ray_address)
+    def __init__(self, ray_address: str | None, threads: int, device: torch.device, how: How, per_gpu: int = 1) -> None:
+        self._ray = connect(ray_address)
         self._errors = self._ray.exceptions
         self._load_data, self._how = how.load_data, self._ray.put(how)
-        self._threads, self._gpu = threads, device.type == "cuda"
+        self._threads, self._gpu, self._per_gpu = threads, device.type == "cuda", per_gpu
         self._device = torch.device("cuda", 0) if self._gpu else device  # Ray shows a task its own GPU alone
         self._data: dict[str, Any] = {}  # name -> reference to the data set in the cluster
         self._flying: dict[Any, Job] = {}  # the messages of a task -> what it trains
-        # Ray must not try again by itself: it would start with the first checkpoint, and give every message twice. The
-        # sweep does, from the last checkpoint. For each task on a GPU Ray starts a new process, as an idle one would
-        # keep the GPU's memory.
-        self._train = self._remote(_train, num_returns="streaming", max_retries=0)
         if self._room() == 0:
             self.close()
             raise UserError(
@@ -105,21 +88,38 @@ class Cluster:
             )
 
     def _remote(self, what: Callable[..., Any], **options: Any) -> Any:
-        return self._ray.remote(num_cpus=self._threads, num_gpus=int(self._gpu), **options)(what)
+        return self._ray.remote(num_cpus=self._threads, num_gpus=1 / self._per_gpu if self._gpu else 0, **options)(what)
 
     def _room(self, resources: Mapping[str, float] | None = None) -> int:
         """How many stacks the whole cluster trains side by side, or these resources of it."""
         resources = self._ray.cluster_resources() if resources is None else resources
         cores = int(resources.get("CPU", 0) // self._threads)
-        return min(cores, int(resources.get("GPU", 0))) if self._gpu else cores
+        return min(cores, int(resources.get("GPU", 0)) * self._per_gpu) if self._gpu else cores
+
+    @property
+    def device(self) -> str:
+        """See `nc.train.engine.work.Engine`."""
+        resources = self._ray.cluster_resources()
+        if not self._gpu:
+            kind = f"{resources.get('CPU', 0):g} cores"
+        else:
+            prefix = "accelerator_type:"
+            models = ", ".join(sorted(name.removeprefix(prefix) for name in resources if name.startswith(prefix)))
+            kind = f"{resources.get('GPU', 0):g} GPUs" + (f" ({models})" if models else "")
+        nodes = sum(node["Alive"] for node in self._ray.nodes())
+        return f"Ray cluster, {nodes} machine{'s' if nodes != 1 else ''}, {kind}"
 
     def run(self, take: Take) -> Iterator[tuple[Job, Message]]:
         """See `nc.train.engine.work.Engine`."""
+        # Ray must not try again by itself: it would start with the first checkpoint, and give every message twice. The
+        # sweep does, from the last checkpoint. For each task on a GPU Ray starts a new process, as an idle one would
+        # keep the GPU's memory.
+        task = self._remote(_train, num_returns="streaming", max_retries=0)
         room, looked = self._room(), time.monotonic()
         while True:
             # One task waits even where no node is left: for nodes that come back, or that an autoscaler starts for it.
             while len(self._flying) < max(room, 1) and (job := take()) is not None:
-                messages = self._train.remote(job, [self._data_set(job)], self._how, self._threads, self._device)
+                messages = task.remote(job, [self._data_set(job)], self._how, self._threads, self._device)
                 self._flying[messages] = job
             if not self._flying:
                 return
@@ -153,101 +153,85 @@ class Cluster:
             return Failed("lost", _first_line(error))
 
     def choose(self, work: Work) -> Choice:
-        """The best size of stacks, with as many side by side as the cluster has room for."""
-        workers = min(self._room(), len(work.runs))
-        if work.stack != "auto" or len(work.runs) == 1:  # where that is too large, the sweep halves it
+        """The best size of stacks, with as many side by side as the cluster has room for, and how many share a GPU."""
+        if len(work.runs) == 1 or (work.stack != "auto" and not self._gpu):  # too large, and the sweep halves it
             choice = work.unmeasured(self._threads, {shape: len(own) for shape, own in work.shapes.items()})
-            return dataclasses.replace(choice, workers=workers)
-        # Cores share caches and memory, so that all are measured at once; GPUs share nothing.
-        count = 1 if self._gpu else max(1, min(workers, self._room(self._ray.available_resources())))
-        probe = self._remote(_Probe)
+            return dataclasses.replace(choice, workers=min(self._room(), len(work.runs)))
+        choices = []
+        for per_gpu in self._packings():
+            self._per_gpu = per_gpu
+            choices.append(self._measured(work))
+            if not choices[0].rates:  # too little to do
+                return choices[0]
+        best = min(choices, key=lambda choice: work.seconds(choice.rates))
+        self._per_gpu = best.per_gpu
+        return dataclasses.replace(best, measured=tuple(one for choice in choices for one in choice.measured))
+
+    def _packings(self) -> list[int]:
+        """How many stacks may share a GPU: as many as it has cores beside it."""
+        if not self._gpu:
+            return [1]
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+        cores = max(node.get("CPU", 0) / node["GPU"] for node in nodes)
+        return [count for count in PER_GPU if count == 1 or count * self._threads <= cores]
+
+    def _measured(self, work: Work) -> Choice:
+        """The best size of stacks by measurement; an unmeasured one where there is too little to do."""
+        workers = min(self._room(), len(work.runs))
+        with self._probes(workers) as (count, ask):
+
+            def rate(shape: Shape, facts: Facts, size: int, quick: bool = False) -> float | None:
+                try:
+                    rates = ask("measure", shape, facts, size, quick)
+                except (self._errors.RayActorError, self._errors.OutOfMemoryError):  # killed for the memory it took
+                    return None
+                return None if None in rates else sum(rates) * workers / count
+
+            shapes = {shape: work.facts[shape.data] for shape in work.shapes}
+            fits = ask("room", shapes)
+            # Stacks on one machine share its memory, those on one GPU the GPU's.
+            nodes = self._ray.nodes()
+            beside = {node["NodeID"]: self._per_gpu if self._gpu else self._room(node["Resources"]) for node in nodes}
+            room = {s: min(fit[s] // max(1, min(beside[node], workers)) for node, fit in fits) for s in shapes}
+            room = {shape: max(1, fit) for shape, fit in room.items()}
+            if self._per_gpu == 1:
+                choice = dataclasses.replace(work.unmeasured(self._threads, room), workers=workers)
+                quick = {s: rate(s, shapes[s], size, quick=True) for s, size in choice.sizes.items()}
+                if work.seconds({shape: rate for shape, rate in quick.items() if rate}) < WORTH_MEASURING:
+                    return choice
+            return dataclasses.replace(work.measured(rate, workers, self._threads, room), per_gpu=self._per_gpu)
+
+    @contextmanager
+    def _probes(self, workers: int) -> Iterator[tuple[int, Callable[..., list[Any]]]]:
+        """Processes that measure at once, as those that train would: how many, and what asks all of them."""
+        if self._gpu:  # GPUs share nothing: those that share one, in a bundle of resources that has one
+            count = min(self._per_gpu, workers)
+            bundle = {"GPU": 1.0, "CPU": float(self._threads * count)}
+            group = self._ray.util.placement_group([bundle])
+            within = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group)
+            probe = self._remote(_Probe, scheduling_strategy=within)
+        else:  # cores share caches and memory
+            count = max(1, min(workers, self._room(self._ray.available_resources())))
+            group, probe = None, self._remote(_Probe)
         probes = [probe.remote(self._threads, self._device) for _ in range(count)]
 
         def ask(method: str, *args: Any) -> list[Any]:
             answers: list[Any] = self._ray.get([getattr(one, method).remote(*args) for one in probes])
             return answers
 
-        def rate(shape: Shape, facts: Facts, size: int, quick: bool = False) -> float | None:
-            try:
-                rates = ask("measure", shape, facts, size, quick)
-            except (self._errors.RayActorError, self._errors.OutOfMemoryError):  # killed for the memory that it took
-                return None
-            return None if None in rates else sum(rates) * workers / count
-
         try:
-            shapes = {shape: work.facts[shape.data] for shape in work.shapes}
-            fits = ask("room", shapes)
-            # Stacks on one machine share its memory; a GPU is a stack's own.
-            beside = {node["NodeID"]: 1 if self._gpu else self._room(node["Resources"]) for node in self._ray.nodes()}
-            room = {s: min(fit[s] // max(1, min(beside[node], workers)) for node, fit in fits) for s in shapes}
-            room = {shape: max(1, fit) for shape, fit in room.items()}
-            choice = dataclasses.replace(work.unmeasured(self._threads, room), workers=workers)
-            quick = {s: rate(s, shapes[s], size, quick=True) for s, size in choice.sizes.items()}
-            if work.seconds({shape: rate for shape, rate in quick.items() if rate}) < WORTH_MEASURING:
-                return choice
-            return work.measured(rate, workers, self._threads, room)
+            yield count, ask
         finally:
             for one in probes:
                 self._ray.kill(one)
+            if group is not None:
+                self._ray.util.remove_placement_group(group)
 
     def close(self) -> None:
         """See `nc.train.engine.work.Engine`: a cluster that was there before stays."""
         for messages in self._flying:
             self._ray.cancel(messages, force=True)
         self._ray.shutdown()
-
-
-def _connect(ray_address: str | None) -> Any:
-    """Connect this process to a cluster, or start one; returns the module ray. See `start_cluster` for errors."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = ray_address or os.environ.get("RAY_ADDRESS")
-    if address:
-        for name, value in _PATIENCE.items():
-            os.environ.setdefault(name, value)
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError(f"--engine ray needs Ray ({error}): pip install 'ncollapse[ray]'") from None
-    address = address or _running_here()
-    if address is not None and address not in ("auto", "local"):  # names that Ray knows
-        _knock(address)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(ray_address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        why = [repr(error), *str(error.__cause__ or error).strip().splitlines()][-1]
-        raise UserError(_no_answer(address or "this machine", why)) from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which ends the process at once
-    return ray
-
-
-def _running_here() -> str | None:
-    """The address of a cluster that was started on this machine, where Ray tells it."""
-    with suppress(ImportError, AttributeError):
-        found: str | None = importlib.import_module("ray._private.services").canonicalize_bootstrap_address(None)
-        return found
-    return None
-
-
-def _knock(address: str) -> None:
-    """Raise UserError unless something answers at an address: Ray itself would try for a quarter of an hour."""
-    host, _, port = address.rpartition(":")
-    if "://" in address or not port.isdigit():
-        raise UserError(f"--ray-address is HOST:PORT, as in 192.168.0.1:6379; got {address}")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
-    except (OSError, OverflowError) as error:
-        raise UserError(_no_answer(address, str(error))) from None
-
-
-def _no_answer(address: str, why: str) -> str:
-    return (
-        f"no connection to a Ray cluster at {address} ({why}). Start one with `ray start --head --port 6379`, and with "
-        "`ray start --address HOST:6379` on its other machines; this must be one of them. `ray stop` ends what is left "
-        "of one here; without a cluster, --ray-address and $RAY_ADDRESS, Ray starts one on this machine alone"
-    )
 
 
 # What follows runs in processes of the cluster.

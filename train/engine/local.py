@@ -16,8 +16,8 @@ from nc.train.engine.work import Engine, How
 WORTH_MEASURING = 5.0
 #: With less work than this, in seconds, starting processes does: they take some seconds to load torch.
 _WORTH_PROCESSES = 12.0
-#: Processes that share a GPU: what is tried.
-_PER_GPU = (1, 2, 4)
+#: Stacks that share a GPU, each with a process: what is tried.
+PER_GPU = (1, 2, 4)
 #: Share of the free memory that stacks may take by the estimate.
 _MEMORY = 0.7
 
@@ -91,7 +91,7 @@ def _choose_processes(
 def _counts(device: torch.device, runs: int) -> list[int]:
     """How many processes to try."""
     gpus = len(_devices(device))
-    counts = [gpus * n for n in _PER_GPU] if device.type == "cuda" else [_cores()]
+    counts = [gpus * n for n in PER_GPU] if device.type == "cuda" else [_cores()]
     return sorted({min(count, runs) for count in counts})
 
 

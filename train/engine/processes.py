@@ -9,6 +9,7 @@ import pickle
 import signal
 import threading
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -20,6 +21,7 @@ from nc.train.data import Dataset
 from nc.train.engine.measure import Facts, measure
 from nc.train.engine.plan import Shape
 from nc.train.engine.work import Failed, Finished, How, Job, Message, Take, train
+from nc.train.provenance import device_name
 
 
 class Trainer:
@@ -48,6 +50,7 @@ class InProcess:
 
     def __init__(self, device: torch.device, how: How, threads: int) -> None:
         self.trainer = Trainer(device, how)
+        self.device = device_name(str(device))
         self._before = torch.get_num_threads()
         torch.set_num_threads(threads)
 
@@ -114,6 +117,12 @@ class Processes:
         self._threads, self._how = threads, how
         self._devices = list(devices)
         self._workers = [_Worker(device, threads, how) for device in devices]
+
+    @property
+    def device(self) -> str:
+        """See `nc.train.engine.work.Engine`."""
+        counts = Counter(device_name(device) for device in dict.fromkeys(self._devices))
+        return ", ".join(f"{count} × {name}" if count > 1 else name for name, count in counts.items())
 
     def measure(self, shape: Shape, facts: Facts, size: int) -> float | None:
         """Training steps a second of all runs, each process with a stack of `size` at once; None: no room for it."""

@@ -66,7 +66,7 @@ def sweep(
         engine = _prepare(store, Work(left, facts, options.stack), options, device, how, console)
         try:
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-            session = store.begin_session(command, describe_machine(str(device)))
+            session = store.begin_session(command, describe_machine(engine.device))
             _Sweep(store, session, facts, console, logs).train(engine)
         except KeyboardInterrupt:
             raise InterruptError(
@@ -90,7 +90,7 @@ def _prepare(store: Store, work: Work, options: Options, device: torch.device, h
         if options.engine == "ray":
             from nc.train.engine.cluster import start_cluster
 
-            return start_cluster(options.ray_address, before["threads"], device, how)
+            return start_cluster(options.ray_address, before["threads"], device, how, before.get("per_gpu", 1))
         return local.start(workers, before["threads"], device, how)
     if options.engine == "ray":
         from nc.train.engine.cluster import choose_cluster

@@ -72,6 +72,10 @@ class How:
 class Engine(Protocol):
     """Trains stacks somewhere."""
 
+    @property
+    def device(self) -> str:
+        """What trains, by name."""
+
     def run(self, take: Take) -> Iterator[tuple[Job, Message]]:
         """Train what `take` gives until it gives nothing more; each stack ends with Finished or Failed."""
 
