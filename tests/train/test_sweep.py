@@ -130,8 +130,9 @@ def test_killed_outright_it_continues_to_the_same_results(run_sweep: Callable[..
     grid = tmp_path / "grid.toml"
     grid.write_text('optimizer = ["sgd", "adamw", "signum"]\nweight_decay = [5e-4, 5e-2]\nepochs = 40\nlr = 0.002\n')
 
-    command = [sys.executable, "-m", "nc.train", "sweep", str(grid), "--stack", "1", "--out", str(tmp_path / "cut")]
-    run_sweep(load_grid(str(grid)), tmp_path / "whole", stack=1)
+    options = ["--stack", "1", "--workers", "1", "--out", str(tmp_path / "cut")]
+    command = [sys.executable, "-m", "nc.train", "sweep", str(grid), *options]
+    run_sweep(load_grid(str(grid)), tmp_path / "whole", stack=1, workers=1)
     victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while victim.poll() is None and time.monotonic() < deadline:
