@@ -10,6 +10,7 @@ time in each process. All train the same runs (SGD, Adam and AdamW) on the same 
 the same weights. Evaluations take part in ours alone: one at the start, one at the end.
 """
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -186,7 +187,7 @@ def case(model: str, count: int, epochs: int, device: torch.device, samples: int
 
 def _much(runs: list[RunConfig]) -> list[RunConfig]:
     """The same runs with so many epochs that measuring is worth it, as in a real sweep."""
-    return [RunConfig(**{**run.as_dict(), "epochs": 10_000}) for run in runs]
+    return [dataclasses.replace(run, epochs=10_000) for run in runs]
 
 
 def check(found: dict[str, dict[str, float]], runs: list[RunConfig], data: Dataset, device: torch.device) -> None:

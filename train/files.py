@@ -30,7 +30,12 @@ def write_whole(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path.resolve()}: {error}. Every finished run is kept; make room or make the folder "
-            "writable, then give the same command again"
-        ) from None
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """What to tell the user."""
+    return UserError(
+        f"cannot write to {path.resolve()}: {error}. Every finished run is kept; make room or make the folder "
+        "writable, then give the same command again"
+    )

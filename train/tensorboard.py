@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from nc.train.config import RunConfig
 from nc.train.errors import UserError
+from nc.train.files import cannot_write
 
 if TYPE_CHECKING:
     from nc.train.loop import Evaluation
@@ -85,10 +86,7 @@ class Logs:
             with open(folder / self._name, "ab") as file:
                 file.write(buffer.getvalue())
         except OSError as error:
-            raise UserError(
-                f"cannot write to {folder.resolve()}: {error}. Every finished run is kept; make room or make the "
-                "folder writable, then give the same command again"
-            ) from None
+            raise cannot_write(folder, error) from None
 
 
 def folder_name(run: RunConfig) -> str:

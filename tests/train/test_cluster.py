@@ -16,10 +16,9 @@ from rich.console import Console
 from nc.train import cli
 from nc.train.config import RunConfig
 from nc.train.data import Dataset
-from nc.train.engine import cluster as engine
 from nc.train.engine import connect
 from nc.train.engine.choose import Choice, Work
-from nc.train.engine.cluster import start_cluster
+from nc.train.engine.cluster import Cluster
 from nc.train.engine.measure import Facts
 from nc.train.engine.options import Options
 from nc.train.engine.sweep import sweep
@@ -37,14 +36,14 @@ CPU = torch.device("cpu")
 def nodes() -> Iterator[Any]:
     """A Ray cluster of processes on this machine: a head that trains nothing, and nodes with one core each."""
     pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
+    from ray import cluster_utils
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # or what other tests take would end these workers
         patch.setenv("RAY_health_check_period_ms", "1000")  # a lost node is taken for lost after 3 s instead of 15
         patch.setenv("RAY_health_check_failure_threshold", "3")
-        nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        nodes = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
             yield nodes
         finally:
@@ -128,7 +127,7 @@ def test_a_lost_node_costs_only_its_stack(
 def test_a_node_that_joins_is_used(cluster: Any, digits: Dataset) -> None:
     cluster.remove_node(next(iter(cluster.worker_nodes)))
     jobs = iter([Job(i, (RunConfig(epochs=100_000, seed=i),)) for i in range(2)])
-    trainer = start_cluster(cluster.address, 1, CPU, how(digits))
+    trainer = Cluster(cluster.address, 1, CPU, how(digits))
     try:
         heard = set()
         for job, _ in trainer.run(lambda: next(jobs, None)):
@@ -151,8 +150,8 @@ def gpu_node(nodes: Any) -> Iterator[None]:
 
 def test_stacks_share_a_gpu(nodes: Any, gpu_node: None, digits: Dataset) -> None:
     jobs = iter([Job(i, (RunConfig(epochs=100_000, seed=i),)) for i in range(2)])
-    trainer = start_cluster(nodes.address, 1, torch.device("cuda"), how(digits), per_gpu=2)
-    trainer._device = CPU  # type: ignore[attr-defined]  # Ray counts the GPU, nobody computes on it
+    trainer = Cluster(nodes.address, 1, torch.device("cuda"), how(digits), per_gpu=2)
+    trainer._device = CPU  # Ray counts the GPU, nobody computes on it
     try:
         assert "1 GPUs" in trainer.device
         heard = set()
@@ -170,7 +169,7 @@ def test_the_machine_of_the_command_needs_no_gpu() -> None:
 
 def test_how_many_share_a_gpu_is_measured(nodes: Any, gpu_node: None, digits: Dataset) -> None:
     runs = [RunConfig(epochs=100_000, seed=seed) for seed in range(4)]
-    trainer = engine.Cluster(nodes.address, 1, torch.device("cuda"), how(digits))
+    trainer = Cluster(nodes.address, 1, torch.device("cuda"), how(digits))
     trainer._device = CPU
     try:
         choice = trainer.choose(Work(runs, {"digits": Facts.of(digits)}, 2))
@@ -192,7 +191,7 @@ def test_a_bug_in_a_task_is_shown(cluster: Any, grid: Grid, digits: Dataset, qui
 
 def test_a_cluster_without_the_device_is_refused(cluster: Any, digits: Dataset) -> None:
     with pytest.raises(UserError, match="has no GPU to train on: give another --device, or start nodes"):
-        start_cluster(cluster.address, 1, torch.device("cuda"), how(digits))
+        Cluster(cluster.address, 1, torch.device("cuda"), how(digits))
 
 
 @pytest.mark.parametrize("given", ["--ray-address", "RAY_ADDRESS"])
@@ -210,11 +209,11 @@ def test_an_address_that_does_not_answer_is_said_soon(
         with pytest.raises(
             UserError, match=rf"(no connection to a Ray cluster at|is HOST:PORT, as in .*got) {address}"
         ):
-            start_cluster(address if given == "--ray-address" else None, 1, CPU, how(digits))
+            Cluster(address if given == "--ray-address" else None, 1, CPU, how(digits))
         assert time.monotonic() - begun < 15
 
 
 def test_without_ray_the_extra_is_named(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"--engine ray needs Ray .*: pip install 'ncollapse\[ray\]'"):
-        start_cluster(None, 1, CPU, how(digits))
+        Cluster(None, 1, CPU, how(digits))

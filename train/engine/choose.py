@@ -100,8 +100,7 @@ class Work:
         """What all training steps take at these rates; infinite where one is missing."""
         total = 0.0
         for shape, own in self.shapes.items():
-            samples = self.facts[shape.data].samples
-            samples = min(samples, shape.limit or samples)
+            samples = self.facts[shape.data].samples_of(shape)
             steps = sum(run.epochs * run.steps_per_epoch(samples) for run in own)
             total += steps / rates[shape] if rates.get(shape) else math.inf
         return total

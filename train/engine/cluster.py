@@ -46,7 +46,7 @@ def choose_cluster(work: Work, ray_address: str | None, device: torch.device, ho
         device: "cpu" for the cluster's cores, "cuda" for its GPUs.
 
     Raises:
-        UserError: see `start_cluster`.
+        UserError: see `Cluster`.
     """
     engine = Cluster(ray_address, _THREADS, device, how)
     try:
@@ -56,21 +56,15 @@ def choose_cluster(work: Work, ray_address: str | None, device: torch.device, ho
         raise
 
 
-def start_cluster(ray_address: str | None, threads: int, device: torch.device, how: How, per_gpu: int = 1) -> Engine:
-    """The engine alone, for stacks that are planned already; see `choose_cluster`.
+class Cluster:
+    """Trains stacks as tasks on a Ray cluster: one on `threads` cores each, or `per_gpu` on each GPU.
 
     Args:
-        threads: of each stack.
-        per_gpu: stacks that share a GPU.
+        ray_address, device: see `choose_cluster`.
 
     Raises:
         UserError: Ray is not installed, the cluster does not answer, or it has nothing of the kind of `device`.
     """
-    return Cluster(ray_address, threads, device, how, per_gpu)
-
-
-class Cluster:
-    """Trains stacks as tasks on a Ray cluster: one on `threads` cores each, or `per_gpu` on each GPU."""
 
     def __init__(self, ray_address: str | None, threads: int, device: torch.device, how: How, per_gpu: int = 1) -> None:
         self._ray = connect(ray_address)

@@ -35,6 +35,10 @@ class Facts:
         """The facts of a data set."""
         return Facts(data.channels, data.size, len(data.classes), len(data.train_y), data.fingerprint)
 
+    def samples_of(self, shape: Shape) -> int:
+        """Training samples that the runs of a shape use."""
+        return min(self.samples, shape.limit or self.samples)
+
 
 def measure(shape: Shape, facts: Facts, size: int, device: torch.device, *, quick: bool = False) -> float | None:
     """Training steps a second of all runs together, in a stack of `size` runs; None where it does not fit in memory.

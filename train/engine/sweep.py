@@ -13,7 +13,7 @@ from rich.console import Console
 from nc.train.config import RunConfig
 from nc.train.data import Dataset
 from nc.train.engine import local
-from nc.train.engine.choose import Work
+from nc.train.engine.choose import Choice, Work
 from nc.train.engine.measure import Facts
 from nc.train.engine.options import Options
 from nc.train.engine.plan import Shape, plan
@@ -86,12 +86,13 @@ def _prepare(store: Store, work: Work, options: Options, device: torch.device, h
     """
     before = store.engine()
     if before and options.stack in ("auto", before["stack"]) and options.engine == before["engine"]:
-        workers = before["workers"] if options.workers == "auto" else options.workers
+        known = Choice.from_dict(before)
         if options.engine == "ray":
-            from nc.train.engine.cluster import start_cluster
+            from nc.train.engine.cluster import Cluster
 
-            return start_cluster(options.ray_address, before["threads"], device, how, before.get("per_gpu", 1))
-        return local.start(workers, before["threads"], device, how)
+            return Cluster(options.ray_address, known.threads, device, how, known.per_gpu)
+        workers = known.workers if options.workers == "auto" else options.workers
+        return local.start(workers, known.threads, device, how)
     if options.engine == "ray":
         from nc.train.engine.cluster import choose_cluster
 
@@ -154,8 +155,7 @@ class _Sweep:
 
     def _begin(self, stack: PlannedStack, content: bytes | None) -> Job:
         shape = Shape.of(stack.runs[0])
-        samples = self._facts[shape.data].samples
-        samples = min(samples, shape.limit or samples)
+        samples = self._facts[shape.data].samples_of(shape)
         epoch = self._store.begin(stack, self._session, samples, resume=content is not None)
         self._stacks[stack.id] = stack
         self._bar.resume(stack, epoch)
