@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench gpu format clean
+.PHONY: demo test check bench gpu gpu-table format clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed  ## six optimizers on scikit-learn's digits: table, figures, report
@@ -32,6 +32,10 @@ bench: $(VENV)/.installed-dev  ## time the demo, sweeps, the optimizers and the 
 
 gpu: $(VENV)/.installed-dev  ## on a machine with a CUDA GPU: its tests, tuning and benchmarks, in ten minutes
 	$(BIN)/python bench/gpu.py
+
+MINUTES ?= 25
+gpu-table: $(VENV)/.installed-dev  ## on a machine with a CUDA GPU and Fashion-MNIST: a step of the CNNs, and the paper's table
+	$(BIN)/python -m bench.gpu_table --minutes $(MINUTES) $(if $(DATA),--data-dir $(DATA))
 
 format: $(VENV)/.installed-dev  ## put the code in the project's format
 	$(BIN)/ruff format .

@@ -35,4 +35,4 @@ def test_demo(benchmark: Any, tmp_path: Path) -> None:
     benchmark.extra_info["nc0_start"] = float(start)
     recorded = table.reset_index().drop(columns="run").astype(object)
     benchmark.extra_info["table"] = recorded.where(recorded.notna(), None).to_dict("records")  # JSON has no NaN
-    shutil.copy(out / "nc0-mlp-digits.png", FIGURE)
+    shutil.copy(out / "figures" / "nc0-mlp-digits.png", FIGURE)

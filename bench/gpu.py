@@ -3,8 +3,8 @@
 make gpu                                        in a checkout
 python bench/gpu.py --out DIR --minutes 9       on a bare machine with PyTorch, Triton and pytest, nothing installed
 
-What fails is recorded and does not stop the rest. DIR takes gpu.json, stats-cuda.json, sweep-cuda.json,
-update-tuning.json and optim-cuda.json; with --logs another folder takes everything that was printed.
+What fails is recorded and does not stop the rest. DIR takes gpu.json, stats-cuda.json, norm-cuda.json, cnn-cuda.json,
+sweep-cuda.json, update-tuning.json and optim-cuda.json; with --logs another folder takes everything that was printed.
 """
 
 import argparse
@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 STEPS = {
     "tests": (0.40, "-m pytest tests/gpu -q -p no:cacheprovider --durations=5"),
     "statistics": (0.30, "-m bench.bench_stats --device cuda --minutes {minutes} --seconds 1 --out {out}"),
+    "batch norm": (0.25, "-m bench.bench_norm --minutes {minutes} --out {out}"),
+    "cnn": (0.40, "-m bench.bench_cnn --device cuda --minutes {minutes} --seconds 5 --out {out}"),
     "sweep": (0.40, "-m bench.bench_sweep --device cuda --minutes {minutes} --seconds 10 --out {out}"),
     "tuning": (0.40, "-m bench.tune_update --minutes {minutes} --out {out}"),
     "benchmark": (1.0, "-m bench.bench_optim --device cuda --minutes {minutes} --seconds 2 --out {out}"),

@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nc.train.results import load_metrics, load_runs
+    from nc.train.results import load_layers, load_metrics, load_runs
 
-__all__ = ["load_metrics", "load_runs"]
+__all__ = ["load_layers", "load_metrics", "load_runs"]
 
 
 def __getattr__(name: str) -> Any:

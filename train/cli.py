@@ -17,6 +17,7 @@ from nc.train.config import DESCRIPTIONS, FIELDS, make_run
 from nc.train.engine.options import Keeping, Options, Place, told
 from nc.train.errors import InterruptError, UserError
 from nc.train.report.selection import Selection
+from nc.train.theory import Setting
 
 if TYPE_CHECKING:
     from nc.train.grid import Grid
@@ -35,16 +36,16 @@ class Demo(Place, Options, Selection):
 
 
 def _settings(name: str, several: bool) -> Any:
-    """A class with an argument for each field of `RunConfig`: one value with the field's default, or several.
+    """A class with an argument for each field of `RunConfig`, one value or several; None where it is not given.
 
     Types alone are checked here, values later, by `make_run`, whose messages name the grid and the key.
     """
 
     def field(f: dataclasses.Field[Any]) -> tuple[str, Any, Any]:
-        kind = tuple[f.type, ...] | None if several else f.type  # type: ignore[name-defined]
-        hint = "(default: the grid's)" if several else "" if f.default is None else None
-        about = tyro.conf.arg(help=DESCRIPTIONS[f.name], help_behavior_hint=hint)
-        return f.name, Annotated[kind, about], None if several else f.default
+        kind = tuple[f.type, ...] if several else f.type  # type: ignore[name-defined]
+        own = "" if f.default is None else f"(default: {f.default})"
+        about = tyro.conf.arg(help=DESCRIPTIONS[f.name], help_behavior_hint="(default: the grid's)" if several else own)
+        return f.name, Annotated[kind | None, about], None
 
     return dataclasses.make_dataclass(name, [field(f) for f in FIELDS], kw_only=True, frozen=True)
 
@@ -57,14 +58,17 @@ _Axes = _settings("axes", several=True)
 class Run(Place, Keeping):
     """Train one run and show its metrics."""
 
+    preset: Annotated[str | None, told] = None
+    """A preset (paper), or a grid's file, whose settings for a single run stand in for the defaults below."""
     settings: _Settings = dataclasses.field(default_factory=_Settings)  # type: ignore[valid-type]
     """The run's settings."""
 
     def main(self, console: Console) -> None:
-        from nc.train.grid import Grid
+        from nc.train.grid import Grid, run_settings
         from nc.train.report.run import print_run
 
-        run = make_run({**vars(self.settings)}, "run")
+        given = {name: value for name, value in vars(self.settings).items() if value is not None}
+        run = make_run(given if self.preset is None else run_settings(self.preset, given), "run")
         grid = Grid(f"{run.model}-{run.data}-{run.optimizer}-{run.id}", (run,))
         options = Options(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Keeping)})
         out = _train(grid, self, options, console)
@@ -76,7 +80,8 @@ class Sweep(Place, Options, Selection):
     """Train every run of a grid; the same command continues where it was stopped."""
 
     grid: tyro.conf.Positional[str]
-    """A TOML file, or a preset: demo, coupling, paper."""
+    """A TOML file, or a preset: demo, coupling; paper, paper-table, paper-coupling, paper-momentum; lion, muon, layers,
+    architectures."""
     axes: _Axes = dataclasses.field(default_factory=_Axes)  # type: ignore[valid-type]
     """Values in the place of the grid's."""
 
@@ -130,6 +135,19 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Theory(Setting):
+    """NC0 under every optimizer in the unconstrained features model: simulated, and as theory predicts it."""
+
+    out: Path = Path("results/theory")
+    """Folder for the figure, theory.png and theory.svg."""
+
+    def main(self, console: Console) -> None:
+        from nc.train.theory import print_theory
+
+        print_theory(self, self.out, console)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Doctor:
     """What this machine has: torch, Triton, GPU, data sets; what will be fast and what falls back."""
 
@@ -158,7 +176,7 @@ def main(args: list[str] | None = None) -> None:
     console = Console()
     try:
         command = tyro.cli(
-            Demo | Run | Sweep | Status | Report | Export | Doctor,
+            Demo | Run | Sweep | Status | Report | Export | Theory | Doctor,
             prog="ncollapse",
             description="Which optimizers drive a classifier into neural collapse, and why.",
             args=args,

@@ -27,6 +27,11 @@ METRICS: dict[str, str] = {
     "degenerate": "1 where features or W have vanished, so that NC1–NC3 are undefined",
 }
 
+#: Those that any layer has, of its output; maps and tokens are averaged over space.
+LAYER_METRICS: tuple[str, ...] = (
+    "nc1", "nc1_trace_ratio", "nc1_cdnv", "nc2", "nc2_equinorm", "nc2_equiangularity",
+)  # fmt: skip
+
 #: Of a run, beside its settings and its metrics.
 _RUN = {
     "id": "12 hexadecimal digits: the hash of the settings",
@@ -57,6 +62,18 @@ def epoch_columns() -> dict[str, str]:
     return {"run": _RUN["id"], "epoch": "epochs trained so far; 0 is before the first step"} | METRICS
 
 
+def layer_columns() -> dict[str, str]:
+    """Column -> meaning, of one row per run, evaluated epoch and block, of runs with `layers` = "all"."""
+    place = {
+        "position": "place of the block in the network, from 0 at the images",
+        "layer": "name of the block, as the model's modules are named",
+    }
+    about = {
+        name: f"{METRICS[name]}; of the block's output, maps and tokens averaged over space" for name in LAYER_METRICS
+    }
+    return {name: epoch_columns()[name] for name in ("run", "epoch")} | place | about
+
+
 def run_dtypes() -> dict[str, str]:
     """Column -> dtype in pandas, of one row per run; the same whatever is missing."""
     settings = {name: _DTYPES[type(value)] for name, value in RunConfig().as_dict().items()}
@@ -68,3 +85,9 @@ def run_dtypes() -> dict[str, str]:
 def epoch_dtypes() -> dict[str, str]:
     """Column -> dtype in pandas, of one row per run and evaluated epoch."""
     return {"run": "string", "epoch": "int64"} | dict.fromkeys(METRICS, "float64")
+
+
+def layer_dtypes() -> dict[str, str]:
+    """Column -> dtype in pandas, of one row per run, evaluated epoch and block."""
+    names = {"run": "string", "epoch": "int64", "position": "int64", "layer": "string"}
+    return names | dict.fromkeys(LAYER_METRICS, "float64")

@@ -12,10 +12,17 @@ from pydantic.dataclasses import dataclass
 
 from nc.train.errors import UserError
 
-Model = Literal["mlp", "cnn", "resnet9", "vgg9"]
+Model = Literal["mlp", "cnn", "resnet9", "vgg9", "vit", "densenet"]
 Data = Literal["digits", "mnist", "fashion-mnist", "cifar10", "imagefolder"]
-Optimizer = Literal["sgd", "sgdw", "signum", "signumw", "adam", "adamw"]
+Optimizer = Literal["sgd", "sgdw", "signum", "signumw", "adam", "adamw", "lion", "lionw", "muon", "muonw"]
 OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
+#: Those that arXiv 2602.16642 compares.
+PAPER_OPTIMIZERS = OPTIMIZERS[:6]
+Precision = Literal["fp32", "tf32", "bf16"]
+Augment = Literal["none", "flip", "crop", "flip-crop"]
+Layers = Literal["head", "all"]
+#: Models whose runs do not train as one program: of layers that have no form for many runs in `nc.train.layers`.
+ALONE = ("vit", "densenet")
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -29,22 +36,25 @@ class RunConfig:
 
     model: Model = "mlp"
     """The network."""
+    width: Count | None = None
+    """Its width; by default its own: the channels of the first convolution (resnet9, vgg9: 64, cnn: 16), the hidden
+    units of an mlp (64), a vit's tokens (192), the growth rate of a densenet (12)."""
     data: Data = "digits"
     """The data set; imagefolder reads train/CLASS/* and test/CLASS/* under the data folder."""
     optimizer: Optimizer = "sgd"
-    """The update rule; the names ending in w decouple the weight decay."""
+    """The update rule; the names ending in w decouple the weight decay, as Lion and Muon were published."""
     lr: Positive = 0.1
     """Learning rate η before its drops."""
     momentum: BelowOne = 0.9
-    """β of SGD and Signum, β₁ of Adam."""
+    """β of SGD, Signum and Muon, β₁ of Adam and Lion."""
     weight_decay: NonNegative = 5e-4
     """Weight decay λ."""
     coupling: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of the decay added to the gradient; by default 1 for sgd, signum, adam and 0 for sgdw, signumw, adamw."""
+    """Share of the decay added to the gradient; by default 1, and 0 for the names ending in w."""
     beta2: BelowOne = 0.999
-    """β₂ of Adam."""
+    """β₂ of Adam and Lion, and of the Adam that updates the vectors of a model under Muon."""
     eps: NonNegative = 1e-8
-    """ε of Adam."""
+    """ε of Adam, also under Muon."""
     epochs: Count = 200
     """Passes over the training data."""
     batch_size: Count = 128
@@ -57,6 +67,13 @@ class RunConfig:
     """Seed of the initial weights and the order of the samples."""
     limit: Count | None = None
     """Train on the first LIMIT samples only."""
+    precision: Precision = "fp32"
+    """fp32; tf32: products of rounded factors, on GPUs that have them; bf16: maps and products in bfloat16, weights,
+    their updates and the last layer in float32."""
+    augment: Augment = "none"
+    """Flips of half of the images, crops after padding by 4, drawn anew for each epoch."""
+    layers: Layers = "head"
+    """Whose NC1 and NC2 to measure: of the last layer's input alone, or also of the output of every block."""
     eval_every: Count = 5
     """Epochs between evaluations; the start and the last epoch are always evaluated."""
 
@@ -66,7 +83,7 @@ class RunConfig:
 
     @property
     def family(self) -> str:
-        """The update rule whatever its coupling: sgd, signum or adam."""
+        """The update rule whatever its coupling: sgd, signum, adam, lion or muon."""
         return self.optimizer.removesuffix("w")
 
     @property

@@ -16,6 +16,21 @@ from nc.train.errors import UserError
 DATA_SETS: tuple[str, ...] = get_args(Data)
 #: data set name -> class in torchvision.datasets
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+#: MD5 of the published files, unpacked: torchvision looks at those of its downloads and of CIFAR-10 alone.
+_MD5 = {
+    "mnist": {
+        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    },
+    "fashion-mnist": {
+        "train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+        "t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+        "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +64,11 @@ class Dataset:
             return self
         return dataclasses.replace(self, train_x=self.train_x[:limit], train_y=self.train_y[:limit])
 
+    def to(self, device: torch.device) -> "Dataset":
+        """The same on a device."""
+        parts = {name: getattr(self, name).to(device) for name in ("train_x", "train_y", "val_x", "val_y")}
+        return dataclasses.replace(self, **parts)
+
 
 def data_folder(data_dir: Path | None) -> Path:
     """Where data sets lie: the argument, else $NCOLLAPSE_DATA, else ./data."""
@@ -56,14 +76,37 @@ def data_folder(data_dir: Path | None) -> Path:
 
 
 def find(name: str, folder: Path) -> str:
-    """Whether a data set is there, in words; nothing is loaded."""
+    """Whether a data set is there and whole, in words."""
     if name == "digits":
         return "comes with scikit-learn"
     if name == "imagefolder":
         parts = [split for split in ("train", "test") if (folder / split).is_dir()]
         return "train/ and test/ are there" if len(parts) == 2 else "no train/ and test/ in the data folder"
-    inside = {"cifar10": "cifar-10-batches-py"}.get(name, f"{_TORCHVISION[name]}/raw")
-    return "there" if (folder / inside).is_dir() else "missing; use --data-dir or --download"
+    files = _files(name, folder)
+    if not all(path.is_file() for path in files):
+        return "missing; use --data-dir or --download"
+    bad = _corrupt(files)
+    return f"corrupt: {', '.join(str(path) for path in bad)}" if bad else "there, checksums right"
+
+
+def _files(name: str, folder: Path) -> dict[Path, str]:
+    """The files of a torchvision data set and their MD5."""
+    if name in _MD5:
+        return {folder / _TORCHVISION[name] / "raw" / file: md5 for file, md5 in _MD5[name].items()}
+    from torchvision.datasets import CIFAR10
+
+    return {folder / CIFAR10.base_folder / file: md5 for file, md5 in CIFAR10.train_list + CIFAR10.test_list}
+
+
+def _corrupt(files: dict[Path, str]) -> list[Path]:
+    """Those that are there and are not what was published."""
+    bad = []
+    for path, md5 in files.items():
+        if path.is_file():
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "md5").hexdigest() != md5:
+                    bad.append(path)
+    return bad
 
 
 def load(name: str, device: torch.device, *, data_dir: Path | None, download: bool) -> Dataset:
@@ -76,7 +119,7 @@ def load(name: str, device: torch.device, *, data_dir: Path | None, download: bo
         download: let torchvision download what is missing.
 
     Raises:
-        UserError: data that is missing, unreadable, or not images of one size.
+        UserError: data that is missing, corrupt, unreadable, or not images of one size.
     """
     folder = data_folder(data_dir)
     if name == "digits":
@@ -124,6 +167,11 @@ def _torchvision(name: str, folder: Path, download: bool) -> Raw:
     import torchvision
 
     source = getattr(torchvision.datasets, _TORCHVISION[name])
+    if bad := _corrupt(_files(name, folder)):
+        raise UserError(
+            f"data set {name}: {', '.join(str(path) for path in bad)} is corrupt: the MD5 is not that of the published "
+            "file; delete it, then put it there again or let it be fetched with --download"
+        )
     try:
         sets = [source(root=folder, train=train, download=download) for train in (True, False)]
     except RuntimeError as error:

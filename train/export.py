@@ -4,10 +4,10 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nc.train.columns import epoch_columns, run_columns
+from nc.train.columns import epoch_columns, layer_columns, run_columns
 from nc.train.errors import UserError
 from nc.train.files import write_whole
-from nc.train.results import load_metrics, load_runs
+from nc.train.results import load_layers, load_metrics, load_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,9 +18,11 @@ Format = Literal["parquet", "csv"]
 def export(folder: Path, format: Format, out: Path | None = None) -> list[Path]:
     """Write `runs` (a row per run), `epochs` (a row per run and evaluated epoch) and `columns.csv` (what they mean).
 
+    Where runs have `layers` = "all" also `layers` (a row per run, evaluated epoch and block).
+
     Args:
         folder: a results folder, finished or not.
-        format: of the two tables. Missing values are null in parquet, empty in csv.
+        format: of the tables. Missing values are null in parquet, empty in csv.
         out: folder for the files, made if missing; by default `export` in the results folder.
 
     Returns:
@@ -33,16 +35,13 @@ def export(folder: Path, format: Format, out: Path | None = None) -> list[Path]:
     import pandas as pd
 
     encode = _parquet if format == "parquet" else _csv
-    columns = [
-        (table, name, meaning)
-        for table, meanings in (("runs", run_columns()), ("epochs", epoch_columns()))
-        for name, meaning in meanings.items()
-    ]
-    contents = {
-        f"runs.{format}": encode(load_runs(folder)),
-        f"epochs.{format}": encode(load_metrics(folder)),
-        "columns.csv": _csv(pd.DataFrame(columns, columns=["table", "column", "meaning"])),
-    }
+    tables = {"runs": (load_runs(folder), run_columns()), "epochs": (load_metrics(folder), epoch_columns())}
+    layers = load_layers(folder)
+    if len(layers):
+        tables["layers"] = (layers, layer_columns())
+    columns = [(table, name, meaning) for table, (_, meanings) in tables.items() for name, meaning in meanings.items()]
+    contents = {f"{table}.{format}": encode(frame) for table, (frame, _) in tables.items()}
+    contents["columns.csv"] = _csv(pd.DataFrame(columns, columns=["table", "column", "meaning"]))
     paths = {(out or folder / "export") / name: content for name, content in contents.items()}
     for path, content in paths.items():
         write_whole(path, content)

@@ -13,6 +13,12 @@
     optimizer = ["adam", "adamw"]
     lr = [1e-3, 3e-3]
 
+    [run]                             # what a single run of it has (`ncollapse run --preset`), instead of the lists
+    weight_decay = 5e-4
+
+    [run.adam]                        # and of one optimizer
+    lr = 1e-3
+
 The keys are the fields of `RunConfig`. Without a `[[grid]]` table the top level itself is the product.
 """
 
@@ -27,7 +33,7 @@ from typing import Any
 from nc.train.config import FIELDS, RunConfig, make_run, unknown_key
 from nc.train.errors import UserError
 
-_TOP_LEVEL = ("name", "description", "grid")
+_TOP_LEVEL = ("name", "description", "grid", "run")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,35 @@ def load_grid(source: str, overrides: dict[str, list[Any]] | None = None) -> Gri
     Raises:
         UserError: unreadable file, bad TOML, unknown keys, values out of range, an empty axis, duplicate runs.
     """
+    tree, where = _read(source)
+    return parse_grid(tree, where, overrides or {})
+
+
+def run_settings(source: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a single run of a grid: its values that are no lists, then `[run]`, then those given.
+
+    Args:
+        source: as for `load_grid`.
+        given: settings by name.
+
+    Raises:
+        UserError: see `load_grid`; a grid without `[run]`.
+    """
+    tree, where = _read(source)
+    own = tree.get("run")
+    if not isinstance(own, dict):
+        with_run = ", ".join(name for name, text in sorted(presets().items()) if "run" in tomllib.loads(text))
+        raise UserError(
+            f"{where} does not say what a single run of it is: it has no [run]; presets that do: {with_run}"
+        )
+    shared = {key: value for key, value in tree.items() if key not in _TOP_LEVEL and not isinstance(value, list)}
+    mine = {key: value for key, value in own.items() if not isinstance(value, dict)}
+    optimizer = given.get("optimizer") or mine.get("optimizer") or shared.get("optimizer") or RunConfig().optimizer
+    return {**shared, **mine, **own.get(optimizer, {}), **given}
+
+
+def _read(source: str) -> tuple[dict[str, Any], str]:
+    """The TOML tree of a file or a preset, and what to call it."""
     known = presets()
     if source in known:
         where, text = f"preset {source}", known[source]
@@ -75,10 +110,9 @@ def load_grid(source: str, overrides: dict[str, list[Any]] | None = None) -> Gri
                 f"cannot read the grid {source!r}: {error}; it is neither a file nor a preset ({names})"
             ) from None
     try:
-        tree = tomllib.loads(text)
+        return tomllib.loads(text), where
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{where}: not valid TOML: {error}") from None
-    return parse_grid(tree, where, overrides or {})
 
 
 def parse_grid(tree: dict[str, Any], where: str, overrides: dict[str, list[Any]]) -> Grid:

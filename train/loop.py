@@ -4,23 +4,26 @@ import dataclasses
 import io
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from nc.train.augment import PAD, draw
 from nc.train.config import RunConfig
 from nc.train.data import Dataset
 from nc.train.errors import UserError
-from nc.train.evaluate import evaluate
-from nc.train.models import MIN_SIZE, build
+from nc.train.evaluate import Values, evaluate
+from nc.train.models import MIN_SIZE, MULTIPLE, build
+from nc.train.precision import arithmetic
 from nc.train.stack import Stack, make_optimizer
 from nc.train.step import Step
 
 #: Runs that have ended are taken out of the stack when no more than this share of it is left: on a GPU that means a new
 #: CUDA graph.
 _LEFT = 0.75
-_FORMAT = 1
+_FORMAT = 2
 
 
 class CheckpointError(UserError):
@@ -43,6 +46,7 @@ class Evaluation:
     Attributes:
         rows: the runs that were evaluated, as indices into the runs of the training.
         values: metric name -> one value for each of `rows`.
+        layers: block -> the same of its output, in the order of the blocks; empty if not asked for.
         ended: run -> how it ended; such runs are not trained further.
         weights: run -> what `torch.save` writes of {"config": settings, "state_dict": final weights}, for those that
             ended and if asked for.
@@ -50,7 +54,8 @@ class Evaluation:
 
     epoch: int
     rows: tuple[int, ...]
-    values: dict[str, list[float]]
+    values: Values
+    layers: dict[str, Values]
     ended: dict[int, Ended]
     weights: dict[int, bytes]
 
@@ -58,7 +63,7 @@ class Evaluation:
 class Training:
     """Runs that train as one program; an iterator over their `Evaluation`s, and the number of each epoch that ends.
 
-    The runs share model, data, `limit` and `batch_size`; all else may differ. A run's numbers are those that it has
+    The runs are of one `Shape` (`nc.train.engine.plan`); all else may differ. A run's numbers are those that it has
     when trained alone, but for the rounding of sums taken in another order: nothing flows between runs. Runs of one
     seed start from the same weights and see the same batches. A run that has ended, or diverged, is not trained
     further.
@@ -72,7 +77,8 @@ class Training:
         keep_weights: have evaluations hold the final weights of the runs that end.
 
     Raises:
-        UserError: images too small for the model, training samples of one class only, a checkpoint of other runs.
+        UserError: images that the model or the augmentation cannot take, training samples of one class only, a
+            checkpoint of other runs.
     """
 
     def __init__(
@@ -87,11 +93,7 @@ class Training:
         config = runs[0]
         self.runs = list(runs)
         self.data = data = data.limited(config.limit)
-        if data.size < MIN_SIZE[config.model]:
-            raise UserError(
-                f"model {config.model} needs images of at least {MIN_SIZE[config.model]} pixels a side; "
-                f"data set {config.data} has {data.size}"
-            )
+        _check_size(config, data.size)
         if len(data.train_y.unique()) < 2:
             raise UserError(f"the {len(data.train_y)} training samples are all of one class; give a larger --limit")
         self._device, self._keep_weights = device, keep_weights
@@ -101,7 +103,8 @@ class Training:
         self._seconds = [0.0] * len(runs)
         seeds = {run.seed for run in runs}
         self._orders = {seed: torch.Generator().manual_seed(seed) for seed in sorted(seeds)}
-        models = {s: build(config.model, data.channels, data.size, len(data.classes), s) for s in seeds}
+        kind = (config.model, data.channels, data.size, len(data.classes))
+        models = {seed: build(*kind, seed, config.width) for seed in seeds}
         self._take(Stack.of([models[run.seed] for run in runs], device))
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -145,22 +148,30 @@ class Training:
             self._optimizer.load_state_dict({"state": own_state, "param_groups": groups})
         self._lr = self._optimizer.param_groups[0]["lr"]
         self._base_lr = self._lr.clone()
-        self._step = Step(stack, self._optimizer, self.data)
+        self._step = Step(stack, self._optimizer, self.data, self.runs[0].augment)
 
     def _train_epoch(self) -> None:
         own = [self.runs[i] for i in self._rows]
         factors = [run.lr_factor(self.epoch) for run in own]
         # In place: CUDA graphs read it there.
         self._lr.copy_(self._base_lr * torch.tensor(factors, dtype=torch.float64, device=self._device))
-        orders = {s: torch.randperm(len(self.data.train_y), generator=g) for s, g in self._orders.items()}
-        seeds = [run.seed for run in own]
-        order = orders[seeds[0]] if len(set(seeds)) == 1 else torch.stack([orders[seed] for seed in seeds])
-        for batch in order.to(self._device).split(own[0].batch_size, dim=-1):
-            self._step(batch)
+        samples, augment, size = len(self.data.train_y), own[0].augment, own[0].batch_size
+        orders = {seed: torch.randperm(samples, generator=g) for seed, g in self._orders.items()}
+        drawn = {seed: draw(augment, samples, g) for seed, g in self._orders.items()}
+        batches = _of_runs(orders, own).to(self._device).split(size, dim=-1)
+        # Views are drawn for places in the order, so that they are cut as it is.
+        views: Sequence[Tensor | None] = [None] * len(batches)
+        if augment != "none":
+            views = _of_runs(drawn, own).to(self._device).split(size, dim=-2)
+        with arithmetic(own[0].precision):
+            for batch, seen in zip(batches, views, strict=True):
+                self._step(batch, seen)
 
     def _evaluate(self, started: float) -> Evaluation:
         """Measure; the time since `started` counts for the runs, those that end now included."""
-        values = evaluate(self._stack, self.data)  # waits for the device
+        first = self.runs[0]
+        with arithmetic(first.precision):
+            values, layers = evaluate(self._stack, self.data, layers=first.layers == "all")  # waits for the device
         self._spend(started)
         rows, ended = [], {}
         for place, i in enumerate(self._rows):
@@ -175,8 +186,12 @@ class Training:
         weights = {i: self._weights(i) for i in ended} if self._keep_weights else {}
         self._over |= ended.keys()
         self._shrink()
-        taken = {name: [each[place] for place in places] for name, each in values.items()}
-        return Evaluation(self.epoch, tuple(rows), taken, ended, weights)
+
+        def taken(values: Values) -> Values:
+            return {name: [each[place] for place in places] for name, each in values.items()}
+
+        of_layers = {name: taken(each) for name, each in layers.items()}
+        return Evaluation(self.epoch, tuple(rows), taken(values), of_layers, ended, weights)
 
     def _weights(self, i: int) -> bytes:
         state = self._stack.state_dict(self._rows.index(i))
@@ -221,6 +236,24 @@ class Training:
         for seed, generator in self._orders.items():
             generator.set_state(content["orders"][seed].cpu())
         self._take(self._stack.with_tensors(content["tensors"]), content["optimizer"])
+
+
+def _check_size(config: RunConfig, size: int) -> None:
+    """Raise UserError for images that the model or the augmentation cannot take."""
+    least, multiple = MIN_SIZE[config.model], MULTIPLE.get(config.model, 1)
+    has = f"data set {config.data} has {size}"
+    if size < least:
+        raise UserError(f"model {config.model} needs images of at least {least} pixels a side; {has}")
+    if size % multiple:
+        raise UserError(f"model {config.model} needs images whose side is a multiple of {multiple} pixels; {has}")
+    if "crop" in config.augment and size <= PAD:
+        raise UserError(f"augment {config.augment} mirrors {PAD} pixels at the edges: images must be larger; {has}")
+
+
+def _of_runs(by_seed: Mapping[int, Any], runs: Sequence[RunConfig]) -> Tensor:
+    """What was drawn for each seed, for all runs: as it is if they have one seed, else stacked `[R, …]`."""
+    seeds = [run.seed for run in runs]
+    return by_seed[seeds[0]] if len(set(seeds)) == 1 else torch.stack([by_seed[seed] for seed in seeds])
 
 
 def _saved(content: dict[str, Any]) -> bytes:

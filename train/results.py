@@ -5,7 +5,15 @@ import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nc.train.columns import METRICS, epoch_columns, epoch_dtypes, run_columns, run_dtypes
+from nc.train.columns import (
+    METRICS,
+    epoch_columns,
+    epoch_dtypes,
+    layer_columns,
+    layer_dtypes,
+    run_columns,
+    run_dtypes,
+)
 from nc.train.errors import UserError
 from nc.train.schema import FILE, check_version, connect
 
@@ -36,6 +44,15 @@ def load_metrics(folder: Path | str) -> "pd.DataFrame":
     """
     frame = query(folder, "SELECT * FROM metrics ORDER BY run, epoch")
     return frame[list(epoch_columns())].astype(epoch_dtypes())
+
+
+def load_layers(folder: Path | str) -> "pd.DataFrame":
+    """One row per run, evaluated epoch and block, of the runs with `layers` = "all"; NaN where a metric is undefined.
+
+    The columns are those of `nc.train.columns.layer_columns`, each with the same dtype whatever is missing.
+    """
+    frame = query(folder, "SELECT * FROM layers ORDER BY run, epoch, position")
+    return frame[list(layer_columns())].astype(layer_dtypes())
 
 
 def load_sessions(folder: Path | str) -> list[dict[str, Any]]:

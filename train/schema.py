@@ -1,9 +1,10 @@
 """The format of a results folder's database.
 
 Tables: `runs`, one row per run of the grid with its settings and status; `metrics`, one row per run and evaluated
-epoch; `stacks`, the runs that train as one program, with how far they are; `sessions`, one row per start of a sweep
-with command, versions, commit and device; `meta`. A run's status is pending or running until it ends as done, diverged
-(NaN or inf) or degenerate (features or weights have vanished).
+epoch; `layers`, the same for each block of those that ask for it; `stacks`, the runs that train as one program, with
+how far they are; `sessions`, one row per start of a sweep with command, versions, commit and device; `meta`. A run's
+status is pending or running until it ends as done, diverged (NaN or inf) or degenerate (features or weights have
+vanished).
 """
 
 import math
@@ -11,12 +12,12 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
-from nc.train.columns import METRICS
+from nc.train.columns import LAYER_METRICS, METRICS
 from nc.train.config import FIELDS
 from nc.train.errors import UserError
 
 FILE = "runs.sqlite"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 FINISHED = ("done", "diverged", "degenerate")
 ENDED = ", ".join(f"'{status}'" for status in FINISHED)
@@ -39,6 +40,11 @@ CREATE TABLE runs (
 CREATE TABLE metrics (
     run TEXT NOT NULL REFERENCES runs, epoch INTEGER NOT NULL, {", ".join(f"{name} REAL" for name in METRICS)},
     PRIMARY KEY (run, epoch)
+) WITHOUT ROWID;
+CREATE TABLE layers (
+    run TEXT NOT NULL REFERENCES runs, epoch INTEGER NOT NULL, position INTEGER NOT NULL, layer TEXT NOT NULL,
+    {", ".join(f"{name} REAL" for name in LAYER_METRICS)},
+    PRIMARY KEY (run, epoch, position)
 ) WITHOUT ROWID;
 PRAGMA user_version = {SCHEMA_VERSION};
 """

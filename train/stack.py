@@ -1,6 +1,6 @@
 """R runs as one program: the parameters of a model stacked as `[R, …]`, one forward and backward for all."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from nc import optim
 from nc.train.config import RunConfig
 from nc.train.layers import Batch, State, forward
 from nc.train.models import Classifier
+from nc.train.precision import compute_dtype
 
 
 class Stack:
@@ -17,12 +18,16 @@ class Stack:
     Args:
         module: the architecture; its own weights play no part.
         params, buffers: by name as in the module, `[R, …]`.
+
+    Attributes:
+        copies: by name, what stands for a parameter in the forward pass: its bfloat16 copy.
     """
 
     def __init__(self, module: Classifier, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         self._module = module
-        self.params = {name: value.detach().requires_grad_() for name, value in params.items()}
+        self.params = {name: _laid_out(value.detach()).requires_grad_() for name, value in params.items()}
         self.buffers = dict(buffers)
+        self.copies: dict[str, Tensor] = {}
 
     @classmethod
     def of(cls, models: Sequence[Classifier], device: torch.device) -> "Stack":
@@ -44,13 +49,23 @@ class Stack:
         """The heads' weights `[R, K, d]`."""
         return self.params["fc.weight"].detach()
 
-    def __call__(self, images: Tensor, *, train: bool) -> tuple[Tensor, Tensor]:
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The modules whose outputs `seen` takes."""
+        return self._module.blocks
+
+    def __call__(self, images: Tensor, *, train: bool, seen: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Features `[R, B, d]` and logits `[R, B, K]`, in training or evaluation mode.
 
         Args:
             images: `[B, C, H, W]` for all runs, or `[R, B, C, H, W]`.
+            seen: takes the output of every block, `[R, B, d]`; of maps the mean over space.
         """
-        state = State(self.runs, self.params | self.buffers, train)
+        watched: Collection[str] = () if seen is None else self.blocks
+        tensors = self.params | self.buffers | self.copies
+        state = State(self.runs, tensors, train, watched, {} if seen is None else seen)
+        if self.copies:
+            images = images.to(torch.bfloat16)
         features = forward(self._module.features, "features", Batch.of(images), state)
         return features.value, forward(self._module.fc, "fc", features, state).value
 
@@ -68,28 +83,45 @@ class Stack:
 
     def state_dict(self, run: int) -> dict[str, Tensor]:
         """The `state_dict` of one run's model, on the CPU."""
-        return {name: value[run].cpu().clone() for name, value in self.tensors().items()}
+        return {name: value[run].cpu().contiguous().clone() for name, value in self.tensors().items()}
+
+    def use_copies(self, copies: Mapping[Tensor, Tensor]) -> None:
+        """Have convolutions and hidden products use these, by parameter; they must follow every change of it."""
+        for name, param in self.params.items():
+            # A gain or a bias of R runs has two dimensions.
+            if name.startswith("features.") and name.endswith("weight") and param.dim() > 2:
+                self.copies[name] = copies[param].requires_grad_()
+                param.grad_dtype = None  # its gradient comes from the copy
 
 
-def make_optimizer(stack: Stack, runs: Sequence[RunConfig]) -> optim.Stacked:
-    """One optimizer for a stack: for each run its own rule and hyperparameters, one launch a step.
+def _laid_out(value: Tensor) -> Tensor:
+    """Weights of convolutions `[R, O, I, h, w]` channels-last, as the kernels of half precision read them."""
+    return value.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) if value.dim() == 5 else value
+
+
+Optimizer = optim.Stacked | optim.Muon
+
+
+def make_optimizer(stack: Stack, runs: Sequence[RunConfig]) -> Optimizer:
+    """One optimizer for a stack: for each run its own rule and hyperparameters.
 
     The learning rates are one tensor `[R]`, `param_groups[0]["lr"]`: written in place, a schedule also reaches a CUDA
-    graph.
+    graph. Where the runs compute in bfloat16, the stack does from now on with copies that every step renews.
     """
     device = stack.weight.device
 
     def each(name: str) -> Tensor:
         return torch.tensor([float(getattr(run, name)) for run in runs], dtype=torch.float64, device=device)
 
-    momentum = each("momentum")
-    return optim.Stacked(
-        list(stack.params.values()),
-        [run.optimizer for run in runs],
-        lr=each("lr"),
-        momentum=momentum,
-        betas=(momentum, each("beta2")),
-        eps=each("eps"),
-        weight_decay=each("weight_decay"),
-        coupling=each("coupling"),
-    )
+    params, momentum = list(stack.params.values()), each("momentum")
+    numbers = {name: each(name) for name in ("lr", "eps", "weight_decay", "coupling")}
+    betas = (momentum, each("beta2"))
+    optimizer: Optimizer
+    if runs[0].family == "muon":
+        optimizer = optim.Muon(params, momentum=momentum, betas=betas, **numbers, stacked=True)
+    else:
+        rules = [run.family if run.family == "lion" else run.optimizer for run in runs]
+        optimizer = optim.Stacked(params, rules, momentum=momentum, betas=betas, **numbers)
+    if compute_dtype(runs[0].precision) is not None:
+        stack.use_copies(optimizer.observe(bf16=True).weights)
+    return optimizer

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from nc.train.columns import METRICS
+from nc.train.columns import LAYER_METRICS, METRICS
 from nc.train.config import RunConfig
 from nc.train.errors import UserError
 from nc.train.files import write_whole
@@ -200,7 +200,8 @@ class Store:
         with self._transaction():
             row = self._db.execute("SELECT checkpoint_epoch FROM stacks WHERE id = ?", (stack.id,)).fetchone()
             epoch = row[0] if resume else -1
-            self._db.execute(f"DELETE FROM metrics WHERE {where} AND epoch > ?", (stack.id, epoch))
+            for table in ("metrics", "layers"):
+                self._db.execute(f"DELETE FROM {table} WHERE {where} AND epoch > ?", (stack.id, epoch))
             self._db.execute(
                 f"UPDATE runs SET status = 'running', session = ?, train_samples = ? "
                 f"WHERE stack = ? AND status NOT IN ({ENDED})",
@@ -224,10 +225,17 @@ class Store:
         for i, _ in ended:
             if i in evaluation.weights:  # before the run counts as ended
                 write_whole(self.folder / "weights" / f"{stack.runs[i].id}.pt", evaluation.weights[i])
-        rows = [(stack.runs[i].id, evaluation.epoch, *(evaluation.values[name][n] for name in METRICS)) for n, i in new]
+        keys = [(n, (stack.runs[i].id, evaluation.epoch)) for n, i in new]
+        rows = [(*key, *(evaluation.values[name][n] for name in METRICS)) for n, key in keys]
+        layers = [
+            (*key, position, layer, *(values[name][n] for name in LAYER_METRICS))
+            for n, key in keys
+            for position, (layer, values) in enumerate(evaluation.layers.items())
+        ]
         self._progress[stack.id] = evaluation.epoch
         with self._transaction():
             self._db.executemany(f"INSERT INTO metrics VALUES ({', '.join('?' * (2 + len(METRICS)))})", rows)
+            self._db.executemany(f"INSERT INTO layers VALUES ({', '.join('?' * (4 + len(LAYER_METRICS)))})", layers)
             self._db.executemany(
                 "UPDATE runs SET status = ?, diverged_epoch = ?, seconds = ? WHERE id = ?",
                 [(end.status, end.diverged_epoch, end.seconds, stack.runs[i].id) for i, end in ended],

@@ -53,7 +53,10 @@ class Logs:
         """
         for n, i in enumerate(evaluation.rows):
             if runs[i].id not in finished:
-                self.record(runs[i], evaluation.epoch, {name: each[n] for name, each in evaluation.values.items()})
+                values = {name: each[n] for name, each in evaluation.values.items()}
+                for layer, own in evaluation.layers.items():
+                    values |= {f"{layer}/{name}": each[n] for name, each in own.items()}
+                self.record(runs[i], evaluation.epoch, values)
 
     def record(self, run: RunConfig, epoch: int, values: dict[str, float]) -> None:
         """Record a run's metrics at an epoch, each as a scalar.

@@ -148,6 +148,7 @@ using Function = void (*)(const Row &, const Hyper &, const float *, int64_t, in
     chunk<true, P, G, R>(r, h, s, a, b, n);                                                                            \
   }
 CHUNK(f32, float, float, float)
+CHUNK(f32_bf16, float, BF16x, float)
 CHUNK(f64, double, double, double)
 CHUNK(bf16, BF16x, BF16x, float)
 CHUNK(bf16_f32, BF16x, float, float)
@@ -157,6 +158,7 @@ CHUNK(f16_f32, F16x, float, float)
 Function choose(int param, int grad, bool extra) {
   switch (param * 4 + grad) {
     case F32 * 4 + F32: return extra ? f32_extra : f32;
+    case F32 * 4 + BF16: return extra ? f32_bf16_extra : f32_bf16;
     case F64 * 4 + F64: return extra ? f64_extra : f64;
     case BF16 * 4 + BF16: return extra ? bf16_extra : bf16;
     case BF16 * 4 + F32: return extra ? bf16_f32_extra : bf16_f32;

@@ -14,6 +14,12 @@ from nc.kernels.update.reference import update_reference
 from nc.kernels.update.table import NEED_FIRST, NEED_SECOND, HyperTable, Lists, Table
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: Dtypes of gradients beside the parameter's own.
+_GRADS = {
+    torch.float32: (torch.bfloat16,),
+    torch.bfloat16: (torch.float32,),
+    torch.float16: (torch.float32,),
+}
 
 
 def why_no_kernel(device: torch.device) -> str | None:
@@ -137,7 +143,9 @@ class Update:
         no_second = slot.second is None or slot.step is None
         if (rules & NEED_FIRST and slot.first is None) or (rules & NEED_SECOND and no_second):
             raise ValueError("a parameter lacks the states that its rule needs")
-        if reason is None and (param.dtype not in _DTYPES or grad.dtype not in (param.dtype, torch.float32)):
+        if reason is None and (
+            param.dtype not in _DTYPES or grad.dtype not in (param.dtype, *_GRADS.get(param.dtype, ()))
+        ):
             reason = f"there is no kernel for {param.dtype} parameters with {grad.dtype} gradients"
         if reason is None and not lists.fits(i, grad, len(codes)):
             reason = "a parameter, its gradient or its state does not lie densely, and alike, in memory"

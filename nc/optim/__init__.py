@@ -6,8 +6,9 @@ With decay λ and coupling c, `c·λ·w` is added to the gradient before the upd
 
 from nc.optim.adam import Adam, AdamW
 from nc.optim.lion import Lion
+from nc.optim.muon import Muon
 from nc.optim.sgd import SGD, SGDW
 from nc.optim.signum import Signum, SignumW
 from nc.optim.stacked import Stacked
 
-__all__ = ["SGD", "SGDW", "Adam", "AdamW", "Lion", "Signum", "SignumW", "Stacked"]
+__all__ = ["SGD", "SGDW", "Adam", "AdamW", "Lion", "Muon", "Signum", "SignumW", "Stacked"]

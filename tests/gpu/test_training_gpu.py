@@ -1,14 +1,16 @@
 """Stacks on a GPU: steps replayed from CUDA graphs train as steps launched one by one do, last batch included."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from nc.train import step
-from nc.train.config import OPTIMIZERS, RunConfig
+from nc.train.config import PAPER_OPTIMIZERS, RunConfig
 from nc.train.data import Dataset
 from nc.train.loop import Evaluation, Training
+from nc.train.models import build
 
 pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
 
@@ -39,7 +41,7 @@ def stack_of(model: str) -> list[RunConfig]:
     """Every optimizer; batches of 128, 128 and 4; learning rates drop at epochs 3 and 6."""
     return [
         RunConfig(model=model, optimizer=name, lr=1e-2 if name.startswith("sgd") else 1e-3, epochs=9, eval_every=9)  # type: ignore[arg-type]
-        for name in OPTIMIZERS
+        for name in PAPER_OPTIMIZERS
     ]
 
 
@@ -60,6 +62,44 @@ def test_graphs_train_as_steps_launched_one_by_one(
         for name, theirs in eager._stack.state_dict(i).items():
             torch.testing.assert_close(captured._stack.state_dict(i)[name], theirs, rtol=bound, atol=bound)
         assert values["train_loss"][i] == pytest.approx(expected["train_loss"][i], rel=5 * bound)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("model", ["resnet9", "vgg9"])
+def test_the_same_seed_gives_the_same_bits(model: str, precision: str, device: torch.device) -> None:
+    """Twice, and from a checkpoint; and the row sum of SGDW is what theory says."""
+    run = RunConfig(
+        model=model, width=16, precision=precision, optimizer="sgdw", lr=0.02, weight_decay=0.05,  # type: ignore[arg-type]
+        epochs=6, eval_every=6,
+    )  # fmt: skip
+    first, values = trained([run], device)
+    again, same = trained([run], device)
+    resumed, later = trained([run], device, checkpoint_at=3)
+    assert values == same
+    for name, theirs in first._stack.state_dict(0).items():
+        assert torch.equal(again._stack.state_dict(0)[name], theirs), name
+        # Graphs are captured anew, where libraries may choose other kernels: to rounding.
+        torch.testing.assert_close(resumed._stack.state_dict(0)[name], theirs, rtol=1e-2, atol=1e-2)
+    assert later["train_loss"] == pytest.approx(values["train_loss"], rel=0.05)
+    start = build(model, 1, 8, 4, 0, width=16).fc.weight.detach().sum(0).norm().item()
+    lrs = [run.lr * run.lr_factor(epoch) for epoch in range(6) for _ in range(3)]
+    factor = math.prod(1 - lr * run.weight_decay for lr in lrs)
+    assert values["nc0"][0] ** 0.5 == pytest.approx(factor * start, rel=1e-3)
+
+
+@pytest.mark.parametrize("model", ["vit", "densenet"])
+def test_networks_of_any_layers_train_in_graphs(model: str, device: torch.device) -> None:
+    run = RunConfig(model=model, width=16, precision="bf16", epochs=6, eval_every=6, lr=0.01)  # type: ignore[arg-type]
+    training, values = trained([run], device)
+    assert len(training._step._replays) == 2
+    assert values == trained([run], device)[1]
+
+
+def test_augmentation_and_muon_train_in_graphs(device: torch.device) -> None:
+    run = RunConfig(model="cnn", optimizer="muonw", augment="flip-crop", epochs=6, eval_every=6, lr=1e-3)
+    training, values = trained([run], device)
+    assert len(training._step._replays) == 2
+    assert values == trained([run], device)[1]
 
 
 def test_a_checkpoint_goes_on_on_a_gpu(device: torch.device) -> None:

@@ -18,8 +18,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from nc.kernels.batch_norm import gpu as norm
+from nc.kernels.batch_norm import gpu_kernels as norm_kernels
 from nc.kernels.class_stats import gpu as stats
 from nc.kernels.class_stats import gpu_kernels
+from nc.kernels.cross_entropy import gpu as cross_entropy
 from nc.kernels.update import gpu as update
 from nc.kernels.update.reference import RULES
 from nc.kernels.update.table import MIXED
@@ -123,6 +126,61 @@ def class_stats(arch: int) -> Iterator[dict[str, Any]]:
     yield variant("add_moment", moment, block | {"PROPAGATE": False})
 
 
+def batch_norm(arch: int) -> Iterator[dict[str, Any]]:
+    """Maps of many channels, a multiple of 16; and of few, which make no vectors."""
+    real = {f"{name}_ptr": "*fp32" for name in (
+        "weight", "bias", "mean", "rstd", "running_mean", "running_var", "weight_grad", "bias_grad", "parts",
+    )}  # fmt: skip
+    real |= {"momentum": "fp32", "eps": "fp32"}
+
+    def variant(
+        name: str, constants: dict[str, Any], dtype: str | None = None, *, channels: int = 512, **what: Any
+    ) -> dict[str, Any]:
+        kernel = getattr(norm_kernels, f"{name}_kernel")
+        constants |= {"channels": 1} if channels == 1 else {}
+        maps = {f"{n}_ptr": f"*{dtype}" for n in ("x", "grad", "residual", "out")}
+        known = {n: t for n, t in (real | maps).items() if n in kernel.arg_names}
+        options = norm.FINISH_OPTIONS if name.startswith("finish") else norm.OPTIONS
+        named = {"channels": channels} | ({"dtype": dtype} if dtype else {})
+        sixteen = () if channels % 16 else ("channels",)
+        return {"kernel": f"batch_norm {name}", **named, **what} | compiled(
+            kernel, arch, known, constants, sixteen, **options
+        )
+
+    finish = {"PARTS": norm.PARTS, "COLUMNS": norm.FINISHED}
+    for channels in (512, 1):
+        yield variant("finish_moments", finish, channels=channels)
+        yield variant("finish_sums", finish, channels=channels)
+    for dtype, channels in (("fp32", 512), ("bf16", 512), ("bf16", 3), ("fp32", 1)):
+        columns = norm.columns(channels)
+
+        def shape(elements: int, columns: int = columns) -> dict[str, int]:
+            return {"ROWS": elements // columns, "COLUMNS": columns}
+
+        yield variant("moments", shape(norm.SUMMED), dtype, channels=channels)
+        for pool in (False, True):
+            what = {"channels": channels, "pool": pool}
+            summed, written = norm.WINDOWS if pool else norm.SUMMED, norm.elements(_DTYPES[dtype], pool)
+            for residual in (False,) if pool else (False, True):
+                constants = {"POOL": pool, "HAS_RESIDUAL": residual} | shape(written)
+                yield variant("apply", constants, dtype, residual=residual, **what)
+            yield variant("sums", {"POOL": pool} | shape(summed), dtype, **what)
+            yield variant("backward", {"POOL": pool} | shape(written), dtype, **what)
+
+
+def cross_entropies(arch: int) -> Iterator[dict[str, Any]]:
+    """Logits as a layer gives them, dense: of ten and of a thousand classes."""
+    for classes in (10, 1000):
+        at_once = cross_entropy.classes_at_once(classes)
+        yield {"kernel": "cross_entropy", "classes": classes} | compiled(
+            cross_entropy._slope_kernel, arch,
+            {"logits_ptr": "*fp32", "labels_ptr": "*i64", "out_ptr": "*fp32"},
+            {"stride_class": 1, "ROWS": cross_entropy.BLOCK // at_once, "CLASSES": at_once},
+            **cross_entropy.OPTIONS,
+        )  # fmt: skip
+
+
 if __name__ == "__main__":
     arches = [int(name.removeprefix("sm_")) for name in sys.argv[1:]]
-    print(json.dumps([variant for arch in arches for of in (updates, class_stats) for variant in of(arch)], indent=0))
+    kinds = (updates, class_stats, batch_norm, cross_entropies)
+    print(json.dumps([variant for arch in arches for of in kinds for variant in of(arch)], indent=0))

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from nc.train import files, store
-from nc.train.config import OPTIMIZERS, RunConfig
+from nc.train.config import PAPER_OPTIMIZERS, RunConfig
 from nc.train.data import Dataset, load
 from nc.train.engine.options import Options
 from nc.train.engine.sweep import sweep
@@ -31,7 +31,7 @@ GRID = Grid(
     "crash",
     tuple(
         RunConfig(optimizer=optimizer, lr=lr, epochs=epochs, limit=200, eval_every=1)  # type: ignore[arg-type]
-        for optimizer in OPTIMIZERS
+        for optimizer in PAPER_OPTIMIZERS
         for lr, epochs in ((2e-3, 3), (1e30, 3), (0.01, 2))
         if optimizer.startswith("sgd") or lr < 1
     ),

@@ -18,6 +18,7 @@ DTYPES = {
     "fp64": (torch.float64, torch.float64),
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp16": (torch.float16, torch.float16),
+    "fp32-bf16-grad": (torch.float32, torch.bfloat16),
     "bf16-fp32-grad": (torch.bfloat16, torch.float32),
     "fp16-fp32-grad": (torch.float16, torch.float32),
 }

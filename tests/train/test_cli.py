@@ -60,6 +60,8 @@ def test_sweep_reads_a_grid_and_options_replace_its_axes(capsys: pytest.CaptureF
         (["run", "--data", "fashion-mnist"], "--data-dir or NCOLLAPSE_DATA, or let it be fetched with --download"),
         (["run", "--device", "cuda:99"], "--device cuda:99: "),
         (["run", "--device", "toaster"], "--device toaster: "),
+        (["run", "--preset", "demo"], "it has no [run]; presets that do: paper"),
+        (["run", "--preset", "paper", "--lr", "-1"], "run: lr = -1.0: input should be greater than 0"),
         (["sweep", "nothing.toml"], "neither a file nor a preset"),
         (["sweep", "grid.toml", "--weight-decay", "-3"], "grid.toml: weight_decay = -3.0"),
         (["report", "nowhere"], "no results in nowhere"),
@@ -82,7 +84,7 @@ def test_errors_are_one_message_and_exit_code_1(
     ("args", "message"),
     [
         (["run", "--optimizer", "sdg"], "sdg"),
-        (["run", "--model", "vit"], "invalid choice 'vit'"),
+        (["run", "--model", "alexnet"], "invalid choice 'alexnet'"),
         (["run", "--learning-rate", "1"], "--learning-rate"),
         (["export", "results", "--format", "xlsx"], "invalid choice 'xlsx'"),
         (["status"], "PATH"),
@@ -110,13 +112,14 @@ def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
     settings = [
         *("--model", "--data", "--optimizer", "--lr", "--momentum", "--weight-decay", "--coupling", "--beta2", "--eps"),
         *("--epochs", "--batch-size", "--lr-drops", "--lr-drop-factor", "--seed", "--limit", "--eval-every"),
+        *("--width", "--precision", "--augment", "--layers"),
     ]
     place = ["--out", "--data-dir", "--download", "--device"]
     keeping = ["--save-weights", "--tensorboard", "--checkpoint-minutes"]
     engine = ["--engine", "--stack", "--workers", "--ray-address"]
     choice = ["--threshold", "--best-by"]
     for command, options in {
-        "run": [*place, *keeping, *settings],
+        "run": [*place, *keeping, *settings, "--preset"],
         "sweep": [*place, *keeping, *engine, *choice, *settings],
         "demo": [*place, *keeping, *engine, *choice],
         "status": [],

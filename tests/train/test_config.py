@@ -1,18 +1,20 @@
 """Settings and grids: defaults that identities rest on, the schedule, and every kind of bad input."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from nc.train.config import OPTIMIZERS, RunConfig, make_run
+from nc.train.config import OPTIMIZERS, PAPER_OPTIMIZERS, RunConfig, make_run
 from nc.train.errors import UserError
-from nc.train.grid import load_grid, presets
+from nc.train.grid import load_grid, presets, run_settings
 
 
 def test_identity_rests_on_the_settings_alone() -> None:
     """These literals must not change: they name the runs in people's results folders."""
     assert RunConfig().as_dict() == {
         "model": "mlp",
+        "width": None,
         "data": "digits",
         "optimizer": "sgd",
         "lr": 0.1,
@@ -27,11 +29,14 @@ def test_identity_rests_on_the_settings_alone() -> None:
         "lr_drop_factor": 0.1,
         "seed": 0,
         "limit": None,
+        "precision": "fp32",
+        "augment": "none",
+        "layers": "head",
         "eval_every": 5,
     }
     assert RunConfig().id == "fdb795d22450"
     assert RunConfig(optimizer="adamw", lr=0.01).id == RunConfig(lr=1e-2, optimizer="adamw", coupling=0).id
-    assert len({RunConfig(seed=s, optimizer=o).id for s in range(50) for o in OPTIMIZERS}) == 300
+    assert len({RunConfig(seed=s, optimizer=o).id for s in range(50) for o in OPTIMIZERS}) == 500
 
 
 @pytest.mark.parametrize(
@@ -63,11 +68,11 @@ def test_coupling_follows_the_optimizer() -> None:
         ({"momentum": 1.0}, "momentum = 1.0: input should be less than 1"),
         ({"coupling": 2}, "coupling = 2: input should be less than or equal to 1"),
         ({"optimizer": "lion9"}, "optimizer = 'lion9': input should be 'sgd'"),
-        ({"model": "vit"}, "model = 'vit': input should be 'mlp'"),
+        ({"model": "alexnet"}, "model = 'alexnet': input should be 'mlp'"),
         ({"epochs": 0}, "epochs = 0"),
         ({"epochs": 2.5}, "epochs = 2.5"),
         ({"wieght_decay": 0.1}, "unknown key 'wieght_decay', did you mean 'weight_decay'?"),
-        ({"zzz": 0.1}, "unknown key 'zzz'; the keys are model, data"),
+        ({"zzz": 0.1}, "unknown key 'zzz'; the keys are model, width, data"),
     ],
 )
 def test_bad_settings_are_named(settings: dict[str, object], message: str) -> None:
@@ -78,11 +83,21 @@ def test_bad_settings_are_named(settings: dict[str, object], message: str) -> No
 
 def test_presets_are_what_they_say() -> None:
     grids = {name: load_grid(name) for name in presets()}
-    assert set(grids) == {"demo", "paper", "coupling"}
+    paper = {"paper", "paper-table", "paper-coupling", "paper-momentum"}
+    assert set(grids) == paper | {"demo", "coupling", "lion", "muon", "layers", "architectures"}
+    assert all(run.precision == "bf16" for name in paper for run in grids[name].runs)
+    assert {run.optimizer for run in grids["paper-table"].runs} == set(PAPER_OPTIMIZERS)
+    assert {(run.optimizer, run.coupling) for run in grids["muon"].runs} == {("muon", 1.0), ("muonw", 0.0)}
+    assert {(run.optimizer, run.coupling) for run in grids["lion"].runs} == {("lion", 1.0), ("lionw", 0.0)}
+    # What is compared differs in momentum alone.
+    momenta: dict[str, set[float]] = {}
+    for run in grids["paper-momentum"].runs:
+        momenta.setdefault(dataclasses.replace(run, momentum=0).id, set()).add(run.momentum)
+    assert sum(each == {0.7, 0.9} for each in momenta.values()) == 12
     assert all(grid.name == name and grid.description for name, grid in grids.items())
     assert len(grids["paper"].runs) == 3888
     assert len(grids["demo"].runs) >= 48
-    assert {run.optimizer for run in grids["demo"].runs} == set(OPTIMIZERS)
+    assert {run.optimizer for run in grids["demo"].runs} == set(PAPER_OPTIMIZERS)
     per_cell = {(run.model, run.data, run.optimizer): 0 for run in grids["paper"].runs}
     for run in grids["paper"].runs:
         per_cell[run.model, run.data, run.optimizer] += 1
@@ -141,5 +156,29 @@ def test_bad_grids_are_explained(tmp_path: Path, text: str, message: str) -> Non
 
 
 def test_a_grid_that_is_not_there_lists_the_presets() -> None:
-    with pytest.raises(UserError, match=r"neither a file nor a preset \(coupling, demo, paper\)"):
+    with pytest.raises(UserError, match=r"neither a file nor a preset \(architectures, coupling, .*paper-table\)"):
         load_grid("dmeo")
+
+
+def test_the_papers_run() -> None:
+    """200 epochs, batches of 128, cross-entropy; 0.0679 and 5e-4 for SGD and SGDW, drops at 66 and 133."""
+    run = make_run(run_settings("paper", {}), "run")
+    assert (run.model, run.data, run.optimizer) == ("resnet9", "fashion-mnist", "sgd")
+    assert (run.epochs, run.batch_size, run.lr, run.weight_decay) == (200, 128, 0.0679, 5e-4)
+    assert [epoch for epoch in range(1, 200) if run.lr_factor(epoch) < run.lr_factor(epoch - 1)] == [66, 133]
+    assert (run.precision, run.augment) == ("bf16", "none")
+    other = make_run(run_settings("paper", {"optimizer": "adamw", "weight_decay": 0.1, "precision": "fp32"}), "run")
+    assert (other.optimizer, other.lr, other.weight_decay, other.precision) == ("adamw", 1e-3, 0.1, "fp32")
+    for optimizer in OPTIMIZERS:  # each has a learning rate of its own
+        assert make_run(run_settings("paper", {"optimizer": optimizer}), "run").lr != RunConfig().lr
+
+
+def test_a_grid_without_a_run_of_its_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"preset demo does not say .* presets that do: paper"):
+        run_settings("demo", {})
+    with pytest.raises(UserError, match="neither a file nor a preset"):
+        run_settings("papper", {})
+    own = write(tmp_path, 'epochs = 3\nlr = [0.1, 0.2]\n[run]\noptimizer = "adam"\n[run.adam]\nlr = 0.01\n')
+    assert run_settings(own, {"seed": 4}) == {"epochs": 3, "optimizer": "adam", "lr": 0.01, "seed": 4}
+    with pytest.raises(UserError, match="unknown key 'beta3'"):
+        make_run(run_settings(write(tmp_path, "[run]\nbeta3 = 1\n"), {}), "run")

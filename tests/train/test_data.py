@@ -1,5 +1,6 @@
 """Data sets: the embedded one, torchvision's files, image folders, and what is wrong with them."""
 
+import hashlib
 import pickle
 import struct
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nc.train import data as data_module
 from nc.train.data import data_folder, find, load
 from nc.train.errors import UserError
 
@@ -59,13 +61,36 @@ def test_limit_takes_the_first_samples() -> None:
     assert data.limited(10**6) is data
 
 
-def test_torchvision_files_are_read(tmp_path: Path) -> None:
-    write_idx(tmp_path / "MNIST" / "raw", 20)
+def test_torchvision_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = tmp_path / "MNIST" / "raw"
+    write_idx(raw, 20)
+    published = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in raw.iterdir()}
+    monkeypatch.setitem(data_module._MD5, "mnist", published)
     data = load("mnist", data_dir=tmp_path, download=False, device=CPU)
     assert data.train_x.shape == (20, 1, 28, 28)
     assert data.train_y.tolist() == [*range(10), *range(10)]
-    assert find("mnist", tmp_path) == "there"
+    assert find("mnist", tmp_path) == "there, checksums right"
     assert "missing" in find("fashion-mnist", tmp_path)
+    assert "missing" in find("cifar10", tmp_path)
+
+
+def test_corrupt_files_are_named(tmp_path: Path) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    write_idx(raw, 20)  # whole files, and not what was published
+    with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte is corrupt: the MD5 .* delete it.* --download"):
+        load("fashion-mnist", data_dir=tmp_path, download=False, device=CPU)
+    assert find("fashion-mnist", tmp_path).startswith(f"corrupt: {raw}/train-images-idx3-ubyte, ")
+    (raw / "train-images-idx3-ubyte").unlink()
+    assert "missing" in find("fashion-mnist", tmp_path)
+
+
+def test_published_checksums_are_torchvisions_names() -> None:
+    """The files whose checksums we know are those that torchvision reads."""
+    import torchvision
+
+    for name, files in data_module._MD5.items():
+        source = getattr(torchvision.datasets, data_module._TORCHVISION[name])
+        assert {file.removesuffix(".gz") for file, _ in source.resources} == set(files)
 
 
 def test_cifar_images_are_channels_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,8 +102,9 @@ def test_cifar_images_are_channels_first(tmp_path: Path, monkeypatch: pytest.Mon
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
         (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": [3, 4]}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
-    with pytest.raises(UserError, match="cifar10"):  # torchvision's checksums: these files are not CIFAR-10
+    with pytest.raises(UserError, match=r"cifar10: .*data_batch_1.* corrupt"):
         load("cifar10", data_dir=tmp_path, download=False, device=CPU)
+    monkeypatch.setattr(data_module, "_corrupt", lambda files: [])
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *args: True)
     data = load("cifar10", data_dir=tmp_path, download=False, device=CPU)

@@ -53,8 +53,9 @@ def test_columns_and_types_are_those_that_are_documented(folder: Path) -> None:
 
 def test_types_are_what_the_columns_hold() -> None:
     types = run_dtypes()
-    assert {name for name, kind in types.items() if kind == "string"} == {"id", "status", "model", "data", "optimizer"}
-    may_lack = {"position", "stack", "session", "train_samples", "diverged_epoch", "limit"}
+    words = {"id", "status", "model", "data", "optimizer", "precision", "augment", "layers"}
+    assert {name for name, kind in types.items() if kind == "string"} == words
+    may_lack = {"position", "stack", "session", "train_samples", "diverged_epoch", "limit", "width"}
     assert {name for name, kind in types.items() if kind == "Int64"} == may_lack
     whole = {"epochs", "batch_size", "lr_drops", "seed", "eval_every"}
     assert {name for name, kind in types.items() if kind == "int64"} == whole

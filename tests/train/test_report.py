@@ -14,13 +14,16 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from nc.train.config import RunConfig
+from nc.train.config import OPTIMIZERS, RunConfig
 from nc.train.errors import UserError
 from nc.train.grid import Grid
-from nc.train.report import tables
-from nc.train.report.page import change, number, write_report
+from nc.train.report import tables, text
+from nc.train.report.figures import LABELS
+from nc.train.report.page import parts_of, write_report
+from nc.train.report.read import read
 from nc.train.report.run import print_run
 from nc.train.report.selection import Selection
+from nc.train.report.text import View, change, duration, number
 from nc.train.results import load_metrics, load_runs
 from nc.train.schema import FILE
 
@@ -34,23 +37,35 @@ def folder(swept: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def reported(swept: Path, tmp_path_factory: pytest.TempPathFactory, quiet: Console) -> Path:
+    """The small grid's results with their report, not to be written to."""
+    folder = tmp_path_factory.mktemp("reported")
+    shutil.copy(swept / FILE, folder)
+    write_report(folder, ALL, quiet)
+    return folder
+
+
 def alter(folder: Path, sql: str) -> None:
     with sqlite3.connect(folder / FILE) as connection:
         connection.execute(sql)
 
 
 class Page(HTMLParser):
-    """The cells of the tables, and everything that the page would fetch."""
+    """The cells of the tables, ids, and everything that the page refers to."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.rows: list[list[str]] = []
-        self.sources: list[str] = []
+        self.links: list[str] = []
+        self.ids: list[str] = []
+        self.text = path.read_text("utf-8")
         self._in_cell = False
-        self.feed(path.read_text("utf-8"))
+        self.feed(self.text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
         if tag == "tr":
             self.rows.append([])
         if tag in ("td", "th"):
@@ -66,14 +81,10 @@ class Page(HTMLParser):
             self.rows[-1][-1] += data
 
 
-def test_the_page_holds_the_numbers_of_the_store_and_fetches_nothing(folder: Path, quiet: Console) -> None:
-    path = write_report(folder, ALL, quiet)
-    page = Page(path)
-    assert len(page.sources) == 2
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert "http" not in path.read_text("utf-8")
+def test_the_page_holds_the_numbers_of_the_store(reported: Path) -> None:
+    page = Page(reported / "report.html")
     assert page.rows[0][:3] == ["optimizer", "NC0", "NC0 predicted"]
-    runs = load_runs(folder)
+    runs = load_runs(reported)
     for row, name in zip(page.rows[1:7], ("sgd", "sgdw", "signum", "signumw", "adam", "adamw"), strict=True):
         best = runs[runs.optimizer == name].sort_values("nc0").iloc[0]
         assert row[0].lower() == name
@@ -82,8 +93,36 @@ def test_the_page_holds_the_numbers_of_the_store_and_fetches_nothing(folder: Pat
         assert row[7] == f"{100 * best.train_accuracy:.2f} %"
         assert f"λ={best.weight_decay:g}" in row[9]
         assert row[10] == "2 of 2"
-    for png in ("nc0-mlp-digits.png", "decay-mlp-digits.png"):
-        assert (folder / png).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_fetches_nothing_and_its_links_lead_somewhere(reported: Path) -> None:
+    page = Page(reported / "report.html")
+    assert "://" not in page.text
+    assert len(page.ids) == len(set(page.ids))
+    for link in page.links:
+        if link.startswith("#"):
+            assert link[1:] in page.ids
+        else:
+            assert link.startswith("data:image/png;base64,") or (reported / link).is_file()
+    for used in re.findall(r"url\(#([^)]+)\)", page.text):
+        assert used in page.ids
+
+
+def test_figures_and_tables_are_files_too(reported: Path) -> None:
+    names = {path.stem for path in (reported / "figures").iterdir()}
+    slug = "mlp-digits"
+    assert names == {f"{name}-{slug}" for name in ("nc0", "nc123", "heat-lr", "accuracy", "partial")}
+    for name in names:
+        assert (reported / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (reported / "figures" / f"{name}.svg").read_text("utf-8").startswith("<?xml")
+    table = pd.read_csv(reported / "tables" / f"best-{slug}.csv")
+    expected = tables.main_table(load_runs(reported), ALL)
+    pd.testing.assert_frame_equal(table, expected, check_dtype=False, rtol=1e-12)
+    assert {path.suffix for path in (reported / "tables").iterdir()} == {".csv"}
+
+
+def test_the_same_results_give_the_same_page(reported: Path, folder: Path, quiet: Console) -> None:
+    assert write_report(folder, ALL, quiet).read_bytes() == (reported / "report.html").read_bytes()
 
 
 def test_prediction_agrees_for_sgd_and_is_not_made_up_for_others(folder: Path) -> None:
@@ -118,36 +157,97 @@ def test_a_partial_sweep_has_a_report_that_says_so(folder: Path, quiet: Console)
     alter(folder, "UPDATE runs SET status = 'pending', seconds = NULL WHERE optimizer != 'adam'")
     text = write_report(folder, ALL, quiet).read_text("utf-8")
     assert "10 of 12 runs are not finished yet" in text
+    assert "Fewer than three runs reached 0 % training accuracy" in text
 
 
 def test_nothing_finished_still_makes_a_page(folder: Path, quiet: Console) -> None:
     alter(folder, "DELETE FROM metrics")
     alter(folder, "UPDATE runs SET status = 'pending', seconds = NULL, train_samples = NULL")
     text = write_report(folder, ALL, quiet).read_text("utf-8")
-    assert "12 pending" in text
+    assert "<b>12</b> pending" in text
     assert "no run reached the threshold" in text
+    assert "No run has ended yet." in text
+    assert not list((folder / "figures").iterdir())
 
 
-def test_a_metric_that_is_nan_everywhere_is_shown_as_missing(folder: Path, quiet: Console) -> None:
-    alter(folder, "UPDATE metrics SET nc1 = NULL, nc2 = NULL, nc3 = NULL")
-    page = Page(write_report(folder, ALL, quiet))
-    assert page.rows[1][3] == "–"
+def test_a_store_without_runs_still_makes_a_page(folder: Path, quiet: Console) -> None:
+    for table in ("metrics", "runs", "sessions"):
+        alter(folder, f"DELETE FROM {table}")
+    text = write_report(folder, ALL, quiet).read_text("utf-8")
+    assert "The results folder has no runs." in text
+    assert "No start of a sweep is recorded" in text
+
+
+def test_a_single_run_has_a_report(run_sweep: Callable[..., int], tmp_path: Path, quiet: Console) -> None:
+    run_sweep(Grid("one", (RunConfig(epochs=1, limit=100),)), tmp_path)
+    text = write_report(tmp_path, ALL, quiet).read_text("utf-8")
+    assert "No optimizer has finished runs that differ in weight decay, learning rate or momentum." in text
+    assert "No 3 finished runs differ in the coupled share of their weight decay alone" in text
+    assert "differ in momentum alone." in text
+    drawn = {path.stem.removesuffix("-mlp-digits") for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {"nc0", "nc123", "partial"}
+
+
+def test_runs_below_the_threshold_are_told_of(folder: Path, quiet: Console) -> None:
+    highest = load_runs(folder).train_accuracy.max()
+    assert highest < 1
+    text = write_report(folder, Selection(threshold=1.0), quiet).read_text("utf-8")
+    assert f"No run reached 100 % training accuracy: the highest is {100 * highest:.2f} %." in text
+    assert "Hollow: the run missed" in text
+
+
+def test_runs_without_validation_data_have_a_report(folder: Path, quiet: Console) -> None:
+    alter(folder, "UPDATE metrics SET val_loss = NULL, val_accuracy = NULL")
+    text = write_report(folder, ALL, quiet).read_text("utf-8")
+    assert "The runs have no validation accuracy." in text
+    assert not (folder / "figures" / "accuracy-mlp-digits.png").exists()
+
+
+@pytest.mark.parametrize("names", [("nc1", "nc2", "nc3"), ("nc0",), ("nc0", "nc1", "nc2", "nc3", "nc4")], ids="+".join)
+def test_metrics_that_are_nan_everywhere_are_shown_as_missing(
+    folder: Path, quiet: Console, names: tuple[str, ...]
+) -> None:
+    alter(folder, f"UPDATE metrics SET {', '.join(f'{name} = NULL' for name in names)}")
+    page = Page(write_report(folder, Selection(threshold=0.0, best_by="nc1" if names == ("nc0",) else "nc0"), quiet))
+    row = dict(zip(page.rows[0], page.rows[1], strict=True))
+    assert all(row[name.upper()] == "–" for name in names)
+    assert f"Undefined (NaN) in all of these runs: {', '.join(name.upper() for name in names)}." in page.text
 
 
 def test_what_comes_from_outside_is_escaped(folder: Path, quiet: Console) -> None:
+    clean = write_report(folder, ALL, quiet).read_text("utf-8").count("<script")
     alter(folder, "UPDATE meta SET value = '<script>alert(1)</script>' WHERE key = 'grid'")
     alter(folder, "UPDATE sessions SET command = 'x <b> & y'")
+    alter(folder, "UPDATE metrics SET run = '</script><script>' || char(39) || run")
+    alter(folder, "UPDATE runs SET id = '</script><script>' || char(39) || id")
     text = write_report(folder, ALL, quiet).read_text("utf-8")
-    assert "<script" not in text
+    assert text.count("<script") == text.count("</script>") == clean
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert "x &lt;b&gt; &amp; y" in text
+    assert "run \\u003c/script\\u003e" in text
+
+
+def test_names_from_the_store_do_not_lead_out_of_the_folder(folder: Path) -> None:
+    assert [part.slug for part in parts_of(read(folder), ALL)] == ["mlp-digits"]
+    alter(folder, "UPDATE runs SET model = '../../<x y>'")
+    assert [part.slug for part in parts_of(read(folder), ALL)] == ["x-y-digits"]
 
 
 def test_several_models_have_a_section_each(run_sweep: Callable[..., int], tmp_path: Path, quiet: Console) -> None:
     run = RunConfig(epochs=1, limit=100)
     run_sweep(Grid("two", (run, dataclasses.replace(run, model="cnn"))), tmp_path)
     text = write_report(tmp_path, ALL, quiet).read_text("utf-8")
-    assert re.findall(r"<h2>(.* on .*)</h2>", text) == ["mlp on digits", "cnn on digits"]
+    assert re.findall(r'<h2 id="[^"]+">(.*?)</h2>', text) == ["mlp on digits", "cnn on digits", "What was run"]
+
+
+def test_the_terminal_shows_all_optimizers_in_80_columns() -> None:
+    frame = pd.DataFrame({"optimizer": OPTIMIZERS, "nc0": range(len(OPTIMIZERS))})
+    view = View("x", "a caption", (text.optimizer(), text.measured("nc0")), frame)
+    console = Console(record=True, width=80, file=io.StringIO())
+    text.print_across(console, view, "a title")
+    shown = console.export_text()
+    assert all(LABELS[name] in shown for name in OPTIMIZERS)
+    assert shown.count("a title") == shown.count("a caption") == 1
 
 
 def test_start_and_end_are_the_first_and_last_evaluation_nan_included(folder: Path) -> None:
@@ -187,3 +287,10 @@ def test_numbers(value: float, text: str) -> None:
 def test_changes(percent: float, text: str) -> None:
     assert change(percent) == text
     assert change(math.nan) == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.0, "59 s"), (90.0, "1.5 min"), (7200.0, "2.0 h"), (math.nan, "–")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -17,7 +17,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from nc.train import cli
-from nc.train.config import OPTIMIZERS
+from nc.train.config import PAPER_OPTIMIZERS
 from nc.train.engine import work
 from nc.train.errors import InterruptError, UserError
 from nc.train.grid import Grid
@@ -90,7 +90,7 @@ def test_a_finished_sweep(folder: Path) -> None:
     assert (status.grid, status.sweeping, status.session) == ("small", False, 1)
     assert status.counts == {"done": 12, "diverged": 0, "degenerate": 0, "running": 0, "pending": 0}
     assert status.finished == status.total == 12
-    assert status.optimizers == dict.fromkeys(OPTIMIZERS, (2, 2))
+    assert status.optimizers == dict.fromkeys(PAPER_OPTIMIZERS, (2, 2))
     assert status.trained == 12
     assert status.seconds > 0
     assert status.left == 0
@@ -224,8 +224,12 @@ def test_a_real_sweep_tells_in_the_middle(
 
 def test_how_it_is_trained_is_said_without_waiting_for_torch(folder: Path) -> None:
     engine = """{"engine": "ray", "stack": "auto", "workers": 3, "threads": 1, "measured": [], "stacks": [
-        {"model": "mlp", "data": "digits", "limit": null, "batch_size": 128, "size": 32, "steps_per_second": 9000.0},
-        {"model": "cnn", "data": "mnist", "limit": 100, "batch_size": 32, "size": 1, "steps_per_second": null}]}"""
+        {"model": "mlp", "data": "digits", "limit": null, "batch_size": 128, OTHERS, "size": 32,
+         "steps_per_second": 9000.0},
+        {"model": "cnn", "data": "mnist", "limit": 100, "batch_size": 32, OTHERS, "size": 1,
+         "steps_per_second": null}]}"""
+    others = '"width": null, "precision": "fp32", "augment": "none", "layers": "head", "muon": false'
+    engine = engine.replace("OTHERS", others)
     alter(folder, f"INSERT OR REPLACE INTO meta VALUES ('engine', '{engine}')")
     code = "import sys; from nc.train.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, "status", str(folder)]

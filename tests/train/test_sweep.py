@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nc.train.columns import METRICS
-from nc.train.config import OPTIMIZERS, RunConfig
+from nc.train.config import PAPER_OPTIMIZERS, RunConfig
 from nc.train.engine import processes
 from nc.train.engine.plan import Shape, plan
 from nc.train.engine.progress import rate
@@ -30,7 +30,7 @@ def test_plan_groups_what_can_train_together() -> None:
     runs = [
         RunConfig(optimizer=optimizer, model=model, weight_decay=decay / 100)
         for model in ("mlp", "cnn")
-        for optimizer in OPTIMIZERS
+        for optimizer in PAPER_OPTIMIZERS
         for decay in range(9)
     ]
     stacks = plan(runs, lambda shape: 24 if shape.model == "mlp" else 7)
@@ -38,7 +38,7 @@ def test_plan_groups_what_can_train_together() -> None:
     for members in stacks:
         assert len({Shape.of(run) for run in members}) == 1
         assert len(members) <= (24 if members[0].model == "mlp" else 7)
-        assert {run.optimizer for run in members} == set(OPTIMIZERS)
+        assert {run.optimizer for run in members} == set(PAPER_OPTIMIZERS)
     assert {members[0].model for members in stacks[:3]} == {"mlp", "cnn"}  # they take turns
 
 

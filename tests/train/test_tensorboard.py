@@ -87,9 +87,9 @@ def test_a_stack_that_starts_again_takes_back_what_it_had_logged(tmp_path: Path)
 def test_runs_that_had_ended_stay_as_they_are(tmp_path: Path) -> None:
     other = dataclasses.replace(RUN, seed=1)
     done = {1: Ended("done", None, 1.0)}
-    Logs(tmp_path).evaluated([other, RUN], Evaluation(2, (1,), {"nc0": [3.0]}, done, {}), {other.id: "done"})
+    Logs(tmp_path).evaluated([other, RUN], Evaluation(2, (1,), {"nc0": [3.0]}, {}, done, {}), {other.id: "done"})
     assert [path.name for path in (tmp_path / "tensorboard").iterdir()] == [folder_name(RUN)]
-    Logs(tmp_path).evaluated([other, RUN], Evaluation(0, (0, 1), {"nc0": [1.0, 2.0]}, {}, {}), {RUN.id: "done"})
+    Logs(tmp_path).evaluated([other, RUN], Evaluation(0, (0, 1), {"nc0": [1.0, 2.0]}, {}, {}, {}), {RUN.id: "done"})
     assert shown(tmp_path / "tensorboard" / folder_name(other), "nc0") == {0: 1.0}
     assert shown(tmp_path / "tensorboard" / folder_name(RUN), "nc0") == {2: 3.0}
 

@@ -114,7 +114,7 @@ class Work:
         sizes = {}
         for shape, own in self.shapes.items():
             usual = self.stack if isinstance(self.stack, int) else _USUAL.get(shape.model, 1)
-            sizes[shape] = min(usual, room[shape], len(own))
+            sizes[shape] = min(usual, room[shape], shape.most or len(own), len(own))
         return Choice(1, threads, sizes)
 
     def measured(self, measure: Measure, workers: int, threads: int, room: Mapping[Shape, int]) -> Choice:
@@ -127,7 +127,7 @@ class Work:
         rates: dict[Shape, float] = {}
         measured = []
         for shape, own in self.shapes.items():
-            most = max(1, min(room[shape], -(-len(own) // workers)))
+            most = max(1, min(room[shape], shape.most or len(own), -(-len(own) // workers)))
             # Where even that does not fit by the measurement, training tries, says so and halves it.
             sizes[shape] = min(self.stack, most) if isinstance(self.stack, int) else 1
             tried = set()

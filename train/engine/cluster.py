@@ -69,7 +69,7 @@ class Cluster:
     def __init__(self, ray_address: str | None, threads: int, device: torch.device, how: How, per_gpu: int = 1) -> None:
         self._ray = connect(ray_address)
         self._errors = self._ray.exceptions
-        self._load_data, self._how = how.load_data, self._ray.put(how)
+        self._given, self._how = how, self._ray.put(how)
         self._threads, self._gpu, self._per_gpu = threads, device.type == "cuda", per_gpu
         self._device = torch.device("cuda", 0) if self._gpu else device  # Ray shows a task its own GPU alone
         self._data: dict[str, Any] = {}  # name -> reference to the data set in the cluster
@@ -132,7 +132,8 @@ class Cluster:
         """The data set of a stack, put into the cluster when it is first needed: its machines need no data folder."""
         name = job.runs[0].data
         if name not in self._data:
-            self._data[name] = self._ray.put(_packed(self._load_data(name, torch.device("cpu"))))
+            data = self._given.loaded.pop(name, None) or self._given.load_data(name, torch.device("cpu"))
+            self._data[name] = self._ray.put(_packed(data))
         return self._data[name]
 
     def _receive(self, messages: Any) -> Message:

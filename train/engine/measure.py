@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
+from nc.train.augment import draw
 from nc.train.config import RunConfig
 from nc.train.data import Dataset
 from nc.train.engine.plan import Shape
 from nc.train.engine.work import out_of_memory
-from nc.train.models import build
+from nc.train.models import Classifier, build
+from nc.train.precision import arithmetic
 from nc.train.stack import Stack, make_optimizer
 from nc.train.step import Step
 
@@ -50,17 +52,20 @@ def measure(shape: Shape, facts: Facts, size: int, device: torch.device, *, quic
         batch = min(shape.batch_size, facts.samples)
         step = _step(shape, facts, size, device, batch)
         index = torch.arange(batch, device=device)
-        for _ in range(1 if device.type == "cpu" else 5):  # libraries choose kernels; on a GPU the graph is captured
-            step(index)
-        _wait(device)
-        started, steps = time.perf_counter(), 0
-        while True:
-            step(index)
-            steps += 1
+        views = draw(shape.augment, batch, torch.Generator())
+        views = views if views is None else views.to(device)
+        with arithmetic(shape.precision):
+            for _ in range(1 if device.type == "cpu" else 5):  # libraries choose kernels; on a GPU a graph is captured
+                step(index, views)
             _wait(device)
-            elapsed = time.perf_counter() - started
-            if quick or (elapsed >= _SECONDS and (steps >= _STEPS or elapsed >= _LONG)):
-                return size * steps / elapsed
+            started, steps = time.perf_counter(), 0
+            while True:
+                step(index, views)
+                steps += 1
+                _wait(device)
+                elapsed = time.perf_counter() - started
+                if quick or (elapsed >= _SECONDS and (steps >= _STEPS or elapsed >= _LONG)):
+                    return size * steps / elapsed
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -75,13 +80,17 @@ def _step(shape: Shape, facts: Facts, size: int, device: torch.device, batch: in
     labels = torch.arange(batch, device=device) % facts.classes
     names = tuple(str(k) for k in range(facts.classes))
     data = Dataset(images, labels, images[:0], labels[:0], names, "")
+    rules = ["muon"] if shape.muon else _OPTIMIZERS
     runs = [
-        RunConfig(model=shape.model, optimizer=_OPTIMIZERS[i % len(_OPTIMIZERS)], lr=1e-3)  # type: ignore[arg-type]
+        RunConfig(optimizer=rules[i % len(rules)], lr=1e-3, precision=shape.precision)  # type: ignore[arg-type]
         for i in range(size)
     ]
-    model = build(shape.model, facts.channels, facts.size, facts.classes, 0)
-    stack = Stack.of([model] * size, device)
-    return Step(stack, make_optimizer(stack, runs), data)
+    stack = Stack.of([_model(shape, facts)] * size, device)
+    return Step(stack, make_optimizer(stack, runs), data, shape.augment)
+
+
+def _model(shape: Shape, facts: Facts) -> Classifier:
+    return build(shape.model, facts.channels, facts.size, facts.classes, 0, shape.width)
 
 
 def _wait(device: torch.device) -> None:
@@ -94,7 +103,7 @@ def bytes_per_run(shape: Shape, facts: Facts) -> int:
     cpu = torch.device("cpu")
     batch = min(shape.batch_size, facts.samples)
     images = torch.randn(2, facts.channels, facts.size, facts.size)
-    stack = Stack.of([build(shape.model, facts.channels, facts.size, facts.classes, 0)], cpu)
+    stack = Stack.of([_model(shape, facts)], cpu)
     saved = 0
 
     def pack(tensor: torch.Tensor) -> Any:

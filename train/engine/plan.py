@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypeVar
 
-from nc.train.config import RunConfig
+from nc.train.config import ALONE, RunConfig
 
 T = TypeVar("T")
 
@@ -18,15 +18,34 @@ class Shape:
     data: str
     limit: int | None
     batch_size: int
+    width: int | None = None
+    precision: str = "fp32"
+    augment: str = "none"
+    layers: str = "head"
+    muon: bool = False  # whose step is not that of the other rules
 
     @staticmethod
     def of(run: RunConfig) -> "Shape":
         """The shape of a run."""
-        return Shape(run.model, run.data, run.limit, run.batch_size)
+        own = {field.name: getattr(run, field.name) for field in dataclasses.fields(Shape) if field.name != "muon"}
+        return Shape(**own, muon=run.family == "muon")
+
+    @property
+    def most(self) -> int | None:
+        """The most runs that train as one program; None: any number."""
+        return 1 if self.model in ALONE else None
 
     def __str__(self) -> str:
         parts = [f"{self.model} on {self.data}", f"batches of {self.batch_size}"]
-        return ", ".join(parts + ([f"first {self.limit} samples"] if self.limit else []))
+        others = {
+            f"width {self.width}": self.width,
+            f"first {self.limit} samples": self.limit,
+            self.precision: self.precision != "fp32",
+            self.augment: self.augment != "none",
+            "all layers": self.layers == "all",
+            "muon": self.muon,
+        }
+        return ", ".join(parts + [text for text, there in others.items() if there])
 
 
 def by_shape(runs: Iterable[RunConfig]) -> dict[Shape, list[RunConfig]]:

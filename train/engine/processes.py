@@ -37,7 +37,8 @@ class Trainer:
     def data(self, name: str) -> Dataset:
         """A data set on the device."""
         if name not in self._data:
-            self._data[name] = self._how.load_data(name, self.device)
+            read = self._how.loaded.pop(name, None)
+            self._data[name] = self._how.load_data(name, self.device) if read is None else read.to(self.device)
         return self._data[name]
 
     def train(self, job: Job) -> Iterator[Message]:
@@ -116,6 +117,7 @@ class Processes:
     def __init__(self, devices: Sequence[str], threads: int, how: How) -> None:
         self._threads, self._how = threads, how
         self._devices = list(devices)
+        how.loaded.clear()  # each has its own
         self._workers = [_Worker(device, threads, how) for device in devices]
 
     @property

@@ -58,11 +58,12 @@ def sweep(
         if not left:
             return 0
         logs = Logs(out) if options.tensorboard else None
+        how = How(load_data, 60 * options.checkpoint_minutes, options.save_weights)
         facts: dict[str, Facts] = {}
         for name in dict.fromkeys(run.data for run in left):
-            facts[name] = Facts.of(load_data(name, torch.device("cpu")))
+            how.loaded[name] = load_data(name, torch.device("cpu"))
+            facts[name] = Facts.of(how.loaded[name])
             store.check_data(name, facts[name].fingerprint)
-        how = How(load_data, 60 * options.checkpoint_minutes, options.save_weights)
         engine = _prepare(store, Work(left, facts, options.stack), options, device, how, console)
         try:
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -139,7 +140,8 @@ class _Sweep:
             names = "; ".join(run.describe() for run, _ in self._too_large[:3])
             raise UserError(
                 f"{len(self._too_large)} runs could not be trained, since there is no memory for even one of them: "
-                f"{names} ({self._too_large[0][1]}). Give a smaller --batch-size or --limit, or another --device; all "
+                f"{names} ({self._too_large[0][1]}). Give a smaller --batch-size or --width, --precision bf16, a "
+                "smaller --limit (the features of all training samples are kept for NC4), or another --device; all "
                 "other runs are finished and kept"
             )
 

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -62,11 +62,19 @@ Take = Callable[[], Job | None]
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """What workers have to know besides the runs."""
+    """What workers have to know besides the runs.
+
+    Attributes:
+        loaded: data sets that were read already, on the CPU; not sent to other processes.
+    """
 
     load_data: Callable[[str, torch.device], Dataset]
     checkpoint_seconds: float
     keep_weights: bool
+    loaded: dict[str, Dataset] = dataclasses.field(default_factory=dict, compare=False, repr=False)
+
+    def __reduce__(self) -> tuple[type["How"], tuple[Any, ...]]:
+        return How, (self.load_data, self.checkpoint_seconds, self.keep_weights)
 
 
 class Engine(Protocol):

@@ -1,117 +1,47 @@
-"""`write_report`: tables on the terminal, figures as PNG, one HTML page that needs no network."""
+"""`write_report`: tables on the terminal, figures as PNG and SVG, tables as CSV, one page that needs no network."""
 
 import base64
-import math
-from collections.abc import Callable
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from nc.train.config import DESCRIPTIONS, FIELDS
 from nc.train.errors import UserError
-from nc.train.report import figures, tables
+from nc.train.report import figures, tables, text
+from nc.train.report.inline import inline
+from nc.train.report.read import Results, read
+from nc.train.report.sections import Part, Section
 from nc.train.report.selection import Selection
-from nc.train.results import load_meta, load_metrics, load_runs, load_sessions
+from nc.train.report.settings import described
+from nc.train.report.text import View, print_across, print_down
 from nc.train.schema import FINISHED
 
-#: What a cell says, and a second, smaller line below it.
-Cell = tuple[str, str]
-Column = tuple[str, Callable[["pd.Series[Any]"], Cell]]
+#: Bytes of SVG beyond which the page has the PNG: a browser is slow with tens of thousands of shapes.
+_HEAVY = 300_000
+#: Values of a setting that are listed.
+_LISTED = 12
 
 
-def number(value: float) -> str:
-    """Three digits, a dash for NaN."""
-    if pd.isna(value):
-        return "–"
-    return f"{value:.3g}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.2e}"
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A figure as the page and the folder have it: one of `svg` and `data` (a PNG in base64) is for the page."""
 
-
-def change(percent: float) -> str:
-    """A change in percent; nothing for NaN."""
-    if pd.isna(percent):
-        return ""
-    if -100 <= percent < -99.95:
-        return "<-99.9 %"
-    return f"{percent:+.0f} %" if percent >= 100 else f"{percent:+.1f} %"
-
-
-def _metric(name: str) -> Column:
-    return name.upper(), lambda row: (number(row[name]), change(row[f"{name}_change"]))
-
-
-def _accuracy(name: str, title: str) -> Column:
-    return title, lambda row: ("–" if pd.isna(row[name]) else f"{100 * row[name]:.2f} %", "")
-
-
-def _text(title: str, text: Callable[["pd.Series[Any]"], str]) -> Column:
-    return title, lambda row: (text(row), "")
-
-
-MAIN: tuple[Column, ...] = (
-    _text("optimizer", lambda row: figures.LABELS[row.optimizer]),
-    _metric("nc0"),
-    _text("NC0 predicted", lambda row: number(row.nc0_predicted)),
-    *(_metric(name) for name in ("nc1", "nc2", "nc3", "nc4")),
-    _accuracy("train_accuracy", "train acc."),
-    _accuracy("val_accuracy", "val. acc."),
-    _text("settings", lambda row: "no run reached the threshold" if pd.isna(row.settings) else row.settings),
-    _text("reached", lambda row: f"{row.eligible} of {row.runs}"),
-)
-DECAY: tuple[Column, ...] = (
-    _text("optimizer", lambda row: figures.LABELS[row.optimizer]),
-    _text("weight decay", lambda row: f"{row.weight_decay:g}"),
-    _text("coupling", lambda row: f"{row.coupling:g}"),
-    _text("smallest NC0 / start", lambda row: number(row.smallest)),
-    _text("largest NC0 / start", lambda row: number(row.largest)),
-    _text("runs", lambda row: str(row.runs)),
-)
-
-
-def cells(frame: pd.DataFrame, columns: tuple[Column, ...]) -> list[list[Cell]]:
-    """The table's text, row by row."""
-    return [[cell(row) for _, cell in columns] for _, row in frame.iterrows()]
-
-
-def _terminal_table(title: str, caption: str | None = None) -> Table:
-    return Table(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-
-
-def print_main_table(console: Console, title: str, caption: str, frame: pd.DataFrame) -> None:
-    """The main table on the terminal, an optimizer a column: it fits in 80 characters."""
-    optimizers = cells(frame, MAIN)
-    table = _terminal_table(title, caption)
-    table.add_column("")
-    for row in optimizers:
-        table.add_column(row[0][0], justify="right")
-    for i, (name, _) in list(enumerate(MAIN))[1:]:
-        table.add_row(name, *("\n[dim]".join(part for part in row[i] if part) for row in optimizers))
-    console.print(table)
-
-
-def print_decay_table(console: Console, frame: pd.DataFrame) -> None:
-    """NC0 by decay and coupling on the terminal."""
-    table = _terminal_table("NC0 by weight decay and coupling")
-    for name, _ in DECAY:
-        table.add_column(name, justify="left" if name == "optimizer" else "right")
-    for row in cells(frame, DECAY):
-        table.add_row(*(text for text, _ in row))
-    console.print(table)
+    name: str
+    caption: str
+    svg: str
+    data: str
 
 
 def write_report(folder: Path, selection: Selection, console: Console) -> Path:
-    """Print the tables and write figures and `report.html` into a results folder, finished or not.
+    """Print the tables and write figures, tables and `report.html` into a results folder, finished or not.
+
+    Figures are `figures/NAME.png` and `.svg`, tables `tables/NAME.csv`.
 
     Returns:
         The page's path.
@@ -119,42 +49,19 @@ def write_report(folder: Path, selection: Selection, console: Console) -> Path:
     Raises:
         UserError: no results there, or the folder cannot be written.
     """
-    runs, metrics = load_runs(folder), load_metrics(folder)
-    meta, sessions = load_meta(folder), load_sessions(folder)
-    caption = (
-        f"Best = smallest {selection.best_by.upper()} of the runs that reached {100 * selection.threshold:g} % "
-        "training accuracy (reached: how many did). Below each metric its change from initialisation. NC0 predicted: "
-        "the exact recursion of SGD and SGDW."
-    )
-    sections = []
+    results = read(folder)
+    parts = parts_of(results, selection)
+    for part in parts:
+        print_across(console, part.main_view(), part.title)
+        if part.runs.groupby("optimizer").coupling.nunique().max() > 1:
+            print_down(console, part.decay_view(), "NC0 by weight decay and coupling")
+    path = folder / "report.html"
     try:
-        for title, part in tables.settings_of(runs):
-            slug = title.replace(" on ", "-")
-            table, decay = tables.main_table(part, selection), tables.nc0_by_decay(part, selection)
-            print_main_table(console, title, caption, table)
-            if part.groupby("optimizer").coupling.nunique().max() > 1:
-                print_decay_table(console, decay)
-            drawn = []
-            if part.nc0.notna().any():
-                drawn = [
-                    _figure(
-                        folder / f"nc0-{slug}.png", figures.nc0_over_epochs(part, metrics, selection), _NC0_CAPTION
-                    ),
-                    _figure(folder / f"decay-{slug}.png", figures.metrics_over_decay(part, selection), _DECAY_CAPTION),
-                ]
-            sections.append(
-                {
-                    "title": title,
-                    "table": cells(table, MAIN),
-                    "decay": cells(decay, DECAY),
-                    "figures": drawn,
-                    "unfinished": int((~part.status.isin(FINISHED)).sum()),
-                    "runs": len(part),
-                }
-            )
-        page = _render(meta, sections, sessions, runs, caption, selection)
-        path = folder / "report.html"
-        path.write_text(page, "utf-8")
+        for kind in ("figures", "tables"):
+            (folder / kind).mkdir(exist_ok=True)
+        known = {run: i for i, run in enumerate(results.runs.id)}
+        drawn = [(part, [(section, draw(folder, section, known)) for section in part.sections()]) for part in parts]
+        path.write_text(render(folder, results, selection, drawn), "utf-8")
     except OSError as error:
         raise UserError(
             f"cannot write the report to {folder.resolve()}: {error}; the results themselves are kept"
@@ -162,46 +69,118 @@ def write_report(folder: Path, selection: Selection, console: Console) -> Path:
     return path
 
 
-_NC0_CAPTION = (
-    "NC0 over epochs, each optimizer's best run. Collapse needs NC0 → 0. Solid: weight decay coupled into the "
-    "gradient; dashed: decoupled. Circles: the exact linear recursion of the row sum under SGD and SGDW, from the "
-    "run's own start."
-)
-_DECAY_CAPTION = (
-    "Final metrics over weight decay. Each dot is a run (hollow: it missed the training-accuracy threshold); the line "
-    "is the median of the runs that reached it."
-)
+def parts_of(results: Results, selection: Selection) -> list[Part]:
+    """The runs of each model and data set."""
+    return [
+        # Names come from the store, and end up in paths.
+        Part(title, re.sub(r"[^A-Za-z0-9.]+", "-", title.replace(" on ", "-")).strip("-."), runs, results, selection)
+        for title, runs in tables.settings_of(results.runs)
+    ]
 
 
-def _figure(path: Path, figure: Any, caption: str) -> dict[str, str]:
-    image = figures.png(figure)
-    path.write_bytes(image)
-    return {"data": base64.b64encode(image).decode(), "caption": caption, "name": path.name}
+def draw(folder: Path, section: Section, known: dict[str, int]) -> list[Picture]:
+    """Write the section's figures and tables; returns the figures for the page.
+
+    Args:
+        known: run -> its number on the page.
+    """
+    for name, frame in (*section.files, *((view.name, view.frame) for view in section.tables)):
+        _write_csv(folder, name, frame)
+    pictures = []
+    for drawing in section.drawings:
+        image, vectors = figures.encode(drawing.figure)
+        (folder / "figures" / f"{drawing.name}.png").write_bytes(image)
+        (folder / "figures" / f"{drawing.name}.svg").write_text(vectors, "utf-8")
+        numbers = {group: [known[run] for run in runs] for group, runs in drawing.runs.items()}
+        svg = inline(vectors, drawing.name, drawing.caption, numbers)
+        heavy = len(svg) > _HEAVY
+        data = base64.b64encode(image).decode() if heavy else ""
+        pictures.append(Picture(drawing.name, drawing.caption, "" if heavy else svg, data))
+    return pictures
 
 
-def _render(
-    meta: dict[str, str],
-    sections: list[dict[str, Any]],
-    sessions: list[dict[str, Any]],
-    runs: pd.DataFrame,
-    caption: str,
+def _write_csv(folder: Path, name: str, frame: pd.DataFrame) -> None:
+    (folder / "tables" / f"{name}.csv").write_text(frame.to_csv(index=False, lineterminator="\n"), "utf-8")
+
+
+def render(
+    folder: Path,
+    results: Results,
     selection: Selection,
+    drawn: Sequence[tuple[Part, Sequence[tuple[Section, Sequence[Picture]]]]],
 ) -> str:
+    """The page; also writes the tables of what was run."""
     import jinja2
 
-    source = (files("nc.train.report") / "page.html.j2").read_text("utf-8")
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(source)
-    seconds = float(runs.seconds.sum())
-    return template.render(
-        name=meta["grid"],
-        description=meta["description"],
-        sections=sections,
-        main_columns=[name for name, _ in MAIN],
-        decay_columns=[name for name, _ in DECAY],
-        caption=caption,
+    def source(name: str) -> str:
+        return (files("nc.train.report") / name).read_text("utf-8")
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(source),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    runs = results.runs
+    ran = [_counts(runs, selection), _grid(runs)]
+    for view in ran:
+        _write_csv(folder, view.name, view.frame)
+    pointed = any(drawing.runs for _, sections in drawn for section, _ in sections for drawing in section.drawings)
+    return environment.get_template("page.html.j2").render(
+        name=results.meta.get("grid", folder.name),
+        description=results.meta.get("description", ""),
+        parts=drawn,
+        ran=ran,
+        colours=figures.COLOURS,
         threshold=f"{100 * selection.threshold:g} %",
         counts=tables.status_counts(runs),
         total=len(runs),
-        minutes="–" if math.isnan(seconds) else f"{seconds / 60:.1f}",
-        sessions=sessions,
+        finished=int(runs.status.isin(FINISHED).sum()),
+        reached=len(selection.eligible(runs)),
+        seconds=text.duration(float(runs.seconds.sum())),
+        sessions=results.sessions,
+        runs=list(_hover(runs)) if pointed else [],
     )
+
+
+def _hover(runs: pd.DataFrame) -> Iterable[str]:
+    """What is said of each run under the pointer: its settings on the first line, its results on the next."""
+    names = runs.optimizer.map(lambda name: figures.LABELS.get(name, name))
+    results = ["NC0", "NC1", "NC2", "NC3", "train_accuracy", "val_accuracy"]
+    columns = [runs[name.lower()].tolist() for name in results]
+    for name, settings, run, *values in zip(names, described(runs), runs.id, *columns, strict=True):
+        metrics = "  ".join(f"{n} {text.number(v)}" for n, v in zip(results[:4], values[:4], strict=True))
+        train, val = ("–" if pd.isna(v) else f"{100 * v:.2f} %" for v in values[4:])
+        yield f"{name}  {settings}\n{metrics}\ntrain {train}, validation {val}; run {run}"
+
+
+def _counts(runs: pd.DataFrame, selection: Selection) -> View:
+    columns = [text.words(name, lambda row, name=name: row[name]) for name in ("model", "data")]  # type: ignore[misc]
+    columns += [text.optimizer(), *(text.count(name) for name in ("runs", *FINISHED, "unfinished"))]
+    columns.append(text.count("reached", "reached the threshold"))
+    columns.append(text.Column("time", lambda row: text.Cell(text.duration(row.seconds), value=float(row.seconds))))
+    caption = (
+        f"Diverged: the loss was not finite. Degenerate: features or weights vanished. The threshold is "
+        f"{100 * selection.threshold:g} % training accuracy. Time: of training and evaluation, each run's share of its "
+        "stack's."
+    )
+    return View("runs-by-optimizer", caption, columns, tables.what_was_run(runs, selection))
+
+
+def _grid(runs: pd.DataFrame) -> View:
+    rows = [(f.name, _values(runs[f.name]), DESCRIPTIONS[f.name]) for f in FIELDS if f.name in runs]
+    frame = pd.DataFrame(rows, columns=["setting", "values", "meaning"])
+    names = {"setting": "setting", "values": "values", "what it is": "meaning"}
+    columns = [text.words(title, lambda row, name=name: row[name]) for title, name in names.items()]  # type: ignore[misc]
+    return View("grid", "Every setting with the values that it took.", columns, frame)
+
+
+def _values(values: "pd.Series[Any]") -> str:
+    there = list(values.dropna().unique())
+    if pd.api.types.is_numeric_dtype(values.dtype):
+        there.sort()
+    written = [f"{v:g}" if isinstance(v, float) else str(v) for v in there] + ["none"] * bool(values.isna().any())
+    if len(written) <= _LISTED:
+        return ", ".join(written)
+    return f"{len(written)} values, {written[0]} … {written[-1]}"

@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nc.train.columns import METRICS
-from nc.train.report.page import number
 from nc.train.report.tables import predicted_nc0
+from nc.train.report.text import number
 from nc.train.results import load_runs
 
 

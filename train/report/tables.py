@@ -1,5 +1,6 @@
-"""The tables of the report, as DataFrames: the best run of each optimizer, and NC0 over weight decay."""
+"""The tables of the report, as DataFrames: the best run of each optimizer, NC0 over weight decay, what was run."""
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from nc import ufm
 from nc.train.config import FIELDS, OPTIMIZERS, RunConfig, make_run
 from nc.train.report.selection import Selection
+from nc.train.report.settings import described
 from nc.train.schema import FINISHED
 
 CHANGES = ("nc0", "nc1", "nc2", "nc3", "nc4")
@@ -32,12 +34,17 @@ def best_runs(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
     """The best eligible run of each optimizer, in the order of the paper's table."""
     eligible = selection.eligible(runs).dropna(subset=[selection.best_by])
     best = eligible.loc[eligible.groupby("optimizer")[selection.best_by].idxmin()]
-    return _in_order(best)
+    return in_order(best)
 
 
-def _in_order(frame: pd.DataFrame) -> pd.DataFrame:
+def in_order(frame: pd.DataFrame) -> pd.DataFrame:
     """Rows by optimizer, in the order of the paper's table."""
     return frame.sort_values("optimizer", key=lambda names: names.map(OPTIMIZERS.index), kind="stable")
+
+
+def tried(runs: pd.DataFrame) -> list[str]:
+    """The optimizers of these runs, in the order of the paper's table."""
+    return [name for name in OPTIMIZERS if name in set(runs.optimizer)]
 
 
 def predicted_nc0(row: "pd.Series[Any]") -> NDArray[np.float64] | None:
@@ -45,14 +52,19 @@ def predicted_nc0(row: "pd.Series[Any]") -> NDArray[np.float64] | None:
     config = run_config(row)
     if config.family != "sgd":
         return None
-    steps = config.steps_per_epoch(int(row.train_samples))
+    return np.asarray(row.nc0_start * _factor(config, int(row.train_samples)) ** 2)
+
+
+@functools.lru_cache(maxsize=64)  # a table and a figure ask for the same runs
+def _factor(config: RunConfig, samples: int) -> NDArray[np.float64]:
+    steps = config.steps_per_epoch(samples)
     factor = ufm.row_sum_factor(
         [config.lr * config.lr_factor(epoch) for epoch in range(config.epochs) for _ in range(steps)],
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         coupling=config.decay_coupling,
     )
-    return np.asarray(row.nc0_start * factor[::steps] ** 2)
+    return factor[::steps]
 
 
 def main_table(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
@@ -61,13 +73,14 @@ def main_table(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
     An optimizer none of whose runs is eligible has a row with NaN.
     """
     best = {run.optimizer: run for _, run in best_runs(runs, selection).iterrows()}
+    settings = described(runs).set_axis(runs.id)
     rows = []
-    for optimizer in (name for name in OPTIMIZERS if name in set(runs.optimizer)):
-        tried = runs[runs.optimizer == optimizer]
+    for optimizer in tried(runs):
+        own = runs[runs.optimizer == optimizer]
         row: dict[str, object] = {
             "optimizer": optimizer,
-            "eligible": len(selection.eligible(tried)),
-            "runs": int(tried.status.isin(FINISHED).sum()),
+            "eligible": len(selection.eligible(own)),
+            "runs": int(own.status.isin(FINISHED).sum()),
         }
         if optimizer in best:
             run = best[optimizer]
@@ -78,7 +91,7 @@ def main_table(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
             prediction = predicted_nc0(run)
             row["nc0_predicted"] = math.nan if prediction is None else prediction[-1]
             row |= {name: run[name] for name in ("train_accuracy", "val_accuracy")}
-            row["settings"] = run_config(run).describe().partition(" ")[2]
+            row["settings"] = settings[run["id"]]
             row["run"] = run["id"]
         rows.append(row)
     columns = ["optimizer", "nc0", "nc0_change", "nc0_predicted"]
@@ -92,9 +105,23 @@ def nc0_by_decay(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
     eligible = selection.eligible(runs)
     keys = [eligible[name] for name in ("optimizer", "weight_decay", "coupling")]
     frame = (eligible.nc0 / eligible.nc0_start).groupby(keys).agg(smallest="min", largest="max", runs="count")
-    return _in_order(frame.reset_index())
+    return in_order(frame.reset_index())
 
 
 def status_counts(runs: pd.DataFrame) -> dict[str, int]:
     """How many runs have each status."""
     return {str(status): int(count) for status, count in runs.status.value_counts().items()}
+
+
+def what_was_run(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
+    """A row per model, data set and optimizer: runs by how they ended, how many reached the threshold, seconds."""
+    runs = runs.assign(reached=runs.id.isin(selection.eligible(runs).id))
+    for status in FINISHED:
+        runs[status] = runs.status == status
+    runs["unfinished"] = ~runs.status.isin(FINISHED)
+    counted = ["reached", *FINISHED, "unfinished"]
+    groups = runs.groupby(["model", "data", "optimizer"], sort=False)
+    frame = groups[counted].sum().assign(runs=groups.size(), seconds=groups.seconds.sum()).reset_index()
+    frame["place"] = frame.groupby(["model", "data"], sort=False).ngroup()
+    frame = in_order(frame).sort_values("place", kind="stable")
+    return frame[["model", "data", "optimizer", "runs", *FINISHED, "unfinished", "reached", "seconds"]]

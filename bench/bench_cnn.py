@@ -1,0 +1,283 @@
+"""A training step of ResNet9 and VGG9 as the trainer takes it, beside the loops that a user would write.
+
+python -m bench.bench_cnn --device cuda      records bench/results/cnn-cuda.json
+
+One run, batches of 128 images of Fashion-MNIST's size (random: speed does not depend on them), SGD with momentum.
+"nc" is the trainer's step in bfloat16: on a GPU one CUDA graph. Beside it, with a piece taken out: "nc, torch's batch
+norm", and "nc, cuDNN's trials" (`torch.backends.cudnn.benchmark`, not deterministic); and "nc, fp32", "nc, tf32".
+"plain" is what most people write: a DataLoader with two workers over PIL images, torch.optim, one operation after the
+other, float32. "eager" has the data on the device, channels-last, autocast to bfloat16 and torch's fused SGD;
+"compiled" the same under torch.compile(mode="max-autotune"). First the trainer's step and the eager one are shown to
+give the same weights in float32.
+"""
+
+import contextlib
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as MapDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import timing
+from bench.record import Record, first_line, timing_options
+from nc.kernels.batch_norm.reference import batch_norm_relu_reference
+from nc.train import layers
+from nc.train.config import RunConfig
+from nc.train.data import Dataset
+from nc.train.models import Classifier, build
+from nc.train.precision import arithmetic
+from nc.train.stack import Stack, make_optimizer
+from nc.train.step import Step
+
+BATCH = 128
+#: bfloat16 products a second with float32 sums, dense, of the vendor's data sheet, by the device's name.
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def images(samples: int, device: torch.device) -> tuple[Dataset, Tensor]:
+    """Random ones, normalised on the device, and as bytes."""
+    raw = torch.randint(256, (samples, 1, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x = ((raw.float() / 255 - 0.286) / 0.353).to(device)
+    y = (torch.arange(samples) % 10).to(device)
+    return Dataset(x, y, x[:0], y[:0], tuple("0123456789"), "random"), raw
+
+
+def batches(samples: int, device: torch.device) -> Iterator[Tensor]:
+    """The indices of one full batch after the other, for ever."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield from torch.randperm(samples, generator=generator).to(device).split(BATCH)[: samples // BATCH]
+
+
+class Written(MapDataset[tuple[Tensor, int]]):
+    """What torchvision's MNIST and the usual transforms do with an image."""
+
+    def __init__(self, raw: Tensor) -> None:
+        from torchvision import transforms
+
+        self._raw = raw[:, 0]
+        self._transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.286,), (0.353,))])
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self._transform(Image.fromarray(self._raw[i].numpy())), i % 10
+
+
+class Case:
+    """The candidates for one model."""
+
+    def __init__(self, model: str, width: int, samples: int, device: torch.device) -> None:
+        self.model, self.width, self.device = model, width, device
+        self.data, self._raw = images(samples, device)
+
+    def built(self) -> Classifier:
+        return build(self.model, 1, 28, 10, 0, self.width)
+
+    def ours(self, precision: str) -> tuple[Step, Stack]:
+        """The trainer's step."""
+        run = RunConfig(model=self.model, precision=precision, lr=0.01)  # type: ignore[arg-type]
+        stack = Stack.of([self.built()], self.device)
+        return Step(stack, make_optimizer(stack, [run]), self.data), stack
+
+    def stepping(self, precision: str, around: Callable[[], Any] = contextlib.nullcontext) -> timing.Step:
+        """Steps of the trainer, set up (and, on a GPU, captured) in a context."""
+        step, _ = self.ours(precision)
+        source = batches(len(self.data.train_y), self.device)
+        with arithmetic(precision), around():
+            for _ in range(5):
+                step(next(source))
+
+        def one() -> None:
+            with arithmetic(precision), around():
+                step(next(source))
+
+        return one
+
+    def plain(self) -> timing.Step:
+        model = self.built().to(self.device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+        pinned = self.device.type == "cuda"
+        loader = DataLoader(
+            Written(self._raw), BATCH, shuffle=True, num_workers=2, pin_memory=pinned, drop_last=True,
+            persistent_workers=True,
+        )  # fmt: skip
+        source = itertools.chain.from_iterable(itertools.repeat(loader))
+
+        def step() -> None:
+            x, y = next(source)
+            optimizer.zero_grad()
+            F.cross_entropy(model(x.to(self.device)), y.to(self.device)).backward()
+            optimizer.step()
+
+        return step
+
+    def eager(self, *, compiled: bool = False, half: bool = True) -> tuple[timing.Step, Classifier]:
+        model = self.built().to(self.device, memory_format=torch.channels_last)
+        run = torch.compile(model, mode="max-autotune") if compiled else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+        source = batches(len(self.data.train_y), self.device)
+
+        def step() -> None:
+            batch = next(source)
+            optimizer.zero_grad()
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                loss = F.cross_entropy(run(self.data.train_x[batch]), self.data.train_y[batch])
+            loss.backward()
+            optimizer.step()
+
+        return step, model
+
+    def check(self) -> None:
+        """Raise unless the trainer's step and the eager one give the same weights in float32."""
+        with arithmetic("fp32"):
+            mine, stack = self.ours("fp32")
+            theirs, model = self.eager(half=False)
+            source = batches(len(self.data.train_y), self.device)
+            for _ in range(5):
+                mine(next(source))
+                theirs()
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(stack.state_dict(0)[name], value.cpu(), rtol=1e-2, atol=1e-3)
+
+    def flops(self) -> int:
+        """Of forward and backward, by torch's counter; one multiplication and one sum are two."""
+        x, y = self.data.train_x[:BATCH], self.data.train_y[:BATCH]
+        model = self.built().to(self.device)
+        with FlopCounterMode(display=False) as counter:
+            F.cross_entropy(model(x), y).backward()
+        return counter.get_total_flops()
+
+    def profile(self) -> list[dict[str, Any]]:
+        """Microseconds of the GPU in a step, by operation, the dearest first."""
+        step, _ = self.ours("bf16")
+        source = batches(len(self.data.train_y), self.device)
+        with arithmetic("bf16"):
+            for _ in range(5):
+                step._run(next(source), None)
+            kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+            with torch.profiler.profile(activities=kinds) as profiler:
+                for _ in range(10):
+                    step._run(next(source), None)
+                torch.cuda.synchronize()
+        events = [
+            {"operation": event.key, "us": round(event.self_device_time_total / 10, 2), "calls": event.count / 10}
+            for event in profiler.key_averages()
+            if event.self_device_time_total > 0
+        ]
+        return sorted(events, key=lambda event: -event["us"])[:40]
+
+
+def torchs_batch_norm() -> Any:
+    """The trainer with torch's operations in place of the fused one."""
+
+    def unfused(
+        x: Tensor, *vectors: Tensor, train: bool, momentum: float, eps: float, pool: bool, residual: Any
+    ) -> Any:
+        return batch_norm_relu_reference(x, *vectors, train, momentum, eps, pool, residual)
+
+    return mock.patch.object(layers, "batch_norm_relu", unfused)
+
+
+@contextlib.contextmanager
+def trials() -> Iterator[None]:
+    """Within `arithmetic`: cuDNN may choose by the clock, and may add in any order."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = True, False
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.deterministic = before
+
+
+def measured(case: Case, seconds: float, end: float) -> dict[str, Any]:
+    """The record of a model."""
+    case.check()
+    on_gpu = case.device.type == "cuda"
+    makers: dict[str, Callable[[], timing.Step]] = {
+        "nc": lambda: case.stepping("bf16"),
+        "nc, torch's batch norm": lambda: case.stepping("bf16", torchs_batch_norm),
+        "nc, cuDNN's trials": lambda: case.stepping("bf16", trials),
+        "nc, tf32": lambda: case.stepping("tf32"),
+        "nc, fp32": lambda: case.stepping("fp32"),
+        "eager": lambda: case.eager()[0],
+        "plain": case.plain,
+        "compiled": lambda: case.eager(compiled=True)[0],
+    }
+    record: dict[str, Any] = {"batch": BATCH, "gflop_per_step": round(case.flops() / 1e9, 2)}
+    if on_gpu:
+        record["profile"] = case.profile()
+    steps: dict[str, timing.Step] = {}
+    for name, make in makers.items():
+        if time.monotonic() > end:
+            record.setdefault("left_out", []).append(name)
+            continue
+        try:
+            steps[name] = make()
+            for _ in range(3):
+                steps[name]()
+        except Exception as error:  # a candidate that does not run is told, the others are timed
+            steps.pop(name, None)
+            record.setdefault("failed", {})[name] = first_line(error)
+    clock = timing.wall_cuda if on_gpu else timing.wall_cpu
+    timings, _ = timing.interleaved(steps, clock, seconds)
+    for name, one in timings.items():
+        record[name] = one.record() | {"images_per_second": round(BATCH * 1e6 / one.median)}
+        if name != "nc":
+            record[name]["nc_is_faster_by"] = round(one.median / timings["nc"].median, 3)
+    record |= floor(case, record)
+    return record
+
+
+def floor(case: Case, record: dict[str, Any]) -> dict[str, Any]:
+    """What arithmetic alone would take at the data sheet's peak, and what share of it the convolutions reach."""
+    name = torch.cuda.get_device_name() if case.device.type == "cuda" else ""
+    peak = next((value for key, value in PEAK.items() if key in name), None)
+    if peak is None:
+        return {}
+    flop = record["gflop_per_step"] * 1e9
+    convolutions = sum(each["us"] for each in record["profile"] if "convolution" in each["operation"])
+    return {
+        "floor_us": round(flop / peak * 1e6, 1),
+        "share_of_peak": round(flop / peak * 1e6 / record["nc"]["median"], 3),
+        "convolutions_us": round(convolutions, 1),
+        "convolutions_share_of_peak": round(flop / peak * 1e6 / convolutions, 3) if convolutions else None,
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = timing_options(__doc__, arguments, seconds=20.0)
+    device = torch.device(options.device)
+    # On a CPU to see that it works: a quarter of the width, few images.
+    width, samples = (64, 60_000) if device.type == "cuda" else (16, 1280)
+    command = f"python -m bench.bench_cnn --device {options.device}"
+    record = Record(options.out / f"cnn-{options.device}.json", command, options.device, options.commit)
+    record.data |= {"width": width, "samples": samples, "models": {}}
+    end = time.monotonic() + 60 * options.minutes
+    for model in ("resnet9", "vgg9"):
+        if options.only not in model or time.monotonic() > end:
+            continue
+        one = record.data["models"][model] = measured(Case(model, width, samples, device), options.seconds, end)
+        record.save()
+        for name in [key for key, value in one.items() if isinstance(value, dict) and "median" in value]:
+            faster = one[name].get("nc_is_faster_by", 1.0)
+            print(f"{model:8} {name:24} {one[name]['median'] / 1e3:9.3f} ms  nc is faster by {faster:7.2f}", flush=True)
+        for key in ("floor_us", "share_of_peak", "convolutions_share_of_peak", "failed", "left_out"):
+            if key in one:
+                print(f"{model:8} {key}: {one[key]}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The CNNs on a GPU: what a step takes, then the paper's table, as many runs as the time allows.
+
+make gpu-table MINUTES=25 DATA=DIR
+python -m bench.gpu_table --minutes 25 --data-dir DIR [--out DIR] [-- OPTIONS OF ncollapse sweep]
+
+First `bench.bench_cnn` (cnn-cuda.json), then `ncollapse sweep paper-table`: the six optimizers at decay 5e-4, then the
+other decays. paper-table.json is written after each, of the runs that have ended by then; the results folders stay, and
+the same command goes on in them.
+"""
+
+import argparse
+import contextlib
+import json
+import sqlite3
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.gpu import run, why_not
+from bench.record import RESULTS, Record
+
+#: What arXiv 2602.16642 has for ResNet9 on Fashion-MNIST; its NC0 is most likely ‖Wᵀ1‖, the root of ours.
+PAPER = {
+    "sgd": {"nc0_norm": 2.14e-4, "nc1": 0.05, "nc2": 0.29, "nc3": 0.35},
+    "adam": {"nc0_norm": 0.34, "nc1": 0.04, "nc2": 0.29, "nc3": 0.29},
+    "adamw": {"nc0_norm": 5.33, "nc1": 0.20, "nc2": 0.54, "nc3": 0.78},
+    "sgdw": {"nc0_norm": 0.55, "nc1": 0.26, "nc2": 0.46, "nc3": 0.80},
+}
+_SETTINGS = ("optimizer", "lr", "momentum", "weight_decay", "coupling", "precision", "seed", "epochs", "model", "data")
+_METRICS = ("nc0", "nc1", "nc2", "nc3", "nc4", "train_accuracy", "train_loss", "val_accuracy")
+
+
+def ended(folder: Path) -> list[dict[str, Any]]:
+    """Settings, seconds, first and last metrics of the runs of a results folder that have ended."""
+    if not (folder / "runs.sqlite").is_file():
+        return []
+    with contextlib.closing(sqlite3.connect(folder / "runs.sqlite")) as database:
+        database.row_factory = sqlite3.Row
+        runs = database.execute("SELECT * FROM runs WHERE status IN ('done', 'diverged', 'degenerate')").fetchall()
+        rows = []
+        for one in runs:
+            metrics = database.execute("SELECT * FROM metrics WHERE run = ? ORDER BY epoch", (one["id"],)).fetchall()
+            first, last = metrics[0], metrics[-1]
+            rows.append(
+                {name: one[name] for name in ("id", *_SETTINGS, "status", "seconds")}
+                | {"nc0_norm": _root(last["nc0"]), "nc0_norm_start": _root(first["nc0"])}
+                | {name: last[name] for name in _METRICS}
+                | {f"{name}_start": first[name] for name in ("nc1", "nc2", "nc3")}
+            )
+    return rows
+
+
+def _root(value: float | None) -> float | None:
+    return None if value is None else value**0.5
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    own, extra = arguments[:cut], arguments[cut + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=25.0, help="for everything together")
+    parser.add_argument("--data-dir", type=Path, help="where Fashion-MNIST is; by default $NCOLLAPSE_DATA, else ./data")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--folder", type=Path, default=Path("results"), help="of the sweeps' results folders")
+    parser.add_argument("--device", default="cuda", help="cpu: to see that it works")
+    parser.add_argument("--speed-share", type=float, default=0.4, help="of the time, for the speed of a step")
+    parser.add_argument("--commit", help="of the sources, where git cannot tell")
+    options = parser.parse_args(own)
+    if options.device == "cuda" and (reason := why_not()):
+        print(f"gpu-table: nothing was run: {reason}.", file=sys.stderr)
+        return 1
+    end = time.monotonic() + 60 * options.minutes
+    out, commit = options.out.resolve(), ["--commit", options.commit] if options.commit else []
+    failed = []
+    if options.speed_share > 0:
+        seconds = 60 * options.minutes * options.speed_share
+        speed = ["-m", "bench.bench_cnn", "--device", options.device, "--out", str(out), *commit]
+        status, output = run([*speed, "--minutes", f"{max(0.1, seconds / 60 - 2):.2f}"], seconds)
+        print(output, flush=True)
+        failed += ["bench_cnn"] if status not in (0, None) else []
+    command = f"python -m bench.gpu_table --minutes {options.minutes:g}"
+    record = Record(out / "paper-table.json", command, "cuda" if options.device == "cuda" else "cpu", options.commit)
+    record.data |= {"sweep": extra, "paper": PAPER, "runs": []}
+    place = ["--device", options.device, *(["--data-dir", str(options.data_dir)] if options.data_dir else [])]
+    folders = {"reference": ["--weight-decay", "5e-4"], "decays": []}
+    for name, chosen in folders.items():
+        left = end - time.monotonic() - 5
+        if left < 20:
+            print(f"gpu-table: no time is left for {name}", flush=True)
+            break
+        folder = options.folder / f"paper-table-{name}"
+        sweep = ["-m", "nc.train", "sweep", "paper-table", "--out", str(folder), *place, *chosen, *extra]
+        status, output = run(sweep, left)
+        print(output[-4000:], flush=True)
+        failed += [name] if status not in (0, None) else []
+        found = {row["id"]: row for one in folders for row in ended(options.folder / f"paper-table-{one}")}
+        record.data["runs"] = list(found.values())
+        record.save()
+    for row in record.data["runs"]:
+        print(json.dumps({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()}))
+    print(f"gpu-table: {len(record.data['runs'])} runs in {out / 'paper-table.json'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,219 @@
+"""`batch_norm_relu`, and the operators of torch that it is made of where there is a kernel.
+
+`torch.ops.ncollapse.batch_norm_moments` takes mean and variance of a batch, and changes the running statistics;
+`.batch_norm_relu` does the rest. Autograd wants operators that change nothing, so that the gradient stands with the
+second: it is that of the whole, in which mean and variance are functions of x.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nc.kernels import fallback
+from nc.kernels.batch_norm.reference import batch_norm_relu_reference
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MOST_ROWS = 2**30  # the kernels count them in int32, with room for a tile beyond the last
+
+# Defined with Library, not custom_op, whose Python wrapper takes longer than a small batch does. What is passed in
+# keeps its layout, and what the kernels read and write one row after the other is not a copy.
+_library = torch.library.Library("ncollapse", "FRAGMENT")
+for _schema in (
+    "batch_norm_moments(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, float eps) "
+    "-> (Tensor, Tensor)",
+    "batch_norm_relu(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor? residual, bool pool) "
+    "-> Tensor",
+    "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool pool) "
+    "-> (Tensor, Tensor, Tensor)",
+):
+    _library.define(_schema, tags=(torch.Tag.needs_exact_strides,))
+
+
+def batch_norm_relu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    train: bool,
+    momentum: float,
+    eps: float,
+    pool: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """relu(batch_norm(x)), then 2 × 2 max pooling, or a residual added: `F.batch_norm`, `F.relu`, `F.max_pool2d`, `+`.
+
+    One read of x for mean and variance and one for the result; for the backward pass nothing of the size of a map is
+    kept but x. On a CPU these are torch's own operations.
+
+    Args:
+        x: `[N, C, H, W]`; on a GPU float32, bfloat16 or float16, channels-last, for the kernels.
+        weight, bias: `[C]` float32.
+        running_mean, running_var: `[C]` float32; in training `(1 − momentum) · running + momentum · batch` in place,
+            the variance unbiased; else they are what x is normalised with.
+        train: normalise with the batch's own mean and (biased) variance.
+        eps: added to the variance.
+        pool: take the largest of each 2 × 2 pixels; a last odd row or column is left out.
+        residual: like x.
+
+    Returns:
+        `[N, C, H, W]`, or `[N, C, H // 2, W // 2]`, in x's dtype. Gradients reach x, weight, bias and residual; on a
+        GPU they have none themselves.
+
+    Raises:
+        ValueError: x has not four dimensions, a residual is not like x or stands beside `pool`, or (torch's own) there
+            is one value per channel to train with.
+
+    Warns:
+        UserWarning: (on a GPU, once for each reason) torch's own operations do it, and why.
+    """
+    if x.dim() != 4:
+        raise ValueError(f"batch_norm_relu takes maps [N, C, H, W], not x of shape {tuple(x.shape)}")
+    if residual is not None:
+        if pool:
+            raise ValueError("batch_norm_relu takes pool=True or a residual, not both")
+        if residual.shape != x.shape or residual.dtype != x.dtype:
+            raise ValueError(
+                f"the residual must be like x, {tuple(x.shape)} {x.dtype}, not {tuple(residual.shape)} {residual.dtype}"
+            )
+    how = fused
+    if x.device.type == "cpu" or _trivial(x, pool):
+        how = batch_norm_relu_reference
+    elif reason := why_no_kernel(x, (weight, bias, running_mean, running_var), train, residual):
+        _warn(reason)
+        how = batch_norm_relu_reference
+    return how(x, weight, bias, running_mean, running_var, train, momentum, eps, pool, residual)
+
+
+def why_no_kernel(x: Tensor, vectors: tuple[Tensor, ...], train: bool, residual: Tensor | None) -> str | None:
+    """Why these maps, off the CPU, go to torch's own operations; None if they don't."""
+    if reason := _why_not_here(x.device):
+        return reason
+    if x.dtype not in _DTYPES:
+        return f"there is no batch-norm kernel for {x.dtype} maps"
+    for maps in (x,) if residual is None else (x, residual):
+        if not maps.is_contiguous(memory_format=torch.channels_last):
+            return "the maps are not channels-last"
+    for vector in vectors:
+        if vector.shape != x.shape[1:2] or vector.dtype != torch.float32 or not vector.is_contiguous():
+            return "weight, bias and running statistics are not dense [C] in float32"
+    if any(t.device != x.device for t in (vectors if residual is None else (*vectors, residual))):
+        return "its tensors are on several devices"
+    if x.numel() // x.shape[1] > _MOST_ROWS:
+        return "the maps have more than 2³⁰ pixels"
+    inputs = (x, *vectors[:2]) if residual is None else (x, *vectors[:2], residual)
+    if not train and torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return "the kernels have no gradient in evaluation mode"
+    return None
+
+
+def fused(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    train: bool,
+    momentum: float,
+    eps: float,
+    pool: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    """As `batch_norm_relu_reference`, by the kernels, whether they fit or not."""
+    if train:
+        mean, rstd = moments_op(x.detach(), running_mean, running_var, momentum, eps)
+    else:
+        mean, rstd = running_mean, (running_var + eps).rsqrt()
+    return batch_norm_relu_op(x, weight, bias, mean, rstd, residual, pool)
+
+
+def _trivial(x: Tensor, pool: bool) -> bool:
+    """Maps of which there is nothing to read or write, or one value per channel: torch knows what to say of them."""
+    height, width = x.shape[2:]
+    return x.numel() <= x.shape[1] or (pool and min(height, width) < 2)
+
+
+def _why_not_here(device: torch.device) -> str | None:
+    return fallback.why_no_kernel(device, "")
+
+
+def _warn(reason: str) -> None:
+    fallback.warn_once("normalises maps", reason)
+
+
+# What `torch.compiler.assume_constant_result` does, without loading the compiler: these it calls while it compiles, and
+# looks into neither.
+_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _moments(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor]:
+    from nc.kernels.batch_norm import gpu
+
+    mean, rstd = _vectors(x)
+    gpu.moments(x, mean, rstd, running_mean, running_var, momentum, eps)
+    return mean, rstd
+
+
+def _batch_norm_relu(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None, pool: bool
+) -> Tensor:
+    from nc.kernels.batch_norm import gpu
+
+    out = _result(x, weight, bias, mean, rstd, residual, pool)
+    gpu.apply(x, weight, bias, mean, rstd, residual, pool, out)
+    return out
+
+
+def _batch_norm_relu_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, pool: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from nc.kernels.batch_norm import gpu
+
+    grads = torch.empty_like(x), *_vectors(x)
+    gpu.backward(grad.contiguous(memory_format=torch.channels_last), x, weight, bias, mean, rstd, pool, *grads)
+    return grads
+
+
+# What comes out: of what shape, dtype and layout, whatever stands in it.
+def _vectors(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    like = x.new_empty(x.shape[1], dtype=torch.float32)
+    return like, torch.empty_like(like)
+
+
+def _result(x: Tensor, *arguments: Any) -> Tensor:
+    samples, channels, height, width = x.shape
+    shape = (samples, channels, height // 2, width // 2) if arguments[-1] else x.shape
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, residual, pool = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.pool, ctx.has_residual = pool, residual is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads: tuple[Tensor | None, ...] = (None, None, None)
+    if any(ctx.needs_input_grad[:3]):
+        grads = backward_op(grad, *ctx.saved_tensors, ctx.pool)
+    return *grads, None, None, grad if ctx.has_residual else None, None
+
+
+_library.impl("batch_norm_moments", _moments, "CompositeExplicitAutograd")
+_library.impl("batch_norm_relu", _batch_norm_relu, "CompositeExplicitAutograd")
+_library.impl("batch_norm_relu_backward", _batch_norm_relu_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("ncollapse::batch_norm_moments", _vectors)
+torch.library.register_fake("ncollapse::batch_norm_relu", _result)
+torch.library.register_fake(
+    "ncollapse::batch_norm_relu_backward", lambda _, x, *__: (torch.empty_like(x), *_vectors(x))
+)
+torch.library.register_autograd("ncollapse::batch_norm_relu", _backward, setup_context=_keep)
+
+moments_op = torch.ops.ncollapse.batch_norm_moments.default
+batch_norm_relu_op = torch.ops.ncollapse.batch_norm_relu.default
+backward_op = torch.ops.ncollapse.batch_norm_relu_backward.default

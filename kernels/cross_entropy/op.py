@@ -1,0 +1,90 @@
+"""`cross_entropy_slope`, and the operator of torch that it is where there is a kernel."""
+
+import torch
+from torch import Tensor
+
+from nc.kernels import fallback
+from nc.kernels.cross_entropy.reference import cross_entropy_slope_reference
+
+_MOST_CLASSES = 1024  # `BLOCK` of `gpu`, which needs Triton
+
+# Defined with Library, not custom_op, whose Python wrapper takes longer than the kernel does.
+_library = torch.library.Library("ncollapse", "FRAGMENT")
+_library.define("cross_entropy_slope(Tensor logits, Tensor labels) -> Tensor")
+
+
+def cross_entropy_slope(logits: Tensor, labels: Tensor) -> Tensor:
+    """(softmax(logits) − one-hot(labels)) / B: the gradient of each run's mean cross-entropy by its logits.
+
+    Over the classes it adds up to zero but for float32's rounding, on which the exact theory of the classifier's row
+    sum rests. Nothing flows back through it.
+
+    Args:
+        logits: `[R, B, K]` in any layout; on a GPU float32 with K ≤ 1,024, for the kernel. A row with a NaN or an
+            infinite logit gives NaN.
+        labels: int64 in [0, K), `[B]` for all runs or `[R, B]`. They are trusted: whoever loads the data checks them,
+            once, and nobody waits for a GPU at every step. On a GPU a wrong one counts as none.
+
+    Returns:
+        `[R, B, K]`, in the logits' dtype.
+
+    Raises:
+        ValueError: shapes or devices that do not belong together, or labels that are not int64.
+
+    Warns:
+        UserWarning: (on a GPU, once for each reason) plain PyTorch does it, and why.
+    """
+    if logits.dim() != 3 or labels.shape not in (logits.shape[:2], logits.shape[1:2]) or labels.dtype != torch.int64:
+        raise ValueError(
+            "cross_entropy_slope takes logits [R, B, K] and int64 labels [B] or [R, B], "
+            f"not {tuple(logits.shape)} and {labels.dtype} {tuple(labels.shape)}"
+        )
+    if labels.device != logits.device:
+        raise ValueError(f"logits are on {logits.device}, labels on {labels.device}")
+    if logits.device.type == "cpu":
+        return cross_entropy_slope_reference(logits, labels)
+    if reason := why_no_kernel(logits):
+        _warn(reason)
+        return cross_entropy_slope_reference(logits, labels)
+    return slope_op(logits.detach(), labels)
+
+
+def why_no_kernel(logits: Tensor) -> str | None:
+    """Why these logits, off the CPU, go to the reference; None if they don't."""
+    if reason := _why_not_here(logits.device):
+        return reason
+    if logits.dtype != torch.float32:
+        return f"there is no kernel for {logits.dtype} logits"
+    return f"there are more than {_MOST_CLASSES} classes" if logits.shape[-1] > _MOST_CLASSES else None
+
+
+def _why_not_here(device: torch.device) -> str | None:
+    return fallback.why_no_kernel(device, "")
+
+
+def _warn(reason: str) -> None:
+    fallback.warn_once("takes the slope of the cross-entropy", reason)
+
+
+# What `torch.compiler.assume_constant_result` does, without loading the compiler: these it calls while it compiles, and
+# looks into neither.
+_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _slope(logits: Tensor, labels: Tensor) -> Tensor:
+    from nc.kernels.cross_entropy import gpu
+
+    out = _result(logits, labels)
+    gpu.slope(logits, labels.expand(logits.shape[:2]), out)
+    return out
+
+
+def _result(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+_library.impl("cross_entropy_slope", _slope, "CompositeExplicitAutograd")
+torch.library.register_fake("ncollapse::cross_entropy_slope", _result)
+
+slope_op = torch.ops.ncollapse.cross_entropy_slope.default

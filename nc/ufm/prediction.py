@@ -1,0 +1,242 @@
+"""What theory predicts about NC0 = ‖s‖², s = Wᵀ1, step by step (arXiv 2602.16642).
+
+All of it rests on one identity: the row sum of the cross-entropy gradient is zero, 1ᵀ∇L = 0, since the softmax and the
+one-hot target both sum to one. It holds for every network and batch, with or without a bias, and passes to whatever is
+linear in ∇L, such as momentum, and to the Newton–Schulz polynomial X·p(XᵀX) of Muon; not to a sign, nor to Adam's
+division by √v. η is the learning rate, β the momentum, λ the decay, c its coupled share.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from nc.ufm.checks import Features, check_shape, learning_rates
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """NC0 as theory has it.
+
+    Attributes:
+        kind: "exact": NC0 itself, which a run leaves by rounding alone. "bound": what NC0 never exceeds.
+        nc0: `[T + 1]` float64, before the first step and after each.
+        limit: where `nc0` goes as η → 0 with Ση = ∞.
+    """
+
+    kind: Literal["exact", "bound"]
+    nc0: Floats
+    limit: float
+
+
+def row_sum_factor(lrs: Iterable[float], *, momentum: float = 0.0, weight_decay: float, coupling: float) -> Floats:
+    """The last layer's row sum under SGD or SGDW, as a multiple of its start: s_t = factor[t] · s_0.
+
+    Decay and momentum alone move s: v ← βv + cλs, then s ← (1 − η(1 − c)λ)s − ηv, a linear recursion that holds for
+    every network and data set (arXiv 2602.16642, Theorems 3.1 and 3.2). NC0 is its square: NC0_t = factor[t]² · NC0_0.
+    It leaves a real run only by the rounding of its arithmetic.
+
+    Args:
+        lrs: η_t of each step, T of them.
+        momentum: β; heavy ball without dampening or Nesterov.
+        weight_decay: λ.
+        coupling: c; 1 for SGD, 0 for SGDW.
+
+    Returns:
+        `[T + 1]` float64, beginning with 1.
+    """
+    s, v = 1.0, 0.0
+    factors = [s]
+    for lr in lrs:
+        v = momentum * v + coupling * weight_decay * s
+        s = (1 - lr * (1 - coupling) * weight_decay) * s - lr * v
+        factors.append(s)
+    return np.array(factors)
+
+
+def predict(
+    optimizer: str,
+    K: int,
+    d: int,
+    *,
+    start: ArrayLike,
+    lr: ArrayLike,
+    steps: int,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    coupling: float | None = None,
+    features: Features | None = None,
+) -> Prediction | None:
+    """NC0 over the steps of a run; None where theory has no answer.
+
+    | optimizer | any network | the model with fixed features |
+    | --- | --- | --- |
+    | SGD, any coupling | exact, → 0 (`row_sum_factor`) | the same |
+    | Muon, decoupled | exact, → 0: s ← (1 − ηλ)s, whatever its momentum | the same |
+    | Signum and Lion, decoupled | bound, → d(K − 2)²/λ² | exact, → K(K − 2)²/λ² |
+    | Signum, coupled | none | bound, → 0 |
+    | Adam and AdamW, and all else | none | none |
+
+    Signum without momentum, SignGD, idealises Adam and AdamW: it is what they become for β₁, β₂, ε → 0.
+
+    What holds in any network needs its last layer to be trained by that rule alone, and a loss whose gradient has row
+    sum zero; no matter what features, bias, momentum and batches do. The last column holds for the features e_k and all
+    classes in every batch: a sign depends on the axes, and features that move turn them. Rounding is no part of it:
+    Newton–Schulz in bfloat16, as in torch.optim.Muon, leaves the law by factors.
+
+    Args:
+        optimizer: "sgd", "sgdw", "signum", "signumw", "adam", "adamw", "lion", "lionw", "muon" or "muonw".
+        K, d: classes and features.
+        start: W_0 `[K, d]`; or NC0_0 alone, which is enough for what holds in any network.
+        lr: η, a number or `[steps]`.
+        steps: T.
+        momentum: β of SGD and Signum, without dampening or Nesterov.
+        weight_decay: λ.
+        coupling: c; by default as in `nc.optim`: 0 for Lion, Muon and the names ending in w, else 1.
+        features: as in `simulate`. "fixed" asks for the last column; by default any network.
+
+    Raises:
+        ValueError: another optimizer, numbers out of range, arrays of the wrong shape, or NC0_0 where W_0 is needed.
+    """
+    family = optimizer.removesuffix("w")
+    if family not in ("sgd", "signum", "adam", "lion", "muon"):
+        raise ValueError(
+            f"unknown optimizer {optimizer!r}; there are sgd, signum, adam, lion and muon, also ending in w"
+        )
+    check_shape(K, d, features)
+    lrs = learning_rates(lr, steps).tolist()
+    if coupling is None:
+        coupling = 0.0 if optimizer.endswith("w") or family in ("lion", "muon") else 1.0
+    if not (0 <= momentum < 1 and 0 <= weight_decay < math.inf and 0 <= coupling <= 1):
+        raise ValueError(
+            "momentum lies in [0, 1), weight_decay in [0, ∞), coupling in [0, 1]; "
+            f"got {momentum:g}, {weight_decay:g} and {coupling:g}"
+        )
+    if weight_decay == 0:
+        coupling = 0.0
+    weight = np.asarray(start, dtype=np.float64)
+    if weight.shape not in ((), (K, d)):
+        raise ValueError(f"start is W_0, of shape {(K, d)}, or NC0_0, a number; got shape {weight.shape}")
+    nc0 = float(weight) if weight.ndim == 0 else float(np.square(weight.sum(0)).sum())
+    if not 0 <= nc0 < math.inf:
+        raise ValueError(f"start: NC0 must be at least 0 and finite; got {nc0:g}")
+
+    if family == "sgd" or (family == "muon" and coupling == 0):
+        beta = momentum if family == "sgd" else 0.0
+        factor = row_sum_factor(lrs, momentum=beta, weight_decay=weight_decay, coupling=coupling)
+        return Prediction("exact", nc0 * factor**2, 0.0 if weight_decay else nc0)
+    signs = family == "signum" or (family == "lion" and coupling == 0)
+    if not signs or (features != "fixed" and coupling > 0) or 0 < coupling < 1:
+        return None
+    if features != "fixed":
+        return _sign_decoupled_bound(K, d, nc0, lrs, weight_decay)
+    if weight.ndim == 0:
+        raise ValueError(f"{optimizer} with fixed features: start must be W_0, of shape {(K, d)}; NC0_0 is not enough")
+    if coupling == 0:
+        return _sign_decoupled(weight, lrs, weight_decay)
+    return _sign_coupled_bound(weight, lrs, momentum, weight_decay)
+
+
+def _sign_decoupled(weight: Floats, lrs: list[float], weight_decay: float) -> Prediction:
+    """Signum and Lion with decoupled decay on the features e_k, exactly, for any W_0, momentum and schedule.
+
+    Column k of ∇L is p_k − e_k over K: negative in row k, positive elsewhere, wherever W is, and zero for k > K. So
+    sign(V) = S = [11ᵀ − 2I, 0] at every step and W ← (1 − ηλ)W − ηS, whose solution is W_t = Π_t W_0 − a_t S with
+    Π = ∏(1 − ηλ) and a ← (1 − ηλ)a + η, that is a = (1 − Π)/λ. With 1ᵀS = (K − 2)[1, 0] the row sum goes to
+    −(K − 2)/λ in K places: NC0 → K(K − 2)²/λ² (arXiv 2602.16642, Theorem 3.3, for SignGD).
+    """
+    K = len(weight)
+    product, pull = _decay_and_pull(lrs, weight_decay, abs_factor=False)
+    s = weight.sum(0)
+    middle = s[:K].mean()
+    # Around the mean: no two large numbers are subtracted that the row sum itself does not subtract.
+    spread = np.square(s[:K] - middle).sum() + np.square(s[K:]).sum()
+    nc0 = K * (product * middle - (K - 2) * pull) ** 2 + product**2 * spread
+    return Prediction("exact", nc0, _limit(K, K, float(nc0[0]), weight_decay))
+
+
+def _sign_decoupled_bound(K: int, d: int, nc0: float, lrs: list[float], weight_decay: float) -> Prediction:
+    """Signum and Lion with decoupled decay, in any network: ‖s_t‖ ≤ Π_t‖s_0‖ + √d(K − 2)(1 − Π_t)/λ.
+
+    V is a sum of gradients, so that each of its columns adds up to zero: it has both signs or is zero, and its signs
+    add up to K − 2 at most, in absolute value. Hence ‖s‖ ← at most |1 − ηλ|‖s‖ + η√d(K − 2). With d = K this is where
+    Theorem 3.3 of arXiv 2602.16642 has NC0 go. A gradient that is zero but for rounding has no such columns.
+    """
+    product, pull = _decay_and_pull(lrs, weight_decay, abs_factor=True)
+    bound = (product * math.sqrt(nc0) + math.sqrt(d) * (K - 2) * pull) ** 2
+    return Prediction("bound", bound, _limit(K, d, nc0, weight_decay))
+
+
+def _sign_coupled_bound(weight: Floats, lrs: list[float], momentum: float, weight_decay: float) -> Prediction:
+    """Signum with coupled decay on the features e_k: for each column w of W the smaller of two bounds on its sum s.
+
+    The rise. A step moves s by Kη at most. Without momentum 1ᵀ(∇L + λw) = λs: where all signs of the column agree the
+    step goes towards s = 0, else they add up to K − 2 at most. So |s| ← at most max(|s| + (K − 2)η, Kη): from W_0 = 0
+    that is what s does until the decay outweighs a gradient.
+
+    The fall. Each column is a problem of its own, sign descent on F = L_k/K + λ‖w‖²/2: λ-strongly convex, with a
+    minimiser of sum zero, since 1ᵀ∇F = λs, so that s² ≤ (2K/λ)(F − F*). A step of entries up to η adds Mη²/2 at most to
+    the first-order change of F and changes ∇F by Mη at most in the 1-norm, M = 1/K + λK (a softmax's variance of z is
+    max z² at most). With ‖∇F‖₁ ≥ ‖∇F‖₂ ≥ √(2λ(F − F*)), and with E the most by which momentum, as a weighted mean of
+    gradients, is off in the 1-norm,
+
+        F − F* ← at most F − F* − η√(2λ(F − F*)) + 2ηE + Mη²/2,   E ← β(E + Mη).
+
+    With η → 0 and Ση = ∞ this goes to zero, and NC0 with it (Theorem 3.4 of arXiv 2602.16642, for SignGD); under a
+    constant η it stays, of the order η².
+    """
+    K, d = weight.shape
+    used = np.arange(d) < K  # the other columns have no gradient but the decay's
+    smooth = used / K + weight_decay * K
+    gap = np.maximum(_objectives(weight, weight_decay) - used * _least_objective(K, weight_decay), 0.0)
+    rise, error = np.abs(weight.sum(0)), np.zeros(d)
+    bounds = [np.square(rise).sum()]
+    for lr in lrs:
+        rise = np.maximum(rise + (K - 2) * lr, K * lr) if momentum == 0 else rise + K * lr
+        # Convex in F − F*, and so largest at an end of what that may be: 0, or its own bound.
+        gap = np.maximum(gap - lr * np.sqrt(2 * weight_decay * gap), 0.0) + 2 * lr * error + smooth * lr**2 / 2
+        error = momentum * (error + smooth * lr)
+        bounds.append(np.minimum(np.square(rise), 2 * K / weight_decay * gap).sum())
+    return Prediction("bound", np.array(bounds), 0.0)
+
+
+def _objectives(weight: Floats, weight_decay: float) -> Floats:
+    """F of each column, `[d]`."""
+    logits = weight[:, : len(weight)]
+    losses = (np.logaddexp.reduce(logits, axis=0) - logits.diagonal()) / len(weight)
+    return np.pad(losses, (0, weight.shape[1] - len(weight))) + weight_decay / 2 * np.square(weight).sum(0)
+
+
+def _least_objective(K: int, weight_decay: float) -> float:
+    """F* of a column with a gradient, reached at w = g(e_k − 1/K): strict convexity gives it the classes' symmetry.
+
+    There ∇F = 0 reads λg = e^{−g}/(1 + (K − 1)e^{−g}), whose left side rises with g and whose right side falls.
+    """
+    low, high = 0.0, 1 / (weight_decay * K)
+    for _ in range(100):
+        g = (low + high) / 2
+        low, high = (g, high) if weight_decay * g < math.exp(-g) / (1 + (K - 1) * math.exp(-g)) else (low, g)
+    # From below, so that the bound holds.
+    return math.log1p((K - 1) * math.exp(-high)) / K + weight_decay / 2 * low**2 * (1 - 1 / K)
+
+
+def _decay_and_pull(lrs: list[float], weight_decay: float, *, abs_factor: bool) -> tuple[Floats, Floats]:
+    """Π and a, `[T + 1]` each, of Π ← (1 − ηλ)Π and a ← (1 − ηλ)a + η, from 1 and 0; or with |1 − ηλ|."""
+    product, pull = [1.0], [0.0]
+    for lr in lrs:
+        factor = abs(1 - lr * weight_decay) if abs_factor else 1 - lr * weight_decay
+        product.append(factor * product[-1])
+        pull.append(factor * pull[-1] + lr)
+    return np.array(product), np.array(pull)
+
+
+def _limit(K: int, columns: int, nc0: float, weight_decay: float) -> float:
+    """Where NC0 goes when `columns` entries of s go to (K − 2)/λ."""
+    if weight_decay == 0:
+        return math.inf if K > 2 else nc0
+    return columns * ((K - 2) / weight_decay) ** 2

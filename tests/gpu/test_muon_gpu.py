@@ -1,0 +1,139 @@
+"""Muon on the GPU: in CUDA graphs, without waiting, stacked."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nc import optim
+
+# What PyTorch says on a GPU is not ours to fix; a fall back to the reference is.
+pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
+
+
+def parameters(device: torch.device, *runs: int) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(10, 16), (16, 10), (16, 10), (6, 4, 3, 3), (10,), (6,)]
+    return [nn.Parameter(torch.randn(*runs, *shape, generator=generator).to(device)) for shape in shapes]
+
+
+def give_gradients(params: list[nn.Parameter], seed: int) -> None:
+    """In the tensors that there are: a graph reads them there."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    for p in params:
+        grad = torch.randn(p.shape, generator=generator).to(p.device)
+        p.grad = grad if p.grad is None else p.grad.copy_(grad)
+
+
+def close(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> None:
+    """Up to the rounding of matrix products, which need not be the same in a graph."""
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.cpu(), q.cpu(), rtol=1e-4, atol=1e-4)
+
+
+def captured(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of a step, after some on a stream of their own, as PyTorch asks for."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def test_as_on_the_cpu(device: torch.device) -> None:
+    a, b = parameters(device), parameters(torch.device("cpu"))
+    first, second = (optim.Muon(params, lr=0.02, weight_decay=0.1, coupling=0.5) for params in (a, b))
+    for seed in range(6):
+        give_gradients(a, seed)
+        give_gradients(b, seed)
+        first.step()
+        second.step()
+    close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor", "stacked"])
+def test_a_captured_step_equals_an_eager_one_and_follows_what_is_written(device: torch.device, kind: str) -> None:
+    def make(params: list[nn.Parameter]) -> optim.Muon:
+        numbers: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.0, "coupling": 0.5, "momentum": 0.9}
+        if kind != "number":
+            shape = (3,) if kind == "stacked" else ()
+            numbers = {n: torch.full(shape, v, dtype=torch.float64, device=device) for n, v in numbers.items()}
+        return optim.Muon(params, **numbers, stacked=kind == "stacked")
+
+    def write(optimizer: optim.Muon, name: str, value: float) -> None:
+        group = optimizer.param_groups[0]
+        if isinstance(group[name], Tensor):
+            group[name].fill_(value)
+        else:
+            group[name] = value
+
+    runs = (3,) if kind == "stacked" else ()
+    a, b = parameters(device, *runs), parameters(device, *runs)
+    first, second = make(a), make(b)
+    give_gradients(a, 0)
+    graph = captured(first.step)
+    give_gradients(b, 0)
+    second.step()
+    for seed in range(1, 10):
+        for optimizer in (first, second):
+            write(optimizer, "lr", 0.02 / seed)
+            # Coupled decay comes in only now.
+            write(optimizer, "weight_decay", 0.1 * (seed > 4))
+            write(optimizer, "momentum", 0.8 if seed > 6 else 0.9)
+        give_gradients(a, seed)
+        give_gradients(b, seed)
+        graph.replay()
+        second.step()
+    torch.cuda.synchronize()
+    close(a, b)
+
+
+def test_a_state_loaded_after_a_capture_is_replayed(device: torch.device) -> None:
+    params = parameters(device)
+    optimizer = optim.Muon(params, lr=0.02)
+    give_gradients(params, 0)
+    graph = captured(optimizer.step)
+    saved = optimizer.state_dict()
+    saved = {"state": {i: {n: v.clone() for n, v in s.items()} for i, s in saved["state"].items()}} | {
+        "param_groups": saved["param_groups"]
+    }
+    weights = [p.detach().clone() for p in params]
+    ends = []
+    for _ in range(2):
+        optimizer.load_state_dict(saved)
+        for p, w in zip(params, weights, strict=True):
+            p.data.copy_(w)
+        for seed in range(1, 4):
+            give_gradients(params, seed)
+            graph.replay()
+        ends.append([nn.Parameter(p.detach().clone()) for p in params])
+    close(*ends)
+
+
+def test_a_capture_before_the_first_step_is_refused(device: torch.device) -> None:
+    params = parameters(device)
+    give_gradients(params, 0)
+    optimizer = optim.Muon(params)
+    with pytest.raises(RuntimeError, match="must take a step"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
+def test_a_step_waits_for_nothing(device: torch.device, tensors: bool) -> None:
+    params = parameters(device, 3)
+    rates = torch.full((3,), 0.02, dtype=torch.float64, device=device)
+    optimizer = optim.Muon(params, lr=rates if tensors else 0.02, weight_decay=rates if tensors else 0.1, stacked=True)
+    optimizer.observe(head=params[0], norms=True, bf16=True)
+    give_gradients(params, 0)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.param_groups[0]["eps"] = 1e-6
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

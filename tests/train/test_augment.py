@@ -1,0 +1,70 @@
+"""Augmentation: what is drawn, what is taken, and that runs stay what they are."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nc.train.augment import PAD, draw, padded, take
+from nc.train.config import RunConfig
+from nc.train.data import Dataset
+from nc.train.errors import UserError
+from nc.train.loop import Evaluation, Training
+
+CPU = torch.device("cpu")
+
+
+def test_what_is_drawn() -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = generator.get_state()
+    assert draw("none", 100, generator) is None
+    assert torch.equal(generator.get_state(), state)  # runs without augmentation are what they were
+    for augment, crops, flips in (("flip", False, True), ("crop", True, False), ("flip-crop", True, True)):
+        views = draw(augment, 2000, generator)
+        assert views is not None
+        assert set(views[:, :2].unique().tolist()) == (set(range(2 * PAD + 1)) if crops else {0})
+        assert set(views[:, 2].unique().tolist()) == ({0, 1} if flips else {0})
+        if flips:
+            assert 0.45 < views[:, 2].double().mean() < 0.55
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_what_is_taken(channels: int) -> None:
+    images = torch.randn(5, channels, 9, 9)
+    index = torch.tensor([4, 0, 2])
+    assert torch.equal(take(images, index, None, 9), images[index])
+    flips = torch.tensor([[0, 0, 1], [0, 0, 0], [0, 0, 1]])
+    flipped = take(padded(images, "flip"), index, flips, 9)
+    assert torch.equal(flipped, torch.stack([images[4].flip(-1), images[0], images[2].flip(-1)]))
+    assert flipped.is_contiguous(memory_format=torch.channels_last)
+    wide = padded(images, "crop")
+    assert torch.equal(take(wide, index, torch.tensor([[PAD, PAD, 0]] * 3), 9), images[index])
+    views = torch.tensor([[0, 8, 0], [3, 1, 1], [8, 0, 0]])
+    expected = [wide[4, :, 0:9, 8:17], wide[0, :, 3:12, 1:10].flip(-1), wide[2, :, 8:17, 0:9]]
+    assert torch.equal(take(wide, index, views, 9), torch.stack(expected))
+    stacked = take(wide, torch.stack([index, index + 0]), torch.stack([views, views.flip(0)]), 9)
+    assert stacked.shape == (2, 3, channels, 9, 9)
+    assert torch.equal(stacked[0], torch.stack(expected))
+
+
+def evaluations(training: Training) -> list[Evaluation]:
+    return [event for event in training if isinstance(event, Evaluation)]
+
+
+def test_runs_see_the_same_views_in_any_company_and_after_a_resume(digits: Dataset) -> None:
+    run = RunConfig(model="cnn", augment="flip-crop", epochs=4, limit=200, eval_every=4, lr=0.05)
+    others = [run, dataclasses.replace(run, seed=1), dataclasses.replace(run, lr=0.01)]
+    alone = evaluations(Training([run], digits, CPU))[-1].values
+    together = evaluations(Training(others, digits, CPU))[-1].values
+    assert together["train_loss"][0] == pytest.approx(alone["train_loss"][0], rel=1e-4)
+    half = Training([run], digits, CPU)
+    checkpoint = next(half.checkpoint() for event in half if event == 2)
+    assert evaluations(Training([run], digits, CPU, checkpoint=checkpoint))[-1].values == alone
+    plain = evaluations(Training([dataclasses.replace(run, augment="none")], digits, CPU))[-1].values
+    assert plain["train_loss"][0] != pytest.approx(alone["train_loss"][0], rel=0.01)
+
+
+def test_images_too_small_to_crop_are_refused(digits: Dataset) -> None:
+    tiny = dataclasses.replace(digits, train_x=digits.train_x[..., :4, :4], val_x=digits.val_x[..., :4, :4])
+    with pytest.raises(UserError, match="augment crop mirrors 4 pixels at the edges: images must be larger"):
+        Training([RunConfig(augment="crop")], tiny, CPU)

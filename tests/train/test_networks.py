@@ -1,0 +1,150 @@
+"""Networks without a form for many runs, every block's metrics, and Muon: in the loop and in sweeps."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch.nn import functional as F
+
+from nc import measure, ufm
+from nc.train import load_layers
+from nc.train.columns import LAYER_METRICS
+from nc.train.config import ALONE, RunConfig
+from nc.train.data import Dataset
+from nc.train.engine.choose import Work
+from nc.train.engine.measure import Facts
+from nc.train.engine.plan import Shape, plan
+from nc.train.errors import UserError
+from nc.train.export import export
+from nc.train.grid import Grid
+from nc.train.loop import Evaluation, Training
+from nc.train.models import MODELS, Alone, build
+
+CPU = torch.device("cpu")
+
+
+def evaluations(runs: list[RunConfig], data: Dataset) -> tuple[Training, list[Evaluation]]:
+    training = Training(runs, data, CPU)
+    return training, [event for event in training if isinstance(event, Evaluation)]
+
+
+def test_the_table_of_networks_that_train_alone_is_right() -> None:
+    found = [name for name in MODELS if any(isinstance(m, Alone) for m in build(name, 1, 8, 10, 0).modules())]
+    assert found == list(ALONE)
+
+
+@pytest.mark.parametrize("model", ALONE)
+def test_they_train_as_a_plain_loop_does(model: str, digits: Dataset) -> None:
+    width = {"vit": 16, "densenet": 4}[model]
+    run = RunConfig(model=model, width=width, lr=0.01, epochs=2, limit=100, batch_size=64)  # type: ignore[arg-type]
+    training, events = evaluations([run], digits)
+    plain = build(model, 1, 8, 10, 0, width)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+    order = torch.Generator().manual_seed(0)
+    for epoch in range(2):
+        optimizer.param_groups[0]["lr"] = 0.01 * run.lr_factor(epoch)
+        for batch in torch.randperm(100, generator=order).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(plain(digits.train_x[batch]), digits.train_y[batch]).backward()
+            optimizer.step()
+    state = training._stack.state_dict(0)
+    assert set(state) == set(plain.state_dict())
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4)
+    assert events[-1].values["train_loss"] != events[0].values["train_loss"]
+
+
+def test_a_transformer_refuses_what_its_patches_do_not_cover(digits: Dataset) -> None:
+    data = dataclasses.replace(digits, train_x=digits.train_x[..., :6, :6], val_x=digits.val_x[..., :6, :6])
+    with pytest.raises(UserError, match=r"model vit needs images whose side is a multiple of 4 pixels; .* has 6"):
+        Training([RunConfig(model="vit")], data, CPU)
+
+
+def test_they_are_planned_one_by_one() -> None:
+    runs = [RunConfig(model="vit", seed=seed) for seed in range(4)]
+    facts = {"digits": Facts(1, 8, 10, 1437, "")}
+    work, shape = Work(runs, facts, "auto"), Shape.of(runs[0])
+    assert work.unmeasured(1, {shape: 100}).sizes == {shape: 1}
+    assert work.measured(lambda *_: 10.0, 1, 1, {shape: 100}).sizes == {shape: 1}
+    assert dataclasses.replace(work, stack=4).unmeasured(1, {shape: 100}).sizes == {shape: 1}
+
+
+@pytest.mark.parametrize(("model", "width"), [("mlp", 16), ("cnn", 10), ("resnet9", 10), ("vit", 16), ("densenet", 6)])
+def test_blocks_have_the_metrics_that_measure_gives(model: str, width: int, digits: Dataset) -> None:
+    run = RunConfig(model=model, width=width, epochs=2, limit=200, lr=0.02, layers="all", eval_every=2)  # type: ignore[arg-type]
+    training, events = evaluations([run], digits)
+    plain = build(model, 1, 8, 10, 0, width)
+    plain.load_state_dict(training._stack.state_dict(0))
+
+    def pool(output: torch.Tensor) -> torch.Tensor:
+        return output.mean((-2, -1)) if output.dim() == 4 else output.mean(1) if output.dim() == 3 else output
+
+    expected = measure(plain, (digits.train_x[:200], digits.train_y[:200]), layers=plain.blocks, pool=pool)
+    assert tuple(events[-1].layers) == plain.blocks
+    assert len(plain.blocks) >= 2
+    for name, layer in expected.layers.items():
+        for metric, value in dataclasses.asdict(layer).items():
+            assert events[-1].layers[name][metric] == [pytest.approx(value, rel=1e-3, abs=1e-5)], (name, metric)
+    assert events[-1].values["nc1"][0] == pytest.approx(expected.nc1, rel=1e-3)
+
+
+def test_blocks_of_stacked_runs_are_stored_and_exported(tmp_path: Path, run_sweep: Callable[..., int]) -> None:
+    runs = [RunConfig(model="cnn", layers="all", epochs=2, limit=150, eval_every=1, lr=lr) for lr in (0.1, 0.01)]
+    grid = Grid("deep", (*runs, RunConfig(model="cnn", epochs=1, limit=150)))
+    run_sweep(grid, tmp_path, workers=1)
+    layers = load_layers(tmp_path)
+    assert set(layers.run) == {run.id for run in runs}
+    assert len(layers) == 2 * 3 * 2
+    assert list(layers.layer.unique()) == ["features.0", "features.1"]
+    assert layers[list(LAYER_METRICS)].notna().all(axis=None)
+    assert list(layers.dtypes[["run", "epoch", "position", "layer"]]) == ["string", "int64", "int64", "string"]
+    files = export(tmp_path, "csv")
+    assert "layers.csv" in {path.name for path in files}
+    columns = pd.read_csv(tmp_path / "export" / "columns.csv")
+    assert set(columns.column[columns.table == "layers"]) == set(layers.columns)
+
+
+def muons(**settings: Any) -> list[RunConfig]:
+    base = RunConfig(optimizer="muon", model="cnn", limit=200, eval_every=3, epochs=3, momentum=0.95, **settings)
+    return [
+        dataclasses.replace(base, optimizer=name, lr=lr, weight_decay=decay, coupling=None)
+        for name, lr, decay in (("muon", 1e-2, 0.01), ("muonw", 3e-3, 0.1), ("muonw", 1e-2, 1.0))
+    ]
+
+
+def test_muons_train_together_as_alone(digits: Dataset) -> None:
+    together, _ = evaluations(muons(), digits)
+    for i, run in enumerate(muons()):
+        alone, _ = evaluations([run], digits)
+        for name, theirs in alone._stack.state_dict(0).items():
+            torch.testing.assert_close(together._stack.state_dict(i)[name], theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_muons_go_on_from_a_checkpoint_and_leave_the_stack(digits: Dataset) -> None:
+    runs = [*muons(), dataclasses.replace(muons()[0], epochs=1)]
+    whole = Training(runs, digits, CPU)
+    *_, expected = (event for event in whole if isinstance(event, Evaluation))
+    half = Training(runs, digits, CPU)
+    checkpoint = next(half.checkpoint() for event in half if event == 2)
+    resumed = Training(runs, digits, CPU, checkpoint=checkpoint)
+    *_, last = (event for event in resumed if isinstance(event, Evaluation))
+    assert resumed._stack.runs == 3
+    assert last.values == expected.values
+
+
+def test_decoupled_muon_moves_the_row_sum_by_its_decay_alone(digits: Dataset) -> None:
+    run = RunConfig(optimizer="muonw", lr=3e-3, weight_decay=1.0, epochs=6, limit=400, eval_every=6, momentum=0.95)
+    _, events = evaluations([run], digits)
+    lrs = [run.lr * run.lr_factor(epoch) for epoch in range(6) for _ in range(4)]
+    factor = ufm.row_sum_factor(lrs, weight_decay=1.0, coupling=0.0)[-1]
+    assert events[-1].values["nc0"][0] == pytest.approx(factor**2 * events[0].values["nc0"][0], rel=1e-2)
+
+
+def test_muons_have_stacks_of_their_own() -> None:
+    runs = [RunConfig(optimizer=name, seed=s) for s in range(3) for name in ("sgd", "lionw", "muon", "muonw")]  # type: ignore[arg-type]
+    kinds = [{run.family == "muon" for run in stack} for stack in plan(runs, lambda shape: 100)]
+    assert sorted(kinds, key=str) == [{False}, {True}]

@@ -1,0 +1,129 @@
+"""The report's page in a real browser: Debian's chromium, without a window."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from nc.train.report.page import write_report
+from nc.train.report.selection import Selection
+from nc.train.report.tables import main_table
+from nc.train.report.text import number
+from nc.train.results import load_runs
+from nc.train.schema import FILE
+
+ALL = Selection(threshold=0.0)
+CHROMIUM = shutil.which("chromium")
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (apt-get install chromium)")
+
+#: A page with the report in a frame of a given width, and what the report says of itself as the frame's title.
+FRAME = """<!doctype html><title>waiting</title><body style="margin:0">
+<script>addEventListener("message", (event) => { document.title = JSON.stringify(event.data); });</script>
+<iframe src="probed.html" style="width:WIDTHpx;height:900px;border:0"></iframe>"""
+WIDTH = (
+    "(() => { const page = document.documentElement; const own = '.scroll, pre, #tip, script'; "
+    "const wide = [...document.body.querySelectorAll('*')].filter((element) => !element.closest(own) && "
+    "element.getBoundingClientRect().right > page.clientWidth + 1).map((element) => element.outerHTML.slice(0, 60)); "
+    "return {width: innerWidth, overflow: page.scrollWidth - page.clientWidth, wide: wide}; })()"
+)
+SORT = (
+    "(() => { const table = document.querySelector('table'); const titles = [...table.tHead.rows[0].cells]; "
+    "const at = titles.findIndex((cell) => cell.textContent === 'NC1'); "
+    "const column = () => [...table.tBodies[0].rows].map((row) => Number(row.cells[at].dataset.value)); "
+    "const press = () => titles[at].firstElementChild.click(); "
+    "press(); const up = [column(), titles[at].getAttribute('aria-sort')]; "
+    "press(); return [up, [column(), titles[at].getAttribute('aria-sort')]]; })()"
+)
+POINT = (
+    "(() => { const group = document.querySelector('[data-runs]'); "
+    "const point = [...group.querySelectorAll('use')].at(-1); "
+    "point.scrollIntoView(); "
+    "point.dispatchEvent(new PointerEvent('pointerover', {bubbles: true})); "
+    "const tip = document.getElementById('tip'); const box = tip.getBoundingClientRect(); "
+    "return {run: Number(group.dataset.runs.split(' ').at(-1)), text: tip.textContent, hidden: tip.hidden, "
+    "inside: box.left >= 0 && box.right <= innerWidth}; })()"
+)
+COLOURS = (
+    "({ground: getComputedStyle(document.body).backgroundColor, "
+    "text: getComputedStyle(document.querySelector('.plot text')).fill})"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(swept: Path, tmp_path_factory: pytest.TempPathFactory, quiet: Console) -> Path:
+    """The small grid's results with their report."""
+    folder = tmp_path_factory.mktemp("shown")
+    shutil.copy(swept / FILE, folder)
+    write_report(folder, ALL, quiet)
+    return folder
+
+
+def show(page: Path, profile: Path, *options: str) -> tuple[str, list[str]]:
+    """The page after its scripts have run, and what it has written to the console."""
+    assert CHROMIUM
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=10000"]
+    command = [CHROMIUM, *flags, f"--user-data-dir={profile}", *options, "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def probe(folder: Path, profile: Path, expression: str, width: int, *options: str) -> object:
+    """What an expression gives in the page, which is so many pixels wide."""
+    # A frame: chromium's own window is never narrower than 500 pixels.
+    asking = f"<script>addEventListener('load', () => parent.postMessage({expression}, '*'));</script></body>"
+    page = (folder / "report.html").read_text("utf-8").replace("</body>", asking)
+    (folder / "probed.html").write_text(page, "utf-8")
+    (folder / "frame.html").write_text(FRAME.replace("WIDTH", str(width)), "utf-8")
+    text, console = show(folder / "frame.html", profile, f"--window-size={max(width, 500)},1000", *options)
+    assert console == []
+    title = re.search(r"<title>(.*?)</title>", text)
+    assert title
+    return json.loads(title[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+
+
+def test_the_page_shows_the_stores_numbers_and_no_error(folder: Path, tmp_path: Path) -> None:
+    text, console = show(folder / "report.html", tmp_path)
+    assert console == []
+    table = main_table(load_runs(folder), ALL)
+    shown = re.search(r'<table id="table-best-mlp-digits">.*?</table>', text, re.S)
+    assert shown
+    rows = re.findall(r"<tr>(.*?)</tr>", shown[0], re.S)[1:]
+    assert len(rows) == len(table)
+    for row, (_, run) in zip(rows, table.iterrows(), strict=True):
+        cells = re.findall(r"<td[^>]*>(.*?)</td>", row, re.S)
+        for place, name in ((1, "nc0"), (2, "nc0_predicted"), (3, "nc1"), (4, "nc2"), (5, "nc3"), (6, "nc4")):
+            assert cells[place].partition("<small>")[0] == number(run[name])
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_the_page_is_no_wider_than_its_window(folder: Path, tmp_path: Path, width: int) -> None:
+    assert probe(folder, tmp_path, WIDTH, width) == {"width": width, "overflow": 0, "wide": []}
+
+
+def test_a_click_on_a_title_sorts_the_table(folder: Path, tmp_path: Path) -> None:
+    values = sorted(main_table(load_runs(folder), ALL).nc1)
+    assert probe(folder, tmp_path, SORT, 1400) == [[values, "ascending"], [values[::-1], "descending"]]
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_a_point_tells_its_run(folder: Path, tmp_path: Path, width: int) -> None:
+    found = probe(folder, tmp_path, POINT, width)
+    assert isinstance(found, dict)
+    run = load_runs(folder).iloc[found["run"]]
+    assert found["text"].endswith(f"run {run.id}")
+    assert f"λ={run.weight_decay:g}" in found["text"]
+    assert f"NC0 {number(run.nc0)}" in found["text"]
+    assert (found["hidden"], found["inside"]) == (False, True)
+
+
+def test_light_and_dark(folder: Path, tmp_path: Path) -> None:
+    scheme = "--blink-settings=preferredColorScheme="
+    dark = probe(folder, tmp_path / "dark", COLOURS, 1400, f"{scheme}0")
+    light = probe(folder, tmp_path / "light", COLOURS, 1400, f"{scheme}1")
+    assert light == {"ground": "rgb(255, 255, 255)", "text": "rgb(27, 27, 27)"}
+    assert dark == {"ground": "rgb(18, 20, 22)", "text": "rgb(230, 232, 234)"}

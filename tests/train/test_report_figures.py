@@ -1,0 +1,212 @@
+"""The report's figures: palette, scales, what is drawn of which runs, and figures as a part of the page."""
+
+import re
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nc.train.config import OPTIMIZERS
+from nc.train.report import compare, heat, scatter, tables
+from nc.train.report.epochs import nc0_over_epochs
+from nc.train.report.figures import (
+    COLOURS,
+    FAMILY_COLOURS,
+    LABELS,
+    Drawing,
+    encode,
+    line,
+    marker,
+    panels,
+    scale,
+    short,
+    spans_decades,
+    styled,
+    superscript,
+)
+from nc.train.report.inline import inline
+from nc.train.report.read import read
+from nc.train.report.selection import Selection
+
+ALL = Selection(threshold=0.0)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of WCAG 2."""
+    channels = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def contrast(one: str, other: str) -> float:
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def themes() -> list[dict[str, str]]:
+    """The page's colours by name, light and dark."""
+    css = (files("nc.train.report") / "style.css.j2").read_text("utf-8")
+    light, dark = (dict(re.findall(r"--(\w+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S))
+    return [light, light | dark]
+
+
+def test_every_optimizer_has_the_colour_of_its_family_and_a_name() -> None:
+    assert set(COLOURS) == set(OPTIMIZERS) <= set(LABELS)
+    assert len(set(FAMILY_COLOURS.values())) == len(FAMILY_COLOURS)
+    for name in OPTIMIZERS:
+        assert COLOURS[name] == FAMILY_COLOURS[name.removesuffix("w")]
+    assert line("adam", 1.0)["linestyle"] == line("adam", 0.1)["linestyle"] == "-"
+    assert line("adamw", 0.0)["linestyle"] != "-"
+    assert marker("sgd", 1.0, reached=True)["marker"] != marker("sgd", 0.0, reached=True)["marker"]
+    assert marker("sgd", 1.0, reached=False)["mfc"] != marker("sgd", 1.0, reached=True)["mfc"]
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_the_pages_colours_can_be_told_from_its_ground(theme: int) -> None:
+    colours = themes()[theme]
+    assert contrast(colours["ink"], colours["ground"]) >= 7
+    assert contrast(colours["quiet"], colours["card"]) >= 4.5
+    assert contrast(colours["accent"], colours["ground"]) >= 4.5
+    assert contrast(colours["ink"], colours["note"]) >= 7
+    for family in FAMILY_COLOURS:
+        assert contrast(colours[family], colours["card"]) >= (3 if theme else 2.1)
+
+
+def test_the_pages_light_colours_are_the_figures() -> None:
+    assert {name: themes()[0][name] for name in FAMILY_COLOURS} == FAMILY_COLOURS
+
+
+def test_a_colour_needs_no_matplotlib() -> None:
+    code = "from nc.train.report.figures import COLOURS; import sys; print('matplotlib' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("values", "logarithmic"),
+    [
+        ([0.1, 2.9], False),
+        ([0.1, 3.1], True),
+        ([1e-9, 1.0, np.nan], True),
+        ([-1.0, 0.0, 1.0], False),
+        ([np.nan], False),
+        ([], False),
+    ],
+)
+def test_axes_are_logarithmic_where_values_span_decades(values: list[float], logarithmic: bool) -> None:
+    assert spans_decades(values) is logarithmic
+    with styled():
+        _, grid = panels(1, 1, (4, 3))
+        scale(grid[0, 0], "y", values)
+    assert (grid[0, 0].get_yscale() == "log") is logarithmic
+    assert grid[0, 0].get_xscale() == "linear"
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [
+        (0.0, 2, "0"),
+        (5e-4, 2, "5e-4"),
+        (0.0679, 3, "0.0679"),
+        (0.0679, 2, "0.068"),
+        (1234.5, 2, "1234"),
+        (123456.0, 2, "1.2e5"),
+        (4.51e-12, 2, "4.5e-12"),
+        (99.7, 2, "100"),
+        (np.nan, 2, "–"),
+    ],
+)
+def test_short_numbers(value: float, digits: int, text: str) -> None:
+    assert short(value, digits) == text
+
+
+def test_exponents() -> None:
+    assert superscript(-12) == "⁻¹²"
+
+
+def test_points_that_cannot_be_drawn_are_left_out() -> None:
+    with styled():
+        figure, grid = panels(1, 1, (4, 3))
+        drawing = Drawing("x", "", figure)
+        grid[0, 0].set_yscale("log")
+        drawing.points(grid[0, 0], [1.0, 2.0, np.nan, 4.0], [1.0, 0.0, 3.0, 4.0], "abcd", marker="o")
+        drawing.points(grid[0, 0], [np.nan], [1.0], "e", marker="o")
+    assert drawing.runs == {"runs-0": ["a", "d"]}
+
+
+def test_points_on_the_page_are_tied_to_their_runs(swept: Path) -> None:
+    runs = read(swept).runs
+    drawing = scatter.accuracy_against_collapse("x", runs, ALL, ["nc1"])
+    assert not spans_decades(runs.nc1)  # an axis whose places are the values but for their scale
+    number = {run: i for i, run in enumerate(runs.id)}
+    svg = inline(encode(drawing.figure)[1], "x", "", {g: [number[r] for r in own] for g, own in drawing.runs.items()})
+    places: dict[int, float] = {}
+    for numbers, points in re.findall(r'<g data-runs="([^"]+)">(?:<defs>.*?</defs>)?(.*?)</g>', svg):
+        across = [float(x) for x in re.findall(r'<use [^>]*x="([^"]+)"', points)]
+        places |= dict(zip(map(int, numbers.split()), across, strict=True))
+    assert sorted(places) == list(range(len(runs)))
+    values = runs.nc1.to_numpy()
+    slope, offset = np.polyfit(values, [places[i] for i in range(len(runs))], 1)
+    assert slope > 0
+    np.testing.assert_allclose(slope * values + offset, [places[i] for i in range(len(runs))], atol=0.02)
+
+
+def test_a_figure_on_the_page_is_shorter_and_takes_the_pages_colours(swept: Path) -> None:
+    results = read(swept)
+    best = tables.best_runs(results.runs, ALL)
+    drawing = nc0_over_epochs("x", best, results.histories(best.id))
+    svg = encode(drawing.figure)[1]
+    element = inline(svg, "nc0-x", 'a "caption" <here>', {})
+    assert len(element) < 0.7 * len(svg)
+    assert 'aria-label="a &quot;caption&quot; &lt;here&gt;"' in element
+    used = set(re.findall(r"var\(--(\w+)\)", element))
+    assert {"ink", "grid", "sgd", "signum", "adam"} <= used
+    for theme in themes():
+        assert used <= set(theme)
+    for colour in (*FAMILY_COLOURS.values(), "#1b1b1b", "DejaVu"):
+        assert colour not in element
+    assert re.findall(r"<text[^>]*>([^<]+)</text>", element) == re.findall(r"<text[^>]*>([^<]+)</text>", svg)
+    references = set(re.findall(r'(?:href="#|url\(#)([^")]+)', element))
+    assert references == set(re.findall(r' id="([^"]+)"', element))
+    assert all(name.startswith("nc0-x-") for name in references)
+
+
+def test_lines_are_drawn_through_the_stores_values_and_circles_through_the_prediction(swept: Path) -> None:
+    results = read(swept)
+    best = tables.best_runs(results.runs, ALL)
+    axes = nc0_over_epochs("x", best, results.histories(best.id)).figure.axes[0]
+    drawn = [np.asarray(artist.get_xydata()) for artist in axes.lines if len(artist.get_xydata())]
+    for (_, run), xy in zip(best.iterrows(), drawn, strict=False):
+        history = results.histories([run["id"]])
+        np.testing.assert_array_equal(xy, history[["epoch", "nc0"]].to_numpy())
+    circles = drawn[len(best) :]
+    assert len(circles) == 2  # SGD and SGDW
+    for (_, run), xy in zip(best.iterrows(), circles, strict=False):
+        prediction = tables.predicted_nc0(run)
+        assert prediction is not None
+        np.testing.assert_array_equal(xy[:, 1], prediction[xy[:, 0].astype(int)])
+
+
+def test_a_heat_map_has_the_colours_of_its_cells(swept: Path) -> None:
+    cells = compare.cells(read(swept).runs, "lr", ALL)
+    figure = heat.heat_maps("x", cells, "lr", "0 %").figure
+    assert [axes.get_title(loc="left") for axes in figure.axes[4:]] == ["NC0", "NC1", "NC2", "NC3"]
+    for axes, metric in zip(figure.axes[:4], compare.NC, strict=True):
+        shown = np.concatenate([mesh.get_array().ravel() for mesh in axes.collections])
+        np.testing.assert_array_equal(np.sort(shown), np.sort(cells[metric]))
+        assert {mesh.norm.vmax for mesh in axes.collections} == {cells[metric].max()}
+        assert len(axes.texts) >= len(cells)
+
+
+def test_cells_whose_runs_missed_the_threshold_are_hatched(swept: Path) -> None:
+    runs = read(swept).runs
+    half = Selection(threshold=float(runs.train_accuracy.median()))
+    cells = compare.cells(runs, "lr", half)
+    missed = int((cells.reached == 0).sum())
+    assert 0 < missed < len(cells)
+    axes = heat.heat_maps("x", cells, "lr", "50 %").figure.axes[0]
+    hatched = [part for part in axes.collections if part.get_hatch()]
+    assert sum(part.get_array().count() for part in hatched) == missed

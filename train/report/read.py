@@ -1,0 +1,80 @@
+"""What the report reads of a results folder: ends of runs, and the histories of a few, without the other epochs.
+
+A large sweep has a million rows of metrics. SQLite finds the few that are wanted by their key; pandas would hold all.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nc.train.columns import METRICS, epoch_columns, epoch_dtypes, run_columns, run_dtypes
+from nc.train.results import load_meta, load_sessions, query
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """A results folder, finished or not.
+
+    Attributes:
+        runs: a row per run, as `nc.train.results.load_runs` has it.
+        meta: the grid's name and description, and how it is trained.
+        sessions: each start of the sweep, oldest first.
+    """
+
+    folder: Path
+    runs: pd.DataFrame
+    meta: dict[str, str]
+    sessions: list[dict[str, Any]]
+
+    def histories(self, runs: Iterable[str]) -> pd.DataFrame:
+        """The evaluated epochs of these runs, as `nc.train.results.load_metrics` has them."""
+        return _epochs(self.folder, f"SELECT * FROM metrics WHERE run IN ({_listed(runs)}) ORDER BY run, epoch")
+
+    def lowest_loss(self, runs: Iterable[str]) -> "pd.Series[float]":
+        """Run -> the smallest training loss of its evaluated epochs."""
+        sql = f"SELECT run, MIN(train_loss) AS loss FROM metrics WHERE run IN ({_listed(runs)}) GROUP BY run"
+        return query(self.folder, sql).set_index("run").loss.astype(float)
+
+    def first_at(self, losses: Mapping[str, float]) -> pd.DataFrame:
+        """The first evaluated epoch of each run whose training loss is not above the run's entry in `losses`."""
+        wanted = ", ".join(f"({_quoted(run)}, {float(loss)!r})" for run, loss in losses.items())
+        # Beside MIN(), SQLite takes the other columns from the row that has the minimum.
+        found = (
+            f"WITH wanted(run, loss) AS (VALUES {wanted}) SELECT metrics.*, MIN(epoch) AS first FROM wanted "
+            "JOIN metrics ON metrics.run = wanted.run AND train_loss <= loss GROUP BY metrics.run"
+        )
+        return _epochs(self.folder, found if losses else "SELECT * FROM metrics WHERE 0")
+
+
+def read(folder: Path) -> Results:
+    """Read a results folder.
+
+    Raises:
+        UserError: no results there, or results of another version.
+    """
+    ends = _epochs(
+        folder,
+        "WITH ends(run, epoch) AS (SELECT id, (SELECT MIN(epoch) FROM metrics WHERE run = id) FROM runs "
+        "UNION SELECT id, (SELECT MAX(epoch) FROM metrics WHERE run = id) FROM runs) "
+        "SELECT metrics.* FROM ends JOIN metrics USING (run, epoch) ORDER BY run, epoch",
+    ).groupby("run")
+    start, last = (rows.set_index("run")[list(METRICS)] for rows in (ends.head(1), ends.tail(1)))
+    runs = query(folder, "SELECT * FROM runs ORDER BY position").set_index("id", drop=False)
+    runs = runs.join(last).join(start.add_suffix("_start")).reset_index(drop=True)
+    runs = runs[list(run_columns())].astype(run_dtypes())
+    return Results(folder, runs, load_meta(folder), load_sessions(folder))
+
+
+def _epochs(folder: Path, sql: str) -> pd.DataFrame:
+    return query(folder, sql)[list(epoch_columns())].astype(epoch_dtypes())
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _listed(runs: Iterable[str]) -> str:
+    return ", ".join(map(_quoted, runs)) or "NULL"
