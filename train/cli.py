@@ -45,7 +45,7 @@ def _settings(name: str, several: bool) -> Any:
         kind = tuple[f.type, ...] if several else f.type  # type: ignore[name-defined]
         own = "" if f.default is None else f"(default: {f.default})"
         about = tyro.conf.arg(help=DESCRIPTIONS[f.name], help_behavior_hint="(default: the grid's)" if several else own)
-        return f.name, Annotated[kind | None, about], None
+        return f.name, Annotated[kind | None, about], None  # type: ignore[operator]
 
     return dataclasses.make_dataclass(name, [field(f) for f in FIELDS], kw_only=True, frozen=True)
 

@@ -11,7 +11,7 @@ linear layers. Batch norm's numbers and the head keep the parameters' dtype.
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,14 +145,12 @@ def _linear_block(module: LinearBlock, name: str, x: Batch, state: State) -> Bat
 
 
 def _conv_block(module: ConvBlock, name: str, x: Batch, state: State, residual: Tensor | None = None) -> Batch:
-    conv, norm = module[0], module[1]
+    conv, norm = cast(nn.Conv2d, module[0]), cast(nn.BatchNorm2d, module[1])
+    assert norm.momentum is not None
     weight = state.tensors[f"{name}.0.weight"].flatten(0, 1)  # a view: `Stack` keeps them channels-last
+    factors = (x.value.float(), weight.float()) if _rounds(x.value) else (x.value, weight)
     groups = 1 if x.shared else state.runs
-    if _rounds(x.value):
-        maps = F.conv2d(x.value.float(), weight.float(), None, conv.stride, conv.padding, conv.dilation, groups)
-        maps = maps.to(x.value.dtype)
-    else:
-        maps = F.conv2d(x.value, weight, None, conv.stride, conv.padding, conv.dilation, groups)
+    maps = F.conv2d(*factors, None, conv.stride, conv.padding, groups=groups).to(x.value.dtype)
     gain, bias, mean, var = (
         state.tensors[f"{name}.1.{part}"].view(-1) for part in ("weight", "bias", "running_mean", "running_var")
     )
@@ -166,7 +164,7 @@ def _conv_block(module: ConvBlock, name: str, x: Batch, state: State, residual: 
 
 
 def _residual(module: Residual, name: str, x: Batch, state: State) -> Batch:
-    first, second = module.block
+    first, second = (cast(ConvBlock, block) for block in module.block)
     inner = _conv_block(first, f"{name}.block.0", x, state)
     return _conv_block(second, f"{name}.block.1", inner, state, residual=x.value)
 

@@ -29,7 +29,7 @@ def arithmetic(precision: str) -> Iterator[None]:
     measured by `bench/bench_cnn.py`.
     """
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision, matmul.fp32_precision
+    before = cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision, matmul.fp32_precision  # type: ignore[attr-defined]
     product = "tf32" if precision == "tf32" else "ieee"
     _set(False, True, product, product)
     try:
@@ -41,7 +41,7 @@ def arithmetic(precision: str) -> Iterator[None]:
 def _set(benchmark: bool, deterministic: bool, convolution: str, product: str) -> None:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
-    cudnn.conv.fp32_precision, matmul.fp32_precision = convolution, product
+    cudnn.conv.fp32_precision, matmul.fp32_precision = convolution, product  # type: ignore[attr-defined]
 
 
 @contextmanager

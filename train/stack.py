@@ -1,6 +1,7 @@
 """R runs as one program: the parameters of a model stacked as `[R, …]`, one forward and backward for all."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def make_optimizer(stack: Stack, runs: Sequence[RunConfig]) -> Optimizer:
         return torch.tensor([float(getattr(run, name)) for run in runs], dtype=torch.float64, device=device)
 
     params, momentum = list(stack.params.values()), each("momentum")
-    numbers = {name: each(name) for name in ("lr", "eps", "weight_decay", "coupling")}
+    numbers: dict[str, Any] = {name: each(name) for name in ("lr", "eps", "weight_decay", "coupling")}
     betas = (momentum, each("beta2"))
     optimizer: Optimizer
     if runs[0].family == "muon":

@@ -30,7 +30,10 @@ def _slope_kernel(
     x = tl.load(logits_ptr + place, mask=inside, other=-float("inf"))
     # max passes NaN over, exp and the sum do not: one makes the whole row NaN, as does an infinite logit.
     e = tl.exp(x - tl.max(x, 1)[:, None])
-    slope = e / tl.sum(e, 1)[:, None] - tl.where(k[None, :] == label[:, None], 1.0, 0.0)
+    mine = k[None, :] == label[:, None]
+    others = tl.where(mine, 0.0, e / tl.sum(e, 1)[:, None])
+    # Minus the sum of the others, not p − 1: once p is nearly 1 that is rounding, and a row sum that is not zero.
+    slope = tl.where(mine, -tl.sum(others, 1)[:, None], others)
     out = out_ptr + row.to(tl.int64)[:, None] * classes + k[None, :]
     tl.store(out, slope / batch.to(tl.float32), mask=inside)
 

@@ -7,5 +7,7 @@ from torch import Tensor
 @torch.no_grad()
 def cross_entropy_slope_reference(logits: Tensor, labels: Tensor) -> Tensor:
     """As `cross_entropy_slope`, of any floating dtype."""
-    targets = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-    return (logits.softmax(-1) - targets[labels]) / logits.shape[1]
+    label = labels.expand(logits.shape[:2]).unsqueeze(-1)
+    others = logits.softmax(-1).scatter_(-1, label, 0.0)
+    # Minus the sum of the others, not p − 1: once p is nearly 1 that is rounding, and a row sum that is not zero.
+    return others.scatter_(-1, label, -others.sum(-1, keepdim=True)) / logits.shape[1]

@@ -137,11 +137,13 @@ def test_muons_go_on_from_a_checkpoint_and_leave_the_stack(digits: Dataset) -> N
 
 
 def test_decoupled_muon_moves_the_row_sum_by_its_decay_alone(digits: Dataset) -> None:
-    run = RunConfig(optimizer="muonw", lr=3e-3, weight_decay=1.0, epochs=6, limit=400, eval_every=6, momentum=0.95)
+    """Also once the loss is small, when Newton–Schulz would make much of what rounding had left of a row sum."""
+    run = RunConfig(optimizer="muonw", lr=1e-2, weight_decay=0.05, epochs=80, limit=400, eval_every=80, lr_drops=0)
     _, events = evaluations([run], digits)
-    lrs = [run.lr * run.lr_factor(epoch) for epoch in range(6) for _ in range(4)]
-    factor = ufm.row_sum_factor(lrs, weight_decay=1.0, coupling=0.0)[-1]
-    assert events[-1].values["nc0"][0] == pytest.approx(factor**2 * events[0].values["nc0"][0], rel=1e-2)
+    assert events[-1].values["train_loss"][0] < 2e-3
+    lrs = [run.lr * run.lr_factor(epoch) for epoch in range(80) for _ in range(4)]
+    factor = ufm.row_sum_factor(lrs, weight_decay=0.05, coupling=0.0)[-1]
+    assert events[-1].values["nc0"][0] == pytest.approx(factor**2 * events[0].values["nc0"][0], rel=1e-3)
 
 
 def test_muons_have_stacks_of_their_own() -> None:

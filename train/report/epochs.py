@@ -90,7 +90,7 @@ def nc123_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame, na
             axes.set_xlabel("epoch")
             axes.set_xlim(0, float(best.epochs.max()))
         lines_legend(grid[0, 0], zip(best.optimizer, best.coupling, strict=True))
-        one_legend(figure, grid[0, 0], 10 if len(names) > 1 else 4)
+        one_legend(figure, grid[0, 0], 8 if len(names) > 1 else 4)
     caption = (
         "NC1 = tr(Σ_W Σ_B⁺)/K, the spread within classes over that between them; NC2 and NC3, the distances of the "
         f"class means and of the classifier against them from a simplex; over epochs of the same runs. {_STYLES}"

@@ -71,7 +71,7 @@ def partial_collapse(slug: str, runs: pd.DataFrame, selection: Selection, pairs:
                 at = {"xy": (0.99, start), "xycoords": ("axes fraction", "data")}
                 axes.annotate("start", **at, ha="right", va="bottom", color=_ASIDE, fontsize=8)
         points_legend(grid[0, 0], _used(done), missed=missed)
-        one_legend(figure, grid[0, 0], 11 if len(pairs) > 1 else 4)
+        one_legend(figure, grid[0, 0], 8 if len(pairs) > 1 else 4)
     hollow = " Hollow: the run missed the training-accuracy threshold." if missed else ""
     about = " ".join(_ABOUT[y] for _, y in pairs)
     drawing.caption = f"{about} A point a run that ended well. {_SHAPES}{hollow}"
