@@ -28,6 +28,8 @@ bench: $(VENV)/.installed-dev  ## time the demo, sweeps, the optimizers and the 
 	$(BIN)/python -m bench.bench_stats --device cpu --commit "$(COMMIT)"
 	$(BIN)/python -m bench.bench_sweep --device cpu --commit "$(COMMIT)"
 	$(BIN)/python -m bench.moment_accuracy --commit "$(COMMIT)"
+	$(BIN)/python -m bench.precision --commit "$(COMMIT)"
+	$(BIN)/python -m bench.bench_report --commit "$(COMMIT)"
 	$(BIN)/python tests/kernels/compile_kernels.py sm_80 sm_90 sm_100 > bench/results/kernel-code.json
 
 gpu: $(VENV)/.installed-dev  ## on a machine with a CUDA GPU: its tests, tuning and benchmarks, in ten minutes

@@ -1,11 +1,12 @@
 """`ncollapse doctor`: what this machine has, and what will be fast or fall back."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from nc.kernels.batch_norm import op as batch_norm
 from nc.kernels.class_stats import op as class_stats
 from nc.kernels.update import launch as update
 from nc.train.data import DATA_SETS, data_folder, find
@@ -25,11 +26,14 @@ def findings(data_dir: Path | None) -> Iterator[tuple[str, str]]:
         yield "GPU", "none that torch can use; runs train on the processor"
     triton = package_version("triton")
     yield "Triton", triton or "not installed"
+    kernels: list[tuple[str, Callable[[torch.device], str | None], str]] = [
+        ("optimizers", update.why_no_kernel, "a fused kernel, one launch a step"),
+        ("metrics", class_stats.why_no_kernel, "fused kernels, one read of the features"),
+    ]
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        for what, why_not, fused in (
-            ("optimizers", update.why_no_kernel, "a fused kernel, one launch a step"),
-            ("metrics", class_stats.why_no_kernel, "fused kernels, one read of the features"),
-        ):
+        if kind == "cuda":
+            kernels.append(("batch norm", batch_norm.why_not_here, "fused with ReLU and pooling"))
+        for what, why_not, fused in kernels:
             reason = why_not(torch.device(kind))
             yield f"{what} on {kind}", fused if reason is None else f"plain PyTorch, slowly: {reason}"
     yield "data folder", str(data_folder(data_dir).resolve())

@@ -89,7 +89,7 @@ def batch_norm_relu(
 
 def why_no_kernel(x: Tensor, vectors: tuple[Tensor, ...], train: bool, residual: Tensor | None) -> str | None:
     """Why these maps, off the CPU, go to torch's own operations; None if they don't."""
-    if reason := _why_not_here(x.device):
+    if reason := why_not_here(x.device):
         return reason
     if x.dtype not in _DTYPES:
         return f"there is no batch-norm kernel for {x.dtype} maps"
@@ -135,7 +135,8 @@ def _trivial(x: Tensor, pool: bool) -> bool:
     return x.numel() <= x.shape[1] or (pool and min(height, width) < 2)
 
 
-def _why_not_here(device: torch.device) -> str | None:
+def why_not_here(device: torch.device) -> str | None:
+    """Why there is no kernel on a device; None if there is."""
     return fallback.why_no_kernel(device, "")
 
 
@@ -145,7 +146,7 @@ def _warn(reason: str) -> None:
 
 # What `torch.compiler.assume_constant_result` does, without loading the compiler: these it calls while it compiles, and
 # looks into neither.
-_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
+why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
