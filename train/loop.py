@@ -15,7 +15,7 @@ from nc.train.config import RunConfig
 from nc.train.data import Dataset
 from nc.train.errors import UserError
 from nc.train.evaluate import Values, evaluate
-from nc.train.models import MIN_SIZE, MULTIPLE, build
+from nc.train.models import MIN_SIZE, MULTIPLE, SHRINKS, build
 from nc.train.precision import arithmetic
 from nc.train.stack import Stack, make_optimizer
 from nc.train.step import Step
@@ -94,6 +94,7 @@ class Training:
         self.runs = list(runs)
         self.data = data = data.limited(config.limit)
         _check_size(config, data.size)
+        _check_last_batch(config, data)
         if len(data.train_y.unique()) < 2:
             raise UserError(f"the {len(data.train_y)} training samples are all of one class; give a larger --limit")
         self._device, self._keep_weights = device, keep_weights
@@ -248,6 +249,17 @@ def _check_size(config: RunConfig, size: int) -> None:
         raise UserError(f"model {config.model} needs images whose side is a multiple of {multiple} pixels; {has}")
     if "crop" in config.augment and size <= PAD:
         raise UserError(f"augment {config.augment} mirrors {PAD} pixels at the edges: images must be larger; {has}")
+
+
+def _check_last_batch(config: RunConfig, data: Dataset) -> None:
+    """Raise UserError for a batch that a batch norm cannot train with: a single sample whose maps are one pixel."""
+    last = (len(data.train_y) - 1) % config.batch_size + 1
+    if last == 1 and data.size // SHRINKS.get(config.model, 1) == 1:
+        raise UserError(
+            f"the last of the batches of {config.batch_size} has a single sample of the {len(data.train_y)}, and one "
+            f"pixel of it in the last maps of {config.model}, from which batch norm can take no variance; give another "
+            "--batch-size or --limit"
+        )
 
 
 def _of_runs(by_seed: Mapping[int, Any], runs: Sequence[RunConfig]) -> Tensor:

@@ -169,6 +169,8 @@ MODELS: dict[str, Make] = {
 
 #: The smallest images that a model's pooling leaves anything of.
 MIN_SIZE = {"mlp": 1, "cnn": 4, "resnet9": 8, "vgg9": 8, "vit": 4, "densenet": 4}
+#: By how much the smallest maps that a batch norm sees are smaller than the images; models without one are left out.
+SHRINKS = {"cnn": 2, "resnet9": 8, "vgg9": 8, "densenet": 4}
 #: What the side of the images must be a multiple of.
 MULTIPLE = {"vit": 4}
 

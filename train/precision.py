@@ -28,20 +28,17 @@ def arithmetic(precision: str) -> Iterator[None]:
     cuDNN's own trials (`torch.backends.cudnn.benchmark`) are off, since they choose by the clock: what that costs is
     measured by `bench/bench_cnn.py`.
     """
-    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision, matmul.fp32_precision  # type: ignore[attr-defined]
     product = "tf32" if precision == "tf32" else "ieee"
-    _set(False, True, product, product)
-    try:
-        yield
-    finally:
-        _set(*before)
-
-
-def _set(benchmark: bool, deterministic: bool, convolution: str, product: str) -> None:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    cudnn.benchmark, cudnn.deterministic = benchmark, deterministic
-    cudnn.conv.fp32_precision, matmul.fp32_precision = convolution, product  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    with cudnn.flags(
+        enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=product == "tf32", fp32_precision=product
+    ):
+        matmul.fp32_precision = product
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
 
 
 @contextmanager

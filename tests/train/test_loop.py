@@ -280,6 +280,16 @@ def test_images_too_small_for_the_model_are_refused(digits: Dataset) -> None:
         Training([RunConfig(model="resnet9")], tiny, CPU)
 
 
+def test_a_last_batch_of_one_is_refused_where_batch_norm_has_one_pixel_of_it(digits: Dataset) -> None:
+    for model in ("resnet9", "vgg9"):
+        with pytest.raises(UserError, match=r"has a single sample of the 65, .* another --batch-size or --limit"):
+            Training([RunConfig(model=model, width=4, limit=65, batch_size=64)], digits, CPU)
+    for run in (RunConfig(model="cnn", limit=65, batch_size=64), RunConfig(model="resnet9", limit=66, batch_size=64)):
+        Training([dataclasses.replace(run, epochs=1, width=4)], digits, CPU)
+    *_, last = Training([RunConfig(model="cnn", limit=65, batch_size=64, epochs=1)], digits, CPU)
+    assert last == 1
+
+
 def test_one_class_is_refused(digits: Dataset) -> None:
     with pytest.raises(UserError, match="the 1 training samples are all of one class; give a larger --limit"):
         Training([RunConfig(limit=1)], digits, CPU)

@@ -49,7 +49,7 @@ def measure(shape: Shape, facts: Facts, size: int, device: torch.device, *, quic
         quick: time a single step.
     """
     try:
-        batch = min(shape.batch_size, facts.samples)
+        batch = max(2, min(shape.batch_size, facts.samples))  # a batch norm may refuse a single one
         step = _step(shape, facts, size, device, batch)
         index = torch.arange(batch, device=device)
         views = draw(shape.augment, batch, torch.Generator())
