@@ -3,13 +3,17 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from nc.train.config import OPTIMIZERS
+from nc.train import load_layers
+from nc.train.config import OPTIMIZERS, RunConfig
+from nc.train.grid import Grid
 from nc.train.report import compare, heat, scatter, tables
 from nc.train.report.epochs import nc0_over_epochs
 from nc.train.report.figures import (
@@ -28,6 +32,7 @@ from nc.train.report.figures import (
     superscript,
 )
 from nc.train.report.inline import inline
+from nc.train.report.page import parts_of, write_report
 from nc.train.report.read import read
 from nc.train.report.selection import Selection
 
@@ -210,3 +215,39 @@ def test_cells_whose_runs_missed_the_threshold_are_hatched(swept: Path) -> None:
     axes = heat.heat_maps("x", cells, "lr", "50 %").figure.axes[0]
     hatched = [part for part in axes.collections if part.get_hatch()]
     assert sum(part.get_array().count() for part in hatched) == missed
+
+
+def test_blocks_are_shown_where_they_were_measured(tmp_path: Path, run_sweep: Callable[..., int]) -> None:
+    grid = Grid(
+        "deep",
+        tuple(
+            RunConfig(model="cnn", optimizer=name, layers="all", epochs=2, limit=150, eval_every=1, lr=0.01)
+            for name in ("sgd", "adamw")
+        ),
+    )
+    run_sweep(grid, tmp_path, workers=1)
+    results = read(tmp_path)
+    part = parts_of(results, ALL)[0]
+    *_, section = part.sections()
+    assert section.title == "Collapse through the layers"
+    (drawing,) = section.drawings
+    (view,) = section.tables
+    layers = load_layers(tmp_path)
+    last = layers[layers.epoch == 2].set_index(["run", "position"])
+    heads = results.runs.set_index("id")
+    assert len(view.frame) == 2 * 3
+    for row in view.frame.itertuples():
+        source = heads.loc[row.run] if row.layer == "head" else last.loc[(row.run, row.position)]
+        assert (row.nc1, row.nc2) == (source.nc1, source.nc2)
+        assert row.optimizer == heads.optimizer[row.run]
+    shown = [y for axes in drawing.figure.axes for y in (line.get_ydata() for line in axes.lines) if len(y)]
+    assert sorted(map(len, shown)) == [3] * 4
+    assert sorted(np.concatenate(shown[:2])) == sorted(view.frame.nc1)
+    page = write_report(tmp_path, ALL, Console(quiet=True)).read_text("utf-8")
+    assert "layers-cnn-digits" in page
+    assert (tmp_path / "tables" / "layers-cnn-digits.csv").is_file()
+
+
+def test_blocks_are_not_missed_where_nobody_asked_for_them(swept: Path) -> None:
+    titles = [section.title for section in parts_of(read(swept), ALL)[0].sections()]
+    assert "Collapse through the layers" not in titles

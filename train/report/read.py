@@ -10,7 +10,15 @@ from typing import Any
 
 import pandas as pd
 
-from nc.train.columns import METRICS, epoch_columns, epoch_dtypes, run_columns, run_dtypes
+from nc.train.columns import (
+    METRICS,
+    epoch_columns,
+    epoch_dtypes,
+    layer_columns,
+    layer_dtypes,
+    run_columns,
+    run_dtypes,
+)
 from nc.train.results import load_meta, load_sessions, query
 
 
@@ -32,6 +40,15 @@ class Results:
     def histories(self, runs: Iterable[str]) -> pd.DataFrame:
         """The evaluated epochs of these runs, as `nc.train.results.load_metrics` has them."""
         return _epochs(self.folder, f"SELECT * FROM metrics WHERE run IN ({_listed(runs)}) ORDER BY run, epoch")
+
+    def last_layers(self, runs: Iterable[str]) -> pd.DataFrame:
+        """The blocks of these runs at their last evaluated epochs, as `nc.train.results.load_layers` has them."""
+        sql = (
+            f"SELECT * FROM layers WHERE run IN ({_listed(runs)}) "
+            "AND epoch = (SELECT MAX(epoch) FROM layers AS all_layers WHERE all_layers.run = layers.run) "
+            "ORDER BY run, position"
+        )
+        return query(self.folder, sql)[list(layer_columns())].astype(layer_dtypes())
 
     def lowest_loss(self, runs: Iterable[str]) -> "pd.Series[float]":
         """Run -> the smallest training loss of its evaluated epochs."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 import pandas as pd
 
-from nc.train.report import ablation, compare, epochs, heat, scatter, tables, text
+from nc.train.report import ablation, compare, depth, epochs, heat, scatter, tables, text
 from nc.train.report.compare import NC
 from nc.train.report.figures import LABELS, Drawing
 from nc.train.report.read import Results
@@ -84,7 +84,8 @@ class Part:
             self.accuracy,
             self.partial,
         )
-        return (make() for make in making)
+        # Few sweeps measure all layers: the others are not told each time that they do not.
+        return (make() for make in (*making, *([self.layers] if (self.runs.layers == "all").any() else ())))
 
     def main_view(self) -> View:
         """The paper's table."""
@@ -252,6 +253,24 @@ class Part:
             )
             self._add(section, View(f"partial-{self.slug}", caption, columns, frame))
         return self._also(section, self._undefined(done, (*NC, "nc4")))
+
+    def layers(self) -> Section:
+        section = Section("layers", "Collapse through the layers", f"Of {self._best_text()}, for each optimizer.")
+        best = tables.best_runs(self.runs[self.runs.layers == "all"], self.selection)
+        blocks = self.results.last_layers(best.id)
+        if blocks.empty:
+            section.lacks.append(self._none_reached())
+            return section
+        rows = depth.at_the_end(best, blocks)
+        if _present(rows, depth.NAMES):
+            section.drawings.append(depth.through_the_layers(self.slug, best, rows))
+        columns = [
+            text.optimizer(),
+            text.words("layer", lambda row: row.layer),
+            *(text.measured(name) for name in depth.NAMES),
+        ]
+        self._add(section, View(f"layers-{self.slug}", "The blocks of the figure.", columns, rows))
+        return self._also(section, self._undefined(rows, depth.NAMES))
 
     def _best_text(self) -> str:
         by, threshold = self.selection.best_by.upper(), self.threshold
