@@ -30,9 +30,15 @@ def load_runs(folder: Path | str) -> "pd.DataFrame":
         UserError: no results there, or results of another version.
     """
     runs = query(folder, "SELECT * FROM runs ORDER BY position").set_index("id", drop=False)
-    metrics = load_metrics(folder).sort_values("epoch").groupby("run")
+    # A large sweep has a million rows of metrics: SQLite finds the two that are wanted of each run by their key.
+    ends = select_metrics(
+        folder,
+        "WITH ends(run, epoch) AS (SELECT id, (SELECT MIN(epoch) FROM metrics WHERE run = id) FROM runs "
+        "UNION SELECT id, (SELECT MAX(epoch) FROM metrics WHERE run = id) FROM runs) "
+        "SELECT metrics.* FROM ends JOIN metrics USING (run, epoch) ORDER BY run, epoch",
+    ).groupby("run")
     # head and tail, not first and last, which would pass over NaN.
-    start, last = (rows.set_index("run")[list(METRICS)] for rows in (metrics.head(1), metrics.tail(1)))
+    start, last = (rows.set_index("run")[list(METRICS)] for rows in (ends.head(1), ends.tail(1)))
     frame = runs.join(last).join(start.add_suffix("_start")).reset_index(drop=True)
     return frame[list(run_columns())].astype(run_dtypes())
 
@@ -42,8 +48,12 @@ def load_metrics(folder: Path | str) -> "pd.DataFrame":
 
     The columns are those of `nc.train.columns.epoch_columns`, each with the same dtype whatever is missing.
     """
-    frame = query(folder, "SELECT * FROM metrics ORDER BY run, epoch")
-    return frame[list(epoch_columns())].astype(epoch_dtypes())
+    return select_metrics(folder, "SELECT * FROM metrics ORDER BY run, epoch")
+
+
+def select_metrics(folder: Path | str, sql: str) -> "pd.DataFrame":
+    """Those rows of `load_metrics` that a query gives."""
+    return query(folder, sql)[list(epoch_columns())].astype(epoch_dtypes())
 
 
 def load_layers(folder: Path | str) -> "pd.DataFrame":
@@ -51,8 +61,12 @@ def load_layers(folder: Path | str) -> "pd.DataFrame":
 
     The columns are those of `nc.train.columns.layer_columns`, each with the same dtype whatever is missing.
     """
-    frame = query(folder, "SELECT * FROM layers ORDER BY run, epoch, position")
-    return frame[list(layer_columns())].astype(layer_dtypes())
+    return select_layers(folder, "SELECT * FROM layers ORDER BY run, epoch, position")
+
+
+def select_layers(folder: Path | str, sql: str) -> "pd.DataFrame":
+    """Those rows of `load_layers` that a query gives."""
+    return query(folder, sql)[list(layer_columns())].astype(layer_dtypes())
 
 
 def load_sessions(folder: Path | str) -> list[dict[str, Any]]:

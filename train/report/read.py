@@ -10,16 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from nc.train.columns import (
-    METRICS,
-    epoch_columns,
-    epoch_dtypes,
-    layer_columns,
-    layer_dtypes,
-    run_columns,
-    run_dtypes,
-)
-from nc.train.results import load_meta, load_sessions, query
+from nc.train.results import load_meta, load_runs, load_sessions, query, select_layers, select_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +30,7 @@ class Results:
 
     def histories(self, runs: Iterable[str]) -> pd.DataFrame:
         """The evaluated epochs of these runs, as `nc.train.results.load_metrics` has them."""
-        return _epochs(self.folder, f"SELECT * FROM metrics WHERE run IN ({_listed(runs)}) ORDER BY run, epoch")
+        return select_metrics(self.folder, f"SELECT * FROM metrics WHERE run IN ({_listed(runs)}) ORDER BY run, epoch")
 
     def last_layers(self, runs: Iterable[str]) -> pd.DataFrame:
         """The blocks of these runs at their last evaluated epochs, as `nc.train.results.load_layers` has them."""
@@ -48,7 +39,7 @@ class Results:
             "AND epoch = (SELECT MAX(epoch) FROM layers AS all_layers WHERE all_layers.run = layers.run) "
             "ORDER BY run, position"
         )
-        return query(self.folder, sql)[list(layer_columns())].astype(layer_dtypes())
+        return select_layers(self.folder, sql)
 
     def lowest_loss(self, runs: Iterable[str]) -> "pd.Series[float]":
         """Run -> the smallest training loss of its evaluated epochs."""
@@ -63,7 +54,7 @@ class Results:
             f"WITH wanted(run, loss) AS (VALUES {wanted}) SELECT metrics.*, MIN(epoch) AS first FROM wanted "
             "JOIN metrics ON metrics.run = wanted.run AND train_loss <= loss GROUP BY metrics.run"
         )
-        return _epochs(self.folder, found if losses else "SELECT * FROM metrics WHERE 0")
+        return select_metrics(self.folder, found if losses else "SELECT * FROM metrics WHERE 0")
 
 
 def read(folder: Path) -> Results:
@@ -72,21 +63,7 @@ def read(folder: Path) -> Results:
     Raises:
         UserError: no results there, or results of another version.
     """
-    ends = _epochs(
-        folder,
-        "WITH ends(run, epoch) AS (SELECT id, (SELECT MIN(epoch) FROM metrics WHERE run = id) FROM runs "
-        "UNION SELECT id, (SELECT MAX(epoch) FROM metrics WHERE run = id) FROM runs) "
-        "SELECT metrics.* FROM ends JOIN metrics USING (run, epoch) ORDER BY run, epoch",
-    ).groupby("run")
-    start, last = (rows.set_index("run")[list(METRICS)] for rows in (ends.head(1), ends.tail(1)))
-    runs = query(folder, "SELECT * FROM runs ORDER BY position").set_index("id", drop=False)
-    runs = runs.join(last).join(start.add_suffix("_start")).reset_index(drop=True)
-    runs = runs[list(run_columns())].astype(run_dtypes())
-    return Results(folder, runs, load_meta(folder), load_sessions(folder))
-
-
-def _epochs(folder: Path, sql: str) -> pd.DataFrame:
-    return query(folder, sql)[list(epoch_columns())].astype(epoch_dtypes())
+    return Results(folder, load_runs(folder), load_meta(folder), load_sessions(folder))
 
 
 def _quoted(text: str) -> str:
