@@ -149,7 +149,10 @@ class Case:
                 mine(next(source))
                 theirs()
         for name, value in model.state_dict().items():
-            torch.testing.assert_close(stack.state_dict(0)[name], value.cpu(), rtol=1e-2, atol=1e-3)
+            # As a whole: convolutions of two libraries round differently, and five steps carry that on.
+            ours, expected = stack.state_dict(0)[name].double(), value.cpu().double()
+            apart = float((ours - expected).norm() / expected.norm().clamp(min=1e-9))
+            assert apart < 5e-3, f"{name} is {apart:.1e} from the plain loop's"
 
     def flops(self) -> int:
         """Of forward and backward, by torch's counter; one multiplication and one sum are two."""

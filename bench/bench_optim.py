@@ -16,8 +16,8 @@ recorded of each candidate, in microseconds a step:
   wait for one another then measure the others: such rounds are taken again, for a while, and where that does not help
   nothing is said of speed.
 
-Compilation is a group of its own, in seconds. A thousand tiny tensors are not compiled: that takes minutes. Nor is
-what is compiled captured again.
+Compilation is a group of its own, in seconds; --no-compile leaves out what is compiled. A thousand tiny tensors are
+never compiled: that takes minutes. Nor is what is compiled captured again.
 """
 
 import argparse
@@ -58,6 +58,10 @@ def cases(device: str) -> list[Case]:
         found += [Case(rule, "resnet9", (*_BASE, "flat fused"), threads=1) for rule in _TORCH_RULES]
         found += [Case(rule, "tiny", _BASE, threads=1) for rule in _TORCH_RULES]
     return found
+
+
+def without_compilation(case: Case) -> Case:
+    return replace(case, candidates=tuple(name for name in case.candidates if "compiled" not in name))
 
 
 def built(case: Case, parameters: Parameters, capturable: bool, result: dict[str, Any]) -> dict[str, Candidate]:
@@ -135,7 +139,7 @@ def replayed(
     result: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """The same in CUDA graphs, of candidates made anew: with `capturable` torch.optim's foreach Adam is another one."""
-    case = replace(case, candidates=tuple(name for name in case.candidates if "compiled" not in name))
+    case = without_compilation(case)
     candidates = built(case, parameters, True, result)
     steps: dict[str, Step] = {name: c.step for name, c in candidates.items()}
     if yardstick is not None:
@@ -179,7 +183,7 @@ def yardstick_for(case: Case, device: str, made: dict[Any, Yardstick]) -> Yardst
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = timing_options(__doc__, arguments, seconds=3.0)
+    options = timing_options(__doc__, arguments, seconds=3.0, flags={"no-compile": "time nothing that is compiled"})
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # what is compiled is compiled anew,
         torch.compile(lambda x: x + 1)(torch.ones(2, device=options.device))  # and the compiler's own start not counted
@@ -191,12 +195,16 @@ def record_all(options: argparse.Namespace) -> int:
     end = time.monotonic() + 60 * options.minutes
     limits = f"--seconds {options.seconds:g} --minutes {options.minutes:g}"
     command = f"python -m bench.bench_optim --device {options.device} {limits}"
+    if options.no_compile:
+        command += " --no-compile"
     record = Record(options.out / f"optim-{options.device}.json", command, options.device, options.commit)
     record.data |= {"tolerance": TOLERANCE, "cases": [], "left_out": []}
     yardsticks: dict[Any, Yardstick] = {}
     threads = torch.get_num_threads()
     results: dict[Case, dict[str, Any]] = {}
     todo = [case for case in cases(options.device) if options.only in str(case)]
+    if options.no_compile:
+        todo = [without_compilation(case) for case in todo]
     for case in todo:
         if time.monotonic() > end:
             break

@@ -21,17 +21,22 @@ def recording(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def timing_options(doc: str | None, arguments: list[str] | None, seconds: float) -> argparse.Namespace:
+def timing_options(
+    doc: str | None, arguments: list[str] | None, seconds: float, flags: dict[str, str] | None = None
+) -> argparse.Namespace:
     """The options of a benchmark of many cases, parsed; without the GPU that is asked for it ends here.
 
     Args:
         seconds: for each group of timings, unless the user says otherwise.
+        flags: further switches, with their help.
     """
     parser = recording(doc)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--minutes", type=float, default=10.0, help="what is timed by then is recorded")
     parser.add_argument("--seconds", type=float, default=seconds, help="for each group of timings")
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    for name, told in (flags or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=told)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(1, "there is no CUDA GPU here; --device cpu times the CPU kernels\n")

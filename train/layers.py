@@ -121,11 +121,13 @@ class _Linear(torch.autograd.Function):
         x, weight, out = ctx.saved_tensors
         if ctx.relu:
             grad = torch.ops.aten.threshold_backward(grad, out, 0)
+        # First: where the first thing that a thread of autograd does on a GPU is a matrix product, torch warns.
+        bias = grad.sum(1, dtype=ctx.bias_dtype)
         with ExitStack() as stack:
             if not ctx.relu:  # the head
                 stack.enter_context(exact_products())
             back = _bmm(grad, weight) if ctx.needs_input_grad[0] else None
-            return back, _bmm(grad.mT, x), grad.sum(1, dtype=ctx.bias_dtype), None
+            return back, _bmm(grad.mT, x), bias, None
 
 
 def _linear(name: str, x: Batch, state: State, *, relu: bool) -> Batch:

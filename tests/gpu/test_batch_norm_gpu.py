@@ -29,6 +29,7 @@ from batch_norm_cases import (
 from nc.kernels import fallback
 from nc.kernels.batch_norm import batch_norm_relu
 from nc.kernels.batch_norm.reference import batch_norm_relu_reference
+from waiting import nothing_waits
 
 # Of ResNet9 and of stacks of runs; odd ones; few and many pixels, more parts than fit; a number of channels that is no
 # multiple of anything.
@@ -180,13 +181,10 @@ def test_nobody_waits_for_the_gpu(device: torch.device, kind: str) -> None:
     grad = gradient(given)
     given.weight.requires_grad_()
     torch.autograd.grad(forward(public, given), given.weight, grad)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         torch.autograd.grad(forward(public, given), given.weight, grad)
         with torch.no_grad():
             forward(public, replace(given, train=False))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("kind", KINDS)

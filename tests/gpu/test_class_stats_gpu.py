@@ -21,6 +21,7 @@ from nc import ClassStats, measure
 from nc.kernels.class_stats import gpu
 from nc.kernels.class_stats.reference import State, class_stats_reference, project_reference
 from nc.metrics import nc1
+from waiting import nothing_waits
 
 pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
 
@@ -31,7 +32,8 @@ def both(state: State, *batches: tuple[Tensor, Tensor]) -> None:
     for features, labels in batches:
         add_triton(features, labels, state)
         class_stats_reference(features.cpu().to(state.shifts.dtype), labels.cpu(), expected)
-        check(state, expected)
+        # Second moments are sums of products of matrix units, which keep fewer digits (seen: 4e-6).
+        check(state, expected, scatter=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -151,13 +153,10 @@ def test_nobody_waits_until_a_number_is_asked_for(device: torch.device, moment: 
     stats.update(h, y)  # compiles
     bad = h.clone()
     bad[3, 5] = math.nan
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         stats.update(h, y)
         stats.update(bad, y)
         stats.update(h.bfloat16(), y.int())
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     with pytest.raises(ValueError, match=r"'fc'.*the batch was refused, for 1 values"):
         _ = stats.means
     assert int(stats.counts.sum()) == 1500
@@ -197,6 +196,7 @@ def test_in_a_compiled_function(device: torch.device) -> None:
     torch.testing.assert_close(stats.within_cov(), eager.within_cov(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*without a C")  # of the CPU
 def test_measure_and_moving_to_the_cpu(device: torch.device) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(12, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)).to(device)
     x, y = torch.randn(500, 12), torch.randint(4, (500,))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nc.kernels.cross_entropy import cross_entropy_slope
 from nc.kernels.cross_entropy.reference import cross_entropy_slope_reference
+from waiting import nothing_waits
 
 
 def logits_and_labels(runs: int, batch: int, classes: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -44,12 +45,8 @@ def test_in_a_cuda_graph_without_waiting_and_in_a_compiled_function(device: torc
     logits, labels = logits_and_labels(24, 128, 10, device)
     cross_entropy_slope(logits, labels)
     graph = torch.cuda.CUDAGraph()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.graph(graph):
-            ours = cross_entropy_slope(logits, labels)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with nothing_waits(), torch.cuda.graph(graph):
+        ours = cross_entropy_slope(logits, labels)
     other, others = logits_and_labels(24, 128, 10, device)
     logits.copy_(other)
     labels.copy_(others)

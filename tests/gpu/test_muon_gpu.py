@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nc import optim
+from waiting import nothing_waits
 
 # What PyTorch says on a GPU is not ours to fix; a fall back to the reference is.
 pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
@@ -45,6 +46,7 @@ def captured(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+@pytest.mark.filterwarnings("ignore:.*without a C")  # of the CPU
 def test_as_on_the_cpu(device: torch.device) -> None:
     a, b = parameters(device), parameters(torch.device("cpu"))
     first, second = (optim.Muon(params, lr=0.02, weight_decay=0.1, coupling=0.5) for params in (a, b))
@@ -131,9 +133,6 @@ def test_a_step_waits_for_nothing(device: torch.device, tensors: bool) -> None:
     optimizer.observe(head=params[0], norms=True, bf16=True)
     give_gradients(params, 0)
     optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         optimizer.param_groups[0]["eps"] = 1e-6
         optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from gpu_training import assert_same, batches, captured_step, every_optimizer, train_step, two_networks
 from nc import optim
+from waiting import nothing_waits
 
 # What PyTorch and its compilers say on a GPU is not ours to fix; a fall back to the reference is.
 pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
@@ -33,11 +34,8 @@ def gpu_work(step: Callable[[], Any], folder: Path) -> dict[str, list[str]]:
 @pytest.fixture
 def no_waiting() -> Iterator[None]:
     """An error for everything that waits for the GPU."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 PAIRS = {
