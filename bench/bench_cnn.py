@@ -8,7 +8,7 @@ norm", and "nc, cuDNN's trials" (`torch.backends.cudnn.benchmark`, not determini
 "plain" is what most people write: a DataLoader with two workers over PIL images, torch.optim, one operation after the
 other, float32. "eager" has the data on the device, channels-last, autocast to bfloat16 and torch's fused SGD;
 "compiled" the same under torch.compile(mode="max-autotune"). First the trainer's step and the eager one are shown to
-give the same weights in float32.
+change the weights alike in float32.
 """
 
 import contextlib
@@ -140,7 +140,7 @@ class Case:
         return step, model
 
     def check(self) -> float:
-        """How far the changes of the weights by the trainer's steps and by the eager ones are apart in float32.
+        """How far the trainer's step and the eager one are apart in float32, relative to what they change.
 
         Raises:
             AssertionError: further than rounding takes them.
@@ -149,17 +149,17 @@ class Case:
             mine, stack = self.ours("fp32")
             theirs, model = self.eager(half=False)
             source = batches(len(self.data.train_y), self.device)
-            for _ in range(5):
-                mine(next(source))
-                theirs()
+            mine(next(source))
+            theirs()
         start = {name: value.detach() for name, value in self.built().named_parameters()}
-        # Of all together, since what a bias learns in five steps is little more than rounding.
+        # One step, and all weights together: rounding grows 30 times with each step that follows, also between float32
+        # and float64 of the same loop, and what a bias learns is little more than that.
         ours, expected = (
             torch.cat([(state[name].cpu() - start[name]).double().flatten() for name in start])
             for state in (stack.state_dict(0), model.state_dict())
         )
         apart = float((ours - expected).norm() / expected.norm())
-        assert apart < 0.05, f"the trainer's step is {apart:.1e} from the plain loop's"
+        assert apart < 1e-3, f"the trainer's step is {apart:.1e} from the plain loop's"
         return apart
 
     def flops(self) -> int:
