@@ -4,7 +4,8 @@ python -m bench.bench_cnn --device cuda      records bench/results/cnn-cuda.json
 
 One run, batches of 128 images of Fashion-MNIST's size (random: speed does not depend on them), SGD with momentum.
 "nc" is the trainer's step in bfloat16: on a GPU one CUDA graph. Beside it, with a piece taken out: "nc, torch's batch
-norm", and "nc, cuDNN's trials" (`torch.backends.cudnn.benchmark`, not deterministic); and "nc, fp32", "nc, tf32".
+norm", "nc, cuDNN's first layer", "nc, cuDNN's trials" (`torch.backends.cudnn.benchmark`: algorithms are chosen by the
+clock) and "nc, any of cuDNN's trials" (not deterministic); and "nc, fp32", "nc, tf32".
 "plain" is what most people write: a DataLoader with two workers over PIL images, torch.optim, one operation after the
 other, float32. "eager" has the data on the device, channels-last, autocast to bfloat16 and torch's fused SGD;
 "compiled" the same under torch.compile(mode="max-autotune"). First the trainer's step and the eager one are shown to
@@ -15,7 +16,7 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 from unittest import mock
 
@@ -201,26 +202,33 @@ def torchs_batch_norm() -> Any:
     return mock.patch.object(layers, "batch_norm_relu", unfused)
 
 
+def cudnns_first_layer() -> Any:
+    """The trainer with a convolution where it has a matrix product."""
+    return mock.patch.object(layers, "few", return_value=False)
+
+
 @contextlib.contextmanager
-def trials() -> Iterator[None]:
-    """Within `arithmetic`: cuDNN may choose by the clock, and may add in any order."""
+def trials(deterministic: bool) -> Iterator[None]:
+    """Within `arithmetic`: cuDNN may choose by the clock, and perhaps add in any order."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.deterministic
-    cudnn.benchmark, cudnn.deterministic = True, False
+    cudnn.benchmark, cudnn.deterministic = True, deterministic
     try:
         yield
     finally:
         cudnn.benchmark, cudnn.deterministic = before
 
 
-def measured(case: Case, seconds: float, end: float) -> dict[str, Any]:
-    """The record of a model."""
+def measured(case: Case, seconds: float, end: float, save: Callable[[dict[str, Any]], None]) -> None:
+    """Fill the record of a model, and save it as it grows."""
     apart = case.check()
     on_gpu = case.device.type == "cuda"
     makers: dict[str, Callable[[], timing.Step]] = {
         "nc": lambda: case.stepping("bf16"),
         "nc, torch's batch norm": lambda: case.stepping("bf16", torchs_batch_norm),
-        "nc, cuDNN's trials": lambda: case.stepping("bf16", trials),
+        "nc, cuDNN's first layer": lambda: case.stepping("bf16", cudnns_first_layer),
+        "nc, cuDNN's trials": lambda: case.stepping("bf16", lambda: trials(deterministic=True)),
+        "nc, any of cuDNN's trials": lambda: case.stepping("bf16", lambda: trials(deterministic=False)),
         "nc, tf32": lambda: case.stepping("tf32"),
         "nc, fp32": lambda: case.stepping("fp32"),
         "eager": lambda: case.eager()[0],
@@ -232,26 +240,36 @@ def measured(case: Case, seconds: float, end: float) -> dict[str, Any]:
     }  # fmt: skip
     if on_gpu:
         record["profile"] = case.profile()
+    save(record)
     steps: dict[str, timing.Step] = {}
-    for name, make in makers.items():
-        if time.monotonic() > end:
-            record.setdefault("left_out", []).append(name)
-            continue
-        try:
-            steps[name] = make()
-            for _ in range(3):
-                steps[name]()
-        except Exception as error:  # a candidate that does not run is told, the others are timed
-            steps.pop(name, None)
-            record.setdefault("failed", {})[name] = first_line(error)
-    clock = timing.wall_cuda if on_gpu else timing.wall_cpu
-    timings, _ = timing.interleaved(steps, clock, seconds)
-    for name, one in timings.items():
-        record[name] = one.record() | {"images_per_second": round(BATCH * 1e6 / one.median)}
-        if name != "nc":
-            record[name]["nc_is_faster_by"] = round(one.median / timings["nc"].median, 3)
-    record |= floor(case, record)
-    return record
+
+    def take(names: Collection[str]) -> None:
+        """Time those that run, beside ours."""
+        for name in names:
+            if time.monotonic() > end:
+                record.setdefault("left_out", []).append(name)
+                continue
+            try:
+                steps[name] = makers[name]()
+                for _ in range(3):
+                    steps[name]()
+            except Exception as error:  # a candidate that does not run is told, the others are timed
+                steps.pop(name, None)
+                record.setdefault("failed", {})[name] = first_line(error)
+        timed = {name: step for name, step in steps.items() if name == "nc" or name in names}
+        if "nc" not in timed:
+            return
+        timings, _ = timing.interleaved(timed, timing.wall_cuda if on_gpu else timing.wall_cpu, seconds)
+        for name, one in timings.items():
+            if name != "nc" or "nc" not in record:
+                record[name] = one.record() | {"images_per_second": round(BATCH * 1e6 / one.median)}
+            if name != "nc":
+                record[name]["nc_is_faster_by"] = round(one.median / timings["nc"].median, 3)
+        record.update(floor(case, record))
+        save(record)
+
+    take([name for name in makers if name != "compiled"])
+    take(["compiled"])  # takes minutes to compile
 
 
 def floor(case: Case, record: dict[str, Any]) -> dict[str, Any]:
@@ -282,8 +300,13 @@ def main(arguments: list[str] | None = None) -> None:
     for model in ("resnet9", "vgg9"):
         if options.only not in model or time.monotonic() > end:
             continue
-        one = record.data["models"][model] = measured(Case(model, width, samples, device), options.seconds, end)
-        record.save()
+
+        def save(one: dict[str, Any], model: str = model) -> None:
+            record.data["models"][model] = one
+            record.save()
+
+        measured(Case(model, width, samples, device), options.seconds, end, save)
+        one = record.data["models"][model]
         for name in [key for key, value in one.items() if isinstance(value, dict) and "median" in value]:
             faster = one[name].get("nc_is_faster_by", 1.0)
             print(f"{model:8} {name:24} {one[name]['median'] / 1e3:9.3f} ms  nc is faster by {faster:7.2f}", flush=True)

@@ -43,13 +43,13 @@ _TORCH_RULES = ("sgd", "adam", "adamw")
 
 def cases(device: str) -> list[Case]:
     """The most telling first: time may run out."""
+    large = {"cpu": "25M", "cuda": "100M"}[device]
     found = [Case(rule, "resnet9", _ALL) for rule in _TORCH_RULES]
+    found += [Case("mixed", "24×mlp", ("nc", "24 × torch fused"))]
+    found += [Case(rule, "resnet9", _BY_HAND) for rule in ("sgdw", "signum", "signumw", "lion", "adam c=0.5")]
+    found += [Case(rule, large, (*_BASE, "flat fused")) for rule in ("sgd", "adam")]
     found += [Case(rule, "tiny", _BASE) for rule in _TORCH_RULES]
     found += [Case(rule, "tiny", _BASE, group_each=True) for rule in ("sgd", "adamw")]
-    large = {"cpu": "25M", "cuda": "100M"}[device]
-    found += [Case(rule, large, (*_BASE, "flat fused")) for rule in ("sgd", "adam")]
-    found += [Case(rule, "resnet9", _BY_HAND) for rule in ("sgdw", "signum", "signumw", "lion", "adam c=0.5")]
-    found += [Case("mixed", "24×mlp", ("nc", "24 × torch fused"))]
     found += [Case(rule, "resnet9", _BASE, dtype="bf16") for rule in ("sgd", "adamw")]
     if device == "cuda":
         found += [Case(rule, large, _BASE, dtype="bf16") for rule in ("sgd", "adamw")]

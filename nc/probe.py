@@ -12,6 +12,9 @@ from nc import metrics
 from nc.stats import ClassStats
 from nc.taps import Loader, Pool, Taps, batches, eval_mode, find
 
+#: Bytes of kept features that are looked at together on a GPU, where a call costs more than laying batches together.
+_TOGETHER = 2**26
+
 
 def of_layer(stats: ClassStats) -> dict[str, Tensor]:
     """What can be said of a layer's features alone, by the names of `LayerResult`; tensors of shape `[*]`."""
@@ -218,7 +221,12 @@ class _Nearest:
 
     def finish(self, means: Tensor) -> bool:
         """Whether all samples were counted; if not, `count` them in a second pass."""
-        for features, predicted in self._kept or ():
+        kept = self._kept or []
+        while kept:
+            first = kept[0][0]
+            many = max(1, _TOGETHER // max(1, first.nbytes)) if first.is_cuda else 1
+            part, kept = kept[:many], kept[many:]
+            features, predicted = part[0] if many == 1 else map(torch.cat, zip(*part, strict=True))
             self.count(features, predicted, means)
         return self._means is not None or self._kept is not None
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from nc.kernels.batch_norm import batch_norm_relu
 from nc.train.models import Alone, ConvBlock, GlobalMaxPool, LinearBlock, Residual
+from nc.train.patches import convolve, few
 from nc.train.precision import exact_products
 
 
@@ -151,8 +152,11 @@ def _conv_block(module: ConvBlock, name: str, x: Batch, state: State, residual: 
     assert norm.momentum is not None
     weight = state.tensors[f"{name}.0.weight"].flatten(0, 1)  # a view: `Stack` keeps them channels-last
     factors = (x.value.float(), weight.float()) if _rounds(x.value) else (x.value, weight)
-    groups = 1 if x.shared else state.runs
-    maps = F.conv2d(*factors, None, conv.stride, conv.padding, groups=groups).to(x.value.dtype)
+    if x.shared and x.value.is_cuda and few(weight):
+        maps = convolve(x.value, weight, cast(tuple[int, int], conv.padding))
+    else:
+        groups = 1 if x.shared else state.runs
+        maps = F.conv2d(*factors, None, conv.stride, conv.padding, groups=groups).to(x.value.dtype)
     gain, bias, mean, var = (
         state.tensors[f"{name}.1.{part}"].view(-1) for part in ("weight", "bias", "running_mean", "running_var")
     )

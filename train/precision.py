@@ -30,15 +30,16 @@ def arithmetic(precision: str) -> Iterator[None]:
     """
     product = "tf32" if precision == "tf32" else "ieee"
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = matmul.fp32_precision
+    before = matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction
     with cudnn.flags(
         enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=product == "tf32", fp32_precision=product
     ):
-        matmul.fp32_precision = product
+        # Parts of a sum are added in float32 too.
+        matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction = product, False
         try:
             yield
         finally:
-            matmul.fp32_precision = before
+            matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction = before
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Class statistics on a GPU: Triton for what is one read of the features, cuBLAS for the second moment.
 
 A batch goes through kernels that find out whether it is to be refused and gather what it adds (`labels`, `shifts`,
-`gather`), and one that adds it if it is not (`commit`): nobody waits for the answer. Sums are taken in parts that are
-added in their order, without floating-point atomics: the same bits every time.
+`gather`), and one that adds it if it is not (`commit`): nobody waits for the answer. Sums are taken in parts that
+are added in an order that is always the same, without floating-point atomics: the same bits every time.
 
 The second moment wants matrix units, which have no float32. Each centred value is cut into two bfloat16 numbers,
 together 16 bits of it and more, and all three different products of these are summed in float32 (`split`, cuBLAS,
@@ -36,6 +36,9 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 PROGRAMS = 4
 #: Features in a step of a projection, and elements at a time of an addition.
 STEP, BLOCK = 32, 1024
+#: Parts of a batch that are added at once, of so many elements: loads of one part after the other would each wait for
+#: memory, hundreds of times.
+PARTS, ADDED = 64, 32
 #: Samples in one matrix product, of which the matrix units sum the terms less exactly than we want for more; products
 #: in one call.
 PRODUCT, PRODUCTS = 2048, 8
@@ -71,9 +74,9 @@ def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -
             features, *where[1:], labels, state.shifts, rows, rows_each, dim, classes, blocks, sums, squares, batch,
             ROWS, COLUMNS, at_once, **gather_options(at_once),
         )  # fmt: skip
-        commit_kernel[(triton.cdiv(classes * dim, BLOCK), runs)](
-            sums, squares, batch, parts, columns, dim, classes,
-            state.counts, state.sums, state.squares, state.refused, propagate, BLOCK, **OPTIONS,
+        commit_kernel[(triton.cdiv(classes * dim, ADDED) + triton.cdiv(classes, ADDED), runs)](
+            sums, squares, batch, parts, parts * columns, dim, classes,
+            state.counts, state.sums, state.squares, state.refused, propagate, PARTS, ADDED, **OPTIONS,
         )  # fmt: skip
         if state.scatter is None:
             return

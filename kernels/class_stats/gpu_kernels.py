@@ -104,43 +104,52 @@ def gather_kernel(
         tl.atomic_add(batch_ptr + 2 * classes + 1, odd, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["parts"])
+@triton.jit
+def _added(ptr, parts, pitch, i, inside, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Σ over the parts of `[parts, pitch]` float32, of the elements i; so many parts are under way at once."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        place = ptr + part.to(tl.int64)[:, None] * pitch + i[None, :]
+        total += tl.sum(tl.load(place, mask=(part < parts)[:, None] & inside[None, :], other=0.0), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=["parts", "squared_parts"])
 def commit_kernel(
-    part_sums_ptr, part_squares_ptr, batch_ptr, parts, blocks, dim, classes,
+    part_sums_ptr, part_squares_ptr, batch_ptr, parts, squared_parts, dim, classes,
     counts_ptr, sums_ptr, squares_ptr, refused_ptr,
-    PROPAGATE: tl.constexpr, BLOCK: tl.constexpr,
+    PROPAGATE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add what the parts hold, if the batch is not refused."""
-    run, runs = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    """Add what the parts hold, if the batch is not refused: a run's first programs the sums, the others the rest."""
+    program, run, runs = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     wrong, odd = tl.load(batch_ptr + 2 * classes), tl.load(batch_ptr + 2 * classes + 1)
     refused = wrong > 0
     if not PROPAGATE:
         refused = refused | (odd > 0)
+    size = classes * dim
+    summing = tl.cdiv(size, BLOCK)
     if refused:
-        if (tl.program_id(0) == 0) & (run == 0):
+        if (program == 0) & (run == 0):
             tl.store(refused_ptr, tl.load(refused_ptr) + 1)
             tl.store(refused_ptr + 1, tl.load(refused_ptr + 1) + wrong)
             if not PROPAGATE:
                 tl.store(refused_ptr + 2, tl.load(refused_ptr + 2) + odd)
-    else:
-        size = classes * dim
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros((BLOCK,), tl.float32)
-        for part in range(0, parts):
-            total += tl.load(part_sums_ptr + (part * runs + run) * size + i, mask=i < size, other=0.0)
+    elif program < summing:
+        i = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        total = _added(part_sums_ptr + run * size, parts, runs.to(tl.int64) * size, i, i < size, PARTS, BLOCK)
         place = sums_ptr + run * size + i
         tl.store(place, tl.load(place, mask=i < size) + total, mask=i < size)
-        if tl.program_id(0) == 0:
-            for start in range(0, classes, BLOCK):
-                k = start + tl.arange(0, BLOCK)
-                square = tl.zeros((BLOCK,), tl.float32)
-                for part in range(0, parts * blocks):
-                    square += tl.load(part_squares_ptr + (part * runs + run) * classes + k, mask=k < classes, other=0.0)
-                place = squares_ptr + run * classes + k
-                tl.store(place, tl.load(place, mask=k < classes) + square, mask=k < classes)
-                if run == 0:
-                    count = tl.load(counts_ptr + k, mask=k < classes) + tl.load(batch_ptr + k, mask=k < classes)
-                    tl.store(counts_ptr + k, count, mask=k < classes)
+    else:
+        k = (program - summing) * BLOCK + tl.arange(0, BLOCK)
+        square = _added(
+            part_squares_ptr + run * classes, squared_parts, runs.to(tl.int64) * classes, k, k < classes, PARTS, BLOCK
+        )  # fmt: skip
+        place = squares_ptr + run * classes + k
+        tl.store(place, tl.load(place, mask=k < classes) + square, mask=k < classes)
+        if run == 0:
+            count = tl.load(counts_ptr + k, mask=k < classes) + tl.load(batch_ptr + k, mask=k < classes)
+            tl.store(counts_ptr + k, count, mask=k < classes)
 
 
 @triton.jit(do_not_specialize=["start", "rows"])

@@ -32,7 +32,8 @@ NEED_SECOND = {_RULE_NUMBER["adam"]}
 MIXED = len(RULES)  # in place of a rule's number: it stands in the table
 MAXIMIZE, NESTEROV = 256, 512  # flags beside a rule's number
 ALIGNED, FRESH = 1, 2  # flags of a row
-_SPARES = 4
+#: Steps that can at least be captured in CUDA graphs after one outside of them: each keeps its table for replays.
+_SPARES = 32
 
 
 class Col(IntEnum):
@@ -274,11 +275,14 @@ class Table:
             return upload(rows, self.device)
         if not torch.cuda.is_current_stream_capturing():
             # Pinned memory cannot be allocated during a capture: keep some for the graphs to come.
-            while len(self._spares) < _SPARES:
-                self._spares.append(torch.empty(rows.shape, dtype=torch.int64, pin_memory=True))
+            if len(self._spares) < _SPARES:
+                self._spares += torch.empty(_SPARES, *rows.shape, dtype=torch.int64, pin_memory=True).unbind()
             return upload(rows, self.device)
         if not self._spares:
-            raise RuntimeError("take an optimizer step outside of CUDA graphs before the next one is captured")
+            raise RuntimeError(
+                f"only so many optimizer steps, at least {_SPARES}, can be captured in CUDA graphs one after the "
+                "other; take one outside of them before the next is captured"
+            )
         # A replay copies the table again, so that its source must stay as it is.
         self._captured.append(self._spares.pop())
         return upload(rows, self.device, self._captured[-1])

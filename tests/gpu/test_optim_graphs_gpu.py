@@ -49,6 +49,27 @@ def test_a_captured_train_step_equals_an_eager_one_and_follows_the_schedule(
     assert_same(a, b, first, second)
 
 
+@every_optimizer
+def test_a_graph_of_many_steps(device: torch.device, make: Any) -> None:
+    """With other gradients at each, which lie elsewhere."""
+    a, b = two_networks(device)
+    first, second = make(a.parameters()), make(b.parameters())
+    data = batches(device, 10)
+    warm_up(lambda: train_step(a, first, data[0]))
+    for _ in range(3):
+        train_step(b, second, data[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for x in data:
+            train_step(a, first, x)
+    for _ in range(3):
+        graph.replay()
+        for x in data:
+            train_step(b, second, x)
+    torch.cuda.synchronize()
+    assert_same(a, b, first, second)
+
+
 def test_a_graph_outlives_eager_steps_with_other_gradients(device: torch.device) -> None:
     """The graph's table must stay as it was, wherever an eager step finds its gradients, and whatever is allocated."""
     a, b = two_networks(device)

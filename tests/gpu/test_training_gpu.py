@@ -11,6 +11,8 @@ from nc.train.config import PAPER_OPTIMIZERS, RunConfig
 from nc.train.data import Dataset
 from nc.train.loop import Evaluation, Training
 from nc.train.models import build
+from nc.train.patches import convolve
+from nc.train.precision import arithmetic
 
 pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
 
@@ -62,6 +64,24 @@ def test_graphs_train_as_steps_launched_one_by_one(
         for name, theirs in eager._stack.state_dict(i).items():
             torch.testing.assert_close(captured._stack.state_dict(i)[name], theirs, rtol=bound, atol=bound)
         assert values["train_loss"][i] == pytest.approx(expected["train_loss"][i], rel=5 * bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_first_layer_is_a_convolution(channels: int, dtype: torch.dtype, device: torch.device) -> None:
+    images = torch.randn(128, channels, 28, 28, device=device).to(dtype)
+    weight = torch.randn(64, channels, 3, 3, device=device).to(dtype).requires_grad_()
+    exact = weight.detach().double().requires_grad_()
+    with arithmetic("fp32"):
+        maps = convolve(images, weight, (1, 1))
+        expected = torch.nn.functional.conv2d(images.double(), exact, padding=1)
+        grad = torch.randn_like(maps)
+        maps.backward(grad)
+    expected.backward(grad.double())
+    bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    for ours, theirs in ((maps, expected), (weight.grad, exact.grad)):
+        assert (ours.double() - theirs).norm() <= bound * theirs.norm()
+    assert maps.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])

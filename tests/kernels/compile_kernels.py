@@ -121,7 +121,8 @@ def class_stats(arch: int) -> Iterator[dict[str, Any]]:
         for axes in (16, 64):
             constants = {"ROWS": stats.ROWS, "STEP": stats.STEP, "AXES": axes}
             yield variant("project", features | {"out_ptr": "*fp32"}, constants, dtype=dtype, axes=axes)
-    yield variant("commit", batch | counts | {"refused_ptr": "*i64"}, block | {"PROPAGATE": False})
+    adding = {"PROPAGATE": False, "PARTS": stats.PARTS, "BLOCK": stats.ADDED}
+    yield variant("commit", batch | counts | {"refused_ptr": "*i64"}, adding)
     moment = batch | {"highs_ptr": "*fp32", "lows_ptr": "*fp32", "scatter_ptr": "*fp32"}
     yield variant("add_moment", moment, block | {"PROPAGATE": False})
 

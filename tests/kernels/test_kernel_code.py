@@ -15,7 +15,7 @@ ACCESSES = {"sgd": (3, 2), "signum": (3, 2), "adam": (4, 3), "lion": (3, 2), "mi
 # Of class statistics: at least so many 128-bit loads and stores in the kernels through which the features go, and
 # whether they multiply matrices. Projections are written as they come, m values a sample.
 STATISTICS = {
-    "labels": (0, 0, False), "shifts": (1, 2, False), "gather": (3, 2, True), "commit": (4, 2, False),
+    "labels": (0, 0, False), "shifts": (1, 2, False), "gather": (3, 2, True), "commit": (4, 0, False),
     "split": (6, 4, False), "add_moment": (8, 2, False), "project": (12, 0, True),
 }  # fmt: skip
 # Of batch norm: such loads and stores with float32 and with bfloat16 maps, without and with pooling. Maps and what
