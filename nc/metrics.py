@@ -128,7 +128,8 @@ def nc3(
         weight: W `[*, K, d]`, any floating dtype.
         stats: of the head's input.
         kind: "product" is ‖WMᵀ/‖WMᵀ‖_F − (I − 11ᵀ/K)/√(K−1)‖_F (Zhu et al. 2021), "difference"
-            ‖W/‖W‖_F − M/‖M‖_F‖_F (Papyan et al. 2020).
+            ‖W/‖W‖_F − M/‖M‖_F‖_F (Papyan et al. 2020), by all signs what the tables of arXiv 2602.16642 hold: their
+            NC3 begins at 1.41, as that does.
         balance: of the means, as in `ClassStats.centred_means`.
     """
     _known(kind, "product", "difference")

@@ -160,8 +160,6 @@ def _conv_block(module: ConvBlock, name: str, x: Batch, state: State, residual: 
     gain, bias, mean, var = (
         state.tensors[f"{name}.1.{part}"].view(-1) for part in ("weight", "bias", "running_mean", "running_var")
     )
-    if state.train:
-        state.tensors[f"{name}.1.num_batches_tracked"].add_(1)
     out = batch_norm_relu(
         maps, gain, bias, mean, var,
         train=state.train, momentum=norm.momentum, eps=norm.eps, pool=len(module) > 3, residual=residual,

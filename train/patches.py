@@ -1,8 +1,8 @@
 """A convolution of images with few channels as one matrix product.
 
-Libraries of convolutions are made for many channels: of the first layer of ResNet9, one channel to 64 at 28 × 28 in
-batches of 128, cuDNN's forward pass alone takes 124 µs on an H100, more than any other layer's. As a product it is a
-matter of writing the result.
+Libraries of convolutions are made for many channels. As a product the first layer of ResNet9, one channel to 64 at
+28 × 28 in batches of 128, takes 18 µs forward and backward on an H100 (bench/results/cnn-cuda.json, `aten::mm`), little
+more than writing and reading its maps.
 """
 
 from torch import Tensor

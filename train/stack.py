@@ -9,7 +9,7 @@ from torch import Tensor
 from nc import optim
 from nc.train.config import RunConfig
 from nc.train.layers import Batch, State, forward
-from nc.train.models import Classifier
+from nc.train.models import Classifier, ConvBlock
 from nc.train.precision import compute_dtype
 
 
@@ -28,6 +28,8 @@ class Stack:
         self._module = module
         self.params = {name: _laid_out(value.detach()).requires_grad_() for name, value in params.items()}
         self.buffers = dict(buffers)
+        blocks = [name for name, part in module.named_modules() if isinstance(part, ConvBlock)]
+        self._counters = [self.buffers[f"{name}.1.num_batches_tracked"] for name in blocks]
         self.copies: dict[str, Tensor] = {}
 
     @classmethod
@@ -67,6 +69,8 @@ class Stack:
         state = State(self.runs, tensors, train, watched, {} if seen is None else seen)
         if self.copies:
             images = images.to(torch.bfloat16)
+        if train and self._counters:
+            torch._foreach_add_(self._counters, 1)  # in one launch
         features = forward(self._module.features, "features", Batch.of(images), state)
         return features.value, forward(self._module.fc, "fc", features, state).value
 

@@ -42,6 +42,7 @@ MAIN = (
     text.measured("nc0", best=True),
     text.measured("nc0_predicted", "NC0 predicted"),
     *(text.measured(name, best=True) for name in ("nc1", "nc2", "nc3")),
+    text.measured("nc3_difference", "NC3 diff.", best=True),
     text.measured("nc4"),
     text.share("train_accuracy", "train acc."),
     text.share("val_accuracy", "val. acc."),
@@ -92,7 +93,8 @@ class Part:
         caption = (
             f"Best = smallest {self.selection.best_by.upper()} of the runs that reached {self.threshold} training "
             "accuracy (reached: how many did). Below each metric its change from initialisation. NC0 predicted: the "
-            "exact recursion of SGD and SGDW."
+            "exact recursion of SGD and SGDW. NC3 diff.: ‖W/‖W‖ − M/‖M‖‖, by its size at initialisation what the paper "
+            "calls NC3."
         )
         return View(f"best-{self.slug}", caption, MAIN, tables.main_table(self.runs, self.selection))
 

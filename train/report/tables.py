@@ -15,7 +15,7 @@ from nc.train.report.selection import Selection
 from nc.train.report.settings import described
 from nc.train.schema import FINISHED
 
-CHANGES = ("nc0", "nc1", "nc2", "nc3", "nc4")
+CHANGES = ("nc0", "nc1", "nc2", "nc3", "nc3_difference", "nc4")
 
 
 def run_config(row: "pd.Series[Any]") -> RunConfig:
