@@ -91,8 +91,8 @@ def test_the_page_holds_the_numbers_of_the_store(reported: Path) -> None:
         assert row[1] == number(best.nc0) + change(100 * (best.nc0 / best.nc0_start - 1))
         assert row[4].startswith(number(best.nc2))
         assert row[8] == f"{100 * best.train_accuracy:.2f} %"
-        assert f"λ={best.weight_decay:g}" in row[9]
-        assert row[10] == "2 of 2"
+        assert f"λ={best.weight_decay:g}" in row[10]
+        assert row[11] == "2 of 2"
 
 
 def test_the_page_fetches_nothing_and_its_links_lead_somewhere(reported: Path) -> None:
