@@ -90,7 +90,7 @@ def test_the_page_shows_the_stores_numbers_and_no_error(folder: Path, tmp_path: 
     text, console = show(folder / "report.html", tmp_path)
     assert console == []
     table = main_table(load_runs(folder), ALL)
-    shown = re.search(r'<table id="table-best-mlp-digits">.*?</table>', text, re.S)
+    shown = re.search(r'<table id="table-best-mlp-digits"[^>]*>.*?</table>', text, re.S)
     assert shown
     rows = re.findall(r"<tr>(.*?)</tr>", shown[0], re.S)[1:]
     assert len(rows) == len(table)
