@@ -8,8 +8,8 @@ pooling let through is worked out from x again.
 Sums are taken in parts that a second kernel adds in their order, without floating-point atomics: the same bits every
 time on a device. Nobody waits for the GPU.
 
-The constants below are arithmetic. With them the kernels take 286 µs of a step of ResNet9 on an H100, where moving the maps alone
-takes 150 to 175 (bench/results/cnn-cuda.json); other constants have not been tried.
+The constants below are arithmetic. With them the kernels take 286 µs of a step of ResNet9 on an H100, where moving the
+maps alone takes 150 to 175 (bench/results/cnn-cuda.json); other constants have not been tried.
 """
 
 import torch
