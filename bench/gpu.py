@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one go and in time: its tests, the update kernel's tuning, the benchmarks.
 
 make gpu                                        in a checkout
-python bench/gpu.py --out DIR --minutes 9       on a bare machine with PyTorch, Triton and pytest, nothing installed
+python bench/gpu.py --out DIR --minutes 9       on a bare machine with PyTorch, Triton, pytest, pydantic and tyro
 
 What fails is recorded and does not stop the rest. DIR takes gpu.json, stats-cuda.json, norm-cuda.json, cnn-cuda.json,
 sweep-cuda.json, update-tuning.json and optim-cuda.json; with --logs another folder takes everything that was printed.
