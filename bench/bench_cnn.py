@@ -262,15 +262,14 @@ def measured(case: Case, seconds: float, end: float, save: Callable[[dict[str, A
                 steps.pop(name, None)
                 record.setdefault("failed", {})[name] = first_line(error)
         timed = {name: step for name, step in steps.items() if name == "nc" or name in names}
-        if "nc" not in timed:
-            return
-        timings, _ = timing.interleaved(timed, timing.wall_cuda if on_gpu else timing.wall_cpu, seconds)
-        for name, one in timings.items():
-            if name != "nc" or "nc" not in record:
-                record[name] = one.record() | {"images_per_second": round(BATCH * 1e6 / one.median)}
-            if name != "nc":
-                record[name]["nc_is_faster_by"] = round(one.median / timings["nc"].median, 3)
-        record.update(floor(case, record))
+        if "nc" in timed:
+            timings, _ = timing.interleaved(timed, timing.wall_cuda if on_gpu else timing.wall_cpu, seconds)
+            for name, one in timings.items():
+                if name != "nc" or "nc" not in record:
+                    record[name] = one.record() | {"images_per_second": round(BATCH * 1e6 / one.median)}
+                if name != "nc":
+                    record[name]["nc_is_faster_by"] = round(one.median / timings["nc"].median, 3)
+            record.update(floor(case, record))
         save(record)
 
     take([name for name in makers if name != "compiled"])
@@ -298,7 +297,8 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(options.device)
     # On a CPU to see that it works: a quarter of the width, few images.
     width, samples = (64, 60_000) if device.type == "cuda" else (16, 1280)
-    command = f"python -m bench.bench_cnn --device {options.device}"
+    limits = f"--seconds {options.seconds:g} --minutes {options.minutes:g}"
+    command = f"python -m bench.bench_cnn --device {options.device} {limits}"
     record = Record(options.out / f"cnn-{options.device}.json", command, options.device, options.commit)
     record.data |= {"width": width, "samples": samples, "models": {}}
     end = time.monotonic() + 60 * options.minutes

@@ -9,16 +9,20 @@ way (`epoch` says how far they had come); the results folders stay, and the same
 """
 
 import argparse
-import contextlib
 import json
-import sqlite3
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from bench.gpu import run, why_not
 from bench.record import RESULTS, Record
+from nc.train import load_metrics, load_runs
+from nc.train.report.tables import predicted_nc0
+from nc.train.schema import FILE
 
 #: What arXiv 2602.16642 has for ResNet9 on Fashion-MNIST; its NC0 is most likely ‖Wᵀ1‖, the root of ours, and its NC3
 #: by all signs our `nc3_difference`: 0.35 after a fall by 75.1 % began at 1.41, as that does.
@@ -33,29 +37,31 @@ _METRICS = ("nc0", "nc1", "nc2", "nc3", "nc3_difference", "nc4", "train_accuracy
 
 
 def trained(folder: Path) -> list[dict[str, Any]]:
-    """Settings, seconds, first and last metrics of the runs of a results folder that have been trained, or begun."""
-    if not (folder / "runs.sqlite").is_file():
+    """The runs of a results folder that have been trained, or begun: settings, seconds, first and last metrics.
+
+    Also NC0 at every evaluated epoch (`nc0_at`), and what theory says of its root at the last (`nc0_norm_predicted`).
+    """
+    if not (folder / FILE).is_file():
         return []
-    with contextlib.closing(sqlite3.connect(folder / "runs.sqlite")) as database:
-        database.row_factory = sqlite3.Row
-        rows = []
-        for one in database.execute("SELECT * FROM runs").fetchall():
-            metrics = database.execute("SELECT * FROM metrics WHERE run = ? ORDER BY epoch", (one["id"],)).fetchall()
-            if len(metrics) < 2:
-                continue
-            first, last = metrics[0], metrics[-1]
-            rows.append(
-                {name: one[name] for name in ("id", *_SETTINGS, "status", "seconds")}
-                | {"epoch": last["epoch"]}
-                | {"nc0_norm": _root(last["nc0"]), "nc0_norm_start": _root(first["nc0"])}
-                | {name: last[name] for name in _METRICS}
-                | {f"{name}_start": first[name] for name in ("nc1", "nc2", "nc3", "nc3_difference")}
-            )
+    runs, epochs = load_runs(folder), load_metrics(folder)
+    runs = runs.assign(epoch=runs.id.map(epochs.groupby("run").epoch.max()))
+    runs = runs[runs.epoch > 0].astype({"epoch": int})
+    rows = []
+    for _, one in runs.iterrows():
+        own, predicted = epochs[epochs.run == one.id], predicted_nc0(one)
+        values = {name: one[name] for name in ("id", *_SETTINGS, "status", "seconds", "epoch")}
+        values |= {"nc0_norm": one.nc0**0.5, "nc0_norm_start": one.nc0_start**0.5}
+        values["nc0_norm_predicted"] = None if predicted is None else predicted[one.epoch] ** 0.5
+        values |= {name: one[name] for name in _METRICS}
+        values |= {f"{name}_start": one[f"{name}_start"] for name in ("nc1", "nc2", "nc3", "nc3_difference")}
+        path = {epoch: _plain(nc0) for epoch, nc0 in zip(own.epoch.tolist(), own.nc0, strict=True)}
+        rows.append({name: _plain(value) for name, value in values.items()} | {"nc0_at": path})
     return rows
 
 
-def _root(value: float | None) -> float | None:
-    return None if value is None else value**0.5
+def _plain(value: Any) -> Any:
+    """As JSON knows it: numpy's own numbers, and those that are missing, it does not."""
+    return None if pd.isna(value) else value.item() if isinstance(value, np.generic) else value
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -222,11 +222,10 @@ class _Nearest:
     def finish(self, means: Tensor) -> bool:
         """Whether all samples were counted; if not, `count` them in a second pass."""
         kept = self._kept or []
-        while kept:
-            first = kept[0][0]
-            many = max(1, _TOGETHER // max(1, first.nbytes)) if first.is_cuda else 1
-            part, kept = kept[:many], kept[many:]
-            features, predicted = part[0] if many == 1 else map(torch.cat, zip(*part, strict=True))
+        many = max(1, _TOGETHER // max(1, kept[0][0].nbytes)) if kept and kept[0][0].is_cuda else 1
+        for start in range(0, len(kept), many):
+            part = kept[start : start + many]
+            features, predicted = part[0] if len(part) == 1 else map(torch.cat, zip(*part, strict=True))
             self.count(features, predicted, means)
         return self._means is not None or self._kept is not None
 

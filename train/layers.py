@@ -152,7 +152,7 @@ def _conv_block(module: ConvBlock, name: str, x: Batch, state: State, residual: 
     assert norm.momentum is not None
     weight = state.tensors[f"{name}.0.weight"].flatten(0, 1)  # a view: `Stack` keeps them channels-last
     factors = (x.value.float(), weight.float()) if _rounds(x.value) else (x.value, weight)
-    if x.shared and x.value.is_cuda and few(weight):
+    if x.shared and x.value.is_cuda and conv.stride == (1, 1) and few(weight):
         maps = convolve(x.value, weight, cast(tuple[int, int], conv.padding))
     else:
         groups = 1 if x.shared else state.runs

@@ -13,7 +13,7 @@ FEW, MULTIPLE = 32, 16
 
 
 def few(weight: Tensor) -> bool:
-    """Whether filters `[O, C, h, w]` have so few values that a product is faster."""
+    """Whether filters `[O, C, h, w]` have so few values that they go as a product."""
     return weight[0].numel() <= FEW
 
 

@@ -187,7 +187,7 @@ def test_nobody_waits_for_the_gpu(device: torch.device, kind: str) -> None:
             forward(public, replace(given, train=False))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler, about torch itself
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_a_compiled_function(device: torch.device, kind: str) -> None:
     """Of Inductor: one graph, the same bits, running statistics too."""

@@ -1,7 +1,7 @@
 """The optimizers on the GPU: one launch, no waiting, gradient scaling, stacked runs, mixed devices."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,6 @@ def gpu_work(step: Callable[[], Any], folder: Path) -> dict[str, list[str]]:
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     wanted = ("kernel", "gpu_memcpy", "gpu_memset")
     return {cat: [e["name"] for e in events if e.get("cat") == cat] for cat in wanted}
-
-
-@pytest.fixture
-def no_waiting() -> Iterator[None]:
-    """An error for everything that waits for the GPU."""
-    with nothing_waits():
-        yield
 
 
 PAIRS = {
@@ -79,21 +72,21 @@ def test_one_kernel_a_step_however_many_groups(device: torch.device, make: Any, 
 
 
 @every_optimizer
-def test_a_step_does_not_wait_for_the_gpu(device: torch.device, make: Any, request: pytest.FixtureRequest) -> None:
+def test_a_step_does_not_wait_for_the_gpu(device: torch.device, make: Any) -> None:
     model, _ = two_networks(device)
     optimizer = make(model.parameters())
     data = batches(device, 4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t))
     train_step(model, optimizer, data[0])
-    request.getfixturevalue("no_waiting")
-    for x in data[1:]:
-        kept = [p.grad for p in model.parameters()]  # so that the next gradients lie elsewhere
-        train_step(model, optimizer, x)
-        schedule.step()
-        optimizer.param_groups[0]["weight_decay"] *= 0.5
-        del kept
-    with pytest.raises(RuntimeError, match="synchroniz"):
-        data[0].sum().item()  # and the test would notice
+    with nothing_waits():
+        for x in data[1:]:
+            kept = [p.grad for p in model.parameters()]  # so that the next gradients lie elsewhere
+            train_step(model, optimizer, x)
+            schedule.step()
+            optimizer.param_groups[0]["weight_decay"] *= 0.5
+            del kept
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            data[0].sum().item()  # and the test would notice
 
 
 @every_optimizer
