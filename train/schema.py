@@ -64,8 +64,18 @@ def connect(folder: Path, *, create: bool) -> sqlite3.Connection:
     return connection
 
 
+def is_empty(connection: sqlite3.Connection) -> bool:
+    """Whether nothing was ever committed: a sweep is just starting there, or was killed as it started."""
+    return connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
+
+
 def check_version(connection: sqlite3.Connection, folder: Path) -> None:
     """Raise UserError unless the database has the format that this version reads."""
+    if is_empty(connection):
+        raise UserError(
+            f"no results in {folder} yet: the sweep that makes them is just starting, or was stopped as it started; "
+            "start it again, then"
+        )
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version != SCHEMA_VERSION:
         raise UserError(

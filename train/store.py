@@ -21,7 +21,7 @@ from nc.train.config import RunConfig
 from nc.train.errors import UserError
 from nc.train.files import write_whole
 from nc.train.grid import Grid
-from nc.train.schema import ENDED, SCHEMA, SETTING_COLUMNS, SETTINGS, check_version, connect, difference
+from nc.train.schema import ENDED, SCHEMA, SETTING_COLUMNS, SETTINGS, check_version, connect, difference, is_empty
 
 if TYPE_CHECKING:
     from nc.train.loop import Evaluation
@@ -81,7 +81,7 @@ class Store:
 
     def _open_or_create(self) -> None:
         with self._transaction():
-            if self._db.execute("PRAGMA user_version").fetchone()[0] == 0:
+            if is_empty(self._db):
                 for statement in SCHEMA.split(";"):
                     self._db.execute(statement)
                 self._db.execute("INSERT INTO meta VALUES ('grid', ?)", (self.grid.name,))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from nc.train.errors import UserError
 from nc.train.results import load_metrics, load_runs
 
 
@@ -12,3 +13,11 @@ def assert_same(a: Path, b: Path, but: str = "seconds") -> None:
     runs = [load_runs(folder).drop(columns=["seconds", "session", but], errors="ignore") for folder in (a, b)]
     pd.testing.assert_frame_equal(*runs, check_exact=True)
     pd.testing.assert_frame_equal(load_metrics(a), load_metrics(b), check_exact=True)
+
+
+def count(out: Path, status: str) -> int:
+    """How many runs have that status; 0 where a sweep is just starting."""
+    try:
+        return int((load_runs(out).status == status).sum())
+    except UserError:
+        return 0

@@ -1,5 +1,6 @@
 """What goes wrong in a sweep: divergence, memory, disks, other grids, other processes; nothing finished is lost."""
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -141,6 +142,33 @@ def test_a_store_of_another_version_is_left_alone(
         connection.execute("PRAGMA user_version = 99")
     for act in (lambda: run_sweep(small_grid, tmp_path), lambda: load_runs(tmp_path)):
         with pytest.raises(UserError, match="has format 99"):
+            act()
+
+
+def test_a_store_whose_creation_was_cut_off_holds_nothing_yet(
+    run_sweep: Callable[..., int], small_grid: Grid, swept: Path, tmp_path: Path
+) -> None:
+    """As a kill in the middle of the first commit leaves it: pages in the file, and the journal to take them back."""
+    with contextlib.closing(sqlite3.connect(tmp_path / "first")) as connection:
+        connection.execute("PRAGMA cache_size = 1")  # pages go to the file before the commit
+        connection.execute("BEGIN")
+        connection.execute("CREATE TABLE meta AS SELECT zeroblob(1000000)")
+        shutil.copy(tmp_path / "first", tmp_path / FILE)
+        shutil.copy(tmp_path / "first-journal", tmp_path / f"{FILE}-journal")
+    assert (tmp_path / FILE).stat().st_size > 0
+    with pytest.raises(UserError, match=r"no results in .* yet: .* start it again"):
+        load_runs(tmp_path)
+    run_sweep(small_grid, tmp_path)
+    assert_same(swept, tmp_path)
+
+
+def test_another_programs_database_is_left_alone(
+    run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path
+) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / FILE)) as connection:
+        connection.execute("CREATE TABLE theirs (x)")
+    for act in (lambda: run_sweep(small_grid, tmp_path), lambda: load_runs(tmp_path)):
+        with pytest.raises(UserError, match="has format 0"):
             act()
 
 

@@ -3,11 +3,12 @@
 import functools
 import io
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -26,9 +27,10 @@ from nc.train.engine.sweep import sweep
 from nc.train.engine.work import How, Job, Message
 from nc.train.errors import UserError
 from nc.train.grid import Grid
+from nc.train.models import Classifier
 from nc.train.results import load_meta, load_runs
 from nc.train.stack import Stack
-from sweep_results import assert_same
+from sweep_results import assert_same, count
 
 CPU = torch.device("cpu")
 DIGITS = Facts(1, 8, 10, 1437, "")
@@ -65,26 +67,28 @@ def test_side_by_side_and_killed_the_results_are_those_of_one_process(
     assert not any(victim.is_alive() for victim in killed)
 
 
-def test_a_stack_that_kills_its_process_each_time_is_halved(
-    small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = processes.Processes.run
-
-    def killing(self: processes.Processes, take: Callable[[], Job | None]) -> Iterator[tuple[Job, Message]]:
-        for job, message in real(self, take):
-            if len(job.runs) > 3:  # as the system does where memory is short
-                for worker in self._workers:
-                    worker.process.kill()
-            yield job, message
-
-    monkeypatch.setattr(processes.Processes, "run", killing)
+def test_a_stack_that_kills_its_process_each_time_is_halved(small_grid: Grid, tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
-    assert sweep(small_grid, tmp_path, LOAD, CPU, Options(workers=2, stack=6), console) == 12
+    assert sweep(small_grid, tmp_path, with_little_memory, CPU, Options(workers=2, stack=6), console) == 12
     text = console.export_text()
     assert "was lost: its process ended with exit code -9; it starts again from its last checkpoint" in text
     assert "6 runs at once do not fit" in text
     assert load_runs(tmp_path)["stack"].value_counts().max() <= 3
     assert set(load_runs(tmp_path).status) == {"done"}
+
+
+def with_little_memory(name: str, device: torch.device) -> Dataset:
+    """A process that loads this is killed by larger stacks, as the system does where memory is short."""
+    if in_worker():
+        real = Stack.of
+
+        def of(models: Sequence[Classifier], device: torch.device) -> Stack:
+            if len(models) > 3:
+                psutil.Process().kill()
+            return real(models, device)
+
+        Stack.of = of  # type: ignore[method-assign,assignment]
+    return LOAD(name, device)
 
 
 def test_an_error_in_a_process_comes_here_with_its_traceback(small_grid: Grid, tmp_path: Path, quiet: Console) -> None:
@@ -93,12 +97,14 @@ def test_an_error_in_a_process_comes_here_with_its_traceback(small_grid: Grid, t
     assert not any(p.name().startswith("python") and "spawn_main" in " ".join(p.cmdline()) for p in descendants())
 
 
-def failing_in_workers(name: str, device: torch.device) -> object:
-    import multiprocessing
-
-    if multiprocessing.parent_process() is not None and multiprocessing.current_process().name != "MainProcess":
+def failing_in_workers(name: str, device: torch.device) -> Dataset:
+    if in_worker():
         raise ZeroDivisionError
     return LOAD(name, device)
+
+
+def in_worker() -> bool:
+    return multiprocessing.parent_process() is not None
 
 
 def descendants() -> list[psutil.Process]:
@@ -120,7 +126,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         workers = until(
             lambda: [p for p in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(p.cmdline())], 2
         )
-        until(lambda: [1] if (tmp_path / "out" / "runs.sqlite").exists() and running(tmp_path / "out") else [], 1)
+        until(lambda: [1] if count(tmp_path / "out", "running") == 2 else [], 1)
     finally:
         parent.kill()
         parent.wait()
@@ -128,13 +134,9 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     assert not alive
 
 
-def running(out: Path) -> bool:
-    return (load_runs(out).status == "running").sum() == 2
-
-
-def until(found: Callable[[], list[object]], count: int) -> list[object]:
+def until(found: Callable[[], list[object]], at_least: int) -> list[object]:
     deadline = time.monotonic() + 120
-    while len(result := found()) < count:
+    while len(result := found()) < at_least:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     return result

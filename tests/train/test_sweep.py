@@ -21,7 +21,7 @@ from nc.train.errors import InterruptError
 from nc.train.grid import Grid, load_grid
 from nc.train.results import load_meta, load_metrics, load_runs, load_sessions
 from nc.train.schema import FILE
-from sweep_results import assert_same
+from sweep_results import assert_same, count
 
 CPU = torch.device("cpu")
 
@@ -136,12 +136,12 @@ def test_killed_outright_it_continues_to_the_same_results(run_sweep: Callable[..
     victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while victim.poll() is None and time.monotonic() < deadline:
-        if (tmp_path / "cut" / FILE).exists() and (load_runs(tmp_path / "cut").status == "done").sum() >= 2:
+        if count(tmp_path / "cut", "done") >= 2:
             break
         time.sleep(0.05)
     victim.send_signal(signal.SIGKILL)
     assert victim.wait() == -signal.SIGKILL
-    done = int((load_runs(tmp_path / "cut").status == "done").sum())
+    done = count(tmp_path / "cut", "done")
     assert 2 <= done < 6
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert f"Trained {6 - done} of 6 runs" in again.stdout
