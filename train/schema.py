@@ -73,8 +73,8 @@ def check_version(connection: sqlite3.Connection, folder: Path) -> None:
     """Raise UserError unless the database has the format that this version reads."""
     if is_empty(connection):
         raise UserError(
-            f"no results in {folder} yet: the sweep that makes them is just starting, or was stopped as it started; "
-            "start it again, then"
+            f"no results in {folder} yet: the sweep that makes them is just starting; if it was stopped as it started, "
+            "the same command starts it again"
         )
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version != SCHEMA_VERSION:

@@ -156,7 +156,7 @@ def test_a_store_whose_creation_was_cut_off_holds_nothing_yet(
         shutil.copy(tmp_path / "first", tmp_path / FILE)
         shutil.copy(tmp_path / "first-journal", tmp_path / f"{FILE}-journal")
     assert (tmp_path / FILE).stat().st_size > 0
-    with pytest.raises(UserError, match=r"no results in .* yet: .* start it again"):
+    with pytest.raises(UserError, match=r"no results in .* yet: .* the same command starts it again"):
         load_runs(tmp_path)
     run_sweep(small_grid, tmp_path)
     assert_same(swept, tmp_path)
