@@ -21,8 +21,8 @@ import pandas as pd
 from bench.gpu import run, why_not
 from bench.record import RESULTS, Record
 from nc.train import load_metrics, load_runs
+from nc.train.errors import NoResultsError
 from nc.train.report.tables import predicted_nc0
-from nc.train.schema import FILE
 
 #: What arXiv 2602.16642 has for ResNet9 on Fashion-MNIST; its NC0 is most likely ‖Wᵀ1‖, the root of ours, and its NC3
 #: by all signs our `nc3_difference`: 0.35 after a fall by 75.1 % began at 1.41, as that does.
@@ -41,9 +41,10 @@ def trained(folder: Path) -> list[dict[str, Any]]:
 
     Also NC0 at every evaluated epoch (`nc0_at`), and what theory says of its root at the last (`nc0_norm_predicted`).
     """
-    if not (folder / FILE).is_file():
+    try:
+        runs, epochs = load_runs(folder), load_metrics(folder)
+    except NoResultsError:
         return []
-    runs, epochs = load_runs(folder), load_metrics(folder)
     runs = runs.assign(epoch=runs.id.map(epochs.groupby("run").epoch.max()))
     runs = runs[runs.epoch > 0].astype({"epoch": int})
     rows = []

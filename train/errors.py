@@ -7,3 +7,7 @@ class UserError(Exception):
 
 class InterruptError(UserError):
     """Stopped by the user; the message says what is kept."""
+
+
+class NoResultsError(UserError):
+    """A folder holds no results: none were made there, or a sweep is just starting."""

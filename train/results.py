@@ -14,7 +14,7 @@ from nc.train.columns import (
     run_columns,
     run_dtypes,
 )
-from nc.train.errors import UserError
+from nc.train.errors import NoResultsError, UserError
 from nc.train.schema import FILE, check_version, connect
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ def load_runs(folder: Path | str) -> "pd.DataFrame":
     The columns are those of `nc.train.columns.run_columns`, each with the same dtype whatever is missing.
 
     Raises:
-        UserError: no results there, or results of another version.
+        NoResultsError: no results there, or none yet.
+        UserError: results of another version, or no database.
     """
     runs = query(folder, "SELECT * FROM runs ORDER BY position").set_index("id", drop=False)
     # A large sweep has a million rows of metrics: SQLite finds the two that are wanted of each run by their key.
@@ -87,7 +88,9 @@ def query(folder: Path | str, sql: str) -> "pd.DataFrame":
 
     folder = Path(folder)
     if not (folder / FILE).is_file():
-        raise UserError(f"no results in {folder}: {FILE} is not there; make some with ncollapse sweep … --out {folder}")
+        raise NoResultsError(
+            f"no results in {folder}: {FILE} is not there; make some with ncollapse sweep … --out {folder}"
+        )
     try:
         connection = connect(folder, create=False)
         try:

@@ -14,7 +14,7 @@ from typing import Any
 
 from nc.train.columns import LAYER_METRICS, METRICS
 from nc.train.config import FIELDS
-from nc.train.errors import UserError
+from nc.train.errors import NoResultsError, UserError
 
 FILE = "runs.sqlite"
 SCHEMA_VERSION = 3
@@ -70,9 +70,9 @@ def is_empty(connection: sqlite3.Connection) -> bool:
 
 
 def check_version(connection: sqlite3.Connection, folder: Path) -> None:
-    """Raise UserError unless the database has the format that this version reads."""
+    """Raise UserError unless the database has the format that this version reads; NoResultsError: nothing in it yet."""
     if is_empty(connection):
-        raise UserError(
+        raise NoResultsError(
             f"no results in {folder} yet: the sweep that makes them is just starting; if it was stopped as it started, "
             "the same command starts it again"
         )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from nc.train.errors import UserError
+from nc.train.errors import NoResultsError
 from nc.train.results import load_metrics, load_runs
 
 
@@ -19,5 +19,5 @@ def count(out: Path, status: str) -> int:
     """How many runs have that status; 0 where a sweep is just starting."""
     try:
         return int((load_runs(out).status == status).sum())
-    except UserError:
+    except NoResultsError:
         return 0

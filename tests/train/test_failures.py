@@ -23,7 +23,7 @@ from nc.train.data import Dataset
 from nc.train.engine import processes, work
 from nc.train.engine.options import Options
 from nc.train.engine.sweep import sweep
-from nc.train.errors import InterruptError, UserError
+from nc.train.errors import InterruptError, NoResultsError, UserError
 from nc.train.grid import Grid
 from nc.train.results import load_metrics, load_runs
 from nc.train.schema import FILE
@@ -156,7 +156,7 @@ def test_a_store_whose_creation_was_cut_off_holds_nothing_yet(
         shutil.copy(tmp_path / "first", tmp_path / FILE)
         shutil.copy(tmp_path / "first-journal", tmp_path / f"{FILE}-journal")
     assert (tmp_path / FILE).stat().st_size > 0
-    with pytest.raises(UserError, match=r"no results in .* yet: .* the same command starts it again"):
+    with pytest.raises(NoResultsError, match=r"no results in .* yet: .* the same command starts it again"):
         load_runs(tmp_path)
     run_sweep(small_grid, tmp_path)
     assert_same(swept, tmp_path)
@@ -173,7 +173,7 @@ def test_another_programs_database_is_left_alone(
 
 
 def test_what_is_no_store_is_said_and_closed(small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="no results in"):
+    with pytest.raises(NoResultsError, match="no results in"):
         load_runs(tmp_path)
     (tmp_path / FILE).write_bytes(
         b"this is not a database, but it is long enough to look like a file of some kind" * 20
