@@ -18,7 +18,7 @@ check: $(VENV)/.installed-dev  ## formatting, lint, types
 	$(BIN)/ruff check .
 	# Type checkers do not follow the folder mapping of an editable install: they read an installed copy.
 	rm -rf build $(VENV)/typed && $(PIP) --no-deps --no-build-isolation --target $(VENV)/typed .
-	cd $(VENV)/typed && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml -p nc
+	cd $(VENV)/typed && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml -p ncollapse
 
 # Asked before the first record is written, which makes the checkout look dirty.
 bench: COMMIT := $(shell git describe --always --dirty --abbrev=12 --exclude='*')

@@ -29,14 +29,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import timing
 from bench.record import Record, first_line, timing_options
-from nc.kernels.batch_norm.reference import batch_norm_relu_reference
-from nc.train import layers
-from nc.train.config import RunConfig
-from nc.train.data import Dataset
-from nc.train.models import Classifier, build
-from nc.train.precision import arithmetic
-from nc.train.stack import Stack, make_optimizer
-from nc.train.step import Step
+from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.sets import Dataset
+from ncollapse.train.networks import stacked_layers
+from ncollapse.train.networks.models import Classifier, build
+from ncollapse.train.networks.precision import arithmetic
+from ncollapse.train.training.stack import Stack, make_optimizer
+from ncollapse.train.training.step import Step
 
 BATCH = 128
 #: bfloat16 products a second with float32 sums, dense, of the vendor's data sheet, by the device's name.
@@ -199,12 +199,12 @@ def torchs_batch_norm() -> Any:
     ) -> Any:
         return batch_norm_relu_reference(x, *vectors, train, momentum, eps, pool, residual)
 
-    return mock.patch.object(layers, "batch_norm_relu", unfused)
+    return mock.patch.object(stacked_layers, "batch_norm_relu", unfused)
 
 
 def cudnns_first_layer() -> Any:
     """The trainer with a convolution where it has a matrix product."""
-    return mock.patch.object(layers, "few", _none)
+    return mock.patch.object(stacked_layers, "few", _none)
 
 
 def _none(weight: Tensor) -> bool:

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nc.train.report.selection import Selection
-from nc.train.report.tables import main_table
-from nc.train.results import load_runs
+from ncollapse.train.report.selection import Selection
+from ncollapse.train.report.tables.main import main_table
+from ncollapse.train.results.reader import load_runs
 
 FIGURE = Path(__file__).parents[1] / "docs" / "nc0.png"
 
@@ -19,7 +19,7 @@ FIGURE = Path(__file__).parents[1] / "docs" / "nc0.png"
 def test_demo(benchmark: Any, tmp_path: Path) -> None:
     folders = iter([tmp_path / str(i) for i in range(3)])
     out = tmp_path / "0"
-    command = [sys.executable, "-m", "nc.train", "demo", "--out"]
+    command = [sys.executable, "-m", "ncollapse.train", "demo", "--out"]
     benchmark.pedantic(lambda: subprocess.run([*command, next(folders)], check=True), rounds=3)
 
     runs = load_runs(out)

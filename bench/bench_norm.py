@@ -27,10 +27,10 @@ from torch.nn import functional as F
 
 from bench.record import Record, first_line, recording
 from bench.timing import Step, Yardstick, captured, compared, gpu, wall_cuda
-from nc.kernels.batch_norm import batch_norm_relu
-from nc.kernels.batch_norm.reference import batch_norm_relu_reference
-from nc.kernels.cross_entropy import cross_entropy_slope
-from nc.kernels.cross_entropy.reference import cross_entropy_slope_reference
+from ncollapse.kernels.batch_norm import batch_norm_relu
+from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
+from ncollapse.kernels.cross_entropy import cross_entropy_slope
+from ncollapse.kernels.cross_entropy.reference import cross_entropy_slope_reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: Of `difference`. In bfloat16 a value is rounded by up to 2⁻⁹ of itself, twice where a residual is added. In float32

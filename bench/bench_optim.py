@@ -1,4 +1,4 @@
-"""A step of `nc.optim` against torch.optim's and against the memory's bandwidth, recorded in bench/results.
+"""A step of `ncollapse.optim` against torch.optim's and against the memory's bandwidth, recorded in bench/results.
 
 python -m bench.bench_optim --device cpu
 python -m bench.bench_optim --device cuda --minutes 4

@@ -22,14 +22,14 @@ import numpy as np
 import psutil
 
 from bench.record import Record, recording
-from nc.train.columns import METRICS
-from nc.train.grid import Grid, load_grid
-from nc.train.provenance import describe_machine, device_name
-from nc.train.report.page import draw, parts_of, render
-from nc.train.report.read import read
-from nc.train.report.selection import Selection
-from nc.train.schema import FILE
-from nc.train.store import Store
+from ncollapse.train.grid import Grid, load_grid
+from ncollapse.train.report.page.write import draw, parts_of, render
+from ncollapse.train.report.read import read
+from ncollapse.train.report.selection import Selection
+from ncollapse.train.results.columns import METRICS
+from ncollapse.train.results.provenance import describe_machine, device_name
+from ncollapse.train.results.schema import FILE
+from ncollapse.train.results.writer import Store
 
 ROUNDS = 3
 #: Told to the page, which tells it to us.
@@ -103,7 +103,9 @@ def phases(folder: Path) -> dict[str, float]:
 def command(folder: Path) -> float:
     """Seconds of the whole command."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "nc.train", "report", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", "ncollapse.train", "report", str(folder)], check=True, stdout=subprocess.DEVNULL
+    )
     return time.perf_counter() - started
 
 

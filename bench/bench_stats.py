@@ -12,7 +12,7 @@ Candidates take turns; nothing is asserted of time. Of each case of features nea
   copy (`share`) and a product of bfloat16 matrices of as many operations as the second moment needs (`product`);
 - `number`: NC1 from gathered statistics alone, and the pseudo-inverse of Σ_B that it does without.
 
-`measure`: a whole `nc.measure` of ResNet9 against the forward passes over the same images alone.
+`measure`: a whole `ncollapse.measure` of ResNet9 against the forward passes over the same images alone.
 """
 
 import time
@@ -23,9 +23,9 @@ import torch
 from bench.record import Record, first_line, timing_options
 from bench.stats_cases import BASELINE, LOOPED, SAME, WAYS, Case, Features, gathered
 from bench.timing import Step, Yardstick, captured, compared, gpu, wall_cpu, wall_cuda
-from nc import ClassStats, measure
-from nc.metrics import nc1
-from nc.train import models
+from ncollapse import ClassStats, measure
+from ncollapse.metrics import nc1
+from ncollapse.train.networks import models
 
 #: Images, and in a batch, of the measurement of a whole network.
 IMAGES = {"cpu": (512, 256), "cuda": (60_000, 1000)}

@@ -25,16 +25,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from bench import timing
 from bench.record import Record, timing_options
-from nc import metrics
-from nc.train.config import RunConfig
-from nc.train.data import Dataset, load
-from nc.train.engine import local
-from nc.train.engine.choose import Work
-from nc.train.engine.measure import Facts
-from nc.train.engine.plan import plan
-from nc.train.engine.work import Engine, Failed, How, Job
-from nc.train.loop import Evaluation
-from nc.train.models import build
+from ncollapse import metrics
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.sets import Dataset, load
+from ncollapse.train.networks.models import build
+from ncollapse.train.sweep import this_machine as local
+from ncollapse.train.sweep.grouping import plan
+from ncollapse.train.sweep.messages import Engine, Failed, How, Job
+from ncollapse.train.sweep.stack_size import Work
+from ncollapse.train.sweep.throughput import Facts
+from ncollapse.train.training.loop import Evaluation
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 #: Runs that the loops train one after the other; what more of them take is a matter of multiplication.

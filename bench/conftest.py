@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from nc.train.provenance import describe_machine, device_name
+from ncollapse.train.results.provenance import describe_machine, device_name
 
 # At the start: what a benchmark writes must not make its own commit look dirty.
 _MACHINE = describe_machine(device_name("cuda" if torch.cuda.is_available() else "cpu"))

@@ -34,9 +34,9 @@ _KEPT = 12  # lines of a step's output that the record keeps: what it ended with
 
 
 def lay_out(folder: Path) -> Path:
-    """A copy of the sources as an installation would have them: kernels/ is nc.kernels, train/ is nc.train."""
-    for source, target in (("nc", "nc"), ("kernels", "nc/kernels"), ("train", "nc/train")):
-        shutil.copytree(ROOT / source, folder / target, ignore=shutil.ignore_patterns("__pycache__"))
+    """Copy the sources into the layout of an installation: nc/ is ncollapse, kernels/ is ncollapse.kernels."""
+    for source, target in (("nc", ""), ("kernels", "kernels"), ("train", "train")):
+        shutil.copytree(ROOT / source, folder / "ncollapse" / target, ignore=shutil.ignore_patterns("__pycache__"))
     for source in ("bench", "tests"):
         shutil.copytree(ROOT / source, folder / source, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", folder)
@@ -157,7 +157,7 @@ def main() -> int:
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda},
     }
     with tempfile.TemporaryDirectory() as temporary:
-        installed = run(["-c", "import nc.optim, nc.train"], 120, cwd=ROOT)[0] == 0
+        installed = run(["-c", "import ncollapse.optim, ncollapse.train"], 120, cwd=ROOT)[0] == 0
         folder = ROOT if installed else lay_out(Path(temporary))
         for name, (share, command) in STEPS.items():
             seconds = max(10.0, (end - time.monotonic()) * share - 5)

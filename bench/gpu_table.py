@@ -20,9 +20,9 @@ import pandas as pd
 
 from bench.gpu import run, why_not
 from bench.record import RESULTS, Record
-from nc.train import load_metrics, load_runs
-from nc.train.errors import NoResultsError
-from nc.train.report.tables import predicted_nc0
+from ncollapse.train import load_metrics, load_runs
+from ncollapse.train.errors import NoResultsError
+from ncollapse.train.report.tables.main import predicted_nc0
 
 #: What arXiv 2602.16642 has for ResNet9 on Fashion-MNIST; its NC0 is most likely ‖Wᵀ1‖, the root of ours, and its NC3
 #: by all signs our `nc3_difference`: 0.35 after a fall by 75.1 % began at 1.41, as that does.
@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"gpu-table: no time is left for {name}", flush=True)
             break
         folder = options.folder / f"paper-table-{name}"
-        sweep = ["-m", "nc.train", "sweep", "paper-table", "--out", str(folder), *place, *chosen, *extra]
+        sweep = ["-m", "ncollapse.train", "sweep", "paper-table", "--out", str(folder), *place, *chosen, *extra]
         status, output = run(sweep, left)
         print(output[-4000:], flush=True)
         failed += [name] if status not in (0, None) else []

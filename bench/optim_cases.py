@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nc import optim
-from nc.train import models
+from ncollapse import optim
+from ncollapse.train.networks import models
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: How far ours may be from the baseline after some steps: mean difference over mean change. torch.optim keeps the state

@@ -3,7 +3,7 @@
 python -m bench.precision      records bench/results/precision-cpu.json
 
 The CNN on handwritten digits, 200 epochs, six optimizers, three seeds, each in both precisions; of every metric the
-median over the seeds, with the least and the greatest. "bf16, measured in fp32": what `nc.measure` makes of the weights
+median over the seeds, with the least and the greatest. "bf16, measured in fp32": what `measure` makes of the weights
 that bfloat16 trained, so that the rounding of training can be told from that of measuring.
 """
 
@@ -17,14 +17,14 @@ import torch
 from rich.console import Console
 
 from bench.record import Record, recording
-from nc import measure
-from nc.train.config import RunConfig, make_run
-from nc.train.data import Dataset, load
-from nc.train.engine.options import Options
-from nc.train.engine.sweep import sweep
-from nc.train.grid import Grid
-from nc.train.models import build
-from nc.train.results import load_runs
+from ncollapse import measure
+from ncollapse.train.config import RunConfig, make_run
+from ncollapse.train.data.sets import Dataset, load
+from ncollapse.train.grid import Grid
+from ncollapse.train.networks.models import build
+from ncollapse.train.results.reader import load_runs
+from ncollapse.train.sweep.options import Options
+from ncollapse.train.sweep.scheduler import sweep
 
 #: Optimizer -> learning rate and decay: those at which the demo's runs of it have the smallest NC0, but for AdamW and
 #: SignumW, whose NC0 is never small.

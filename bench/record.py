@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nc.train.provenance import describe_machine, device_name
+from ncollapse.train.results.provenance import describe_machine, device_name
 
 RESULTS = Path(__file__).parent / "results"
 

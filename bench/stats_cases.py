@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nc import ClassStats
-from nc.metrics import nc1
+from ncollapse import ClassStats
+from ncollapse.metrics import nc1
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NORM, NOISE, OFFSET = 10.0, 1e-3, 50.0  # of the class means, of the samples about them, of every coordinate

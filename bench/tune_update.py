@@ -31,7 +31,7 @@ Setting = tuple[int, int, int]  # BLOCK, CHUNK, WARPS
 
 def settings() -> list[Setting]:
     """All that are tried, the library's own first."""
-    from nc.kernels.update.gpu import BLOCK, CHUNK, WARPS
+    from ncollapse.kernels.update.gpu import BLOCK, CHUNK, WARPS
 
     own = (BLOCK, CHUNK, WARPS)
     others = [(block, chunk, warps) for chunk, (block, warps) in product(CHUNKS, BLOCKS)]
@@ -51,7 +51,7 @@ class Trial:
 
     def step_with(self, setting: Setting) -> tuple[Step, list[Tensor]]:
         """A CUDA graph of steps with these constants, and the parameters after two steps from the start."""
-        from nc.kernels.update import gpu as kernel
+        from ncollapse.kernels.update import gpu as kernel
 
         with torch.no_grad():
             for param, start in zip(self.params, self.parameters.start, strict=True):

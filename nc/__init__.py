@@ -1,6 +1,7 @@
 """ncollapse: which optimizers drive a classifier into neural collapse, and why (arXiv 2602.16642).
 
-`nc.optim` holds the optimizers, `nc.metrics` NC0–NC4, `ClassStats` and `measure` what feeds them, `nc.ufm` the theory.
+`ncollapse.optim` holds the optimizers, `ncollapse.metrics` NC0–NC4, `ClassStats` and `measure` feed them, and
+`ncollapse.ufm` is the theory.
 """
 
 from importlib import import_module
@@ -8,9 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nc import metrics, optim, ufm
-    from nc.probe import NCCallback, NCResult, measure
-    from nc.stats import ClassStats
+    from ncollapse import metrics, optim, ufm
+    from ncollapse.measurement import NCCallback, NCResult, measure
+    from ncollapse.stats import ClassStats
 
 try:
     __version__ = version("ncollapse")
@@ -19,13 +20,22 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 __all__ = ["ClassStats", "NCCallback", "NCResult", "measure", "metrics", "optim", "ufm"]
 
-_HOME = {"ClassStats": "nc.stats", "NCCallback": "nc.probe", "NCResult": "nc.probe", "measure": "nc.probe"}
+_HOME = {
+    "ClassStats": "stats",
+    "NCCallback": "measurement",
+    "NCResult": "measurement",
+    "measure": "measurement",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: `import nc` must stay quick, and `ncollapse --help` must not wait for torch.
+    # Loaded on first use: `import ncollapse` must stay quick, and `ncollapse --help` must not wait for torch.
     if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+        return getattr(import_module(f"ncollapse.{_HOME[name]}"), name)
     if name in __all__:
-        return import_module(f"nc.{name}")
-    raise AttributeError(f"module 'nc' has no attribute {name!r}")
+        return import_module(f"ncollapse.{name}")
+    raise AttributeError(f"module 'ncollapse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

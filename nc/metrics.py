@@ -20,8 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nc.kernels.class_stats.op import project_op
-from nc.stats import Balance, ClassStats
+from ncollapse.kernels.class_stats.op import project_op
+from ncollapse.stats import Balance, ClassStats
 
 
 def nc0(weight: Tensor, *, kind: Literal["squared", "norm", "per_class"] = "squared") -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from nc.kernels.class_stats.moments import all_reduce, merge, within
-from nc.kernels.class_stats.op import class_stats_op
-from nc.kernels.class_stats.reference import State
+from ncollapse.kernels.class_stats.op import class_stats_op
+from ncollapse.kernels.class_stats.reference import State
+from ncollapse.moments import all_reduce, merge, within
 
 Moment = Literal["full", "projected", "trace"]
 Balance = Literal["class", "sample", "sample_mean"]
@@ -19,7 +19,7 @@ class ClassStats:
     """Counts, means and within-class second moment of features, gathered batch by batch in one read of the features.
 
     The sums are kept about a shift per class, its first sample, so that they keep their digits near collapse
-    (`nc.kernels.class_stats`). Nothing waits for a GPU until a number is asked for; every number is float64.
+    (`ncollapse.kernels.class_stats`). Nothing waits for a GPU until a number is asked for; every number is float64.
 
     Args:
         num_classes: K ≥ 2.
@@ -159,7 +159,7 @@ class ClassStats:
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of all tensors by name (`nc.kernels.class_stats.reference.State`), for `torch.save`."""
+        """Copies of all tensors by name (`ncollapse.kernels.class_stats.reference.State`), for `torch.save`."""
         return {name: tensor.clone() for name, tensor in self._tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

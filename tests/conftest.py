@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from nc.kernels.update.launch import why_no_kernel
+from ncollapse.kernels.update.launch import why_no_kernel
 
 NO_CPU_KERNEL = why_no_kernel(torch.device("cpu"))
 

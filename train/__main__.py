@@ -1,6 +1,6 @@
-"""`python -m nc.train` is the command `ncollapse`."""
+"""`python -m ncollapse.train` is the command `ncollapse`."""
 
-from nc.train.cli import main
+from ncollapse.train.cli import main
 
 if __name__ == "__main__":
     main()

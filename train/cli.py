@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from rich.console import Console
 
-import nc
-from nc.train.config import DESCRIPTIONS, FIELDS, make_run
-from nc.train.engine.options import Keeping, Options, Place, told
-from nc.train.errors import InterruptError, UserError
-from nc.train.report.selection import Selection
-from nc.train.theory import Setting
+import ncollapse
+from ncollapse.train.commands.theory import Setting
+from ncollapse.train.config import DESCRIPTIONS, FIELDS, make_run
+from ncollapse.train.errors import InterruptError, UserError
+from ncollapse.train.grid import preset_names
+from ncollapse.train.report.selection import Selection
+from ncollapse.train.sweep.options import Keeping, Options, Place, told
 
 if TYPE_CHECKING:
-    from nc.train.grid import Grid
+    from ncollapse.train.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Demo(Place, Options, Selection):
     """Six optimizers on scikit-learn's digits: the paper's table, figures and a report in under a minute."""
 
     def main(self, console: Console) -> None:
-        from nc.train.grid import load_grid
+        from ncollapse.train.grid import load_grid
 
         _sweep(load_grid("demo"), self, self, self, console)
         me = "ncollapse" if shutil.which("ncollapse") else sys.argv[0]
@@ -64,8 +65,8 @@ class Run(Place, Keeping):
     """The run's settings."""
 
     def main(self, console: Console) -> None:
-        from nc.train.grid import Grid, run_settings
-        from nc.train.report.run import print_run
+        from ncollapse.train.grid import Grid, run_settings
+        from ncollapse.train.report.run import print_run
 
         given = {name: value for name, value in vars(self.settings).items() if value is not None}
         run = make_run(given if self.preset is None else run_settings(self.preset, given), "run")
@@ -79,14 +80,14 @@ class Run(Place, Keeping):
 class Sweep(Place, Options, Selection):
     """Train every run of a grid; the same command continues where it was stopped."""
 
-    grid: tyro.conf.Positional[str]
-    """A TOML file, or a preset: demo, coupling; paper, paper-table, paper-coupling, paper-momentum; lion, muon, layers,
-    architectures."""
+    grid: Annotated[
+        tyro.conf.Positional[str], tyro.conf.arg(help=f"A TOML file, or a preset: {', '.join(preset_names())}.")
+    ]
     axes: _Axes = dataclasses.field(default_factory=_Axes)  # type: ignore[valid-type]
     """Values in the place of the grid's."""
 
     def main(self, console: Console) -> None:
-        from nc.train.grid import load_grid
+        from ncollapse.train.grid import load_grid
 
         given = {name: list(values) for name, values in vars(self.axes).items() if values is not None}
         _sweep(load_grid(self.grid, given), self, self, self, console)
@@ -111,7 +112,7 @@ class Status:
     """The results folder."""
 
     def main(self, console: Console) -> None:
-        from nc.train.status import print_status, read_status
+        from ncollapse.train.commands.status import print_status, read_status
 
         print_status(read_status(self.folder), console)
 
@@ -128,7 +129,7 @@ class Export:
     """Folder for the files; by default export in the results folder."""
 
     def main(self, console: Console) -> None:
-        from nc.train.export import export
+        from ncollapse.train.results.export import export
 
         for path in export(self.folder, self.format, self.out):
             console.print(path, highlight=False, markup=False, soft_wrap=True)
@@ -142,7 +143,7 @@ class Theory(Setting):
     """Folder for the figure, theory.png and theory.svg."""
 
     def main(self, console: Console) -> None:
-        from nc.train.theory import print_theory
+        from ncollapse.train.commands.theory import print_theory
 
         print_theory(self, self.out, console)
 
@@ -157,7 +158,7 @@ class Doctor:
     def main(self, console: Console) -> None:
         from rich.table import Table
 
-        from nc.train.doctor import findings
+        from ncollapse.train.commands.doctor import findings
 
         table = Table(show_header=False, box=None)
         for what, finding in findings(self.data_dir):
@@ -169,7 +170,7 @@ def main(args: list[str] | None = None) -> None:
     """Entry point: exits with 0, 1 for an error that the message explains, 130 after Ctrl-C, 2 for bad arguments."""
     args = sys.argv[1:] if args is None else args
     if args in (["--version"], ["-V"]):
-        print(f"ncollapse {nc.__version__}")
+        print(f"ncollapse {ncollapse.__version__}")
         return
     # Batch systems end a job with SIGTERM: treated as Ctrl-C, which keeps and reports what is finished.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -198,8 +199,8 @@ def main(args: list[str] | None = None) -> None:
 
 def _train(grid: "Grid", place: Place, options: Options, console: Console) -> Path:
     """Train what is not finished of a grid; returns the results folder."""
-    from nc.train.data import load
-    from nc.train.engine.sweep import sweep
+    from ncollapse.train.data.sets import load
+    from ncollapse.train.sweep.scheduler import sweep
 
     out = place.out or Path("results") / grid.name
     started = time.perf_counter()
@@ -217,7 +218,7 @@ def _sweep(grid: "Grid", place: Place, options: Options, selection: Selection, c
 
 
 def _report(folder: Path, selection: Selection, console: Console) -> None:
-    from nc.train.report.page import write_report
+    from ncollapse.train.report.page.write import write_report
 
     page = write_report(folder, selection, console)
     console.print(f"Results: {folder}/runs.sqlite, figures and {page} (open it in a browser).", soft_wrap=True)

@@ -4,24 +4,26 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
-from nc.train.errors import UserError
+from ncollapse.train.errors import UserError
+from ncollapse.train.optimizers import OPTIMIZERS, TABLE
+
+if TYPE_CHECKING:
+    Optimizer = str
+else:
+    Optimizer = Literal[OPTIMIZERS]
 
 Model = Literal["mlp", "cnn", "resnet9", "vgg9", "vit", "densenet"]
 Data = Literal["digits", "mnist", "fashion-mnist", "cifar10", "imagefolder"]
-Optimizer = Literal["sgd", "sgdw", "signum", "signumw", "adam", "adamw", "lion", "lionw", "muon", "muonw"]
-OPTIMIZERS: tuple[str, ...] = get_args(Optimizer)
-#: Those that arXiv 2602.16642 compares.
-PAPER_OPTIMIZERS = OPTIMIZERS[:6]
 Precision = Literal["fp32", "tf32", "bf16"]
 Augment = Literal["none", "flip", "crop", "flip-crop"]
 Layers = Literal["head", "all"]
-#: Models whose runs do not train as one program: of layers that have no form for many runs in `nc.train.layers`.
+#: Models whose runs do not train as one program: their layers have no form for many runs in `stacked_layers`.
 ALONE = ("vit", "densenet")
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -42,19 +44,19 @@ class RunConfig:
     data: Data = "digits"
     """The data set; imagefolder reads train/CLASS/* and test/CLASS/* under the data folder."""
     optimizer: Optimizer = "sgd"
-    """The update rule; the names ending in w decouple the weight decay, as Lion and Muon were published."""
+    """The update rule; the names ending in w decouple the weight decay."""
     lr: Positive = 0.1
     """Learning rate η before its drops."""
     momentum: BelowOne = 0.9
-    """β of SGD, Signum and Muon, β₁ of Adam and Lion."""
+    """Momentum β; β₁ of the rules that have two."""
     weight_decay: NonNegative = 5e-4
     """Weight decay λ."""
     coupling: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of the decay added to the gradient; by default 1, and 0 for the names ending in w."""
     beta2: BelowOne = 0.999
-    """β₂ of Adam and Lion, and of the Adam that updates the vectors of a model under Muon."""
+    """β₂ of the rules that have two, also of the Adam that updates the vectors of a model beside its matrices."""
     eps: NonNegative = 1e-8
-    """ε of Adam, also under Muon."""
+    """ε of Adam."""
     epochs: Count = 200
     """Passes over the training data."""
     batch_size: Count = 128
@@ -79,12 +81,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.coupling is None:
-            object.__setattr__(self, "coupling", 0.0 if self.optimizer.endswith("w") else 1.0)
+            object.__setattr__(self, "coupling", TABLE[self.optimizer].coupling)
 
     @property
     def family(self) -> str:
-        """The update rule whatever its coupling: sgd, signum, adam, lion or muon."""
-        return self.optimizer.removesuffix("w")
+        """The update rule, whatever its coupling: a name of `ncollapse.optim` in lower case."""
+        return TABLE[self.optimizer].family
 
     @property
     def decay_coupling(self) -> float:
@@ -107,7 +109,7 @@ class RunConfig:
 
     def describe(self) -> str:
         """The run in a line: what differs between the runs of most grids."""
-        own = "" if self.coupling == (not self.optimizer.endswith("w")) else f", c={self.coupling:g}"
+        own = "" if self.coupling == TABLE[self.optimizer].coupling else f", c={self.coupling:g}"
         return f"{self.optimizer} lr={self.lr:g} β={self.momentum:g} λ={self.weight_decay:g}{own}"
 
     def steps_per_epoch(self, samples: int) -> int:

@@ -30,9 +30,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nc.train.config import FIELDS, RunConfig, make_run, unknown_key
-from nc.train.errors import UserError
+from ncollapse.train.config import FIELDS, RunConfig, make_run, unknown_key
+from ncollapse.train.errors import UserError
 
+_FOLDER = files("ncollapse.train") / "grids"
 _TOP_LEVEL = ("name", "description", "grid", "run")
 
 
@@ -54,8 +55,12 @@ class Grid:
 
 def presets() -> dict[str, str]:
     """The grids that come with the package: name -> TOML text."""
-    folder = files("nc.train") / "grids"
-    return {f.name.removesuffix(".toml"): f.read_text("utf-8") for f in folder.iterdir() if f.name.endswith(".toml")}
+    return {name: (_FOLDER / f"{name}.toml").read_text("utf-8") for name in preset_names()}
+
+
+def preset_names() -> list[str]:
+    """The names of the grids that come with the package."""
+    return sorted(file.name.removesuffix(".toml") for file in _FOLDER.iterdir() if file.name.endswith(".toml"))
 
 
 def load_grid(source: str, overrides: dict[str, list[Any]] | None = None) -> Grid:

@@ -5,6 +5,6 @@
 - `op`: the torch operators, and the function that chooses among all this.
 """
 
-from nc.kernels.batch_norm.op import batch_norm_relu
+from ncollapse.kernels.batch_norm.op import batch_norm_relu
 
 __all__ = ["batch_norm_relu"]

@@ -15,7 +15,7 @@ maps alone takes 150 to 175 (bench/results/cnn-cuda.json); other constants have 
 import torch
 from torch import Tensor
 
-from nc.kernels.batch_norm.gpu_kernels import (
+from ncollapse.kernels.batch_norm.gpu_kernels import (
     apply_kernel,
     backward_kernel,
     finish_moments_kernel,

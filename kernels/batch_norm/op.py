@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nc.kernels import fallback
-from nc.kernels.batch_norm.reference import batch_norm_relu_reference
+from ncollapse.kernels import operators
+from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_ROWS = 2**30  # the kernels count them in int32, with room for a tile beyond the last
@@ -137,11 +137,11 @@ def _trivial(x: Tensor, pool: bool) -> bool:
 
 def why_not_here(device: torch.device) -> str | None:
     """Why there is no kernel on a device; None if there is."""
-    return fallback.why_no_kernel(device, "")
+    return operators.why_no_kernel(device, "")
 
 
 def _warn(reason: str) -> None:
-    fallback.warn_once("normalises maps", reason)
+    operators.warn_once("normalises maps", reason)
 
 
 # What `torch.compiler.assume_constant_result` does, without loading the compiler: these it calls while it compiles, and
@@ -153,7 +153,7 @@ _warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _moments(
     x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    from nc.kernels.batch_norm import gpu
+    from ncollapse.kernels.batch_norm import gpu
 
     mean, rstd = _vectors(x)
     gpu.moments(x, mean, rstd, running_mean, running_var, momentum, eps)
@@ -163,7 +163,7 @@ def _moments(
 def _batch_norm_relu(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, residual: Tensor | None, pool: bool
 ) -> Tensor:
-    from nc.kernels.batch_norm import gpu
+    from ncollapse.kernels.batch_norm import gpu
 
     out = _result(x, weight, bias, mean, rstd, residual, pool)
     gpu.apply(x, weight, bias, mean, rstd, residual, pool, out)
@@ -173,7 +173,7 @@ def _batch_norm_relu(
 def _batch_norm_relu_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, pool: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from nc.kernels.batch_norm import gpu
+    from ncollapse.kernels.batch_norm import gpu
 
     grads = torch.empty_like(x), *_vectors(x)
     gpu.backward(grad.contiguous(memory_format=torch.channels_last), x, weight, bias, mean, rstd, pool, *grads)

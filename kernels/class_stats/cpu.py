@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nc.kernels.class_stats.reference import State
+from ncollapse.kernels.class_stats.reference import State
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _PAIRS = {(x, torch.float32) for x in (torch.float32, torch.bfloat16, torch.float16)}
@@ -20,7 +20,7 @@ _FEW = 32
 
 def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -> None:
     """As `class_stats_reference`."""
-    from nc.kernels.class_stats import _cpu
+    from ncollapse.kernels.class_stats import _cpu
 
     features = _dense(features, state.shifts.dtype)
     bad_labels, bad_values = _cpu.gather(
@@ -58,7 +58,7 @@ def project(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor) -> T
 
 
 def _map(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor | None) -> Tensor:
-    from nc.kernels.class_stats import _cpu
+    from ncollapse.kernels.class_stats import _cpu
 
     features = _dense(features, shifts.dtype)
     width = shifts.shape[-1] if axes is None else axes.shape[-2]

@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nc.kernels.class_stats.gpu_kernels import (
+from ncollapse.kernels.class_stats.gpu_kernels import (
     add_moment_kernel,
     commit_kernel,
     gather_kernel,
@@ -24,7 +24,7 @@ from nc.kernels.class_stats.gpu_kernels import (
     shifts_kernel,
     split_kernel,
 )
-from nc.kernels.class_stats.reference import State
+from ncollapse.kernels.class_stats.reference import State
 
 #: Labels that a program looks at, and how many classes at a time.
 LABELS, CLASSES = 256, 32

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from nc.kernels import fallback
-from nc.kernels.class_stats import cpu
-from nc.kernels.class_stats.reference import State, class_stats_reference, project_reference
+from ncollapse.kernels import operators
+from ncollapse.kernels.class_stats import cpu
+from ncollapse.kernels.class_stats.reference import State, class_stats_reference, project_reference
 
 # Defined with Library, not custom_op, whose Python wrapper takes longer than a small batch does.
 _library = torch.library.Library("ncollapse", "FRAGMENT")
@@ -20,7 +20,7 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype = torch.float32) -> s
     """Why statistics of this dtype fall back to the reference on this device; None if they don't."""
     if device.type == "cuda" and dtype != torch.float32:
         return f"there is no kernel for {dtype} sums on a GPU"
-    return fallback.why_no_kernel(device, "nc.kernels.class_stats._cpu")
+    return operators.why_no_kernel(device, "ncollapse.kernels.class_stats._cpu")
 
 
 def _class_stats(
@@ -37,24 +37,24 @@ def _class_stats(
 ) -> None:
     state = State(counts, shifts, sums, squares, scatter, axes, refused)
     if reason := why_no_kernel(features.device, shifts.dtype):
-        fallback.warn_once("gathers class statistics", reason)
+        operators.warn_once("gathers class statistics", reason)
         class_stats_reference(features, labels, state, propagate)
     elif features.device.type == "cpu":
         cpu.add_batch(features, labels.contiguous(), state, propagate)
     else:
-        from nc.kernels.class_stats import gpu
+        from ncollapse.kernels.class_stats import gpu
 
         gpu.add_batch(features, labels.contiguous(), state, propagate)
 
 
 def _project(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor) -> Tensor:
     if reason := why_no_kernel(features.device, shifts.dtype):
-        fallback.warn_once("gathers class statistics", reason)
+        operators.warn_once("gathers class statistics", reason)
         return project_reference(features, labels, shifts, axes)
     labels, shifts, axes = labels.contiguous(), shifts.contiguous(), axes.contiguous()
     if features.device.type == "cpu":
         return cpu.project(features, labels, shifts, axes)
-    from nc.kernels.class_stats import gpu
+    from ncollapse.kernels.class_stats import gpu
 
     return gpu.project(features, labels, shifts, axes)
 

@@ -5,6 +5,6 @@
 - `op`: the torch operator, and the function that chooses.
 """
 
-from nc.kernels.cross_entropy.op import cross_entropy_slope
+from ncollapse.kernels.cross_entropy.op import cross_entropy_slope
 
 __all__ = ["cross_entropy_slope"]

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from nc.kernels import fallback
-from nc.kernels.cross_entropy.reference import cross_entropy_slope_reference
+from ncollapse.kernels import operators
+from ncollapse.kernels.cross_entropy.reference import cross_entropy_slope_reference
 
 _MOST_CLASSES = 1024  # `BLOCK` of `gpu`, which needs Triton
 
@@ -59,11 +59,11 @@ def why_no_kernel(logits: Tensor) -> str | None:
 
 
 def _why_not_here(device: torch.device) -> str | None:
-    return fallback.why_no_kernel(device, "")
+    return operators.why_no_kernel(device, "")
 
 
 def _warn(reason: str) -> None:
-    fallback.warn_once("takes the slope of the cross-entropy", reason)
+    operators.warn_once("takes the slope of the cross-entropy", reason)
 
 
 # What `torch.compiler.assume_constant_result` does, without loading the compiler: these it calls while it compiles, and
@@ -73,7 +73,7 @@ _warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _slope(logits: Tensor, labels: Tensor) -> Tensor:
-    from nc.kernels.cross_entropy import gpu
+    from ncollapse.kernels.cross_entropy import gpu
 
     out = _result(logits, labels)
     gpu.slope(logits, labels.expand(logits.shape[:2]), out)

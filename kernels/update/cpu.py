@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nc.kernels.update.table import Table
+from ncollapse.kernels.update.table import Table
 
 #: The threads share a table's chunks evenly: large tensors are cut as small as makes their shares alike.
 CHUNK = 4096
@@ -15,7 +15,7 @@ _SERIAL = 65536
 
 def launch(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
     """One step of every parameter in the table."""
-    from nc.kernels.update import _cpu
+    from ncollapse.kernels.update import _cpu
 
     if found_inf is not None and found_inf.item() != 0:
         return

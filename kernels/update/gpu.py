@@ -1,7 +1,7 @@
 """The update of a whole model as one Triton kernel: SGD, Signum, Adam and Lion, coupled and decoupled decay.
 
 Each program takes one chunk of one parameter (or of one stacked run of it), finds its addresses and hyperparameters in
-the table (`nc.kernels.update.table`) and does what `update_reference` does, with every operation rounded by itself.
+the table (`kernels/update/table.py`) and does what `update_reference` does, with every operation rounded by itself.
 """
 
 from typing import Any
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nc.kernels.update.gpu_rules import ADAM, MIXED, direction, divide
-from nc.kernels.update.table import Table
+from ncollapse.kernels.update.gpu_rules import ADAM, MIXED, direction, divide
+from ncollapse.kernels.update.table import Table
 
 # Elements at a time, elements in all, warps: of a program. In-place kernels take fixed settings, never autotuning: a
 # trial run would apply the update again. With 512 a thread has one 128-bit vector of each float32 tensor, and the

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from nc.kernels.update.table import MIXED as _MIXED
+from ncollapse.kernels.update.table import MIXED as _MIXED
 
 # The numbers of the rules in the table.
 SGD: tl.constexpr = tl.constexpr(0)

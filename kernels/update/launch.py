@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nc.kernels import fallback
-from nc.kernels.update import cpu
-from nc.kernels.update.reference import update_reference
-from nc.kernels.update.table import NEED_FIRST, NEED_SECOND, HyperTable, Lists, Table
+from ncollapse.kernels import operators
+from ncollapse.kernels.update import cpu
+from ncollapse.kernels.update.reference import update_reference
+from ncollapse.kernels.update.table import NEED_FIRST, NEED_SECOND, HyperTable, Lists, Table
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: Dtypes of gradients beside the parameter's own.
@@ -24,7 +24,7 @@ _GRADS = {
 
 def why_no_kernel(device: torch.device) -> str | None:
     """Why updates on this device fall back to the reference; None if they don't."""
-    return fallback.why_no_kernel(device, "nc.kernels.update._cpu")
+    return operators.why_no_kernel(device, "ncollapse.kernels.update._cpu")
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Update:
             elif bucket.device.type == "cpu":
                 cpu.launch(bucket.table, scale, inf)
             else:
-                from nc.kernels.update import gpu
+                from ncollapse.kernels.update import gpu
 
                 gpu.launch(bucket.table, bucket.scratch, scale, inf)
                 if torch.cuda.is_current_stream_capturing():
@@ -129,7 +129,7 @@ class Update:
             if fits and device.type == "cpu":
                 bucket.table = Table(part, grad_dtype, self._hypers[device], cpu.CHUNK, cpu.CHUNK)
             elif fits:
-                from nc.kernels.update import gpu
+                from ncollapse.kernels.update import gpu
 
                 bucket.table = Table(part, grad_dtype, self._hypers[device], gpu.block(dtype), gpu.CHUNK)
                 bucket.scratch = gpu.Scratch(bucket.table)
@@ -150,7 +150,7 @@ class Update:
         if reason is None and not lists.fits(i, grad, len(codes)):
             reason = "a parameter, its gradient or its state does not lie densely, and alike, in memory"
         if reason is not None:
-            fallback.warn_once("updates some parameters", reason)
+            operators.warn_once("updates some parameters", reason)
         return reason is None
 
     def _reference(self, lists: Lists, grads: list[Tensor], scale: Tensor | None, inf: Tensor | None) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nc.kernels.update.launch import Update
-from nc.kernels.update.reference import Slot
-from nc.kernels.update.table import Extras, HyperTable, Lists
+from ncollapse.kernels.update.launch import Update
+from ncollapse.kernels.update.reference import Slot
+from ncollapse.kernels.update.table import Extras, HyperTable, Lists
 
 #: Bits of `parts`: what a parameter has beside itself, and whether its first step is still to come.
 FIRST, SECOND, STEP, COPY, FRESH = 1, 2, 4, 8, 16

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from nc.kernels.update.reference import RULES, Hyper, Settings, Slot, compute_dtype
+from ncollapse.kernels.update.reference import RULES, Hyper, Settings, Slot, compute_dtype
 
 Rows = npt.NDArray[np.int64]
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch.optim.optimizer import ParamsT
 
-from nc.kernels.update.reference import Hyper
-from nc.optim.base import Optimizer
+from ncollapse.kernels.update.reference import Hyper
+from ncollapse.optim.core.optimizer import Optimizer
 
 
 class Adam(Optimizer):
@@ -27,7 +27,7 @@ class Adam(Optimizer):
         maximize: ascend instead of descend.
         foreach, fused, capturable: taken and without effect: there is one implementation, fused and capturable.
 
-    Every hyperparameter but `maximize` may be a vector `[R]` for stacked runs; errors as in `nc.optim.SGD`, and
+    Every hyperparameter but `maximize` may be a vector `[R]` for stacked runs; errors as in `ncollapse.optim.SGD`, and
     ValueError for `amsgrad` or `differentiable`.
     """
 

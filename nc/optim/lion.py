@@ -2,8 +2,8 @@
 
 from torch.optim.optimizer import ParamsT
 
-from nc.kernels.update.reference import Hyper
-from nc.optim.base import Optimizer
+from ncollapse.kernels.update.reference import Hyper
+from ncollapse.optim.core.optimizer import Optimizer
 
 
 class Lion(Optimizer):
@@ -20,7 +20,7 @@ class Lion(Optimizer):
         coupling: c in [0, 1], the share of the decay that is added to the gradient. Default 0: decoupled, as published.
         maximize: ascend instead of descend.
 
-    Every hyperparameter but `maximize` may be a vector `[R]` for stacked runs; errors as in `nc.optim.SGD`.
+    Every hyperparameter but `maximize` may be a vector `[R]` for stacked runs; errors as in `ncollapse.optim.SGD`.
     """
 
     rule = "lion"

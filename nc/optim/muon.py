@@ -10,13 +10,13 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
-from nc.kernels.update.reference import Hyper, compute_dtype
-from nc.kernels.update.table import HYPERS
-from nc.optim.adam import Adam
-from nc.optim.base import Optimizer
-from nc.optim.checks import check_grad, check_group, check_param
-from nc.optim.groups import Group
-from nc.optim.plan import Plan, _capturing, _held, is_sharded, placed
+from ncollapse.kernels.update.reference import Hyper, compute_dtype
+from ncollapse.kernels.update.table import HYPERS
+from ncollapse.optim.adam import Adam
+from ncollapse.optim.core.checks import check_grad, check_group, check_param
+from ncollapse.optim.core.groups import Group
+from ncollapse.optim.core.optimizer import Optimizer
+from ncollapse.optim.core.stepper import Plan, _capturing, _held, is_sharded, placed
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # s of a matrix [A, B], by torch.optim.Muon's names.
@@ -154,12 +154,12 @@ class Muon(Optimizer):
               W ← (1 − η(1 − c)λ)W − ηs·\mathrm{NewtonSchulz}(g + β(V − g))
 
     for parameters of two or more dimensions; a convolution `[O, I, kh, kw]` is the matrix `[O, I·kh·kw]`. All others
-    (biases, gains) are updated as by `nc.optim.Adam`, with the same η, λ and c.
+    (biases, gains) are updated as by `ncollapse.optim.Adam`, with the same η, λ and c.
 
     The classifier is a matrix as any other, where many leave it to AdamW: NC0 asks what the rule does to the last
     layer. The row sum of the cross-entropy gradient is zero, and 1ᵀX = 0 makes 1ᵀ(XXᵀ)ⁿX zero. So is the direction's,
     and at c = 0 the row sum s = Wᵀ1 obeys s ← (1 − ηλ)s, as under SGDW without momentum and unlike AdamW's
-    (`nc.ufm.row_sum_factor`). But Newton–Schulz lifts what rounding leaves of a row sum up to 3.4445⁵ = 485 fold, as a
+    (`ufm.row_sum_factor`). But Newton–Schulz lifts what rounding leaves of a row sum up to 3.4445⁵ = 485 fold, as a
     share of ‖V‖. In float32, the label's entry of ∇logits must be minus the sum of the others for the law to hold:
     softmax minus one-hot leaves too much once the loss is small.
 
@@ -182,7 +182,7 @@ class Muon(Optimizer):
     which state dicts are exchanged, has them in another order. Tensors among the numbers are read at every step.
 
     Raises:
-        ValueError: as in `nc.optim.SGD`; for an unknown `adjust_lr_fn`, and for a stack whose first dimensions differ.
+        ValueError: as in `SGD`; for an unknown `adjust_lr_fn`, and for a stack whose first dimensions differ.
         TypeError: complex parameters; DTensors, since a shard of a matrix does not tell its direction.
         RuntimeError: (from `step`) a sparse gradient, or a parameter that has moved away from its state.
 

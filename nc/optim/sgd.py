@@ -2,8 +2,8 @@
 
 from torch.optim.optimizer import ParamsT
 
-from nc.kernels.update.reference import Hyper
-from nc.optim.base import Optimizer
+from ncollapse.kernels.update.reference import Hyper
+from ncollapse.optim.core.optimizer import Optimizer
 
 
 class SGD(Optimizer):

@@ -2,8 +2,8 @@
 
 from torch.optim.optimizer import ParamsT
 
-from nc.kernels.update.reference import Hyper
-from nc.optim.base import Optimizer
+from ncollapse.kernels.update.reference import Hyper
+from ncollapse.optim.core.optimizer import Optimizer
 
 
 class Signum(Optimizer):
@@ -21,7 +21,7 @@ class Signum(Optimizer):
         coupling: c in [0, 1], the share of the decay that is added to the gradient. Default 1 here, 0 in `SignumW`.
         maximize: ascend instead of descend.
 
-    lr, momentum, weight_decay and coupling may be vectors `[R]` for stacked runs; errors as in `nc.optim.SGD`.
+    lr, momentum, weight_decay and coupling may be vectors `[R]` for stacked runs; errors as in `ncollapse.optim.SGD`.
     """
 
     rule = "signum"

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from nc.kernels.update.reference import Hyper
-from nc.optim.adam import Adam, AdamW
-from nc.optim.base import Optimizer
-from nc.optim.lion import Lion
-from nc.optim.sgd import SGD, SGDW
-from nc.optim.signum import Signum, SignumW
+from ncollapse.kernels.update.reference import Hyper
+from ncollapse.optim.adam import Adam, AdamW
+from ncollapse.optim.core.optimizer import Optimizer
+from ncollapse.optim.lion import Lion
+from ncollapse.optim.sgd import SGD, SGDW
+from ncollapse.optim.signum import Signum, SignumW
 
 _CLASSES: dict[str, type[Optimizer]] = {c.__name__.lower(): c for c in (SGD, SGDW, Signum, SignumW, Adam, AdamW, Lion)}
 _BETAS = ("adam", "lion")
@@ -37,7 +37,7 @@ class Stacked(Optimizer):
     `exp_avg` (V or m), and with an Adam among them `exp_avg_sq` and `step`.
 
     Raises:
-        ValueError: as in `nc.optim.SGD`, and for an unknown rule.
+        ValueError: as in `ncollapse.optim.SGD`, and for an unknown rule.
 
     Example:
         >>> w = torch.nn.Parameter(torch.ones(2, 3, 5))

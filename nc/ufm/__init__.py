@@ -8,10 +8,10 @@ moves under an optimizer, and which of that holds in every network; `simulate` t
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from nc.ufm.prediction import Prediction, predict, row_sum_factor
+from ncollapse.ufm.prediction import Prediction, predict, row_sum_factor
 
 if TYPE_CHECKING:
-    from nc.ufm.simulation import Simulation, simulate
+    from ncollapse.ufm.simulation import Simulation, simulate
 
 __all__ = ["Prediction", "Simulation", "predict", "row_sum_factor", "simulate"]
 
@@ -19,5 +19,5 @@ __all__ = ["Prediction", "Simulation", "predict", "row_sum_factor", "simulate"]
 def __getattr__(name: str) -> Any:
     # On first use: a report that lays a prediction over its runs must not wait for torch.
     if name in ("Simulation", "simulate"):
-        return getattr(import_module("nc.ufm.simulation"), name)
-    raise AttributeError(f"module 'nc.ufm' has no attribute {name!r}")
+        return getattr(import_module("ncollapse.ufm.simulation"), name)
+    raise AttributeError(f"module 'ncollapse.ufm' has no attribute {name!r}")

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nc.ufm.checks import Features, check_shape, learning_rates
+from ncollapse.ufm.checks import Features, check_shape, learning_rates
 
 Floats = NDArray[np.float64]
 
@@ -97,7 +97,7 @@ def predict(
         steps: T.
         momentum: β of SGD and Signum, without dampening or Nesterov.
         weight_decay: λ.
-        coupling: c; by default as in `nc.optim`: 0 for Lion, Muon and the names ending in w, else 1.
+        coupling: c; by default as in `ncollapse.optim`: 0 for Lion, Muon and the names ending in w, else 1.
         features: as in `simulate`. "fixed" asks for the last column; by default any network.
 
     Raises:

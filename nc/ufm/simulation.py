@@ -9,9 +9,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from nc import metrics, optim
-from nc.stats import ClassStats
-from nc.ufm.checks import Features, check_shape, learning_rates
+from ncollapse import metrics, optim
+from ncollapse.stats import ClassStats
+from ncollapse.ufm.checks import Features, check_shape, learning_rates
 
 _Floats = NDArray[np.float64]
 _NAMES = sorted({name.lower() for name in optim.__all__} - {"stacked"})
@@ -27,7 +27,7 @@ class Simulation:
         H: the features at the end, `[*, K·n, d]`, sorted by class.
         steps: `[T]` int64, after how many steps the rest was recorded: from 0 to the last.
         loss: the mean cross-entropy, without decay, `[*, T]`.
-        nc0, nc1, nc2, nc3: as `nc.metrics` has them by default, `[*, T]`; NaN where weights or features have vanished
+        nc0, nc1, nc2, nc3: as `metrics` has them by default, `[*, T]`; NaN where weights or features have vanished
             or are not finite. Features that are not trained have NC1 and NC2 zero, by their making.
     """
 
@@ -59,7 +59,7 @@ def simulate(
     """Train a classifier W without bias on features that no network constrains: full-batch cross-entropy, in float64.
 
     Args:
-        optimizer: a name of `nc.optim` in lower case ("lionw" and "muonw" are Lion and Muon, which decouple anyway);
+        optimizer: a name of `optim` in lower case ("lionw" and "muonw" are Lion and Muon, which decouple anyway);
             several, which train from the same start as one stack, Muon in one of its own; or a class or function that
             makes a `torch.optim.Optimizer` of (parameters, lr=…, **options).
         K, d, n: classes, features, samples of each class.
@@ -70,7 +70,7 @@ def simulate(
         start: W_0 `[K, d]`; by default uniform within ±1/√d, as `torch.nn.Linear` has it.
         record: how many steps to record, in geometric spacing; or which. The first and the last always are.
         seed: of the start and the features.
-        options: of the optimizer. With names those of `nc.optim.Stacked` or `nc.optim.Muon`, each a number or a tensor
+        options: of the optimizer. With names those of `optim.Stacked` or `optim.Muon`, each a number or a tensor
             `[R]`: momentum and weight_decay, both 0 unless given, betas, eps, coupling.
 
     Raises:

@@ -26,9 +26,9 @@ from batch_norm_cases import (
     run,
     same_bits,
 )
-from nc.kernels import fallback
-from nc.kernels.batch_norm import batch_norm_relu
-from nc.kernels.batch_norm.reference import batch_norm_relu_reference
+from ncollapse.kernels import operators
+from ncollapse.kernels.batch_norm import batch_norm_relu
+from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
 from waiting import nothing_waits
 
 # Of ResNet9 and of stacks of runs; odd ones; few and many pixels, more parts than fit; a number of channels that is no
@@ -49,7 +49,7 @@ def public(*arguments: Any) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _each_warning_anew() -> None:
-    fallback._warned.clear()
+    operators._warned.clear()
 
 
 def both(given: Case, grad: Tensor) -> tuple[Result, Result]:

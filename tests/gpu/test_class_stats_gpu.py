@@ -17,10 +17,10 @@ from class_stats_cases import (
     project_triton,
     same_bits,
 )
-from nc import ClassStats, measure
-from nc.kernels.class_stats import gpu
-from nc.kernels.class_stats.reference import State, class_stats_reference, project_reference
-from nc.metrics import nc1
+from ncollapse import ClassStats, measure
+from ncollapse.kernels.class_stats import gpu
+from ncollapse.kernels.class_stats.reference import State, class_stats_reference, project_reference
+from ncollapse.metrics import nc1
 from waiting import nothing_waits
 
 pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nc.kernels.cross_entropy import cross_entropy_slope
-from nc.kernels.cross_entropy.reference import cross_entropy_slope_reference
+from ncollapse.kernels.cross_entropy import cross_entropy_slope
+from ncollapse.kernels.cross_entropy.reference import cross_entropy_slope_reference
 from waiting import nothing_waits
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nc import optim
+from ncollapse import optim
 from waiting import nothing_waits
 
 # What PyTorch says on a GPU is not ours to fix; a fall back to the reference is.

@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
 from gpu_training import assert_same, batches, captured_step, every_optimizer, train_step, two_networks
-from nc import optim
+from ncollapse import optim
 from waiting import nothing_waits
 
 # What PyTorch and its compilers say on a GPU is not ours to fix; a fall back to the reference is.

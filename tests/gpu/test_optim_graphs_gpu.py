@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu_training import OPTIMIZERS, assert_same, batches, captured_step, every_optimizer, train_step, two_networks
-from nc import optim
+from ncollapse import optim
 
 # What PyTorch and its compilers say on a GPU is not ours to fix; a fall back to the reference is.
 pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from nc.train import step
-from nc.train.config import PAPER_OPTIMIZERS, RunConfig
-from nc.train.data import Dataset
-from nc.train.loop import Evaluation, Training
-from nc.train.models import build
-from nc.train.patches import convolve
-from nc.train.precision import arithmetic
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.sets import Dataset
+from ncollapse.train.networks.models import build
+from ncollapse.train.networks.patches import convolve
+from ncollapse.train.networks.precision import arithmetic
+from ncollapse.train.optimizers import PAPER_OPTIMIZERS
+from ncollapse.train.training import step
+from ncollapse.train.training.loop import Evaluation, Training
 
 pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
 

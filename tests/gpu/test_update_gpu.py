@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nc.kernels.update.reference import RULES, Settings, Slot, update_reference
-from nc.kernels.update.table import HYPERS, Extras, HyperTable, Lists, Table, code
+from ncollapse.kernels.update.reference import RULES, Settings, Slot, update_reference
+from ncollapse.kernels.update.table import HYPERS, Extras, HyperTable, Lists, Table, code
 from update_twins import DTYPES, Twins, hyper_table, launch_triton, numbers, slot_for
 
 # What PyTorch and its compilers say on a GPU is not ours to fix; a fall back to the reference is.
@@ -182,7 +182,7 @@ def test_row_sum_norms_and_copies(device: torch.device, runs: int, pitch: int) -
 
 def test_every_step_is_counted_once_whoever_comes_last(device: torch.device) -> None:
     """More programs than the GPU runs at a time, many steps: the last to get there counts, and no other."""
-    from nc.kernels.update import gpu
+    from ncollapse.kernels.update import gpu
 
     params = [normal((3_000_000,), device), normal((70,), device)]
     slots = [slot_for("adam", p) for p in params]

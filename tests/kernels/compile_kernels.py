@@ -18,14 +18,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nc.kernels.batch_norm import gpu as norm
-from nc.kernels.batch_norm import gpu_kernels as norm_kernels
-from nc.kernels.class_stats import gpu as stats
-from nc.kernels.class_stats import gpu_kernels
-from nc.kernels.cross_entropy import gpu as cross_entropy
-from nc.kernels.update import gpu as update
-from nc.kernels.update.reference import RULES
-from nc.kernels.update.table import MIXED
+from ncollapse.kernels.batch_norm import gpu as norm
+from ncollapse.kernels.batch_norm import gpu_kernels as norm_kernels
+from ncollapse.kernels.class_stats import gpu as stats
+from ncollapse.kernels.class_stats import gpu_kernels
+from ncollapse.kernels.cross_entropy import gpu as cross_entropy
+from ncollapse.kernels.update import gpu as update
+from ncollapse.kernels.update.reference import RULES
+from ncollapse.kernels.update.table import MIXED
 
 _TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp64": tl.float64}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}

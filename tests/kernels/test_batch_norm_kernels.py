@@ -30,9 +30,9 @@ from batch_norm_cases import (
     run,
     same_bits,
 )
-from nc.kernels.batch_norm import gpu
-from nc.kernels.batch_norm.op import moments_op
-from nc.kernels.batch_norm.reference import batch_norm_relu_reference
+from ncollapse.kernels.batch_norm import gpu
+from ncollapse.kernels.batch_norm.op import moments_op
+from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels are tested on it (tests/gpu)")
 

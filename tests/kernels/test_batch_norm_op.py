@@ -26,10 +26,10 @@ from batch_norm_cases import (
     run,
     same_bits,
 )
-from nc.kernels import fallback
-from nc.kernels.batch_norm import batch_norm_relu, op
-from nc.kernels.batch_norm.op import backward_op, batch_norm_relu_op, fused, moments_op, why_no_kernel
-from nc.kernels.batch_norm.reference import batch_norm_relu_reference
+from ncollapse.kernels import operators
+from ncollapse.kernels.batch_norm import batch_norm_relu, op
+from ncollapse.kernels.batch_norm.op import backward_op, batch_norm_relu_op, fused, moments_op, why_no_kernel
+from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is tested there (tests/gpu)")
@@ -110,7 +110,7 @@ def test_where_there_is_no_kernel_it_says_so(how: str) -> None:
     """Once; in a compiled function when it is compiled, which is one graph all the same."""
     given = case((2, 3, 4, 4)).copy(device="meta")
     function = public if how == "eager" else torch.compile(public, fullgraph=True, backend="aot_eager")
-    fallback._warned.clear()
+    operators._warned.clear()
     with pytest.warns(UserWarning, match="plain PyTorch normalises maps, slowly: there is no kernel for meta"):
         assert forward(function, given).shape == (2, 3, 4, 4)
     with warnings.catch_warnings():

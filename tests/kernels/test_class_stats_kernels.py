@@ -25,8 +25,8 @@ from class_stats_cases import (
     project_triton,
     same_bits,
 )
-from nc.kernels.class_stats import gpu
-from nc.kernels.class_stats.reference import State, class_stats_reference, project_reference
+from ncollapse.kernels.class_stats import gpu
+from ncollapse.kernels.class_stats.reference import State, class_stats_reference, project_reference
 
 KERNELS = [pytest.param("cpu", marks=pytest.mark.compiled), "triton"]
 
@@ -135,7 +135,7 @@ def test_more_samples_than_go_into_one_product(add: Add, moment: str, monkeypatc
     """The last product of a call, and the last call, are not full."""
     monkeypatch.setattr(gpu, "PRODUCT", 64)
     monkeypatch.setattr(gpu, "PRODUCTS", 3)
-    monkeypatch.setattr("nc.kernels.class_stats.cpu._ROWS", 64)
+    monkeypatch.setattr("ncollapse.kernels.class_stats.cpu._ROWS", 64)
     for runs in (None, 2):
         both(add, empty(4, 20, moment, runs=runs), batch(500, 4, 20, runs=runs), batch(100, 4, 20, runs=runs))
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from class_stats_cases import MOMENTS, batch, check, copied, empty, same_bits
-from nc.kernels.class_stats.op import class_stats_op, project_op
-from nc.kernels.class_stats.reference import class_stats_reference, project_reference
+from ncollapse.kernels.class_stats.op import class_stats_op, project_op
+from ncollapse.kernels.class_stats.reference import class_stats_reference, project_reference
 
 CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from class_stats_cases import MOMENTS, batch, check, copied, empty, in_float64, same_bits
-from nc.kernels.class_stats.moments import merge, moved, within
-from nc.kernels.class_stats.reference import State, class_stats_reference, project_reference
+from ncollapse.kernels.class_stats.reference import State, class_stats_reference, project_reference
+from ncollapse.moments import merge, moved, within
 
 
 def defined(state: State, features: Tensor, labels: Tensor) -> State:

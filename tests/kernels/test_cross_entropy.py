@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import interpreter
-from nc.kernels import fallback
-from nc.kernels.cross_entropy import cross_entropy_slope, op
-from nc.kernels.cross_entropy.op import slope_op, why_no_kernel
-from nc.kernels.cross_entropy.reference import cross_entropy_slope_reference
+from ncollapse.kernels import operators
+from ncollapse.kernels.cross_entropy import cross_entropy_slope, op
+from ncollapse.kernels.cross_entropy.op import slope_op, why_no_kernel
+from ncollapse.kernels.cross_entropy.reference import cross_entropy_slope_reference
 
 SHAPES = [(1, 1, 2), (3, 37, 10), (2, 130, 3), (1, 5, 1), (2, 3, 1000), (1, 2, 1024), (24, 16, 10)]
 
@@ -152,7 +152,7 @@ def test_where_there_is_no_kernel_it_says_so(how: str) -> None:
     if how == "compiled":
         function = torch.compile(cross_entropy_slope, fullgraph=True, backend="aot_eager")
     logits, labels = (t.to("meta") for t in logits_and_labels(3, 40, 10))
-    fallback._warned.clear()
+    operators._warned.clear()
     with pytest.warns(
         UserWarning, match="plain PyTorch takes the slope of the cross-entropy, slowly: there is no kern"
     ):

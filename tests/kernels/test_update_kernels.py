@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nc.kernels.update.reference import RULES, Settings, Slot, update_reference
-from nc.kernels.update.table import HYPERS, Extras, HyperTable, Lists, code
+from ncollapse.kernels.update.reference import RULES, Settings, Slot, update_reference
+from ncollapse.kernels.update.table import HYPERS, Extras, HyperTable, Lists, code
 from update_twins import DTYPES, Launch, Twins, hyper_table, launch_cpu, launch_triton, numbers, slot_for
 
 SHAPES: list[tuple[int, ...]] = [(0,), (), (1,), (63,), (1000,), (3, 5, 7, 2), (512,), (4096,), (5000,)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import nc.kernels.update.op  # noqa: F401  (registers it)
+import ncollapse.kernels.update.op  # noqa: F401  (registers it)
 
 
 @pytest.mark.parametrize("observed", [False, True], ids=["plain", "observed"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nc.kernels.update.reference import RULES, Settings, Slot, compute_dtype, update_reference
+from ncollapse.kernels.update.reference import RULES, Settings, Slot, compute_dtype, update_reference
 
 SETTINGS = {"lr": 0.05, "weight_decay": 0.3, "coupling": 0.4}
 BETAS = {"sgd": (0.9, 0.0), "signum": (0.9, 0.0), "adam": (0.9, 0.999), "lion": (0.9, 0.99)}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nc import ClassStats, metrics
+from ncollapse import ClassStats, metrics
 
 
 def gather(features: Tensor, labels: Tensor, k: int) -> ClassStats:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim import _muon as torch_muon
 
 from muon_cases import close, give_gradients, parameters, take
-from nc import optim, ufm
-from nc.optim.muon import newton_schulz
+from ncollapse import optim, ufm
+from ncollapse.optim.muon import newton_schulz
 
 
 def direction(matrix: Tensor, steps: int = 5) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from muon_cases import close, parameters, take
-from nc import optim
+from ncollapse import optim
 
 
 def test_bad_input_is_refused_before_anything_changed() -> None:

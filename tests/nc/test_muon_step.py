@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from muon_cases import close, give_gradients, parameters, take
-from nc import optim
+from ncollapse import optim
 
 
 @pytest.mark.parametrize("how", ["state dict", "copy", "pickle"])

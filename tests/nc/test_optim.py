@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nc import optim
+from ncollapse import optim
 from small_network import network, weights
 
 PAIRS: dict[str, tuple[Any, Any, dict[str, Any]]] = {

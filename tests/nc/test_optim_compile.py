@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from nc import optim
+from ncollapse import optim
 from small_network import network
 
 # Of torch, not of ours: a schedule does not see that a compiled step has run.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedules
 
-from nc import optim
+from ncollapse import optim
 from small_network import network, weights
 
 PAIRS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -171,7 +171,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
-from nc import optim
+from ncollapse import optim
 
 torch.set_num_threads(1)
 rank = int(sys.argv[1])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nc import optim
+from ncollapse import optim
 
 CLASSES = [optim.SGD, optim.SGDW, optim.Signum, optim.SignumW, optim.Adam, optim.AdamW, optim.Lion]
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nc import optim
-from nc.kernels import fallback
+from ncollapse import optim
+from ncollapse.kernels import operators
 
 CLASSES = [optim.SGD, optim.SGDW, optim.Signum, optim.SignumW, optim.Adam, optim.AdamW, optim.Lion]
 
@@ -161,7 +161,7 @@ def test_a_tensor_as_learning_rate_is_read_at_every_step() -> None:
 
 
 def test_strided_parameters_go_to_the_reference_and_say_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fallback, "_warned", set())
+    monkeypatch.setattr(operators, "_warned", set())
     rows = nn.Parameter(torch.ones(8, 6)[::2])
     plain = nn.Parameter(torch.ones(4, 6))
     for p in (rows, plain):
@@ -268,7 +268,7 @@ import os, torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from nc import optim
+from ncollapse import optim
 
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 sharded, plain = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)

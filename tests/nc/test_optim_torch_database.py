@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nc import optim
+from ncollapse import optim
 
 pytest.importorskip("expecttest", reason="torch.testing._internal.common_optimizers needs it")
 from torch.testing._internal import common_optimizers as database

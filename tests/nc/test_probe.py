@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nc import ClassStats, NCCallback, measure, metrics
-from nc.probe import LayerResult, NCResult
+from ncollapse import ClassStats, NCCallback, measure, metrics
+from ncollapse.measurement import LayerResult, NCResult
 
 Pair = tuple[Tensor, Tensor]
 

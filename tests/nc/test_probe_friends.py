@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nc import NCResult, measure
+from ncollapse import NCResult, measure
 
 X, Y = torch.randn(96, 6), torch.arange(96) % 3
 

@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nc import ClassStats
-from nc.metrics import nc1
+from ncollapse import ClassStats
+from ncollapse.metrics import nc1
 
 
 def exact(features: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

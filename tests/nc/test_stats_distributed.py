@@ -7,8 +7,8 @@ from pathlib import Path
 SCRIPT = """
 import sys, torch
 import torch.distributed as dist
-from nc import ClassStats
-from nc.metrics import nc1
+from ncollapse import ClassStats
+from ncollapse.metrics import nc1
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)

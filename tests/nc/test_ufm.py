@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nc import metrics, optim, ufm
-from nc.ufm.prediction import _least_objective
+from ncollapse import metrics, optim, ufm
+from ncollapse.ufm.prediction import _least_objective
 
 
 def nc0_of_a_network(make: Callable[..., torch.optim.Optimizer], lrs: list[float]) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nc import ufm
+from ncollapse import ufm
 
 
 def schedule(kind: str, lr: float, steps: int) -> NDArray[np.float64]:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import interpreter
-from nc.kernels.batch_norm.op import fused
-from nc.kernels.batch_norm.reference import batch_norm_relu_reference
+from ncollapse.kernels.batch_norm.op import fused
+from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
 
 MOMENTUM, EPS = 0.1, 1e-5
 KINDS = ("plain", "pool", "residual")

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 import interpreter
-from nc.kernels.class_stats import cpu
-from nc.kernels.class_stats.reference import State
+from ncollapse.kernels.class_stats import cpu
+from ncollapse.kernels.class_stats.reference import State
 
 #: Adds features and labels to a state; the last argument is `propagate`.
 Add = Callable[[Tensor, Tensor, State, bool], None]
@@ -58,7 +58,7 @@ def batch(
 
 def add_triton(features: Tensor, labels: Tensor, state: State, propagate: bool = False) -> None:
     """On the GPU, or in Triton's interpreter."""
-    from nc.kernels.class_stats import gpu
+    from ncollapse.kernels.class_stats import gpu
 
     with interpreter.quiet():
         gpu.add_batch(features, labels, state, propagate)
@@ -66,7 +66,7 @@ def add_triton(features: Tensor, labels: Tensor, state: State, propagate: bool =
 
 def project_triton(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor) -> Tensor:
     """On the GPU, or in Triton's interpreter."""
-    from nc.kernels.class_stats import gpu
+    from ncollapse.kernels.class_stats import gpu
 
     with interpreter.quiet():
         return gpu.project(features, labels, shifts, axes)

@@ -19,12 +19,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from nc.train import files, store
-from nc.train.config import PAPER_OPTIMIZERS, RunConfig
-from nc.train.data import Dataset, load
-from nc.train.engine.options import Options
-from nc.train.engine.sweep import sweep
-from nc.train.grid import Grid
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.sets import Dataset, load
+from ncollapse.train.grid import Grid
+from ncollapse.train.optimizers import PAPER_OPTIMIZERS
+from ncollapse.train.results import atomic_write as files
+from ncollapse.train.results import writer as store
+from ncollapse.train.sweep.options import Options
+from ncollapse.train.sweep.scheduler import sweep
 
 #: Two stacks; in each a run that diverges, and runs that end at different epochs.
 GRID = Grid(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nc import optim
+from ncollapse import optim
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "sgd": lambda params, lr=0.1: optim.SGD(params, lr=lr, momentum=0.9, weight_decay=0.01),

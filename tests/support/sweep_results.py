@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from nc.train.errors import NoResultsError
-from nc.train.results import load_metrics, load_runs
+from ncollapse.train.errors import NoResultsError
+from ncollapse.train.results.reader import load_metrics, load_runs
 
 
 def assert_same(a: Path, b: Path, but: str = "seconds") -> None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 import interpreter
-from nc.kernels.update import cpu
-from nc.kernels.update.reference import Settings, Slot, compute_dtype, update_reference
-from nc.kernels.update.table import HYPERS, HyperTable, Lists, Table, code
+from ncollapse.kernels.update import cpu
+from ncollapse.kernels.update.reference import Settings, Slot, compute_dtype, update_reference
+from ncollapse.kernels.update.table import HYPERS, HyperTable, Lists, Table, code
 
 Launch = Callable[[Lists, Sequence[Tensor], HyperTable, Tensor | None, Tensor | None], None]
 #: Of parameters and gradients.
@@ -37,7 +37,7 @@ def launch_triton(
     lists: Lists, grads: Sequence[Tensor], hypers: HyperTable, scale: Tensor | None = None, inf: Tensor | None = None
 ) -> None:
     """On the GPU, or in Triton's interpreter."""
-    from nc.kernels.update import gpu
+    from ncollapse.kernels.update import gpu
 
     table = Table(lists, grads[0].dtype, hypers, gpu.block(lists.params[0].dtype), gpu.CHUNK)
     table.point([p.data_ptr() for p in lists.params], [g.data_ptr() for g in grads])

@@ -8,11 +8,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from nc.train.config import RunConfig
-from nc.train.data import Dataset, load
-from nc.train.engine.options import Options
-from nc.train.engine.sweep import sweep
-from nc.train.grid import Grid
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.sets import Dataset, load
+from ncollapse.train.grid import Grid
+from ncollapse.train.sweep.options import Options
+from ncollapse.train.sweep.scheduler import sweep
 
 CPU = torch.device("cpu")
 

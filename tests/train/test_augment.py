@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from nc.train.augment import PAD, draw, padded, take
-from nc.train.config import RunConfig
-from nc.train.data import Dataset
-from nc.train.errors import UserError
-from nc.train.loop import Evaluation, Training
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.augment import PAD, draw, padded, take
+from ncollapse.train.data.sets import Dataset
+from ncollapse.train.errors import UserError
+from ncollapse.train.training.loop import Evaluation, Training
 
 CPU = torch.device("cpu")
 

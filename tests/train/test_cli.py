@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nc.train import cli
-from nc.train.results import load_runs
+from ncollapse.train import cli
+from ncollapse.train.results.reader import load_runs
 
 GRID = 'optimizer = ["sgdw", "adamw"]\nlr = 0.01\nepochs = 2\nlimit = 200\n'
 
@@ -97,7 +97,7 @@ def test_bad_arguments_are_exit_code_2(capsys: pytest.CaptureFixture[str], args:
 
 
 def test_an_interrupt_is_exit_code_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from nc.train.engine import processes
+    from ncollapse.train.sweep import processes
 
     def interrupt(*args: object) -> object:
         raise KeyboardInterrupt

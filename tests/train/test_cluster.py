@@ -13,20 +13,20 @@ import pytest
 import torch
 from rich.console import Console
 
-from nc.train import cli
-from nc.train.config import RunConfig
-from nc.train.data import Dataset
-from nc.train.engine import connect
-from nc.train.engine.choose import Choice, Work
-from nc.train.engine.cluster import Cluster
-from nc.train.engine.measure import Facts
-from nc.train.engine.options import Options
-from nc.train.engine.sweep import sweep
-from nc.train.engine.work import How, Job
-from nc.train.errors import UserError
-from nc.train.grid import Grid
-from nc.train.results import load_runs
-from nc.train.store import Store
+from ncollapse.train import cli
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.sets import Dataset
+from ncollapse.train.errors import UserError
+from ncollapse.train.grid import Grid
+from ncollapse.train.results.reader import load_runs
+from ncollapse.train.results.writer import Store
+from ncollapse.train.sweep import ray_connect as connect
+from ncollapse.train.sweep.messages import How, Job
+from ncollapse.train.sweep.options import Options
+from ncollapse.train.sweep.ray_cluster import Cluster
+from ncollapse.train.sweep.scheduler import sweep
+from ncollapse.train.sweep.stack_size import Choice, Work
+from ncollapse.train.sweep.throughput import Facts
 from sweep_results import assert_same
 
 CPU = torch.device("cpu")

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nc.train.config import OPTIMIZERS, PAPER_OPTIMIZERS, RunConfig, make_run
-from nc.train.errors import UserError
-from nc.train.grid import load_grid, presets, run_settings
+from ncollapse.train.config import RunConfig, make_run
+from ncollapse.train.errors import UserError
+from ncollapse.train.grid import load_grid, presets, run_settings
+from ncollapse.train.optimizers import OPTIMIZERS, PAPER_OPTIMIZERS
 
 
 def test_identity_rests_on_the_settings_alone() -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import crashes
-from nc.train.errors import NoResultsError
-from nc.train.results import load_metrics, load_runs
+from ncollapse.train.errors import NoResultsError
+from ncollapse.train.results.reader import load_metrics, load_runs
 from sweep_results import assert_same
 
 pytestmark = pytest.mark.skipif(

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nc.train import data as data_module
-from nc.train.data import data_folder, find, load
-from nc.train.errors import UserError
+from ncollapse.train.data import sets as data_module
+from ncollapse.train.data.sets import data_folder, find, load
+from ncollapse.train.errors import UserError
 
 CPU = torch.device("cpu")
 

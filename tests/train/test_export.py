@@ -9,14 +9,14 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from nc.train import cli, load_metrics, load_runs
-from nc.train.columns import METRICS, epoch_columns, epoch_dtypes, run_columns, run_dtypes
-from nc.train.config import FIELDS
-from nc.train.errors import UserError
-from nc.train.export import Format, export
-from nc.train.grid import Grid
-from nc.train.schema import FILE
-from nc.train.store import Store
+from ncollapse.train import cli, load_metrics, load_runs
+from ncollapse.train.config import FIELDS
+from ncollapse.train.errors import UserError
+from ncollapse.train.grid import Grid
+from ncollapse.train.results.columns import METRICS, epoch_columns, epoch_dtypes, run_columns, run_dtypes
+from ncollapse.train.results.export import Format, export
+from ncollapse.train.results.schema import FILE
+from ncollapse.train.results.writer import Store
 
 FORMATS: tuple[Format, ...] = ("parquet", "csv")
 
@@ -135,10 +135,10 @@ def test_what_cannot_be_written_is_said(swept: Path, tmp_path: Path) -> None:
 
 def test_the_package_loads_no_pandas_before_it_is_asked() -> None:
     code = (
-        "import sys, nc.train; print('pandas' in sys.modules or 'torch' in sys.modules); "
-        "from nc.train import load_runs; print(load_runs.__module__, 'torch' in sys.modules)"
+        "import sys, ncollapse.train; print('pandas' in sys.modules or 'torch' in sys.modules); "
+        "from ncollapse.train import load_runs; print(load_runs.__module__, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
-    assert done.stdout.split() == ["False", "nc.train.results", "False"]
+    assert done.stdout.split() == ["False", "ncollapse.train.results.reader", "False"]
     with pytest.raises(ImportError, match="nothing"):
-        from nc.train import nothing  # noqa: F401
+        from ncollapse.train import nothing  # noqa: F401

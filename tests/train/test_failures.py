@@ -17,17 +17,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from nc.train import loop
-from nc.train.config import RunConfig
-from nc.train.data import Dataset
-from nc.train.engine import processes, work
-from nc.train.engine.options import Options
-from nc.train.engine.sweep import sweep
-from nc.train.errors import InterruptError, NoResultsError, UserError
-from nc.train.grid import Grid
-from nc.train.results import load_metrics, load_runs
-from nc.train.schema import FILE
-from nc.train.store import Store
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.sets import Dataset
+from ncollapse.train.errors import InterruptError, NoResultsError, UserError
+from ncollapse.train.grid import Grid
+from ncollapse.train.results.reader import load_metrics, load_runs
+from ncollapse.train.results.schema import FILE
+from ncollapse.train.results.writer import Store
+from ncollapse.train.sweep import messages as work
+from ncollapse.train.sweep import processes
+from ncollapse.train.sweep.options import Options
+from ncollapse.train.sweep.scheduler import sweep
+from ncollapse.train.training import loop
 from sweep_results import assert_same
 
 CPU = torch.device("cpu")
@@ -86,8 +87,8 @@ def test_other_data_in_the_folder_are_refused(
 def test_a_second_process_is_refused(small_grid: Grid, tmp_path: Path) -> None:
     code = f"""
 from pathlib import Path
-from nc.train.grid import load_grid
-from nc.train.store import Store
+from ncollapse.train.grid import load_grid
+from ncollapse.train.results.writer import Store
 Store(Path({str(tmp_path)!r}), load_grid("demo"))
 """
     with Store(tmp_path, small_grid):

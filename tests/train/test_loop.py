@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nc import ufm
-from nc.train import loop
-from nc.train.columns import METRICS
-from nc.train.config import ALONE, OPTIMIZERS, RunConfig
-from nc.train.data import Dataset
-from nc.train.errors import UserError
-from nc.train.loop import CheckpointError, Evaluation, Training
-from nc.train.models import MODELS, Classifier, build
-from nc.train.stack import Stack
+from ncollapse import ufm
+from ncollapse.train.config import ALONE, RunConfig
+from ncollapse.train.data.sets import Dataset
+from ncollapse.train.errors import UserError
+from ncollapse.train.networks.models import MODELS, Classifier, build
+from ncollapse.train.optimizers import TABLE
+from ncollapse.train.results.columns import METRICS
+from ncollapse.train.training import loop
+from ncollapse.train.training.loop import CheckpointError, Evaluation, Training
+from ncollapse.train.training.stack import Stack
 
 CPU = torch.device("cpu")
 
@@ -100,8 +101,8 @@ def neighbours(model: str, **settings: Any) -> list[RunConfig]:
     base = RunConfig(model=model, limit=300, eval_every=1, **settings)
     lr = {"sgd": 0.01, "signum": 1e-3, "adam": 1e-3, "lion": 1e-3}
     runs = []
-    for optimizer in OPTIMIZERS[:8]:  # Muon has stacks of its own
-        own = dataclasses.replace(base, optimizer=optimizer, lr=lr[optimizer.removesuffix("w")], coupling=None)
+    for optimizer in (row.name for row in TABLE.values() if not row.own_stack):
+        own = dataclasses.replace(base, optimizer=optimizer, lr=lr[TABLE[optimizer].family], coupling=None)
         runs += [own, dataclasses.replace(own, weight_decay=0.1, momentum=0.5, lr_drops=0)]
     runs.insert(3, dataclasses.replace(base, lr=1e308))
     runs.insert(7, dataclasses.replace(base, epochs=1, lr=0.005))

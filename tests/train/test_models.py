@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nc.train.models import MIN_SIZE, MODELS, build
+from ncollapse.train.networks.models import MIN_SIZE, MODELS, build
 
 
 @pytest.mark.parametrize(

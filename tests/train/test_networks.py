@@ -10,19 +10,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nc import measure, ufm
-from nc.train import load_layers
-from nc.train.columns import LAYER_METRICS
-from nc.train.config import ALONE, RunConfig
-from nc.train.data import Dataset
-from nc.train.engine.choose import Work
-from nc.train.engine.measure import Facts
-from nc.train.engine.plan import Shape, plan
-from nc.train.errors import UserError
-from nc.train.export import export
-from nc.train.grid import Grid
-from nc.train.loop import Evaluation, Training
-from nc.train.models import MODELS, Alone, build
+from ncollapse import measure, ufm
+from ncollapse.train import load_layers
+from ncollapse.train.config import ALONE, RunConfig
+from ncollapse.train.data.sets import Dataset
+from ncollapse.train.errors import UserError
+from ncollapse.train.grid import Grid
+from ncollapse.train.networks.models import MODELS, Alone, build
+from ncollapse.train.results.columns import LAYER_METRICS
+from ncollapse.train.results.export import export
+from ncollapse.train.sweep.grouping import Shape, plan
+from ncollapse.train.sweep.stack_size import Work
+from ncollapse.train.sweep.throughput import Facts
+from ncollapse.train.training.loop import Evaluation, Training
 
 CPU = torch.device("cpu")
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from nc import ufm
-from nc.train.columns import METRICS
-from nc.train.config import RunConfig
-from nc.train.data import Dataset, load
-from nc.train.loop import Evaluation, Training
-from nc.train.models import build
-from nc.train.precision import arithmetic, exact_products
-from nc.train.stack import Stack, make_optimizer
-from nc.train.step import Step
+from ncollapse import ufm
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.sets import Dataset, load
+from ncollapse.train.networks.models import build
+from ncollapse.train.networks.precision import arithmetic, exact_products
+from ncollapse.train.results.columns import METRICS
+from ncollapse.train.training.loop import Evaluation, Training
+from ncollapse.train.training.stack import Stack, make_optimizer
+from ncollapse.train.training.step import Step
 
 CPU = torch.device("cpu")
 FASHION = Path(os.environ.get("NCOLLAPSE_DATA", "data"))

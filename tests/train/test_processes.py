@@ -16,20 +16,21 @@ import pytest
 import torch
 from rich.console import Console
 
-from nc.train.config import RunConfig
-from nc.train.data import Dataset, load
-from nc.train.engine import local, processes
-from nc.train.engine.choose import Choice, Work
-from nc.train.engine.measure import Facts, bytes_per_run, measure
-from nc.train.engine.options import Options
-from nc.train.engine.plan import Shape
-from nc.train.engine.sweep import sweep
-from nc.train.engine.work import How, Job, Message
-from nc.train.errors import UserError
-from nc.train.grid import Grid
-from nc.train.models import Classifier
-from nc.train.results import load_meta, load_runs
-from nc.train.stack import Stack
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.sets import Dataset, load
+from ncollapse.train.errors import UserError
+from ncollapse.train.grid import Grid
+from ncollapse.train.networks.models import Classifier
+from ncollapse.train.results.reader import load_meta, load_runs
+from ncollapse.train.sweep import processes
+from ncollapse.train.sweep import this_machine as local
+from ncollapse.train.sweep.grouping import Shape
+from ncollapse.train.sweep.messages import How, Job, Message
+from ncollapse.train.sweep.options import Options
+from ncollapse.train.sweep.scheduler import sweep
+from ncollapse.train.sweep.stack_size import Choice, Work
+from ncollapse.train.sweep.throughput import Facts, bytes_per_run, measure
+from ncollapse.train.training.stack import Stack
 from sweep_results import assert_same, count
 
 CPU = torch.device("cpu")
@@ -121,7 +122,7 @@ def test_what_the_user_has_to_mend_is_said(tmp_path: Path, quiet: Console) -> No
 def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "grid.toml").write_text("model = 'cnn'\nepochs = 10000\nlr = [0.1, 0.2]\neval_every = 10000\n")
     arguments = ["sweep", str(tmp_path / "grid.toml"), "--workers", "2", "--stack", "1", "--out", str(tmp_path / "out")]
-    parent = subprocess.Popen([sys.executable, "-m", "nc.train", *arguments], stdout=subprocess.DEVNULL)
+    parent = subprocess.Popen([sys.executable, "-m", "ncollapse.train", *arguments], stdout=subprocess.DEVNULL)
     try:
         workers = until(
             lambda: [p for p in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(p.cmdline())], 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nc.train import provenance
+from ncollapse.train.results import provenance
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 

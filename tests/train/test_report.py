@@ -14,18 +14,19 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from nc.train.config import OPTIMIZERS, RunConfig
-from nc.train.errors import UserError
-from nc.train.grid import Grid
-from nc.train.report import tables, text
-from nc.train.report.figures import LABELS
-from nc.train.report.page import parts_of, write_report
-from nc.train.report.read import read
-from nc.train.report.run import print_run
-from nc.train.report.selection import Selection
-from nc.train.report.text import View, change, duration, number
-from nc.train.results import load_metrics, load_runs
-from nc.train.schema import FILE
+from ncollapse.train.config import RunConfig
+from ncollapse.train.errors import UserError
+from ncollapse.train.grid import Grid
+from ncollapse.train.optimizers import LABELS, OPTIMIZERS
+from ncollapse.train.report import text
+from ncollapse.train.report.page.write import parts_of, write_report
+from ncollapse.train.report.read import read
+from ncollapse.train.report.run import print_run
+from ncollapse.train.report.selection import Selection
+from ncollapse.train.report.tables import main as tables
+from ncollapse.train.report.text import View, change, duration, number
+from ncollapse.train.results.reader import load_metrics, load_runs
+from ncollapse.train.results.schema import FILE
 
 ALL = Selection(threshold=0.0)
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nc.train.report.page import write_report
-from nc.train.report.selection import Selection
-from nc.train.report.tables import main_table
-from nc.train.report.text import number
-from nc.train.results import load_runs
-from nc.train.schema import FILE
+from ncollapse.train.report.page.write import write_report
+from ncollapse.train.report.selection import Selection
+from ncollapse.train.report.tables.main import main_table
+from ncollapse.train.report.text import number
+from ncollapse.train.results.reader import load_runs
+from ncollapse.train.results.schema import FILE
 
 ALL = Selection(threshold=0.0)
 CHROMIUM = shutil.which("chromium")

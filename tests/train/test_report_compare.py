@@ -9,15 +9,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nc.train.columns import METRICS, run_dtypes
-from nc.train.config import RunConfig
-from nc.train.report import compare
-from nc.train.report.read import Results, read
-from nc.train.report.selection import Selection
-from nc.train.report.settings import alike, described, varying
-from nc.train.report.tables import what_was_run
-from nc.train.results import load_metrics, load_runs
-from nc.train.schema import FILE, SCHEMA_VERSION
+from ncollapse.train.config import RunConfig
+from ncollapse.train.report.read import Results, read
+from ncollapse.train.report.selection import Selection
+from ncollapse.train.report.settings import alike, described, varying
+from ncollapse.train.report.tables import comparisons as compare
+from ncollapse.train.report.tables.main import what_was_run
+from ncollapse.train.results.columns import METRICS, run_dtypes
+from ncollapse.train.results.reader import load_metrics, load_runs
+from ncollapse.train.results.schema import FILE, SCHEMA_VERSION
 
 HALF = Selection(threshold=0.5)
 

@@ -7,19 +7,20 @@ from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import pytest
 from rich.console import Console
 
-from nc.train import load_layers
-from nc.train.config import OPTIMIZERS, RunConfig
-from nc.train.grid import Grid
-from nc.train.report import compare, heat, scatter, tables
-from nc.train.report.epochs import nc0_over_epochs
-from nc.train.report.figures import (
+from ncollapse.train import load_layers
+from ncollapse.train.config import RunConfig
+from ncollapse.train.grid import Grid
+from ncollapse.train.optimizers import FAMILY_COLOURS, LABELS, OPTIMIZERS, TABLE
+from ncollapse.train.report.figures import heat_map as heat
+from ncollapse.train.report.figures import scatter
+from ncollapse.train.report.figures.epochs import nc0_over_epochs
+from ncollapse.train.report.figures.style import (
     COLOURS,
-    FAMILY_COLOURS,
-    LABELS,
     Drawing,
     encode,
     line,
@@ -31,10 +32,12 @@ from nc.train.report.figures import (
     styled,
     superscript,
 )
-from nc.train.report.inline import inline
-from nc.train.report.page import parts_of, write_report
-from nc.train.report.read import read
-from nc.train.report.selection import Selection
+from ncollapse.train.report.page.inline_svg import inline
+from ncollapse.train.report.page.write import parts_of, write_report
+from ncollapse.train.report.read import read
+from ncollapse.train.report.selection import Selection
+from ncollapse.train.report.tables import comparisons as compare
+from ncollapse.train.report.tables import main as tables
 
 ALL = Selection(threshold=0.0)
 
@@ -53,7 +56,8 @@ def contrast(one: str, other: str) -> float:
 
 def themes() -> list[dict[str, str]]:
     """The page's colours by name, light and dark."""
-    css = (files("nc.train.report") / "style.css.j2").read_text("utf-8")
+    source = (files("ncollapse.train.report.page") / "style.css.j2").read_text("utf-8")
+    css = jinja2.Template(source).render(optimizers=TABLE, families=FAMILY_COLOURS)
     light, dark = (dict(re.findall(r"--(\w+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S))
     return [light, light | dark]
 
@@ -62,7 +66,7 @@ def test_every_optimizer_has_the_colour_of_its_family_and_a_name() -> None:
     assert set(COLOURS) == set(OPTIMIZERS) <= set(LABELS)
     assert len(set(FAMILY_COLOURS.values())) == len(FAMILY_COLOURS)
     for name in OPTIMIZERS:
-        assert COLOURS[name] == FAMILY_COLOURS[name.removesuffix("w")]
+        assert COLOURS[name] == FAMILY_COLOURS[TABLE[name].family][0]
     assert line("adam", 1.0)["linestyle"] == line("adam", 0.1)["linestyle"] == "-"
     assert line("adamw", 0.0)["linestyle"] != "-"
     assert marker("sgd", 1.0, reached=True)["marker"] != marker("sgd", 0.0, reached=True)["marker"]
@@ -81,11 +85,13 @@ def test_the_pages_colours_can_be_told_from_its_ground(theme: int) -> None:
 
 
 def test_the_pages_light_colours_are_the_figures() -> None:
-    assert {name: themes()[0][name] for name in FAMILY_COLOURS} == FAMILY_COLOURS
+    assert {name: themes()[0][name] for name in FAMILY_COLOURS} == {
+        name: light for name, (light, _) in FAMILY_COLOURS.items()
+    }
 
 
 def test_a_colour_needs_no_matplotlib() -> None:
-    code = "from nc.train.report.figures import COLOURS; import sys; print('matplotlib' in sys.modules)"
+    code = "from ncollapse.train.report.figures.style import COLOURS; import sys; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -171,7 +177,7 @@ def test_a_figure_on_the_page_is_shorter_and_takes_the_pages_colours(swept: Path
     assert {"ink", "grid", "sgd", "signum", "adam"} <= used
     for theme in themes():
         assert used <= set(theme)
-    for colour in (*FAMILY_COLOURS.values(), "#1b1b1b", "DejaVu"):
+    for colour in (*(light for light, _ in FAMILY_COLOURS.values()), "#1b1b1b", "DejaVu"):
         assert colour not in element
     assert re.findall(r"<text[^>]*>([^<]+)</text>", element) == re.findall(r"<text[^>]*>([^<]+)</text>", svg)
     references = set(re.findall(r'(?:href="#|url\(#)([^")]+)', element))

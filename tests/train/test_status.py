@@ -16,15 +16,15 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-from nc.train import cli
-from nc.train.config import PAPER_OPTIMIZERS
-from nc.train.engine import work
-from nc.train.errors import InterruptError, UserError
-from nc.train.grid import Grid
-from nc.train.loop import Evaluation
-from nc.train.schema import FILE
-from nc.train.status import Status, print_status, read_status
-from nc.train.store import LOCK, Store
+from ncollapse.train import cli
+from ncollapse.train.commands.status import Status, print_status, read_status
+from ncollapse.train.errors import InterruptError, UserError
+from ncollapse.train.grid import Grid
+from ncollapse.train.optimizers import PAPER_OPTIMIZERS
+from ncollapse.train.results.schema import FILE
+from ncollapse.train.results.writer import LOCK, Store
+from ncollapse.train.sweep import messages as work
+from ncollapse.train.training.loop import Evaluation
 
 START = "2030-01-01T00:00:00.000+00:00"
 LATER = "2030-01-01T00:01:00.000+00:00"
@@ -209,7 +209,7 @@ def test_a_real_sweep_tells_in_the_middle(
                 if len(seen) == 2:
                     raise KeyboardInterrupt
 
-    monkeypatch.setattr("nc.train.engine.processes.train", looked_at)
+    monkeypatch.setattr("ncollapse.train.sweep.processes.train", looked_at)
     with pytest.raises(InterruptError):
         run_sweep(small_grid, tmp_path, stack=6)
     first, second = seen
@@ -231,7 +231,7 @@ def test_how_it_is_trained_is_said_without_waiting_for_torch(folder: Path) -> No
     others = '"width": null, "precision": "fp32", "augment": "none", "layers": "head", "muon": false'
     engine = engine.replace("OTHERS", others)
     alter(folder, f"INSERT OR REPLACE INTO meta VALUES ('engine', '{engine}')")
-    code = "import sys; from nc.train.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = "import sys; from ncollapse.train.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", code, "status", str(folder)]
     shown = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})
     first, mlp, cnn = shown.stdout.split("Engine ", 1)[1].splitlines()[:3]

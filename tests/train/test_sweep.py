@@ -12,15 +12,16 @@ import pandas as pd
 import pytest
 import torch
 
-from nc.train.columns import METRICS
-from nc.train.config import PAPER_OPTIMIZERS, RunConfig
-from nc.train.engine import processes
-from nc.train.engine.plan import Shape, plan
-from nc.train.engine.progress import rate
-from nc.train.errors import InterruptError
-from nc.train.grid import Grid, load_grid
-from nc.train.results import load_meta, load_metrics, load_runs, load_sessions
-from nc.train.schema import FILE
+from ncollapse.train.config import RunConfig
+from ncollapse.train.errors import InterruptError
+from ncollapse.train.grid import Grid, load_grid
+from ncollapse.train.optimizers import PAPER_OPTIMIZERS
+from ncollapse.train.results.columns import METRICS
+from ncollapse.train.results.reader import load_meta, load_metrics, load_runs, load_sessions
+from ncollapse.train.results.schema import FILE
+from ncollapse.train.sweep import processes
+from ncollapse.train.sweep.grouping import Shape, plan
+from ncollapse.train.sweep.progress_bar import rate
 from sweep_results import assert_same, count
 
 CPU = torch.device("cpu")
@@ -131,7 +132,7 @@ def test_killed_outright_it_continues_to_the_same_results(run_sweep: Callable[..
     grid.write_text('optimizer = ["sgd", "adamw", "signum"]\nweight_decay = [5e-4, 5e-2]\nepochs = 40\nlr = 0.002\n')
 
     options = ["--stack", "1", "--workers", "1", "--out", str(tmp_path / "cut")]
-    command = [sys.executable, "-m", "nc.train", "sweep", str(grid), *options]
+    command = [sys.executable, "-m", "ncollapse.train", "sweep", str(grid), *options]
     run_sweep(load_grid(str(grid)), tmp_path / "whole", stack=1, workers=1)
     victim = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -170,8 +171,8 @@ def test_another_size_of_stacks_replans_what_is_not_begun(
 
 
 def test_weights_are_saved_on_request(run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path) -> None:
-    from nc import metrics
-    from nc.train.models import build
+    from ncollapse import metrics
+    from ncollapse.train.networks.models import build
 
     run_sweep(small_grid, tmp_path, save_weights=True)
     runs = load_runs(tmp_path)

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from nc.train.columns import METRICS
-from nc.train.config import RunConfig
-from nc.train.engine import work
-from nc.train.errors import InterruptError, UserError
-from nc.train.grid import Grid
-from nc.train.loop import Ended, Evaluation
-from nc.train.results import load_metrics, load_runs
-from nc.train.tensorboard import Logs, folder_name
+from ncollapse.train.config import RunConfig
+from ncollapse.train.errors import InterruptError, UserError
+from ncollapse.train.grid import Grid
+from ncollapse.train.results.columns import METRICS
+from ncollapse.train.results.reader import load_metrics, load_runs
+from ncollapse.train.results.tensorboard import Logs, folder_name
+from ncollapse.train.sweep import messages as work
+from ncollapse.train.training.loop import Ended, Evaluation
 
 RUN = RunConfig(optimizer="adam", coupling=0.5)
 
@@ -65,10 +65,10 @@ def test_a_sweep_that_goes_on_has_no_point_twice(
                 raise KeyboardInterrupt
             yield message
 
-    monkeypatch.setattr("nc.train.engine.processes.train", interrupted)
+    monkeypatch.setattr("ncollapse.train.sweep.processes.train", interrupted)
     with pytest.raises(InterruptError):
         run_sweep(grid, tmp_path, tensorboard=True)
-    monkeypatch.setattr("nc.train.engine.processes.train", real)
+    monkeypatch.setattr("ncollapse.train.sweep.processes.train", real)
     assert (load_runs(tmp_path).status == "done").tolist() == [True, False, False]
     assert run_sweep(grid, tmp_path, tensorboard=True) == 2
     assert_shows_the_store(tmp_path)

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from nc.train.config import OPTIMIZERS
-from nc.train.errors import UserError
-from nc.train.report.figures import LABELS
-from nc.train.theory import THEORY, Setting, Trajectory, print_theory, trajectories
+from ncollapse.train.commands.theory import Setting, Trajectory, print_theory, trajectories
+from ncollapse.train.errors import UserError
+from ncollapse.train.optimizers import LABELS, OPTIMIZERS, TABLE
 
 SMALL = Setting(classes=4, dim=5, steps=120, lr=0.1, weight_decay=0.1)
 
@@ -23,9 +22,9 @@ def found() -> list[Trajectory]:
 
 
 def test_every_optimizer_starts_at_the_same_point(found: list[Trajectory]) -> None:
-    assert [one.optimizer for one in found] == list(OPTIMIZERS) == list(THEORY)
+    assert [one.optimizer for one in found] == list(OPTIMIZERS)
     assert {one.nc0[0] for one in found} == {found[0].nc0[0]}
-    assert all(one.coupling == (not one.optimizer.endswith("w")) for one in found)
+    assert all(one.coupling == TABLE[one.optimizer].coupling for one in found)
     assert all(one.steps[0] == 0 and one.steps[-1] == 120 for one in found)
 
 
@@ -36,7 +35,7 @@ def test_predictions_are_of_the_same_runs(found: list[Trajectory]) -> None:
     }  # fmt: skip
     for one in found:
         if one.prediction is None:
-            assert THEORY[one.optimizer] == "–" or "idealises" in THEORY[one.optimizer]
+            assert TABLE[one.optimizer].theorem == "–" or "idealises" in TABLE[one.optimizer].theorem
             continue
         predicted = one.prediction.nc0[one.steps]
         if one.prediction.kind == "exact":
@@ -73,7 +72,7 @@ def test_prints_a_table_and_writes_a_figure(tmp_path: Path, decay: float) -> Non
 
 
 def test_the_figure_has_a_line_for_every_trajectory_and_prediction(found: list[Trajectory]) -> None:
-    from nc.train.report.theory_figure import nc0_over_steps
+    from ncollapse.train.report.figures.theory import nc0_over_steps
 
     figure = nc0_over_steps(found)
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata())]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from nc.train.results import load_meta, load_runs, load_sessions, query, select_layers, select_metrics
+from ncollapse.train.results.reader import load_meta, load_runs, load_sessions, query, select_layers, select_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Results:
     """A results folder, finished or not.
 
     Attributes:
-        runs: a row per run, as `nc.train.results.load_runs` has it.
+        runs: a row per run, as `ncollapse.train.results.reader.load_runs` has it.
         meta: the grid's name and description, and how it is trained.
         sessions: each start of the sweep, oldest first.
     """
@@ -29,11 +29,11 @@ class Results:
     sessions: list[dict[str, Any]]
 
     def histories(self, runs: Iterable[str]) -> pd.DataFrame:
-        """The evaluated epochs of these runs, as `nc.train.results.load_metrics` has them."""
+        """The evaluated epochs of these runs, as `ncollapse.train.results.reader.load_metrics` has them."""
         return select_metrics(self.folder, f"SELECT * FROM metrics WHERE run IN ({_listed(runs)}) ORDER BY run, epoch")
 
     def last_layers(self, runs: Iterable[str]) -> pd.DataFrame:
-        """The blocks of these runs at their last evaluated epochs, as `nc.train.results.load_layers` has them."""
+        """The blocks of these runs at their last evaluated epochs, as `load_layers` has them."""
         sql = (
             f"SELECT * FROM layers WHERE run IN ({_listed(runs)}) "
             "AND epoch = (SELECT MAX(epoch) FROM layers AS all_layers WHERE all_layers.run = layers.run) "

@@ -5,10 +5,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from nc.train.columns import METRICS
-from nc.train.report.tables import predicted_nc0
-from nc.train.report.text import number
-from nc.train.results import load_runs
+from ncollapse.train.report.tables.main import predicted_nc0
+from ncollapse.train.report.text import number
+from ncollapse.train.results.columns import METRICS
+from ncollapse.train.results.reader import load_runs
 
 
 def print_run(folder: Path, console: Console) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TYPE_CHECKING, Literal
 
-from nc.train.errors import UserError
+from ncollapse.train.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from nc.train.config import FIELDS
+from ncollapse.train.config import FIELDS
+from ncollapse.train.optimizers import FAMILY, TABLE
 
 #: How settings are written; the others by their names.
 SYMBOLS = {"momentum": "β", "weight_decay": "λ", "coupling": "c"}
@@ -16,7 +17,7 @@ _ELSEWHERE = ("model", "data", "optimizer")
 
 def family(optimizers: "pd.Series[str]") -> "pd.Series[str]":
     """The update rules, whatever their coupling: sgdw is sgd."""
-    return optimizers.str.removesuffix("w")
+    return optimizers.map(FAMILY)
 
 
 def varying(runs: pd.DataFrame) -> list[str]:
@@ -41,7 +42,7 @@ def described(runs: pd.DataFrame, but: Iterable[str] = ()) -> "pd.Series[str]":
     names = [*_ALWAYS, *(name for name in varying(runs) if name not in (*_ALWAYS, *_ELSEWHERE, "coupling"))]
     parts = [[f"{SYMBOLS.get(name, name)}={_value(v)}" for v in runs[name]] for name in names if name not in but]
     if "coupling" not in but:
-        own = runs.coupling == (~runs.optimizer.str.endswith("w")).astype(float)
+        own = runs.coupling == runs.optimizer.map({name: row.coupling for name, row in TABLE.items()})
         parts.append(
             ["" if its else f"{SYMBOLS['coupling']}={_value(c)}" for its, c in zip(own, runs.coupling, strict=True)]
         )

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from nc.train.report.figures import LABELS
+from ncollapse.train.optimizers import LABELS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,41 @@
+"""`ncollapse doctor`: what this machine has, and what will be fast or fall back."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from ncollapse.kernels.batch_norm import op as batch_norm
+from ncollapse.kernels.class_stats import op as class_stats
+from ncollapse.kernels.update import launch as update
+from ncollapse.train.data.sets import DATA_SETS, data_folder, find
+from ncollapse.train.results.provenance import device_name, package_version
+
+
+def findings(data_dir: Path | None) -> Iterator[tuple[str, str]]:
+    """Pairs (what, finding) for a table."""
+    yield "ncollapse", package_version("ncollapse") or "not installed"
+    yield "torch", torch.__version__
+    yield "processor", f"{device_name('cpu')}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(i)
+            yield f"GPU {i}", f"{device_name(f'cuda:{i}')}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+    else:
+        yield "GPU", "none that torch can use; runs train on the processor"
+    triton = package_version("triton")
+    yield "Triton", triton or "not installed"
+    kernels: list[tuple[str, Callable[[torch.device], str | None], str]] = [
+        ("optimizers", update.why_no_kernel, "a fused kernel, one launch a step"),
+        ("metrics", class_stats.why_no_kernel, "fused kernels, one read of the features"),
+    ]
+    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        if kind == "cuda":
+            kernels.append(("batch norm", batch_norm.why_not_here, "fused with ReLU and pooling"))
+        for what, why_not, fused in kernels:
+            reason = why_not(torch.device(kind))
+            yield f"{what} on {kind}", fused if reason is None else f"plain PyTorch, slowly: {reason}"
+    yield "data folder", str(data_folder(data_dir).resolve())
+    for name in DATA_SETS:
+        yield f"data {name}", find(name, data_folder(data_dir))

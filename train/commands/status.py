@@ -1,0 +1,255 @@
+"""How far a sweep is, for another terminal while it runs, or after it has stopped; reads only."""
+
+import dataclasses
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+from rich import box
+from rich.console import Console
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from ncollapse.train.optimizers import OPTIMIZERS
+from ncollapse.train.results.reader import load_meta, query
+from ncollapse.train.results.schema import FINISHED
+from ncollapse.train.results.writer import LOCK
+from ncollapse.train.sweep.progress_bar import rate
+from ncollapse.train.sweep.stack_size import Choice
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STATUSES = (*FINISHED, "running", "pending")
+
+#: What a run without a plan, or a stack that is not begun, does not have.
+_MAY_LACK = ("session", "stack", "size", "begun_epoch", "epoch", "checkpoint_epoch")
+
+
+@dataclasses.dataclass(frozen=True)
+class StackStatus:
+    """A stack that is training; or that was, when the sweep stopped.
+
+    Attributes:
+        size: runs in it.
+        epochs: of the longest of them.
+        heard: when it was last heard of.
+        checkpoint: epoch of its last checkpoint.
+    """
+
+    id: int
+    size: int
+    model: str
+    data: str
+    epoch: int
+    epochs: int
+    heard: datetime
+    checkpoint: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """How far a sweep is.
+
+    Attributes:
+        sweeping: whether a process is at it now; None where that cannot be found out.
+        counts: how many runs have each status, `STATUSES`. Without a process nothing is running: pending, then.
+        optimizers: finished runs and all runs of each.
+        session: number of the last start, None where there was none; it began at `started`, by `command`.
+        trained: runs trained in that session; parts of runs count.
+        seconds: from its start to when it was last heard of.
+        left: seconds until all runs are finished at that rate; None where there is no rate.
+        stacks: those in flight.
+        engine: how the runs are trained, as the store has it.
+    """
+
+    grid: str
+    sweeping: bool | None
+    counts: dict[str, int]
+    optimizers: dict[str, tuple[int, int]]
+    session: int | None
+    started: datetime | None
+    command: str
+    trained: float
+    seconds: float
+    left: float | None
+    stacks: tuple[StackStatus, ...]
+    engine: dict[str, Any] | None
+
+    @property
+    def total(self) -> int:
+        """All runs of the grid."""
+        return sum(self.counts.values())
+
+    @property
+    def finished(self) -> int:
+        """Runs that have ended, well or not."""
+        return sum(self.counts[status] for status in FINISHED)
+
+
+def read_status(folder: Path) -> Status:
+    """How far the sweep in a results folder is.
+
+    Raises:
+        UserError: no results there, or results of another version.
+    """
+    meta = load_meta(folder)
+    sessions = query(folder, "SELECT * FROM sessions ORDER BY id").to_dict("records")
+    sweeping = _sweeping(folder)
+    # In one query: the sweep may write between two.
+    runs = query(
+        folder,
+        "SELECT status, model, data, optimizer, epochs, runs.session, stack, size, begun_epoch, epoch, updated, "
+        "checkpoint_epoch FROM runs LEFT JOIN stacks ON stacks.id = runs.stack ORDER BY stack",
+    )
+    runs = runs.astype(dict.fromkeys(_MAY_LACK, float))
+    last = sessions[-1] if sessions else None
+    started = datetime.fromisoformat(last["started"]) if last else None
+    trained, seconds = _trained(runs[runs.session == last["id"]], started) if last and started else (0, 0.0)
+    stacks = tuple(_stack(part) for _, part in runs[runs.status == "running"].groupby("stack"))
+    if sweeping is False:
+        runs.loc[runs.status == "running", "status"] = "pending"
+    left = _left(runs)
+    finished = runs.status.isin(FINISHED)
+    return Status(
+        grid=meta["grid"],
+        sweeping=sweeping,
+        counts={status: int((runs.status == status).sum()) for status in STATUSES},
+        optimizers={
+            name: (int(finished[own].sum()), int(own.sum()))
+            for name in OPTIMIZERS
+            if (own := runs.optimizer == name).any()
+        },
+        session=last["id"] if last else None,
+        started=started,
+        command=last["command"] if last else "",
+        trained=trained / float(runs.epochs.mean()),
+        seconds=seconds,
+        left=0.0 if left == 0 else left * seconds / trained if trained and seconds > 0 else None,
+        stacks=stacks,
+        engine=json.loads(meta["engine"]) if "engine" in meta else None,
+    )
+
+
+def _sweeping(folder: Path) -> bool | None:
+    if not (folder / LOCK).is_file():  # which the lock would make
+        return False
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:  # somebody else's folder, or a read-only one
+        return None
+    lock.release()
+    return False
+
+
+def _trained(runs: "pd.DataFrame", started: datetime) -> tuple[int, float]:
+    """Epochs trained of a session's runs, and seconds from its start until it was last heard of."""
+    runs = runs[runs.updated.notna()]  # not those that were put into new stacks, which have not begun
+    if runs.empty:
+        return 0, 0.0
+    reached = runs.epoch.where(~runs.status.isin(FINISHED), runs.epochs).clip(upper=runs.epochs)
+    trained = (reached - runs.begun_epoch.clip(upper=runs.epochs)).clip(lower=0).sum()
+    heard = datetime.fromisoformat(runs.updated.max())
+    return int(trained), max(0.0, (heard - started).total_seconds())
+
+
+def _left(runs: "pd.DataFrame") -> int:
+    """Epochs that are still to be trained: what is not running starts from its checkpoint, or from the beginning."""
+    todo = runs[~runs.status.isin(FINISHED)]
+    reached = todo.epoch.where(todo.status == "running", todo.checkpoint_epoch).fillna(0.0)
+    return int((todo.epochs - reached).clip(lower=0).sum())
+
+
+def _stack(runs: "pd.DataFrame") -> StackStatus:
+    import pandas as pd
+
+    row = runs.iloc[0]
+    checkpoint = None if pd.isna(row["checkpoint_epoch"]) else int(row["checkpoint_epoch"])
+    return StackStatus(
+        id=int(row["stack"]),
+        size=int(row["size"]),
+        model=row["model"],
+        data=row["data"],
+        epoch=max(int(row["epoch"]), checkpoint or 0),  # which may be the newer news
+        epochs=int(runs.epochs.max()),
+        heard=datetime.fromisoformat(row["updated"]),
+        checkpoint=checkpoint,
+    )
+
+
+def print_status(status: Status, console: Console, now: datetime | None = None) -> None:
+    """Show it on the terminal, within 80 columns.
+
+    Args:
+        now: the time that "ago" is counted from.
+    """
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    finished = status.finished == status.total
+    doing = {True: "a sweep is running", False: "no sweep is running", None: "whether a sweep runs cannot be told"}
+    since = f"; last start {status.started.astimezone():%Y-%m-%d %H:%M}" if status.started else ""
+    say(f"{status.grid}: {doing[status.sweeping]}{since}")
+    counts = ", ".join(f"{n} {name}" for name, n in status.counts.items() if n)
+    say(f"{status.finished} of {status.total} runs finished: {counts}")
+    if status.session is not None:
+        left = "time left not known yet" if status.left is None else f"about {_time(status.left)} left"
+        say(f"{rate(status.trained, status.seconds)} in session {status.session}" + ("" if finished else f"; {left}"))
+    if status.engine:
+        say(f"Engine {status.engine['engine']}")
+        for line in Choice.from_dict(status.engine).describe():
+            say(f"  {line}")
+    console.print(_optimizers(status))
+    if status.stacks:
+        console.print(_stacks(status, now or datetime.now(UTC)))
+    elif status.sweeping and not finished:
+        say("No stack is training at the moment: a sweep measures before it begins")
+    if status.sweeping is False and status.command and not finished:
+        console.print(f"To go on: {status.command}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _table(title: str | None = None) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
+
+
+def _optimizers(status: Status) -> Table:
+    table = _table()
+    table.add_column("optimizer")
+    table.add_column("finished", justify="right")
+    table.add_column("")
+    for name, (finished, total) in status.optimizers.items():
+        table.add_row(name, f"{finished}/{total}", ProgressBar(total=total, completed=finished, width=40))
+    return table
+
+
+def _stacks(status: Status, now: datetime) -> Table:
+    title = "Stopped in the middle" if status.sweeping is False else "In flight"
+    table = _table(title)
+    for name in ("stack", "runs", "epoch", "checkpoint"):
+        table.add_column(name, justify="right")
+    table.add_column("training")
+    table.add_column("last news", justify="right")
+    for stack in status.stacks:
+        table.add_row(
+            str(stack.id),
+            str(stack.size),
+            f"{stack.epoch} of {stack.epochs}",
+            "–" if stack.checkpoint is None else str(stack.checkpoint),
+            f"{stack.model} on {stack.data}",
+            f"{_time((now - stack.heard).total_seconds())} ago",
+        )
+    return table
+
+
+def _time(seconds: float) -> str:
+    """A duration in the unit that suits it; none is below zero, since clocks of two machines differ."""
+    seconds = max(seconds, 0.0)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,1 @@
+"""The networks, and their layers for many runs at once."""

@@ -1,0 +1,73 @@
+"""The optimizers that a run may name, a row each: settings, stacks, theory, tables and figures read all they know here.
+
+A new optimizer is a class of `ncollapse.optim`, and two rows here: one with its decay coupled into the gradient, one
+with it decoupled.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerRow:
+    """What is known of an optimizer by its name.
+
+    Attributes:
+        name: as settings and the command line have it.
+        label: as tables and figures write it.
+        family: the update rule, whatever its coupling: a name of `ncollapse.optim` in lower case.
+        coupling: the share of the decay that is added to the gradient by default.
+        in_paper: whether arXiv 2602.16642 compares it.
+        colour, dark_colour: of its family, on light and dark ground (after Okabe & Ito, safe for the colour-blind).
+        dashed: whether figures draw it with a dashed line.
+        theorem: what is proven of NC0, with its theorem in arXiv 2602.16642.
+        takes: those of the settings momentum, beta2 and eps that its update uses.
+        own_stack: its step is not that of the other rules, so that it trains in stacks of its own.
+    """
+
+    name: str
+    label: str
+    family: str
+    coupling: float
+    in_paper: bool
+    colour: str
+    dark_colour: str
+    dashed: bool
+    theorem: str
+    takes: tuple[str, ...]
+    own_stack: bool
+
+
+def _rows() -> Iterator[OptimizerRow]:
+    # family, label, in the paper, colours, what it takes, theorems of the coupled and the decoupled form
+    families = (
+        ("sgd", "SGD", True, ("#0072b2", "#4fa9e6"), ("momentum",),
+         ("→ 0 in any network (3.1)", "→ 0 in any network (3.2)")),
+        ("signum", "Signum", True, ("#009e73", "#2cc294"), ("momentum",),
+         ("rises, → 0 as η decays (3.4)", "rises to K(K − 2)²/λ² (3.3)")),
+        ("adam", "Adam", True, ("#d55e00", "#f5894a"), ("momentum", "beta2", "eps"),
+         ("Signum idealises it", "SignumW idealises it")),
+        ("lion", "Lion", False, ("#cc79a7", "#e39bc6"), ("momentum", "beta2"),
+         ("–", "as SignumW")),
+        ("muon", "Muon", False, ("#e69f00", "#f0b73c"), ("momentum", "beta2", "eps"),
+         ("–", "as SGDW, any network")),
+    )  # fmt: skip
+    for family, label, in_paper, colours, takes, theorems in families:
+        for suffix, coupling, theorem in zip(("", "w"), (1.0, 0.0), theorems, strict=True):
+            yield OptimizerRow(
+                f"{family}{suffix}", f"{label}{suffix.upper()}", family, coupling, in_paper, *colours,
+                dashed=coupling == 0, theorem=theorem, takes=takes, own_stack=family == "muon",
+            )  # fmt: skip
+
+
+#: name -> row, in the order of tables and figures.
+TABLE: dict[str, OptimizerRow] = {row.name: row for row in _rows()}
+OPTIMIZERS: tuple[str, ...] = tuple(TABLE)
+#: Those that arXiv 2602.16642 compares.
+PAPER_OPTIMIZERS: tuple[str, ...] = tuple(row.name for row in TABLE.values() if row.in_paper)
+#: name -> the update rule whatever its coupling.
+FAMILY: dict[str, str] = {row.name: row.family for row in TABLE.values()}
+#: name -> how tables and figures write it.
+LABELS: dict[str, str] = {row.name: row.label for row in TABLE.values()}
+#: family -> (colour on light ground, on dark ground).
+FAMILY_COLOURS: dict[str, tuple[str, str]] = {row.family: (row.colour, row.dark_colour) for row in TABLE.values()}

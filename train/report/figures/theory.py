@@ -1,0 +1,58 @@
+"""NC0 over steps in the unconstrained features model, with what theory predicts."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ncollapse.train.optimizers import FAMILY, FAMILY_COLOURS
+from ncollapse.train.report.figures.style import (
+    INK,
+    QUIET,
+    line,
+    lines_legend,
+    one_legend,
+    panels,
+    scale,
+    styled,
+    ticks,
+)
+
+if TYPE_CHECKING:
+    from ncollapse.train.commands.theory import Trajectory
+    from ncollapse.train.report.figures.style import Axes, Figure
+
+_DOTTED: dict[str, Any] = {
+    "exact": {"color": INK, "lw": 1.0, "ls": ":"},
+    "bound": {"color": QUIET, "lw": 1.0, "ls": (0, (1, 4))},
+}
+# Where theory has two optimizers go the same way, the second is drawn narrower, on the first.
+_WIDTHS = (3.0, 3.0, 1.8, 1.3, 1.3)
+# The axis ends so far below the start: Adam, without noise, goes on to the rounding of float64.
+_SHOWN = 1e-10
+
+
+def nc0_over_steps(found: Sequence["Trajectory"]) -> "Figure":
+    """NC0 of every optimizer over steps, with its prediction: dotted in black if exact, in grey if a bound."""
+    with styled():
+        figure, grid = panels(1, 1, (8.0, 4.8))
+        axes: Axes = grid[0, 0]
+        axes.set_xscale("log")
+        scale(axes, "y", np.concatenate([one.nc0 for one in found]))
+        for one in found:
+            width = _WIDTHS[list(FAMILY_COLOURS).index(FAMILY[one.optimizer])]
+            axes.plot(one.steps[1:], one.nc0[1:], **line(one.optimizer, one.coupling) | {"lw": width})
+        for one in found:
+            if one.prediction is not None:
+                axes.plot(one.steps[1:], one.prediction.nc0[one.steps[1:]], **_DOTTED[one.prediction.kind])
+        axes.set_xlabel("step")
+        axes.set_ylabel("NC0 = ‖Wᵀ1‖²")
+        axes.set_xlim(1, int(found[0].steps[-1]))
+        ticks(axes.xaxis, 1, float(found[0].steps[-1]))
+        if axes.get_yscale() == "log":
+            axes.set_ylim(bottom=max(axes.get_ylim()[0], _SHOWN * float(found[0].nc0[0])))
+        lines_legend(axes, [(one.optimizer, one.coupling) for one in found])
+        for kind, label in (("exact", "predicted"), ("bound", "upper bound")):
+            axes.plot([], [], label=label, **_DOTTED[kind])
+        one_legend(figure, axes, 6)
+    return figure

@@ -1,0 +1,64 @@
+"""The results as files for other programs: a table of runs, one of epochs, and what their columns mean."""
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ncollapse.train.errors import UserError
+from ncollapse.train.results.atomic_write import write_whole
+from ncollapse.train.results.columns import epoch_columns, layer_columns, run_columns
+from ncollapse.train.results.reader import load_layers, load_metrics, load_runs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Format = Literal["parquet", "csv"]
+
+
+def export(folder: Path, format: Format, out: Path | None = None) -> list[Path]:
+    """Write `runs` (a row per run), `epochs` (a row per run and evaluated epoch) and `columns.csv` (what they mean).
+
+    Where runs have `layers` = "all" also `layers` (a row per run, evaluated epoch and block).
+
+    Args:
+        folder: a results folder, finished or not.
+        format: of the tables. Missing values are null in parquet, empty in csv.
+        out: folder for the files, made if missing; by default `export` in the results folder.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        UserError: no results there; parquet without pyarrow; the files cannot be written. Each file is whole or as it
+            was before.
+    """
+    import pandas as pd
+
+    encode = _parquet if format == "parquet" else _csv
+    tables = {"runs": (load_runs(folder), run_columns()), "epochs": (load_metrics(folder), epoch_columns())}
+    layers = load_layers(folder)
+    if len(layers):
+        tables["layers"] = (layers, layer_columns())
+    columns = [(table, name, meaning) for table, (_, meanings) in tables.items() for name, meaning in meanings.items()]
+    contents = {f"{table}.{format}": encode(frame) for table, (frame, _) in tables.items()}
+    contents["columns.csv"] = _csv(pd.DataFrame(columns, columns=["table", "column", "meaning"]))
+    paths = {(out or folder / "export") / name: content for name, content in contents.items()}
+    for path, content in paths.items():
+        write_whole(path, content)
+    return list(paths)
+
+
+def _csv(frame: "pd.DataFrame") -> bytes:
+    return frame.to_csv(index=False, lineterminator="\n").encode()
+
+
+def _parquet(frame: "pd.DataFrame") -> bytes:
+    buffer = io.BytesIO()
+    try:
+        frame.to_parquet(buffer, engine="pyarrow", index=False)
+    except ImportError as error:  # missing, or older than pandas asks for
+        raise UserError(
+            f"--format parquet needs pyarrow ({str(error).splitlines()[0]}): pip install 'ncollapse[parquet]', or give "
+            "--format csv"
+        ) from None
+    return buffer.getvalue()

@@ -1,0 +1,98 @@
+"""Metrics for TensorBoard: a folder per run, written as they come.
+
+A run's record is appended to its file, which is closed again. SummaryWriter would keep a thread for each run in flight,
+write minutes later, and take five times as long: too much for stacks of hundreds of runs.
+"""
+
+import io
+import os
+import re
+import socket
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ncollapse.train.config import RunConfig
+from ncollapse.train.errors import UserError
+from ncollapse.train.results.atomic_write import cannot_write
+
+if TYPE_CHECKING:
+    from ncollapse.train.training.loop import Evaluation
+
+
+class Logs:
+    """The folder `tensorboard` of a results folder.
+
+    Args:
+        folder: the results folder.
+
+    Raises:
+        UserError: the package tensorboard is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import tensorboard.summary.writer.record_writer  # noqa: F401
+        except ImportError:
+            raise UserError(
+                "--tensorboard needs the package tensorboard, which is not installed: "
+                "pip install 'ncollapse[tensorboard]', or leave the option out"
+            ) from None
+        self._folder = folder / "tensorboard"
+        # TensorBoard reads a run's files in the order of their names: one for each start of the sweep.
+        self._name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
+        self._last: dict[str, int] = {}  # run -> the epoch recorded last since this start
+
+    def evaluated(self, runs: Sequence[RunConfig], evaluation: "Evaluation", finished: Collection[str]) -> None:
+        """Record an evaluation of a stack.
+
+        Args:
+            runs: of the stack.
+            finished: runs (identities) that had ended before; trained again for their company only, they stay.
+        """
+        for n, i in enumerate(evaluation.rows):
+            if runs[i].id not in finished:
+                values = {name: each[n] for name, each in evaluation.values.items()}
+                for layer, own in evaluation.layers.items():
+                    values |= {f"{layer}/{name}": each[n] for name, each in own.items()}
+                self.record(runs[i], evaluation.epoch, values)
+
+    def record(self, run: RunConfig, epoch: int, values: dict[str, float]) -> None:
+        """Record a run's metrics at an epoch, each as a scalar.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        now = time.time()
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        events = [Event(wall_time=now, step=epoch, summary=Summary(value=scalars))]
+        if epoch <= self._last.get(run.id, epoch):
+            # The stack has started, perhaps anew or from a checkpoint: what the file has from this epoch on is void.
+            start = SessionLog(status=SessionLog.START)
+            events.insert(0, Event(wall_time=now, step=epoch, session_log=start))
+            events.insert(0, Event(wall_time=now, file_version="brain.Event:2"))
+        self._last[run.id] = epoch
+        self._append(self._folder / folder_name(run), [event.SerializeToString() for event in events])
+
+    def _append(self, folder: Path, events: list[bytes]) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        buffer = io.BytesIO()
+        for event in events:
+            RecordWriter(buffer).write(event)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / self._name, "ab") as file:
+                file.write(buffer.getvalue())
+        except OSError as error:
+            raise cannot_write(folder, error) from None
+
+
+def folder_name(run: RunConfig) -> str:
+    """What TensorBoard calls a run: what it is, in letters that any file system takes, and its identity."""
+    settings = run.describe().replace("β", "momentum").replace("λ", "decay")
+    return re.sub(r"[^A-Za-z0-9=.+-]+", "_", f"{run.model}-{run.data} {settings}") + f"-{run.id}"

@@ -1,0 +1,319 @@
+"""The store: one SQLite file per results folder, written as runs go, in transactions; `reader` reads it.
+
+Checkpoints of long stacks are files beside it, known to the table `stacks`: a checkpoint counts once its row is
+committed, and then its file is whole.
+"""
+
+import dataclasses
+import json
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from ncollapse.train.config import RunConfig
+from ncollapse.train.errors import UserError
+from ncollapse.train.grid import Grid
+from ncollapse.train.results.atomic_write import write_whole
+from ncollapse.train.results.columns import LAYER_METRICS, METRICS
+from ncollapse.train.results.schema import (
+    ENDED,
+    SCHEMA,
+    SETTING_COLUMNS,
+    SETTINGS,
+    check_version,
+    connect,
+    difference,
+    is_empty,
+)
+
+if TYPE_CHECKING:
+    from ncollapse.train.training.loop import Evaluation
+
+LOCK = ".lock"
+#: Seconds between transactions that say only how far stacks are.
+_PROGRESS_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStack:
+    """Runs that train as one program, in order; `checkpoint` is where they go on, if there is one."""
+
+    id: int
+    runs: tuple[RunConfig, ...]
+    checkpoint: Path | None = None
+
+
+class Store:
+    """The runs of one grid in one folder; a context manager that holds the folder's lock.
+
+    Args:
+        folder: made if missing.
+        grid: what the folder is for.
+
+    Raises:
+        UserError: the folder holds another grid (the message names the differences), is in use by another process, was
+            written by another version, or cannot be written. Every method raises it where the disk is full.
+    """
+
+    def __init__(self, folder: Path, grid: Grid) -> None:
+        self.folder, self.grid = folder, grid
+        self._progress: dict[int, int] = {}  # stack -> epoch, not written yet
+        self._written = time.monotonic()
+        with self._telling():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder / LOCK)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise UserError(
+                    f"{folder} is in use by another process; wait for it, or choose another --out"
+                ) from None
+        with ExitStack() as undo:
+            undo.callback(self._lock.release)
+            with self._telling():
+                self._db = connect(folder, create=True)
+                undo.callback(self._db.close)
+                self._open_or_create()
+            self._close = undo.pop_all().close
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._close()
+
+    def _open_or_create(self) -> None:
+        with self._transaction():
+            if is_empty(self._db):
+                for statement in SCHEMA.split(";"):
+                    self._db.execute(statement)
+                self._db.execute("INSERT INTO meta VALUES ('grid', ?)", (self.grid.name,))
+                self._db.execute("INSERT INTO meta VALUES ('description', ?)", (self.grid.description,))
+                rows = [(run.id, i, "pending", *run.as_dict().values()) for i, run in enumerate(self.grid.runs)]
+                places = ", ".join("?" * (3 + len(SETTINGS)))
+                self._db.executemany(
+                    f"INSERT INTO runs (id, position, status, {SETTING_COLUMNS}) VALUES ({places})", rows
+                )
+        check_version(self._db, self.folder)
+        stored = {row[0]: row[1:] for row in self._db.execute(f"SELECT id, {SETTING_COLUMNS} FROM runs")}
+        wanted = {run.id: tuple(run.as_dict().values()) for run in self.grid.runs}
+        if stored != wanted:
+            raise UserError(
+                f"{self.folder} was made by another grid ({len(stored)} runs there, {len(wanted)} now): "
+                f"{difference(list(stored.values()), list(wanted.values()))}. "
+                "Choose another --out, or go back to the grid that made it"
+            )
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Remove what a sweep that was killed could not: files not committed any more, checkpoints of no use."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE stacks SET checkpoint = NULL, checkpoint_epoch = NULL WHERE checkpoint IS NOT NULL "
+                f"AND id NOT IN (SELECT stack FROM runs WHERE stack IS NOT NULL AND status NOT IN ({ENDED}))"
+            )
+        known = {row[0] for row in self._db.execute("SELECT checkpoint FROM stacks")}
+        for path in (*self._checkpoints.glob("*"), *(self.folder / "weights").glob("*.partial")):
+            if path.name not in known:
+                path.unlink()
+
+    def begin_session(self, command: str, provenance: Mapping[str, Any]) -> int:
+        """Record the start of a sweep; returns the session's number, for `begin`.
+
+        What a sweep that was killed left undone is pending again.
+        """
+        with self._transaction():
+            self._db.execute("UPDATE runs SET status = 'pending' WHERE status = 'running'")
+            row = (_now(), command, json.dumps(provenance))
+            cursor = self._db.execute("INSERT INTO sessions (started, command, provenance) VALUES (?, ?, ?)", row)
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def check_data(self, name: str, fingerprint: str) -> None:
+        """Raise UserError unless the data set is the one that the folder's earlier runs were trained on."""
+        with self._transaction():
+            self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (f"data {name}", fingerprint))
+        known = self._db.execute("SELECT value FROM meta WHERE key = ?", (f"data {name}",)).fetchone()[0]
+        if known != fingerprint:
+            raise UserError(
+                f"{self.folder}: the data set {name} is not the one that its earlier runs were trained on "
+                f"({fingerprint} now, {known} then); give that one with --data-dir, or choose another --out"
+            )
+
+    def finished(self) -> dict[str, str]:
+        """Identity -> status of the runs that have ended."""
+        return dict(self._db.execute(f"SELECT id, status FROM runs WHERE status IN ({ENDED})"))
+
+    # The plan: which runs train together. A run's numbers depend on it in their last digits, so that it is kept.
+
+    def stacks(self) -> list[PlannedStack]:
+        """The stacks with runs that have not ended, in order; empty before there is a plan."""
+        members: dict[int, list[RunConfig]] = {}
+        by_id = {run.id: run for run in self.grid.runs}
+        for run, stack in self._db.execute("SELECT id, stack FROM runs WHERE stack IS NOT NULL ORDER BY stack, id"):
+            members.setdefault(stack, []).append(by_id[run])
+        finished = self.finished().keys()
+        files = dict(self._db.execute("SELECT id, checkpoint FROM stacks WHERE checkpoint IS NOT NULL"))
+        return [
+            PlannedStack(stack, tuple(runs), self._checkpoints / files[stack] if stack in files else None)
+            for stack, runs in members.items()
+            if any(run.id not in finished for run in runs)
+        ]
+
+    def begun(self) -> set[int]:
+        """Stacks that cannot be planned anew without losing something: with a run that has ended, or a checkpoint."""
+        rows = self._db.execute(
+            f"SELECT stack FROM runs WHERE status IN ({ENDED}) UNION SELECT id FROM stacks WHERE checkpoint IS NOT NULL"
+        )
+        return {row[0] for row in rows}
+
+    def set_plan(self, stacks: Sequence[Sequence[RunConfig]], engine: Mapping[str, Any] | None = None) -> list[int]:
+        """Put runs into new stacks, instead of those that they were in; returns the numbers of the stacks.
+
+        Args:
+            engine: how and why, kept as meta "engine".
+        """
+        ids = []
+        with self._transaction():
+            for runs in stacks:
+                cursor = self._db.execute("INSERT INTO stacks (size) VALUES (?)", (len(runs),))
+                ids.append(cursor.lastrowid)
+                self._db.executemany(
+                    "UPDATE runs SET stack = ?, status = 'pending' WHERE id = ?",
+                    [(cursor.lastrowid, run.id) for run in runs],
+                )
+            self._db.execute("DELETE FROM stacks WHERE id NOT IN (SELECT stack FROM runs WHERE stack IS NOT NULL)")
+            if engine is not None:
+                self._db.execute("INSERT OR REPLACE INTO meta VALUES ('engine', ?)", (json.dumps(engine),))
+        return [i for i in ids if i is not None]
+
+    def engine(self) -> dict[str, Any] | None:
+        """What `set_plan` was told of how the runs are trained."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = 'engine'").fetchone()
+        return json.loads(row[0]) if row else None
+
+    # What comes in while a stack trains.
+
+    def begin(self, stack: PlannedStack, session: int, train_samples: int, *, resume: bool) -> int:
+        """A stack starts, from its checkpoint or anew; returns the epoch at which it does.
+
+        What its unfinished runs have beyond that is forgotten.
+        """
+        where = f"run IN (SELECT id FROM runs WHERE stack = ? AND status NOT IN ({ENDED}))"
+        with self._transaction():
+            row = self._db.execute("SELECT checkpoint_epoch FROM stacks WHERE id = ?", (stack.id,)).fetchone()
+            epoch = row[0] if resume else -1
+            for table in ("metrics", "layers"):
+                self._db.execute(f"DELETE FROM {table} WHERE {where} AND epoch > ?", (stack.id, epoch))
+            self._db.execute(
+                f"UPDATE runs SET status = 'running', session = ?, train_samples = ? "
+                f"WHERE stack = ? AND status NOT IN ({ENDED})",
+                (session, train_samples, stack.id),
+            )
+            self._db.execute(
+                "UPDATE stacks SET session = ?, updated = ?, begun_epoch = ?, epoch = ? WHERE id = ?",
+                (session, _now(), max(epoch, 0), max(epoch, 0), stack.id),
+            )
+        return max(epoch, 0)
+
+    def record(self, stack: PlannedStack, evaluation: "Evaluation") -> dict[str, str]:
+        """Add an evaluated epoch of a stack's runs, and end those that have ended; returns their identity -> status.
+
+        A run that had already ended is left as it is: a stack that starts anew trains its finished runs again, so that
+        the others keep their company. NaN is stored as NULL.
+        """
+        finished = self.finished().keys()
+        new = [(n, i) for n, i in enumerate(evaluation.rows) if stack.runs[i].id not in finished]
+        ended = [(i, evaluation.ended[i]) for _, i in new if i in evaluation.ended]
+        for i, _ in ended:
+            if i in evaluation.weights:  # before the run counts as ended
+                write_whole(self.folder / "weights" / f"{stack.runs[i].id}.pt", evaluation.weights[i])
+        keys = [(n, (stack.runs[i].id, evaluation.epoch)) for n, i in new]
+        rows = [(*key, *(evaluation.values[name][n] for name in METRICS)) for n, key in keys]
+        layers = [
+            (*key, position, layer, *(values[name][n] for name in LAYER_METRICS))
+            for n, key in keys
+            for position, (layer, values) in enumerate(evaluation.layers.items())
+        ]
+        self._progress[stack.id] = evaluation.epoch
+        with self._transaction():
+            self._db.executemany(f"INSERT INTO metrics VALUES ({', '.join('?' * (2 + len(METRICS)))})", rows)
+            self._db.executemany(f"INSERT INTO layers VALUES ({', '.join('?' * (4 + len(LAYER_METRICS)))})", layers)
+            self._db.executemany(
+                "UPDATE runs SET status = ?, diverged_epoch = ?, seconds = ? WHERE id = ?",
+                [(end.status, end.diverged_epoch, end.seconds, stack.runs[i].id) for i, end in ended],
+            )
+            self._write_progress()
+        return {stack.runs[i].id: end.status for i, end in ended}
+
+    def progress(self, stack: PlannedStack, epoch: int) -> None:
+        """A stack has trained so many epochs; written now and then, for whoever looks on."""
+        self._progress[stack.id] = epoch
+        if time.monotonic() - self._written > _PROGRESS_SECONDS:
+            with self._transaction():
+                self._write_progress()
+
+    def _write_progress(self) -> None:
+        self._db.executemany(
+            "UPDATE stacks SET epoch = ?, updated = ? WHERE id = ?",
+            [(epoch, _now(), stack) for stack, epoch in self._progress.items()],
+        )
+        self._progress.clear()
+        self._written = time.monotonic()
+
+    def save_checkpoint(self, stack: PlannedStack, epoch: int, content: bytes) -> None:
+        """Keep a checkpoint, which replaces the stack's last one; all evaluations up to its epoch are recorded."""
+        name = f"{stack.id}-{epoch}.pt"
+        write_whole(self._checkpoints / name, content)
+        self._set_checkpoint(stack.id, name, epoch)
+
+    def end(self, stack: PlannedStack) -> None:
+        """All runs of a stack have ended: its checkpoint is not needed any more."""
+        self._set_checkpoint(stack.id, None, None)
+
+    def _set_checkpoint(self, stack: int, name: str | None, epoch: int | None) -> None:
+        old = self._db.execute("SELECT checkpoint FROM stacks WHERE id = ?", (stack,)).fetchone()[0]
+        if old == name:
+            return
+        with self._transaction():
+            self._db.execute(
+                "UPDATE stacks SET checkpoint = ?, checkpoint_epoch = ? WHERE id = ?", (name, epoch, stack)
+            )
+        if old is not None:
+            (self._checkpoints / old).unlink(missing_ok=True)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        with self._telling():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(
+                f"cannot write to {self.folder.resolve()}: {error}. Every finished run in it is kept; make room or "
+                "make it writable, then give the same command again"
+            ) from error
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

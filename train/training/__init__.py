@@ -1,0 +1,1 @@
+"""Training a stack of runs: the loop, a step, an evaluation."""
