@@ -1,0 +1,54 @@
+"""Numbers, durations and settings as text."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from ncollapse.train.formatting import (
+    change,
+    duration,
+    number,
+    percentage,
+    rate,
+    rough_duration,
+    setting_value,
+)
+
+
+@pytest.mark.parametrize(
+    ("function", "values", "text"),
+    [
+        (number, (0.0,), "0"),
+        (number, (0.123456,), "0.123"),
+        (number, (12345.0,), "1.23e+04"),
+        (number, (1e-4,), "1.00e-04"),
+        (number, (math.nan,), "–"),
+        (number, (pd.NA,), "–"),
+        (percentage, (0.98765,), "98.77 %"),
+        (percentage, (math.nan,), "–"),
+        (change, (-68.92,), "-68.9 %"),
+        (change, (-99.99,), "<-99.9 %"),
+        (change, (123.4,), "+123 %"),
+        (change, (math.nan,), ""),
+        (duration, (59.0,), "59 s"),
+        (duration, (90.0,), "1.5 min"),
+        (duration, (5400.0,), "1.5 h"),
+        (duration, (math.nan,), "–"),
+        (rough_duration, (-3.0,), "0 s"),
+        (rough_duration, (99.0,), "99 s"),
+        (rough_duration, (360.0,), "6 min"),
+        (rough_duration, (36000.0,), "10.0 h"),
+        (rate, (0.0, 10.0), "… runs/min"),
+        (rate, (4.0, 60.0), "4 runs/min"),
+        (rate, (1.0, 60.0), "60 runs/h"),
+        (setting_value, (None,), "none"),
+        (setting_value, (5e-4,), "0.0005"),
+        (setting_value, (128,), "128"),
+        (setting_value, ("mlp",), "mlp"),
+    ],
+)
+def test_text(function: Callable[..., str], values: tuple[Any, ...], text: str) -> None:
+    assert function(*values) == text
