@@ -29,12 +29,12 @@ from ncollapse import metrics
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset, load
 from ncollapse.train.networks.models import build
+from ncollapse.train.results.record import Evaluation
 from ncollapse.train.sweep import this_machine as local
 from ncollapse.train.sweep.grouping import plan
 from ncollapse.train.sweep.messages import Engine, Failed, How, Job
 from ncollapse.train.sweep.stack_size import Work
 from ncollapse.train.sweep.throughput import Facts
-from ncollapse.train.training.loop import Evaluation
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 #: Runs that the loops train one after the other; what more of them take is a matter of multiplication.

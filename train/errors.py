@@ -11,3 +11,7 @@ class InterruptError(UserError):
 
 class NoResultsError(UserError):
     """A folder holds no results: none were made there, or a sweep is just starting."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint from which a training cannot continue: unreadable, or of other runs or another version."""

@@ -12,8 +12,9 @@ from ncollapse.train.networks.models import build
 from ncollapse.train.networks.patches import convolve
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.optimizers import PAPER_OPTIMIZERS
+from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training import step
-from ncollapse.train.training.loop import Evaluation, Training
+from ncollapse.train.training.loop import Training
 
 pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
 

@@ -9,7 +9,8 @@ from ncollapse.train.config import RunConfig
 from ncollapse.train.data.augment import PAD, draw, padded, take
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.errors import UserError
-from ncollapse.train.training.loop import Evaluation, Training
+from ncollapse.train.results.record import Evaluation
+from ncollapse.train.training.loop import Training
 
 CPU = torch.device("cpu")
 

@@ -14,12 +14,13 @@ from torch.nn import functional as F
 from ncollapse import ufm
 from ncollapse.train.config import ALONE, RunConfig
 from ncollapse.train.data.sets import Dataset
-from ncollapse.train.errors import UserError
+from ncollapse.train.errors import CheckpointError, UserError
 from ncollapse.train.networks.models import MODELS, Classifier, build
 from ncollapse.train.optimizers import TABLE
 from ncollapse.train.results.columns import METRICS
+from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training import loop
-from ncollapse.train.training.loop import CheckpointError, Evaluation, Training
+from ncollapse.train.training.loop import Training
 from ncollapse.train.training.stack import Stack
 
 CPU = torch.device("cpu")

@@ -19,10 +19,11 @@ from ncollapse.train.grid import Grid
 from ncollapse.train.networks.models import MODELS, Alone, build
 from ncollapse.train.results.columns import LAYER_METRICS
 from ncollapse.train.results.export import export
+from ncollapse.train.results.record import Evaluation
 from ncollapse.train.sweep.grouping import Shape, plan
 from ncollapse.train.sweep.stack_size import Work
 from ncollapse.train.sweep.throughput import Facts
-from ncollapse.train.training.loop import Evaluation, Training
+from ncollapse.train.training.loop import Training
 
 CPU = torch.device("cpu")
 

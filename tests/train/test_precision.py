@@ -15,7 +15,8 @@ from ncollapse.train.data.sets import Dataset, load
 from ncollapse.train.networks.models import build
 from ncollapse.train.networks.precision import arithmetic, exact_products
 from ncollapse.train.results.columns import METRICS
-from ncollapse.train.training.loop import Evaluation, Training
+from ncollapse.train.results.record import Evaluation
+from ncollapse.train.training.loop import Training
 from ncollapse.train.training.stack import Stack, make_optimizer
 from ncollapse.train.training.step import Step
 

@@ -21,10 +21,10 @@ from ncollapse.train.commands.status import Status, print_status, read_status
 from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.optimizers import PAPER_OPTIMIZERS
+from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.schema import FILE
 from ncollapse.train.results.writer import LOCK, Store
 from ncollapse.train.sweep import messages as work
-from ncollapse.train.training.loop import Evaluation
 
 START = "2030-01-01T00:00:00.000+00:00"
 LATER = "2030-01-01T00:01:00.000+00:00"

@@ -14,9 +14,9 @@ from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.reader import load_metrics, load_runs
+from ncollapse.train.results.record import Ended, Evaluation
 from ncollapse.train.results.tensorboard import Logs, folder_name
 from ncollapse.train.sweep import messages as work
-from ncollapse.train.training.loop import Ended, Evaluation
 
 RUN = RunConfig(optimizer="adam", coupling=0.5)
 

@@ -18,7 +18,7 @@ from ncollapse.train.errors import UserError
 from ncollapse.train.results.atomic_write import cannot_write
 
 if TYPE_CHECKING:
-    from ncollapse.train.training.loop import Evaluation
+    from ncollapse.train.results.record import Evaluation
 
 
 class Logs:

@@ -33,7 +33,7 @@ from ncollapse.train.results.schema import (
 )
 
 if TYPE_CHECKING:
-    from ncollapse.train.training.loop import Evaluation
+    from ncollapse.train.results.record import Evaluation
 
 LOCK = ".lock"
 #: Seconds between transactions that say only how far stacks are.

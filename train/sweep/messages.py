@@ -9,8 +9,9 @@ import torch
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
-from ncollapse.train.errors import UserError
-from ncollapse.train.training.loop import CheckpointError, Evaluation, Training
+from ncollapse.train.errors import CheckpointError, UserError
+from ncollapse.train.results.record import Evaluation
+from ncollapse.train.training.loop import Training
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from ncollapse.train.data.sets import Dataset
 from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.provenance import describe_machine
+from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.tensorboard import Logs
 from ncollapse.train.results.writer import PlannedStack, Store
 from ncollapse.train.sweep import this_machine as local
@@ -24,7 +25,6 @@ from ncollapse.train.sweep.options import Options
 from ncollapse.train.sweep.progress_bar import SweepProgress
 from ncollapse.train.sweep.stack_size import Choice, Work
 from ncollapse.train.sweep.throughput import Facts
-from ncollapse.train.training.loop import Evaluation
 
 #: How often a stack is tried whose process or node is lost each time; then it is halved, since a process that takes too
 #: much memory may be killed without a word.

@@ -9,15 +9,13 @@ from ncollapse.measurement import of_head, of_layer
 from ncollapse.metrics import nc4
 from ncollapse.stats import ClassStats
 from ncollapse.train.data.sets import Dataset
+from ncollapse.train.results.record import Values
 from ncollapse.train.training.stack import Stack
 from ncollapse.train.training.step import cross_entropy
 
 #: Images of all runs in one forward pass. On a CPU few enough that activations stay in its cache; on a GPU enough to
 #: fill it: without gradients a pass of this size takes less memory than a training step.
 _BATCH = {"cpu": 256, "cuda": 1024}
-
-#: Metric name -> one value per run.
-Values = dict[str, list[float]]
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """The training loop: a stack of runs from its initial weights, or a checkpoint, to the last epoch of the last run."""
 
-import dataclasses
 import io
 import pickle
 import time
@@ -13,10 +12,11 @@ from torch import Tensor
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.augment import PAD, draw
 from ncollapse.train.data.sets import Dataset
-from ncollapse.train.errors import UserError
+from ncollapse.train.errors import CheckpointError, UserError
 from ncollapse.train.networks.models import MIN_SIZE, MULTIPLE, SHRINKS, build
 from ncollapse.train.networks.precision import arithmetic
-from ncollapse.train.training.evaluate import Values, evaluate
+from ncollapse.train.results.record import Ended, Evaluation, Values
+from ncollapse.train.training.evaluate import evaluate
 from ncollapse.train.training.stack import Stack, make_optimizer
 from ncollapse.train.training.step import Step
 
@@ -24,40 +24,6 @@ from ncollapse.train.training.step import Step
 #: CUDA graph.
 _LEFT = 0.75
 _FORMAT = 2
-
-
-class CheckpointError(UserError):
-    """A checkpoint that a training cannot go on from."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Ended:
-    """How a run ended: done, diverged (NaN or inf, first seen at `diverged_epoch`) or degenerate, and its seconds."""
-
-    status: str
-    diverged_epoch: int | None
-    seconds: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """What was measured after an epoch (0: before the first step).
-
-    Attributes:
-        rows: the runs that were evaluated, as indices into the runs of the training.
-        values: metric name -> one value for each of `rows`.
-        layers: block -> the same of its output, in the order of the blocks; empty if not asked for.
-        ended: run -> how it ended; such runs are not trained further.
-        weights: run -> what `torch.save` writes of {"config": settings, "state_dict": final weights}, for those that
-            ended and if asked for.
-    """
-
-    epoch: int
-    rows: tuple[int, ...]
-    values: Values
-    layers: dict[str, Values]
-    ended: dict[int, Ended]
-    weights: dict[int, bytes]
 
 
 class Training:

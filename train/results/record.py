@@ -1,0 +1,45 @@
+"""The record of a run: what an evaluation measured, and how a run ended.
+
+It stands below both the training, which makes it, and the results folder, which keeps it.
+"""
+
+import dataclasses
+
+#: Metric name -> one value per run.
+Values = dict[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a run ended.
+
+    Attributes:
+        status: done, diverged (NaN or inf) or degenerate (features or weights have vanished).
+        diverged_epoch: the first evaluated epoch with NaN or inf; None unless diverged.
+        seconds: the run's share of the training time.
+    """
+
+    status: str
+    diverged_epoch: int | None
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The metrics measured after an epoch (0: before the first step).
+
+    Attributes:
+        rows: the runs that were evaluated, as indices into the runs of the training.
+        values: metric name -> one value for each of `rows`.
+        layers: block -> metrics of its output, in the order of the blocks; empty unless requested.
+        ended: run -> how it ended; such runs are not trained further.
+        weights: run -> the bytes that `torch.save` writes for {"config": settings, "state_dict": final weights}, for
+            the runs that ended; empty unless requested.
+    """
+
+    epoch: int
+    rows: tuple[int, ...]
+    values: Values
+    layers: dict[str, Values]
+    ended: dict[int, Ended]
+    weights: dict[int, bytes]
