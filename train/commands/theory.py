@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ncollapse.ufm import Prediction
+    from ncollapse.train.report.figures.theory import Trajectory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,28 +69,12 @@ class Setting:
         return self.lr * np.power(0.1, 3 * np.arange(self.steps) // self.steps, dtype=np.float64)
 
 
-@dataclasses.dataclass(frozen=True)
-class Trajectory:
-    """NC0 under one optimizer.
-
-    Attributes:
-        steps: `[T]`, those recorded.
-        nc0: `[T]`, as simulated.
-        prediction: over all steps; None where theory has none.
-    """
-
-    optimizer: str
-    coupling: float
-    steps: "NDArray[np.int64]"
-    nc0: "NDArray[np.float64]"
-    prediction: "Prediction | None"
-
-
-def trajectories(setting: Setting) -> list[Trajectory]:
+def trajectories(setting: Setting) -> "list[Trajectory]":
     """Every optimizer from the same start, in the order of `OPTIMIZERS`."""
     import torch
 
     from ncollapse import ufm
+    from ncollapse.train.report.figures.theory import Trajectory
 
     shared: dict[str, Any] = {"lr": setting.lrs, "steps": setting.steps, "momentum": setting.momentum}
     shared |= {"weight_decay": setting.weight_decay}

@@ -1,5 +1,6 @@
 """NC0 over steps in the unconstrained features model, with what theory predicts."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,10 @@ from ncollapse.train.report.figures.style import (
 )
 
 if TYPE_CHECKING:
-    from ncollapse.train.commands.theory import Trajectory
+    from numpy.typing import NDArray
+
     from ncollapse.train.report.figures.style import Axes, Figure
+    from ncollapse.ufm import Prediction
 
 _DOTTED: dict[str, Any] = {
     "exact": {"color": INK, "lw": 1.0, "ls": ":"},
@@ -32,7 +35,24 @@ _WIDTHS = (3.0, 3.0, 1.8, 1.3, 1.3)
 _SHOWN = 1e-10
 
 
-def nc0_over_steps(found: Sequence["Trajectory"]) -> "Figure":
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """NC0 under one optimizer.
+
+    Attributes:
+        steps: `[T]`, the recorded steps.
+        nc0: `[T]`, simulated.
+        prediction: at every step; None where theory has none.
+    """
+
+    optimizer: str
+    coupling: float
+    steps: "NDArray[np.int64]"
+    nc0: "NDArray[np.float64]"
+    prediction: "Prediction | None"
+
+
+def nc0_over_steps(found: Sequence[Trajectory]) -> "Figure":
     """NC0 of every optimizer over steps, with its prediction: dotted in black if exact, in grey if a bound."""
     with styled():
         figure, grid = panels(1, 1, (8.0, 4.8))
