@@ -1,4 +1,4 @@
-"""Shared by all tests."""
+"""Shared by all tests: threads, Triton's interpreter, markers and seeds."""
 
 import os
 import re
@@ -13,6 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from ncollapse.kernels import operators
 from ncollapse.kernels.update.launch import why_no_kernel
 
 NO_CPU_KERNEL = why_no_kernel(torch.device("cpu"))
@@ -20,6 +21,7 @@ NO_CPU_KERNEL = why_no_kernel(torch.device("cpu"))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "compiled: needs a C++ compiler and the CPU kernel that it made")
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
     if NO_CPU_KERNEL:  # then all else must work on the reference, which says so
         config.addinivalue_line("filterwarnings", f"ignore:plain PyTorch.*{re.escape(NO_CPU_KERNEL)}")
 
@@ -27,8 +29,16 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if NO_CPU_KERNEL and item.get_closest_marker("compiled"):
         pytest.skip(NO_CPU_KERNEL)
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU; tests/kernels runs the same kernels in Triton's interpreter")
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_warning_given_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give warnings again that were given before: each is given once per process."""
+    monkeypatch.setattr(operators, "_warned", set())

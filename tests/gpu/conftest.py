@@ -1,13 +1,14 @@
-"""What only a GPU can show. Without one these tests are skipped; `make gpu` runs them, then the benchmarks."""
+"""What only a GPU can show: graphs, streams, synchronisation, training. `make gpu` runs it, then the benchmarks."""
 
 import pytest
 import torch
 
+from devices import GPU_MARKS
 
-@pytest.fixture(autouse=True)
-def _needs_a_gpu() -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU; the same kernel is tested in Triton's interpreter by tests/kernels")
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    for mark in GPU_MARKS:
+        item.add_marker(mark)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from batch_norm_cases import (
     KINDS,
     MOMENTUM,
     Case,
-    How,
+    Implementation,
     case,
     channels_last,
     forward,
@@ -92,7 +92,7 @@ def test_the_formula() -> None:
 
 @pytest.mark.parametrize("how", [public, batch_norm_relu_reference], ids=["function", "reference"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients_of_the_reference(kind: str, how: How) -> None:
+def test_gradients_of_the_reference(kind: str, implementation: Implementation) -> None:
     """By differences, where no value is near a choice."""
     given = case((2, 2, 4, 3), kind=kind).copy(torch.float64)
     grad = gradient(given, 1e-3)
@@ -100,7 +100,7 @@ def test_gradients_of_the_reference(kind: str, how: How) -> None:
 
     def loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         fresh = given.running_mean.clone(), given.running_var.clone()
-        return (how(x, weight, bias, *fresh, True, MOMENTUM, EPS, given.pool, given.residual) * grad).sum()
+        return (implementation(x, weight, bias, *fresh, True, MOMENTUM, EPS, given.pool, given.residual) * grad).sum()
 
     assert torch.autograd.gradcheck(loss, leaves, eps=1e-5)
 

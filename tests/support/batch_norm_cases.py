@@ -1,30 +1,32 @@
-"""Maps and what batch norm with ReLU makes of them: what the tests of its kernels share."""
+"""Inputs of batch norm with ReLU, and the comparison of a result with the reference, for the tests of its kernels."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import interpreter
+from ncollapse.kernels.batch_norm import batch_norm_relu
 from ncollapse.kernels.batch_norm.op import fused
 from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
 
 MOMENTUM, EPS = 0.1, 1e-5
 KINDS = ("plain", "pool", "residual")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: How far z may be off in a dtype, beside 1 + |z|: half precision is cut off by Triton's interpreter, not rounded.
+#: Error bound of z, relative to 1 + |z|: Triton's interpreter truncates half precision where a GPU rounds.
 MARGIN = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float64: 0.0}
 
-#: `fused` or the reference.
-How = Callable[..., Tensor]
+#: A function with the arguments of `batch_norm_relu_reference`.
+Implementation = Callable[..., Tensor]
 
 
 @dataclass
 class Case:
-    """The tensor arguments of `batch_norm_relu`, and what it is to do with them."""
+    """The arguments of `batch_norm_relu`."""
 
     x: Tensor
     weight: Tensor
@@ -36,7 +38,7 @@ class Case:
     train: bool = True
 
     def copy(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> "Case":
-        """The same of its own; all of it in `dtype`, if there is one."""
+        """A deep copy; with `dtype`, all tensors in it."""
         tensors = {
             name: t.detach().to(device, dtype, copy=True) for name, t in vars(self).items() if torch.is_tensor(t)
         }
@@ -45,7 +47,7 @@ class Case:
 
 @dataclass
 class Result:
-    """The output, the gradients (of those that want one) and the running statistics."""
+    """The output y, the gradients of x, weight, bias and residual, and the running statistics."""
 
     y: Tensor
     x: Tensor
@@ -69,7 +71,7 @@ def case(
     std: float = 2.0,
     device: torch.device | None = None,
 ) -> Case:
-    """Normal random maps of this mean and spread, about a tenth of the channels with a negative weight."""
+    """Normal random maps with this mean and deviation; about a tenth of the channels have a negative weight."""
 
     def random(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(size, dtype=dtype, device=device)
@@ -82,15 +84,25 @@ def case(
     return Case(x, weight, bias, *running, residual, kind == "pool")
 
 
-def kernels(*arguments: object) -> Tensor:
-    """`fused` on the GPU, or in Triton's interpreter."""
+def public(*arguments: Any) -> Tensor:
+    """`batch_norm_relu` with the arguments of the reference."""
+    x, weight, bias, mean, var, train, momentum, eps, pool, residual = arguments
+    return batch_norm_relu(
+        x, weight, bias, mean, var, train=train, momentum=momentum, eps=eps, pool=pool, residual=residual
+    )
+
+
+def kernels(*arguments: Any) -> Tensor:
+    """The kernels: on a GPU through `batch_norm_relu`, on the CPU in Triton's interpreter."""
+    if arguments[0].is_cuda:
+        return public(*arguments)
     with interpreter.quiet():
-        return fused(*arguments)  # type: ignore[arg-type]
+        return fused(*arguments)
 
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """New tensors are full of NaN until they are written."""
+    """Fill new tensors with NaN, so that what a kernel does not write shows."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(3).isnan().all()
@@ -99,64 +111,69 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-def forward(how: How, of: Case) -> Tensor:
-    return how(
-        of.x, of.weight, of.bias, of.running_mean, of.running_var, of.train, MOMENTUM, EPS, of.pool, of.residual
+def forward(implementation: Implementation, given: Case) -> Tensor:
+    return implementation(
+        given.x, given.weight, given.bias, given.running_mean, given.running_var, given.train, MOMENTUM, EPS,
+        given.pool, given.residual,
     )  # fmt: skip
 
 
-def run(how: How, given: Case, grad: Tensor) -> Result:
-    """Forward and backward on a copy; what was given stays as it is."""
-    of = given.copy()
-    leaves = [of.x, of.weight, of.bias, *([] if of.residual is None else [of.residual])]
+def run(implementation: Implementation, given: Case, grad: Tensor) -> Result:
+    """Run forward and backward on a copy; `given` does not change."""
+    copy = given.copy()
+    leaves = [copy.x, copy.weight, copy.bias, *([] if copy.residual is None else [copy.residual])]
     for leaf in leaves:
         leaf.requires_grad_()
-    y = forward(how, of)
+    y = forward(implementation, copy)
     with interpreter.quiet():
         grads = torch.autograd.grad(y, leaves, grad.to(y))
-    residual = None if of.residual is None else grads[3]
-    return Result(y.detach(), *grads[:3], residual, of.running_mean, of.running_var)
+    residual = None if copy.residual is None else grads[3]
+    return Result(y.detach(), *grads[:3], residual, copy.running_mean, copy.running_var)
 
 
-def normalised(of: Case) -> Tensor:
-    """z in float64: what ReLU and pooling choose by."""
-    of = of.copy(torch.float64)
-    return F.batch_norm(of.x, of.running_mean, of.running_var, of.weight, of.bias, of.train, MOMENTUM, EPS)
+def normalised(given: Case) -> Tensor:
+    """z in float64: the values by which ReLU and pooling select."""
+    exact = given.copy(torch.float64)
+    return F.batch_norm(
+        exact.x, exact.running_mean, exact.running_var, exact.weight, exact.bias, exact.train, MOMENTUM, EPS
+    )
 
 
-def gradient(of: Case, margin: float | None = None) -> Tensor:
-    """A random gradient of the output, zero where a rounding of z decides what ReLU or pooling chooses.
+def gradient(given: Case, margin: float | None = None) -> Tensor:
+    """A random gradient of the output, zero where rounding of z could change what ReLU or pooling selects.
 
-    Values that are exactly equal are no such case: the first is to win.
+    Exactly equal values keep their gradient: the first of them must be selected.
     """
-    margin = MARGIN[of.x.dtype] if margin is None else margin
-    z = normalised(of)
-    best, uncertain = z, torch.zeros_like(z, dtype=torch.bool)
-    if of.pool:
-        best = F.max_pool2d(z, 2)
-        height, width = best.shape[2:]
-        four = [z[..., i : 2 * height : 2, j : 2 * width : 2] for i in (0, 1) for j in (0, 1)]
-        uncertain = torch.stack([(best - v <= margin * (1 + best.abs())) & (v != best) for v in four]).any(0)
-    uncertain |= best.abs() <= margin
-    grad = torch.randn(best.shape, device=best.device).masked_fill(uncertain, 0.0).to(of.x.dtype)
+    margin = MARGIN[given.x.dtype] if margin is None else margin
+    z = normalised(given)
+    largest, uncertain = z, torch.zeros_like(z, dtype=torch.bool)
+    if given.pool:
+        largest = F.max_pool2d(z, 2)
+        height, width = largest.shape[2:]
+        corners = [z[..., i : 2 * height : 2, j : 2 * width : 2] for i in (0, 1) for j in (0, 1)]
+        uncertain = torch.stack([(largest - v <= margin * (1 + largest.abs())) & (v != largest) for v in corners]).any(
+            0
+        )
+    uncertain |= largest.abs() <= margin
+    grad = torch.randn(largest.shape, device=largest.device).masked_fill(uncertain, 0.0).to(given.x.dtype)
     assert grad.count_nonzero() >= 0.4 * grad.numel()
     return channels_last(grad)
 
 
 def check(ours: Result, given: Case, grad: Tensor, channels: Tensor | None = None) -> Result:
-    """Raise AssertionError unless all is as the reference in float64 has it, but for roundings; returns what it has.
+    """Raise AssertionError unless a result equals the float64 reference up to rounding; return the reference's.
 
-    These are float32's, and for maps those of the dtype, cut off as in `MARGIN`.
+    Vectors may have float32's rounding errors, maps those of their dtype, truncated as in `MARGIN`.
 
     Args:
-        channels: those that are compared, `[C]` bool; all.
+        channels: `[C]` bool, the channels to compare; all by default.
     """
     exact = given.copy(torch.float64)
     theirs = run(batch_norm_relu_reference, exact, grad.double())
     rounding = {torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-10}[given.x.dtype]
     pixels = given.x.numel() // given.x.shape[1]
     variance = exact.x.var((0, 2, 3), unbiased=False)
-    # A gradient of x is a difference of such terms.
+    # The gradient of x is a difference of terms of this size.
     terms = (given.weight * (variance + EPS).rsqrt()).abs().max() * grad.abs().max()
     for name, their in vars(theirs).items():
         our = getattr(ours, name)
@@ -167,7 +184,7 @@ def check(ours: Result, given: Case, grad: Tensor, channels: Tensor | None = Non
             our, their = (t[:, channels] if t.dim() == 4 else t[channels] for t in (our, their))
         if their.dim() == 4:
             assert our.dtype == given.x.dtype, name
-            # A residual is added to what has been rounded before.
+            # A residual is added to a rounded value, which rounds twice.
             twice = 2 if name == "y" and theirs.residual is not None else 1
             size = max(their.abs().max().item(), terms.item() if name == "x" else 0.0)
             close(name, our, their, rtol=twice * rounding + 1e-5, atol=(1e-5 + (twice - 1) * rounding) * size)
