@@ -1,44 +1,217 @@
-"""`measure`: NC0–NC4 of any model on any data; `NCCallback`: the same every so often while it trains."""
+"""NC0–NC4 of a classifier: `Measurement` batch by batch, `measure` of any model, `NCCallback` while it trains."""
 
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ncollapse import metrics
-from ncollapse.hooks import Loader, Pool, Taps, batches, eval_mode, find
+from ncollapse.batches import Loader, labelled_batches
+from ncollapse.heads import find_head, find_module
+from ncollapse.hooks import FeatureHooks, Pool, eval_mode
 from ncollapse.stats import ClassStats
 
-#: Bytes of kept features that are looked at together on a GPU, where a call costs more than laying batches together.
-_TOGETHER = 2**26
+# The metrics of a layer's features, by the names of `LayerResult`.
+_OF_LAYER: dict[str, Callable[[ClassStats], Tensor]] = {
+    "nc1": metrics.nc1,
+    "nc1_trace_ratio": partial(metrics.nc1, kind="trace_ratio"),
+    "nc1_cdnv": partial(metrics.nc1, kind="cdnv"),
+    "nc2": metrics.nc2,
+    "nc2_equinorm": partial(metrics.nc2, kind="equinorm"),
+    "nc2_equiangularity": partial(metrics.nc2, kind="equiangularity"),
+}
+# The further metrics of the head's weight W `[*, K, d]` and its features, by the names of `NCResult`.
+_OF_HEAD: dict[str, Callable[[Tensor, ClassStats], Tensor]] = {
+    "nc0": lambda weight, _: metrics.nc0(weight),
+    "nc2_weight": lambda weight, _: metrics.nc2(weight),
+    "nc2_weight_equinorm": lambda weight, _: metrics.nc2(weight, kind="equinorm"),
+    "nc2_weight_equiangularity": lambda weight, _: metrics.nc2(weight, kind="equiangularity"),
+    "nc3": metrics.nc3,
+    "nc3_difference": partial(metrics.nc3, kind="difference"),
+    "degenerate": metrics.degenerate,
+}
+#: The names of all metrics of a head.
+HEAD_METRICS = (*_OF_LAYER, *_OF_HEAD, "nc4", "train_accuracy")
+# Bytes of kept features that are compared with the class means in one call: on a GPU a call costs more than the copy
+# that joins batches, on a CPU only that of small batches does.
+_BYTES_PER_CALL = {"cpu": 2**20, "cuda": 2**26}
 
 
-def of_layer(stats: ClassStats) -> dict[str, Tensor]:
-    """What can be said of a layer's features alone, by the names of `LayerResult`; tensors of shape `[*]`."""
-    return {
-        "nc1": metrics.nc1(stats),
-        "nc1_trace_ratio": metrics.nc1(stats, kind="trace_ratio"),
-        "nc1_cdnv": metrics.nc1(stats, kind="cdnv"),
-        "nc2": metrics.nc2(stats),
-        "nc2_equinorm": metrics.nc2(stats, kind="equinorm"),
-        "nc2_equiangularity": metrics.nc2(stats, kind="equiangularity"),
-    }
+class Measurement:
+    """Gather batches and compute NC0–NC4, for one model or R stacked runs.
+
+    NC4 asks which class mean is nearest, and the means are known only after all batches. So the features are kept until
+    then, up to `keep_bytes`; if they take more, NC4 needs a second pass over the same data. With `previous` neither is
+    needed. Nothing waits for a GPU before `end_pass`.
+
+    Args:
+        weight: W of the head, `[K, d]`, or `[R, K, d]` of stacked runs. `*` below is R or nothing.
+        names: the metrics to compute, of `HEAD_METRICS`.
+        moment: "full" keeps d × d values for the head and each layer; "projected" at most K × K, and needs a second
+            pass.
+        previous: `[*, K, d]` float64, class means of an earlier measurement, which NC4 then takes for the nearest mean.
+        keep_bytes: the most that the kept features of a run may take, on their device.
+        nan_policy: of values that are NaN or infinite, as in `ClassStats`.
+        name: of the head, for errors and warnings.
+        dtype: of the sums, float32 or float64, as in `ClassStats`.
+
+    Raises:
+        ValueError: unknown names, fewer than two classes.
+
+    Attributes:
+        stats: the statistics of the head's features.
+        means: `[*, K, d]` float64, the class means; set by `end_pass`.
+        samples: how many were added in the first pass.
+
+    Example:
+        >>> measurement = Measurement(model.fc.weight)
+        >>> for x, y in loader:
+        ...     features = model.features(x)
+        ...     measurement.add(features, model.fc(features), y)
+        >>> values, _ = measurement.finish()
+        >>> values["nc1"]
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        names: Collection[str] = HEAD_METRICS,
+        *,
+        moment: Literal["full", "projected"] = "full",
+        previous: Tensor | None = None,
+        keep_bytes: int = 2**30,
+        nan_policy: Literal["raise", "propagate"] = "raise",
+        name: str = "",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if not set(names) <= set(HEAD_METRICS):
+            raise ValueError(f"Measurement: metrics are {', '.join(HEAD_METRICS)}; got {', '.join(names)}")
+        self._weight, self._names, self._moment = weight.detach(), names, moment
+        self._nan_policy, self._dtype = nan_policy, dtype
+        self.stats = self._statistics(weight.shape[-1], name, weight.device)
+        self._layers: dict[str, ClassStats] = {}
+        self.means: Tensor | None = None
+        self.samples = self._compared = 0
+        runs = weight.shape[:-2]
+        self._correct = torch.zeros(runs, dtype=torch.int64, device=weight.device)
+        self._differ = torch.zeros_like(self._correct)
+        # Batches are compared with these means at once; without them their features and predictions are kept, if so.
+        self._centres = previous.to(weight.device) if previous is not None and "nc4" in names else None
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
+        if self._centres is None and "nc4" in names and moment == "full" and keep_bytes > 0:
+            self._kept = []
+        self._bytes_left = keep_bytes * runs.numel()
+
+    def add(
+        self, features: Tensor, logits: Tensor | None, labels: Tensor, layers: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            features: the head's input `[*, B, d]`, any floating dtype.
+            logits: `[*, B, K]`, bias included; may be None if neither NC4 nor the accuracy is among the names.
+            labels: `[B]` integers in [0, K), shared by stacked runs.
+            layers: name -> features `[*, B, d']` of further layers; in every batch the same names.
+
+        Raises:
+            ValueError, TypeError: what `ClassStats.update` refuses.
+        """
+        first_pass = self.means is None
+        if first_pass or self._moment == "projected":
+            self.stats.update(features, labels.to(features.device))
+            for name, h in (layers or {}).items():
+                if name not in self._layers:
+                    self._layers[name] = self._statistics(h.shape[-1], name, h.device)
+                self._layers[name].update(h, labels.to(h.device))
+        if first_pass:
+            self.samples += len(labels)
+        if not {"nc4", "train_accuracy"} & set(self._names):
+            return
+        if logits is None:
+            raise ValueError("Measurement.add: NC4 and the accuracy need logits")
+        predicted = logits.argmax(-1)
+        if first_pass:
+            self._correct += (predicted == labels.to(predicted.device)).sum(-1)
+        if self._centres is not None:
+            self._compare(features, predicted, self._centres)
+        elif self._kept is not None:
+            self._keep(features, predicted)
+
+    def end_pass(self) -> bool:
+        """End the first pass over the data; return whether a second is needed, in which the same batches are added."""
+        kept, compared = self._kept, self._centres is not None
+        self._kept = self._centres = None
+        self.means = self.stats.means
+        if kept is not None:
+            for features, predicted in _joined(kept):
+                self._compare(features, predicted, self.means)
+        elif "nc4" in self._names and not compared:
+            self._centres = self.means
+        if self._moment == "projected":
+            self.stats = self.stats.projected()
+            self._layers = {name: stats.projected() for name, stats in self._layers.items()}
+        return self._centres is not None or self._moment == "projected"
+
+    def finish(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """Compute the metrics.
+
+        Returns:
+            name -> value `[*]` of each metric of the head, and for each further layer the same of its features. NC4 is
+            NaN if it needed a second pass that was not made.
+
+        Raises:
+            ValueError: samples of fewer than two classes, batches that were refused.
+        """
+        if self.means is None:
+            self.end_pass()
+        values = {name: of(self.stats) for name, of in _OF_LAYER.items() if name in self._names}
+        values |= {name: of(self._weight, self.stats) for name, of in _OF_HEAD.items() if name in self._names}
+        if "nc4" in self._names:
+            assert self.means is not None
+            finite = self.means[..., self.stats.present, :].isfinite().flatten(-2).all(-1)  # else nothing is near
+            values["nc4"] = (self._differ.double() / self._compared).masked_fill(~finite, float("nan"))
+        if "train_accuracy" in self._names:
+            values["train_accuracy"] = self._correct.double() / self.samples
+        return values, {
+            layer: {name: of(stats) for name, of in _OF_LAYER.items()} for layer, stats in self._layers.items()
+        }
+
+    def _statistics(self, dim: int, name: str, device: torch.device) -> ClassStats:
+        *runs, classes, _ = self._weight.shape
+        return ClassStats(
+            classes, dim, moment="full" if self._moment == "full" else "trace", runs=runs[0] if runs else None,
+            nan_policy=self._nan_policy, name=name, device=device, dtype=self._dtype,
+        )  # fmt: skip
+
+    def _keep(self, features: Tensor, predicted: Tensor) -> None:
+        assert self._kept is not None
+        # A view, such as the first token of a sequence, would keep the whole memory that it looks into.
+        if features.untyped_storage().nbytes() > features.nbytes:
+            features = features.clone()
+        self._bytes_left -= features.nbytes
+        self._kept.append((features, predicted))
+        if self._bytes_left < 0:
+            self._kept = None
+
+    def _compare(self, features: Tensor, predicted: Tensor, means: Tensor) -> None:
+        """Count the samples whose predicted class is not that of the nearest mean."""
+        self._differ += (predicted != metrics.nearest_class(features, means)).sum(-1)
+        self._compared += features.shape[-2]
 
 
-def of_head(weight: Tensor, stats: ClassStats) -> dict[str, Tensor]:
-    """And of a classifier W `[*, K, d]` with the statistics of its input: `NCResult` without NC4 and the accuracy."""
-    return of_layer(stats) | {
-        "nc0": metrics.nc0(weight),
-        "nc2_weight": metrics.nc2(weight),
-        "nc2_weight_equinorm": metrics.nc2(weight, kind="equinorm"),
-        "nc2_weight_equiangularity": metrics.nc2(weight, kind="equiangularity"),
-        "nc3": metrics.nc3(weight, stats),
-        "nc3_difference": metrics.nc3(weight, stats, kind="difference"),
-        "degenerate": metrics.degenerate(weight, stats),
-    }
+def _joined(kept: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Join batches of features `[*, B, d]` and predictions `[*, B]` into fewer."""
+    if not kept:
+        return
+    features, _ = kept[0]
+    count = max(1, _BYTES_PER_CALL.get(features.device.type, 0) // max(1, features.nbytes))
+    for start in range(0, len(kept), count):
+        some = kept[start : start + count]
+        yield some[0] if len(some) == 1 else (torch.cat([h for h, _ in some], -2), torch.cat([p for _, p in some], -1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,110 +301,52 @@ def measure(
     Whatever happens the model's training modes and hooks are as before.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    layer = find(model, head)
-    if not isinstance(layer, nn.Linear):
-        raise TypeError(f"measure: the head must be an nn.Linear; {head!r} is a {type(layer).__name__}")
-    if previous is not None and previous.means.shape != layer.weight.shape:
+    linear = find_head(model, head)
+    if previous is not None and previous.means.shape != linear.weight.shape:
         raise ValueError(
             f"measure: previous has means {tuple(previous.means.shape)}; the head {head!r} has K × d = "
-            f"{tuple(layer.weight.shape)}"
+            f"{tuple(linear.weight.shape)}"
         )
     once = isinstance(loader, Iterator)
     if moment == "projected" and once:
         raise ValueError("measure: moment='projected' goes over the data twice, and an iterator gives it once")
-    found = {name: find(model, name) for name in layers}
-    stats: dict[str, ClassStats] = {}
-    nearest = _Nearest(None if previous is None else previous.means, 0 if moment == "projected" else keep_bytes)
-    right, seen = torch.zeros((), dtype=torch.int64), 0
-    with eval_mode(model), torch.no_grad(), Taps(layer, found, pool) as taps:
+    measurement = Measurement(
+        linear.weight, moment=moment, previous=None if previous is None else previous.means, keep_bytes=keep_bytes,
+        nan_policy=nan_policy, name=head,
+    )  # fmt: skip
+    modules = {name: find_module(model, name) for name in layers}
+    with eval_mode(model), torch.no_grad(), FeatureHooks(linear, modules, pool) as hooks:
 
-        def each_batch() -> Iterator[tuple[dict[str, Tensor], Tensor, Tensor]]:
-            """Features by layer, logits, labels."""
-            for inputs, labels in batches(loader, batch_size):
-                features, logits = taps.forward(model, inputs)
-                yield {head: features, **taps.features}, logits, labels.to(features.device)
+        def add_all() -> None:
+            for inputs, labels in labelled_batches(loader, batch_size):
+                features, logits = hooks.forward(model, inputs)
+                measurement.add(features, logits, labels, hooks.features)
 
-        for features, logits, labels in each_batch():
-            for name, h in features.items():
-                if name not in stats:
-                    stats[name] = ClassStats(
-                        layer.out_features, h.shape[-1], moment="full" if moment == "full" else "trace", name=name,
-                        nan_policy=nan_policy, device=h.device,
-                    )  # fmt: skip
-                stats[name].update(h, labels.to(h.device))
-            predicted = logits.argmax(-1)
-            right, seen = right.to(labels.device) + (predicted == labels).sum(), seen + len(labels)
-            nearest.add(features[head], predicted)
-        if not seen:
+        add_all()
+        if not measurement.samples:
             raise ValueError("measure: the loader gave no samples")
-        means = stats[head].means
-        again = not nearest.finish(means)
-        if moment == "projected" or (again and not once):
-            if moment == "projected":
-                stats = {name: first_pass.projected() for name, first_pass in stats.items()}
-            for features, logits, labels in each_batch():
-                if moment == "projected":
-                    for name, h in features.items():
-                        stats[name].update(h, labels.to(h.device))
-                if again:
-                    nearest.count(features[head], logits.argmax(-1), means)
-        elif again:
-            warnings.warn(
-                f"measure: NC4 is unknown (NaN): the features take more than keep_bytes={keep_bytes}, and an iterator "
-                "cannot be read twice; give a loader, a previous result or more keep_bytes",
-                stacklevel=2,
-            )
-            nearest.differ.fill_(float("nan"))
-        values = {name: value.item() for name, value in of_head(layer.weight, stats[head]).items()}
-        others = {name: LayerResult(**{k: v.item() for k, v in of_layer(stats[name]).items()}) for name in found}
-    if means[stats[head].present].isnan().any():  # nothing is near to them
-        nearest.differ.fill_(float("nan"))
+        if measurement.end_pass():
+            if once:
+                warnings.warn(
+                    f"measure: NC4 is unknown (NaN): the features take more than keep_bytes={keep_bytes}, and an "
+                    "iterator cannot be read twice; give a loader, a previous result or more keep_bytes",
+                    stacklevel=2,
+                )
+            else:
+                add_all()
+        values, of_layers = measurement.finish()
+    numbers = _numbers(values)
+    assert measurement.means is not None
     return NCResult(
-        **{name: value for name, value in values.items() if name != "degenerate"},
-        degenerate=bool(values["degenerate"]),
-        nc4=nearest.differ.item() / seen,
-        train_accuracy=right.item() / seen,
-        layers=others,
-        means=means.cpu(),
+        **{name: value for name, value in numbers.items() if name != "degenerate"},
+        degenerate=bool(numbers["degenerate"]),
+        layers={name: LayerResult(**_numbers(of_layer)) for name, of_layer in of_layers.items()},
+        means=measurement.means.cpu(),
     )
 
 
-class _Nearest:
-    """Counts the samples whose predicted class is not that of the nearest mean.
-
-    Args:
-        means: `[K, d]` of an earlier pass; None: features are kept until `finish` is told the means, if they take no
-            more than `keep_bytes`.
-    """
-
-    def __init__(self, means: Tensor | None, keep_bytes: int) -> None:
-        self.differ = torch.zeros((), dtype=torch.float64)
-        self._means, self._left = means, keep_bytes
-        self._kept: list[tuple[Tensor, Tensor]] | None = [] if keep_bytes > 0 else None
-
-    def add(self, features: Tensor, predicted: Tensor) -> None:
-        if self._means is not None:
-            self._means = self._means.to(features.device)
-            self.count(features, predicted, self._means)
-        elif self._kept is not None:
-            self._left -= features.nbytes
-            self._kept.append((features, predicted))
-            if self._left < 0:
-                self._kept = None
-
-    def finish(self, means: Tensor) -> bool:
-        """Whether all samples were counted; if not, `count` them in a second pass."""
-        kept = self._kept or []
-        many = max(1, _TOGETHER // max(1, kept[0][0].nbytes)) if kept and kept[0][0].is_cuda else 1
-        for start in range(0, len(kept), many):
-            part = kept[start : start + many]
-            features, predicted = part[0] if len(part) == 1 else map(torch.cat, zip(*part, strict=True))
-            self.count(features, predicted, means)
-        return self._means is not None or self._kept is not None
-
-    def count(self, features: Tensor, predicted: Tensor, means: Tensor) -> None:
-        differ = (predicted != metrics.nearest_class(features, means)).sum()
-        self.differ = self.differ.to(differ.device) + differ
+def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
+    return dict(zip(values, torch.stack([value.double() for value in values.values()]).tolist(), strict=True))
 
 
 class NCCallback:

@@ -16,7 +16,7 @@ from ncollapse.train.errors import CheckpointError, UserError
 from ncollapse.train.networks.models import MIN_SIZE, MULTIPLE, SHRINKS, build
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.results.record import Ended, Evaluation, Values
-from ncollapse.train.training.evaluate import evaluate
+from ncollapse.train.training.evaluate import evaluate_stack
 from ncollapse.train.training.stack import Stack, make_optimizer
 from ncollapse.train.training.step import Step
 
@@ -138,7 +138,9 @@ class Training:
         """Measure; the time since `started` counts for the runs, those that end now included."""
         first = self.runs[0]
         with arithmetic(first.precision):
-            values, layers = evaluate(self._stack, self.data, layers=first.layers == "all")  # waits for the device
+            values, layers = evaluate_stack(
+                self._stack, self.data, layers=first.layers == "all"
+            )  # waits for the device
         self._spend(started)
         rows, ended = [], {}
         for place, i in enumerate(self._rows):
