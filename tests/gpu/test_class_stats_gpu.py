@@ -1,4 +1,7 @@
-"""Class statistics on the GPU: against the reference in float64, in CUDA graphs, without waiting."""
+"""Class statistics on a GPU: accuracy at full size, CUDA graphs, no synchronisation, moves between devices.
+
+tests/kernels/test_class_stats_kernels.py compares the same kernels with float64.
+"""
 
 import math
 
@@ -6,123 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from class_stats_cases import (
-    MOMENTS,
-    add_triton,
-    batch,
-    check,
-    copied,
-    empty,
-    in_float64,
-    project_triton,
-    same_bits,
-)
+from class_stats_cases import MOMENTS, batch
 from ncollapse import ClassStats, measure
-from ncollapse.kernels.class_stats import gpu
-from ncollapse.kernels.class_stats.reference import State, class_stats_reference, project_reference
 from ncollapse.metrics import nc1
 from waiting import nothing_waits
-
-pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
-
-
-def both(state: State, *batches: tuple[Tensor, Tensor]) -> None:
-    """Add the batches by the kernels; compare with float64 on the CPU."""
-    expected = in_float64(state)
-    for features, labels in batches:
-        add_triton(features, labels, state)
-        class_stats_reference(features.cpu().to(state.shifts.dtype), labels.cpu(), expected)
-        # Second moments are sums of products of matrix units, which keep fewer digits (seen: 4e-6).
-        check(state, expected, scatter=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize(
-    ("rows", "classes", "dim"),
-    [
-        (100, 10, 40),
-        (70, 3, 130),
-        (1, 2, 1),
-        (65, 2, 1),
-        (40, 150, 30),
-        (1000, 37, 65),
-        (300, 1000, 512),
-        (5000, 20, 64),
-    ],
-)
-def test_odd_shapes(device: torch.device, rows: int, classes: int, dim: int, moment: str, dtype: torch.dtype) -> None:
-    both(
-        empty(classes, dim, moment, device=device),
-        *(batch(rows, classes, dim, dtype=dtype, device=device) for _ in range(2)),
-    )
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_layouts(device: torch.device, moment: str) -> None:
-    h, y = batch(600, 4, 48, device=device)
-    maps = torch.randn(600, 12, 2, 2, device=device).to(memory_format=torch.channels_last).flatten(1)
-    wide = torch.empty(600, 101, device=device)
-    wide[:, 3:51] = h
-    for features in (h.T.contiguous().T, maps, wide[:, 3:51], h[:1].expand(600, 48)):
-        both(empty(4, 48, moment, device=device), (features, y))
-    both(empty(4, 24, moment, device=device), (h[::2, ::2], y[::2].contiguous()))
-    both(empty(4, 48, moment, device=device), (h[:0], y[:0]), *zip(h[:9].split(1), y[:9].split(1), strict=True))
-
-
-@pytest.mark.parametrize("order", ["random", "sorted"])
-@pytest.mark.parametrize("runs", [None, 3])
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_stacked_runs_and_sorted_batches(device: torch.device, moment: str, runs: int | None, order: str) -> None:
-    features, labels = batch(6000, 150, 40, runs=runs, device=device)
-    if order == "sorted":
-        features, labels = features[..., labels.argsort(), :], labels.sort().values
-    state = empty(150, 40, moment, runs=runs, device=device)
-    both(state, *zip(features.split(3500, -2), labels.split(3500), strict=True))
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_more_samples_than_go_into_one_call(device: torch.device, moment: str) -> None:
-    both(empty(4, 20, moment, device=device), batch(gpu.PRODUCT * gpu.PRODUCTS + 500, 4, 20, device=device))
-
-
-@pytest.mark.parametrize("many", [1, 9, 40, 70])
-def test_projections(device: torch.device, many: int) -> None:
-    features, labels = batch(1300, 5, 600, runs=2, device=device)
-    shifts, axes = torch.randn(2, 5, 600).to(device), torch.randn(2, many, 600).to(device)
-    out = project_triton(features, labels, shifts, axes).cpu()
-    expected = project_reference(features.cpu(), labels.cpu(), shifts.double().cpu(), axes.double().cpu())
-    assert (out - expected).norm() <= 1e-6 * expected.norm()
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-def test_a_batch_that_is_refused_changes_nothing_but_refused(device: torch.device, moment: str) -> None:
-    features, labels = batch(3000, 5, 300, device=device)
-    state = empty(5, 300, moment, device=device)
-    both(state, (features, labels))
-    before = copied(state)
-    bad = features.clone()
-    bad[700, 7], bad[2100, 299], bad[3, 0] = math.nan, math.inf, -math.inf
-    for h, y, propagate in ((bad, labels, False), (features, labels - 1, False), (features, labels + 1, True)):
-        add_triton(h, y, state, propagate)
-    wrong = int(((labels == 0) | (labels == 4)).sum())
-    assert state.refused.tolist() == [3, wrong, 3]
-    assert same_bits(state._replace(refused=before.refused), before)
-
-
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_same_bits_every_time(device: torch.device, dtype: torch.dtype, moment: str) -> None:
-    features, labels = batch(20_000, 10, 512, dtype=dtype, device=device)
-    states = [empty(10, 512, moment, device=device) for _ in range(4)]
-    for state in states:
-        add_triton(features, labels, state)
-    assert all(same_bits(state, states[0]) for state in states)
 
 
 @pytest.mark.parametrize(("noise", "offset", "bound"), [(1e-4, 50.0, 1e-5), (1e-4, 1e3, 1e-3), (1e-2, 1e3, 1e-5)])
 def test_nc1_near_collapse(device: torch.device, noise: float, offset: float, bound: float) -> None:
-    """60,000 × 512 features, class means of norm 10 at the offset, against float64 on the GPU."""
+    """60,000 × 512 features around class means of norm 10, shifted by `offset`, against float64 on the GPU."""
     g = torch.Generator(device).manual_seed(0)
     labels = torch.arange(60_000, device=device) % 10
     means = torch.randn(10, 512, generator=g, device=device, dtype=torch.float64)
@@ -146,7 +41,7 @@ def test_nc1_near_collapse(device: torch.device, noise: float, offset: float, bo
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_nobody_waits_until_a_number_is_asked_for(device: torch.device, moment: str) -> None:
+def test_no_synchronisation_until_a_number_is_read(device: torch.device, moment: str) -> None:
     h, y = batch(500, 7, 64, device=device)
     axes = torch.randn(6, 64, device=device) if moment == "projected" else None
     stats = ClassStats(7, 64, moment=moment, axes=axes, device=device, name="fc")  # type: ignore[arg-type]
@@ -196,15 +91,14 @@ def test_in_a_compiled_function(device: torch.device) -> None:
     torch.testing.assert_close(stats.within_cov(), eager.within_cov(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.*without a C")  # of the CPU
 def test_measure_and_moving_to_the_cpu(device: torch.device) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(12, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)).to(device)
     x, y = torch.randn(500, 12), torch.randint(4, (500,))
-    here = measure(model, (x.to(device), y.to(device)), head="2", layers=("0",)).as_dict()
-    there = measure(model.cpu(), (x, y), head="2", layers=("0",)).as_dict()
-    assert here.keys() == there.keys()
-    for name, value in there.items():
-        assert here[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    on_gpu = measure(model, (x.to(device), y.to(device)), head="2", layers=("0",)).as_dict()
+    on_cpu = measure(model.cpu(), (x, y), head="2", layers=("0",)).as_dict()
+    assert on_gpu.keys() == on_cpu.keys()
+    for name, value in on_cpu.items():
+        assert on_gpu[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
     stats = ClassStats(4, 12, device=device)
     stats.update(x.to(device), y.to(device))
     stats.to("cpu").update(x, y)

@@ -1,7 +1,7 @@
-"""Both kernels of class statistics against the reference in float64: the CPU's as it runs, the GPU's in Triton's
-interpreter.
+"""The kernels of class statistics against the reference in float64: C++, Triton in its interpreter and on a GPU.
 
-There the scatter is held to less: it is made of bfloat16 halves, which the interpreter cuts off where the GPU rounds.
+The second moment (`scatter`) has a looser bound with Triton. It is a product of bfloat16 halves: the interpreter
+truncates them where a GPU rounds (5e-5), and tensor cores keep fewer digits when they accumulate (4e-6 was seen).
 """
 
 import pytest
@@ -25,201 +25,260 @@ from class_stats_cases import (
     project_triton,
     same_bits,
 )
+from devices import Backend, backend_named, cases, only
+from devices import backend as parameter
 from ncollapse.kernels.class_stats import gpu
 from ncollapse.kernels.class_stats.reference import State, class_stats_reference, project_reference
 
-KERNELS = [pytest.param("cpu", marks=pytest.mark.compiled), "triton"]
+BACKENDS = ("cpu", "interpreter", "cuda")
+SCATTER = {"cpu": None, "interpreter": 5e-5, "cuda": 1e-5}
 
 
-@pytest.fixture(params=KERNELS)
-def kernel(request: pytest.FixtureRequest) -> str:
-    if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("with a GPU the kernel is tested on it (tests/gpu)")
-    return request.param
+@pytest.fixture(params=[parameter(name) for name in BACKENDS])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return backend_named(request.param)
 
 
 @pytest.fixture
-def add(kernel: str) -> Add:
-    return {"cpu": add_cpu, "triton": add_triton}[kernel]
+def add(backend: Backend) -> Add:
+    return add_cpu if backend.name == "cpu" else add_triton
 
 
-def both(add: Add, state: State, *batches: tuple[Tensor, Tensor], propagate: bool = False) -> State:
-    """Add the batches by a kernel; compare with float64, and return what that says."""
-    expected = in_float64(state)
-    for features, labels in batches:
-        add(features, labels, state, propagate)
-        if features.dtype == torch.float64:  # is rounded to what the sums are
-            features = features.to(state.shifts.dtype)
-        class_stats_reference(features, labels, expected, propagate)
-        check(state, expected, scatter=5e-5 if add is add_triton else None)
-    return expected
+@pytest.fixture
+def project(backend: Backend) -> Project:
+    return project_cpu if backend.name == "cpu" else project_triton
+
+
+class Both:
+    """Adds batches with a kernel and with the float64 reference on the CPU, and compares."""
+
+    def __init__(self, backend: Backend, add: Add) -> None:
+        self.add, self.bound = add, SCATTER[backend.name]
+
+    def __call__(self, state: State, *batches: tuple[Tensor, Tensor]) -> State:
+        """Return the reference's state."""
+        expected = in_float64(state)
+        for features, labels in batches:
+            self.add(features, labels, state, False)
+            # A kernel rounds float64 features to the dtype of the sums.
+            h = features.cpu().to(state.shifts.dtype) if features.dtype == torch.float64 else features.cpu()
+            class_stats_reference(h, labels.cpu(), expected)
+            check(state, expected, scatter=self.bound)
+        return expected
+
+
+@pytest.fixture
+def both(backend: Backend, add: Add) -> Both:
+    return Both(backend, add)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize(
-    ("rows", "classes", "dim"), [(100, 10, 40), (70, 3, 130), (1, 2, 1), (65, 2, 1), (40, 150, 30), (130, 37, 65)]
+@cases(
+    "rows, classes, dim",
+    [(100, 10, 40), (70, 3, 130), (1, 2, 1), (65, 2, 1), (40, 150, 30), (130, 37, 65)],
+    [(1000, 37, 65), (300, 1000, 512), (5000, 20, 64), (6000, 150, 40)],
+    backends=BACKENDS,
 )
-def test_odd_shapes(add: Add, rows: int, classes: int, dim: int, moment: str, dtype: torch.dtype) -> None:
-    both(add, empty(classes, dim, moment), *(batch(rows, classes, dim, dtype=dtype) for _ in range(2)))
+def test_shapes(
+    both: Both, device: torch.device, rows: int, classes: int, dim: int, moment: str, dtype: torch.dtype
+) -> None:
+    batches = [batch(rows, classes, dim, dtype=dtype, device=device) for _ in range(2)]
+    both(empty(classes, dim, moment, device=device), *batches)
 
 
-@pytest.mark.compiled
+@only("cpu")
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_sums_in_float64(moment: str) -> None:
+def test_sums_in_float64(add: Add, moment: str) -> None:
     state = empty(5, 20, moment, dtype=torch.float64)
     expected = copied(state)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         features, labels = batch(600, 5, 20, dtype=dtype, noise=1e-3)
-        add_cpu(features, labels, state, False)
+        add(features, labels, state, False)
         class_stats_reference(features, labels, expected)
     check(state, expected, 1e-13)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_batches_of_one_and_of_none_and_a_class_without_samples(add: Add, moment: str) -> None:
-    features, labels = batch(9, 5, 12)
+def test_batches_of_one_and_of_none_and_a_class_without_samples(both: Both, device: torch.device, moment: str) -> None:
+    features, labels = batch(9, 5, 12, device=device)
     labels[labels == 3] = 2
     rest = [(features[:0], labels[:0]), *zip(features.split(1), labels.split(1), strict=True)]
-    expected = both(add, empty(5, 12, moment), *rest, (features[:0], labels[:0]))
+    expected = both(empty(5, 12, moment, device=device), *rest, (features[:0], labels[:0]))
     assert expected.counts.sum() == 9
     assert expected.counts[3] == 0
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_sorted_batches(add: Add, moment: str) -> None:
-    """A class is first seen batches after the others; a part of a batch has a few of many classes."""
-    features, labels = batch(1500, 150, 20)
+@cases(
+    "rows, size, dim, runs",
+    [(1500, 700, 20, None)],
+    [(6000, 3500, 40, None), (6000, 3500, 40, 3)],
+    backends=BACKENDS,
+)
+def test_sorted_batches(
+    both: Both, device: torch.device, rows: int, size: int, dim: int, runs: int | None, moment: str
+) -> None:
+    """Some classes first occur in a later batch; a part of a batch has few samples of many classes."""
+    features, labels = batch(rows, 150, dim, runs=runs, device=device)
     order = labels.argsort()
-    features, labels = features[order], labels[order]
-    both(add, empty(150, 20, moment), *zip(features.split(700), labels.split(700), strict=True))
+    features, labels = features[..., order, :], labels[order]
+    state = empty(150, dim, moment, runs=runs, device=device)
+    both(state, *zip(features.split(size, -2), labels.split(size), strict=True))
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_layouts(add: Add, moment: str) -> None:
-    h, y = batch(60, 4, 48)
-    maps = torch.randn(60, 12, 2, 2).to(memory_format=torch.channels_last).flatten(1)
-    wide = torch.empty(60, 100)
-    wide[:, 3:51] = h
+@cases("rows", [60], [600], backends=BACKENDS)
+def test_layouts(both: Both, device: torch.device, rows: int, moment: str) -> None:
+    h, y = batch(rows, 4, 48, device=device)
+    maps = torch.randn(rows, 12, 2, 2, device=device).to(memory_format=torch.channels_last).flatten(1)
+    padded = torch.empty(rows, 101, device=device)
+    padded[:, 3:51] = h
     for features, labels in (
         (h.T.contiguous().T, y),
         (maps, y),
-        (wide[:, 3:51], y),
+        (padded[:, 3:51], y),
         (h[::2], y[::2]),
         (h[:, ::2], y),
-        (h[:1].expand(60, 48), y),
+        (h[::2, ::2], y[::2]),
+        (h[:1].expand(rows, 48), y),
         (h, y.repeat_interleave(2)[::2]),
     ):
-        state = empty(4, features.shape[1], moment)
-        both(add, state, (features, labels.contiguous()))
+        state = empty(4, features.shape[1], moment, device=device)
+        both(state, (features, labels.contiguous()))
 
 
 @pytest.mark.parametrize("layout", ["runs first", "samples first"])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_stacked_runs(add: Add, moment: str, layout: str) -> None:
-    features, labels = batch(130, 6, 20, runs=3)
-    features += 10 * torch.arange(3).view(3, 1, 1)
+@cases("rows, size, classes, dim", [(130, 60, 6, 20)], [(6000, 3500, 150, 40)], backends=BACKENDS)
+def test_stacked_runs(
+    both: Both, device: torch.device, rows: int, size: int, classes: int, dim: int, moment: str, layout: str
+) -> None:
+    features, labels = batch(rows, classes, dim, runs=3, device=device)
+    features += 10 * torch.arange(3, device=device).view(3, 1, 1)
     if layout == "samples first":
         features = features.transpose(0, 1).contiguous().transpose(0, 1)
-    both(add, empty(6, 20, moment, runs=3), (features[:, :60], labels[:60]), (features[:, 60:], labels[60:]))
+    state = empty(classes, dim, moment, runs=3, device=device)
+    both(state, (features[:, :size], labels[:size]), (features[:, size:], labels[size:]))
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_near_collapse_far_from_the_origin(add: Add, moment: str) -> None:
-    """Noise of 1e-3 at an offset of 1,000: of the squares themselves float32 would keep no digit."""
-    both(add, empty(5, 40, moment), *(batch(200, 5, 40, noise=1e-3, offset=1000.0) for _ in range(3)))
+def test_near_collapse_far_from_the_origin(both: Both, device: torch.device, moment: str) -> None:
+    """Noise of 1e-3 at an offset of 1,000: the squares themselves would keep no digit of it in float32."""
+    batches = [batch(200, 5, 40, noise=1e-3, offset=1000.0, device=device) for _ in range(3)]
+    both(empty(5, 40, moment, device=device), *batches)
 
 
+@only("cpu", "interpreter")
+@pytest.mark.parametrize("runs", [None, 2])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_more_samples_than_go_into_one_product(add: Add, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last product of a call, and the last call, are not full."""
+def test_several_products_and_calls(both: Both, runs: int | None, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last product of a call, and the last call, have fewer samples."""
     monkeypatch.setattr(gpu, "PRODUCT", 64)
     monkeypatch.setattr(gpu, "PRODUCTS", 3)
     monkeypatch.setattr("ncollapse.kernels.class_stats.cpu._ROWS", 64)
-    for runs in (None, 2):
-        both(add, empty(4, 20, moment, runs=runs), batch(500, 4, 20, runs=runs), batch(100, 4, 20, runs=runs))
+    both(empty(4, 20, moment, runs=runs), batch(500, 4, 20, runs=runs), batch(100, 4, 20, runs=runs))
+
+
+@only("cuda")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_several_calls_of_the_matrix_product(both: Both, device: torch.device, moment: str) -> None:
+    both(empty(4, 20, moment, device=device), batch(gpu.PRODUCT * gpu.PRODUCTS + 500, 4, 20, device=device))
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_features_that_make_more_than_one_block_of_the_scatter(add: Add, moment: str) -> None:
-    both(add, empty(3, 700, moment), batch(90, 3, 700))
+def test_several_blocks_of_the_scatter(both: Both, device: torch.device, moment: str) -> None:
+    both(empty(3, 700, moment, device=device), batch(90, 3, 700, device=device))
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_batch_that_is_refused_changes_nothing_but_refused(add: Add, moment: str) -> None:
-    features, labels = batch(1200, 5, 30)
-    state = empty(5, 30, moment)
-    both(add, state, (features, labels.clamp(max=3)))
+@cases("rows, dim", [(1200, 30)], [(3000, 300)], backends=BACKENDS)
+def test_a_refused_batch_changes_the_count_of_refusals_alone(
+    both: Both, add: Add, device: torch.device, rows: int, dim: int, moment: str
+) -> None:
+    features, labels = batch(rows, 5, dim, device=device)
+    state = empty(5, dim, moment, device=device)
+    both(state, (features, labels.clamp(max=3)))
     before = copied(state)
     bad = features.clone()
-    bad[700, 7], bad[1100, 29], bad[3, 0] = float("nan"), float("inf"), -float("inf")
+    bad[700, 7], bad[1100, -1], bad[3, 0] = float("nan"), float("inf"), -float("inf")
     for h, y, propagate in ((bad, labels, False), (features, labels - 1, False), (features, labels + 1, True)):
         add(h, y, state, propagate)
     counted = [3, int(((labels == 0) | (labels == 4)).sum()), 3]
     assert state.refused.tolist() == counted
-    # Only the shift of a class of which there is still no sample may be another one.
+    # Only the shift of a class without samples may change.
     assert same_bits(state._replace(refused=before.refused, shifts=before.shifts), before)
     assert torch.equal(state.shifts[:4], before.shifts[:4])
-    both(add, state, (features, labels))
+    both(state, (features, labels))
     assert state.refused.tolist() == counted
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_not_finite_spoil_their_run_alone(add: Add, value: float) -> None:
-    features, labels = batch(300, 4, 30, runs=2)
+def test_a_non_finite_value_affects_its_run_alone(add: Add, device: torch.device, value: float) -> None:
+    features, labels = batch(300, 4, 30, runs=2, device=device)
     features[1, 50, 7] = value
-    state = empty(4, 30, "full", runs=2)
+    state = empty(4, 30, "full", runs=2, device=device)
     expected = in_float64(state)
     add(features, labels, state, True)
-    class_stats_reference(features, labels, expected, True)
-    assert torch.equal(state.counts, expected.counts)
+    class_stats_reference(features.cpu(), labels.cpu(), expected, True)
+    assert torch.equal(state.counts.cpu(), expected.counts)
     assert state.refused.tolist() == [0, 0, 0]
     assert state.scatter is not None
-    # In the reference all classes of the run are NaN where a value is, in a kernel perhaps that of the value alone.
+    # In the reference all classes of the run become NaN, in a kernel perhaps only that of the value.
     k = int(labels[50])
     for broken in (state.sums[1, k, 7], state.squares[1, k], state.scatter[1, 7, 7]):
         assert not broken.isfinite()
-    whole = State._make(t if t is None or t.dim() < 2 else t[0] for t in state)
-    check(whole, State._make(t if t is None or t.dim() < 2 else t[0] for t in expected), scatter=5e-5)
-
-
-@pytest.fixture
-def project(kernel: str) -> Project:
-    return {"cpu": project_cpu, "triton": project_triton}[kernel]
+    first = State._make(t if t is None or t.dim() < 2 else t[0] for t in state)
+    check(first, State._make(t if t is None or t.dim() < 2 else t[0] for t in expected), scatter=5e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("many", [1, 3, 9, 40, 70])
+@pytest.mark.parametrize("count", [1, 3, 9, 40, 70])
 @pytest.mark.parametrize("runs", [None, 2])
-def test_projections(project: Project, runs: int | None, many: int, dtype: torch.dtype) -> None:
-    features, labels = batch(130, 5, 75, runs=runs, dtype=dtype)
+@cases("rows, dim", [(130, 75)], [(1300, 600)], backends=BACKENDS)
+def test_projections(
+    project: Project, device: torch.device, rows: int, dim: int, runs: int | None, count: int, dtype: torch.dtype
+) -> None:
+    """On `count` axes."""
+    features, labels = batch(rows, 5, dim, runs=runs, dtype=dtype, device=device)
     lead = () if runs is None else (runs,)
-    shifts, axes = torch.randn(*lead, 5, 75), torch.randn(*lead, many, 75)
+    shifts, axes = (torch.randn(*lead, n, dim, device=device) for n in (5, count))
     out = project(features, labels, shifts, axes)
     expected = project_reference(features, labels, shifts.double(), axes.double())
     assert out.dtype == torch.float32
     assert (out - expected).norm() <= 1e-6 * expected.norm()
-    assert project(features[..., :0, :], labels[:0], shifts, axes).shape == (*lead, 0, many)
+    assert project(features[..., :0, :], labels[:0], shifts, axes).shape == (*lead, 0, count)
 
 
+@only("cpu", "interpreter")
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_the_same_bits_every_time(add: Add, moment: str) -> None:
-    """Whatever the number of threads."""
-    batches = [batch(3000, 7, 33) for _ in range(2)] if add is add_cpu else [batch(300, 7, 33)]
+def test_the_same_bits_with_any_number_of_threads(backend: Backend, add: Add, moment: str) -> None:
+    batches = [batch(3000, 7, 33) for _ in range(2)] if backend.name == "cpu" else [batch(300, 7, 33)]
     states = []
-    threads = torch.get_num_threads()
-    for many in (1, 2, 2):
+    before = torch.get_num_threads()
+    for threads in (1, 2, 2):
         states.append(empty(7, 33, moment))
         try:
-            torch.set_num_threads(many)
+            torch.set_num_threads(threads)
             for features, labels in batches:
                 add(features, labels, states[-1], False)
         finally:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(before)
     # The matrix library promises equal bits for an equal number of threads only.
     assert same_bits(states[1], states[2])
     if moment != "full":
         assert same_bits(states[0], states[1])
+
+
+@only("cuda")
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_same_bits_every_time(add: Add, device: torch.device, dtype: torch.dtype, moment: str) -> None:
+    features, labels = batch(20_000, 10, 512, dtype=dtype, device=device)
+    states = [empty(10, 512, moment, device=device) for _ in range(4)]
+    for state in states:
+        add(features, labels, state, False)
+    assert all(same_bits(state, states[0]) for state in states)
 
 
 @pytest.mark.compiled

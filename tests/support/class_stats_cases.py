@@ -1,4 +1,4 @@
-"""Batches of features and the statistics of their classes: what the tests of the class-statistics kernels share."""
+"""Batches of features and states of class statistics, for the tests of their kernels."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ import interpreter
 from ncollapse.kernels.class_stats import cpu
 from ncollapse.kernels.class_stats.reference import State
 
-#: Adds features and labels to a state; the last argument is `propagate`.
+#: Adds features and labels to a state in place; the last argument is `propagate`.
 Add = Callable[[Tensor, Tensor, State, bool], None]
 Project = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 add_cpu: Add = cpu.add_batch
@@ -23,16 +23,16 @@ def empty(
     moment: str = "full",
     *,
     runs: int | None = None,
-    many: int = 3,
+    count: int = 3,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> State:
-    """Statistics of nothing yet; the axes of "projected" are always the same orthonormal ones, at most `many`."""
+    """Return statistics of no samples; "projected" has at most `count` orthonormal axes, the same for each `dim`."""
     axes = None
     if moment == "projected":
         lead = () if runs is None else (runs,)
         g = torch.Generator().manual_seed(dim)
-        axes = torch.linalg.qr(torch.randn(*lead, dim, min(many, dim), generator=g)).Q.mT
+        axes = torch.linalg.qr(torch.randn(*lead, dim, min(count, dim), generator=g)).Q.mT
     scatter = moment != "trace"
     return State.empty(classes, dim, runs=runs, scatter=scatter, axes=axes, dtype=dtype, device=device)
 
@@ -48,7 +48,7 @@ def batch(
     offset: float = 20.0,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:
-    """Features and labels. The class means are about as far from each other as they are wide, 1, around the offset."""
+    """Return features `[B, d]` or `[R, B, d]` and labels `[B]`; class means are normal around `offset`."""
     lead = () if runs is None else (runs,)
     labels = torch.randint(classes, (rows,))
     means = offset + torch.randn(classes, dim, generator=torch.Generator().manual_seed(classes * dim)).double()
@@ -57,7 +57,7 @@ def batch(
 
 
 def add_triton(features: Tensor, labels: Tensor, state: State, propagate: bool = False) -> None:
-    """On the GPU, or in Triton's interpreter."""
+    """Add by the Triton kernels, on a GPU or in the interpreter."""
     from ncollapse.kernels.class_stats import gpu
 
     with interpreter.quiet():
@@ -65,7 +65,7 @@ def add_triton(features: Tensor, labels: Tensor, state: State, propagate: bool =
 
 
 def project_triton(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor) -> Tensor:
-    """On the GPU, or in Triton's interpreter."""
+    """Project by the Triton kernel, on a GPU or in the interpreter."""
     from ncollapse.kernels.class_stats import gpu
 
     with interpreter.quiet():
@@ -73,7 +73,7 @@ def project_triton(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tenso
 
 
 def in_float64(state: State) -> State:
-    """A copy on the CPU in float64."""
+    """Copy a state to the CPU in float64."""
     return State._make(
         None if t is None else t.cpu().to(torch.float64 if t.is_floating_point() else t.dtype, copy=True) for t in state
     )
@@ -84,11 +84,11 @@ def copied(state: State) -> State:
 
 
 def check(state: State, expected: State, tolerance: float = 3e-6, scatter: float | None = None) -> None:
-    """Raise AssertionError unless each tensor is as expected: integers and shifts exactly, others relatively.
+    """Raise AssertionError unless integers and shifts are equal, and other tensors within a relative bound.
 
     Args:
-        tolerance: of ‖difference‖ ≤ tolerance · ‖expected‖, for each tensor as a whole.
-        scatter: another one for the scatter, of which what stands above the diagonal is not looked at.
+        tolerance: bound of ‖difference‖ / ‖expected‖ for each tensor.
+        scatter: the bound for the scatter, of which the lower triangle is compared; `tolerance` by default.
     """
     for name, ours, theirs in zip(State._fields, in_float64(state), expected, strict=True):
         if theirs is None:
@@ -106,6 +106,6 @@ def check(state: State, expected: State, tolerance: float = 3e-6, scatter: float
 
 
 def same_bits(a: State, b: State) -> bool:
-    """Whether two states are equal to the last bit."""
+    """Whether two states have the same bits."""
     pairs = zip(a, b, strict=True)
     return all(s is t or (s is not None and t is not None and torch.equal(s, t)) for s, t in pairs)
