@@ -129,9 +129,9 @@ class Export:
     """Folder for the files; by default export in the results folder."""
 
     def main(self, console: Console) -> None:
-        from ncollapse.train.results.export import export
+        from ncollapse.train.results.export import export_results
 
-        for path in export(self.folder, self.format, self.out):
+        for path in export_results(self.folder, self.format, self.out):
             console.print(path, highlight=False, markup=False, soft_wrap=True)
 
 

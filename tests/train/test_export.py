@@ -13,8 +13,8 @@ from ncollapse.train import cli, load_metrics, load_runs
 from ncollapse.train.config import FIELDS
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
-from ncollapse.train.results.columns import METRICS, epoch_columns, epoch_dtypes, run_columns, run_dtypes
-from ncollapse.train.results.export import Format, export
+from ncollapse.train.results.columns import EPOCH_COLUMNS, METRICS, RUN_COLUMNS, dtypes
+from ncollapse.train.results.export import Format, export_results
 from ncollapse.train.results.schema import FILE
 from ncollapse.train.results.writer import Store
 
@@ -44,15 +44,15 @@ def folder(request: pytest.FixtureRequest, swept: Path, small_grid: Grid, tmp_pa
 
 def test_columns_and_types_are_those_that_are_documented(folder: Path) -> None:
     runs, epochs = load_runs(folder), load_metrics(folder)
-    assert list(runs) == list(run_columns())
-    assert list(epochs) == list(epoch_columns())
-    assert runs.dtypes.astype(str).to_dict() == run_dtypes()
-    assert epochs.dtypes.astype(str).to_dict() == epoch_dtypes()
+    assert list(runs) == [column.name for column in RUN_COLUMNS]
+    assert list(epochs) == [column.name for column in EPOCH_COLUMNS]
+    assert runs.dtypes.astype(str).to_dict() == dtypes(RUN_COLUMNS)
+    assert epochs.dtypes.astype(str).to_dict() == dtypes(EPOCH_COLUMNS)
     assert len(runs) == 12
 
 
 def test_types_are_what_the_columns_hold() -> None:
-    types = run_dtypes()
+    types = dtypes(RUN_COLUMNS)
     words = {"id", "status", "model", "data", "optimizer", "precision", "augment", "layers"}
     assert {name for name, kind in types.items() if kind == "string"} == words
     may_lack = {"position", "stack", "session", "train_samples", "diverged_epoch", "limit", "width"}
@@ -65,14 +65,14 @@ def test_types_are_what_the_columns_hold() -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_files_hold_what_the_dataframes_hold(folder: Path, format: Format) -> None:
-    paths = export(folder, format)
+    paths = export_results(folder, format)
     assert [path.relative_to(folder / "export").as_posix() for path in paths] == [
         f"runs.{format}",
         f"epochs.{format}",
         "columns.csv",
     ]
     for path, expected, types in zip(
-        paths, (load_runs(folder), load_metrics(folder)), (run_dtypes(), epoch_dtypes()), strict=False
+        paths, (load_runs(folder), load_metrics(folder)), (dtypes(RUN_COLUMNS), dtypes(EPOCH_COLUMNS)), strict=False
     ):
         # The types are asked of parquet, and told to csv.
         frame = pd.read_parquet(path) if format == "parquet" else pd.read_csv(path, dtype=types)
@@ -83,16 +83,16 @@ def test_parquet_types_do_not_depend_on_what_is_missing(folder: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    paths = export(folder, "parquet")
+    paths = export_results(folder, "parquet")
     of = {"string": (pa.string(), pa.large_string()), "float64": (pa.float64(),)}
-    for path, types in zip(paths, (run_dtypes(), epoch_dtypes()), strict=False):
+    for path, types in zip(paths, (dtypes(RUN_COLUMNS), dtypes(EPOCH_COLUMNS)), strict=False):
         schema = pq.read_schema(path)
         for name, kind in types.items():
             assert schema.field(name).type in of.get(kind, (pa.int64(),)), name
 
 
 def test_every_column_has_its_meaning(folder: Path) -> None:
-    meanings = pd.read_csv(export(folder, "csv")[-1])
+    meanings = pd.read_csv(export_results(folder, "csv")[-1])
     assert list(meanings) == ["table", "column", "meaning"]
     assert meanings.notna().all().all()
     for table, frame in (("runs", load_runs(folder)), ("epochs", load_metrics(folder))):
@@ -102,7 +102,7 @@ def test_every_column_has_its_meaning(folder: Path) -> None:
 def test_another_folder_and_files_that_are_there(swept: Path, tmp_path: Path) -> None:
     out = tmp_path / "some" / "where"
     for _ in range(2):  # a second time over the first
-        paths = export(swept, "csv", out)
+        paths = export_results(swept, "csv", out)
         assert sorted(out.iterdir()) == sorted(paths)
     assert not (swept / "export").exists()
 
@@ -121,15 +121,15 @@ def test_parquet_without_pyarrow_names_the_way_out(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"pip install 'ncollapse\[parquet\]', or give --format csv"):
-        export(swept, "parquet", tmp_path)
+        export_results(swept, "parquet", tmp_path)
     assert not list(tmp_path.iterdir())
-    export(swept, "csv", tmp_path)
+    export_results(swept, "csv", tmp_path)
 
 
 def test_what_cannot_be_written_is_said(swept: Path, tmp_path: Path) -> None:
     (tmp_path / "epochs.csv").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*epochs\.csv"):
-        export(swept, "csv", tmp_path)
+        export_results(swept, "csv", tmp_path)
     assert not list(tmp_path.glob("*.partial"))
 
 

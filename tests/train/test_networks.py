@@ -18,7 +18,7 @@ from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.networks.models import MODELS, Alone, build
 from ncollapse.train.results.columns import LAYER_METRICS
-from ncollapse.train.results.export import export
+from ncollapse.train.results.export import export_results
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.sweep.grouping import Shape, plan
 from ncollapse.train.sweep.stack_size import Work
@@ -103,7 +103,7 @@ def test_blocks_of_stacked_runs_are_stored_and_exported(tmp_path: Path, run_swee
     assert list(layers.layer.unique()) == ["features.0", "features.1"]
     assert layers[list(LAYER_METRICS)].notna().all(axis=None)
     assert list(layers.dtypes[["run", "epoch", "position", "layer"]]) == ["string", "int64", "int64", "string"]
-    files = export(tmp_path, "csv")
+    files = export_results(tmp_path, "csv")
     assert "layers.csv" in {path.name for path in files}
     columns = pd.read_csv(tmp_path / "export" / "columns.csv")
     assert set(columns.column[columns.table == "layers"]) == set(layers.columns)

@@ -15,7 +15,7 @@ from ncollapse.train.report.selection import Selection
 from ncollapse.train.report.settings import alike, described, varying
 from ncollapse.train.report.tables import comparisons as compare
 from ncollapse.train.report.tables.main import what_was_run
-from ncollapse.train.results.columns import METRICS, run_dtypes
+from ncollapse.train.results.columns import METRICS, RUN_COLUMNS, dtypes
 from ncollapse.train.results.reader import load_metrics, load_runs
 from ncollapse.train.results.schema import FILE, SCHEMA_VERSION
 
@@ -31,8 +31,8 @@ def runs_of(*settings: dict[str, Any]) -> pd.DataFrame:
         metrics = dict.fromkeys([*METRICS, *(f"{name}_start" for name in METRICS)], 1.0)
         state = {"id": f"run{position}", "position": position, "status": "done", "train_samples": 1000, "seconds": 1.0}
         rows.append(config.as_dict() | metrics | state | own)
-    dtypes = run_dtypes()
-    return pd.DataFrame(rows, columns=list(dtypes)).astype(dtypes)
+    types = dtypes(RUN_COLUMNS)
+    return pd.DataFrame(rows, columns=list(types)).astype(types)
 
 
 class Epochs(Results):

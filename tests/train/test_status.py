@@ -17,7 +17,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from ncollapse.train import cli
-from ncollapse.train.commands.status import Status, print_status, read_status
+from ncollapse.train.commands.status import SweepStatus, print_status, read_status
 from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.optimizers import PAPER_OPTIMIZERS
@@ -79,7 +79,7 @@ with filelock.FileLock({str(folder / LOCK)!r}):
         process.communicate("\n")
 
 
-def text(status: Status) -> str:
+def text(status: SweepStatus) -> str:
     console = Console(record=True, width=80, file=io.StringIO())
     print_status(status, console, datetime.fromisoformat("2030-01-01T00:01:05+00:00"))
     return console.export_text()

@@ -12,17 +12,15 @@ from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from ncollapse.train.formatting import rate, rough_duration
 from ncollapse.train.optimizers import OPTIMIZERS
 from ncollapse.train.results.reader import load_meta, query
-from ncollapse.train.results.schema import FINISHED
+from ncollapse.train.results.schema import FINISHED, STATUSES
 from ncollapse.train.results.writer import LOCK
-from ncollapse.train.sweep.progress_bar import rate
 from ncollapse.train.sweep.stack_size import Choice
 
 if TYPE_CHECKING:
     import pandas as pd
-
-STATUSES = (*FINISHED, "running", "pending")
 
 #: What a run without a plan, or a stack that is not begun, does not have.
 _MAY_LACK = ("session", "stack", "size", "begun_epoch", "epoch", "checkpoint_epoch")
@@ -50,7 +48,7 @@ class StackStatus:
 
 
 @dataclasses.dataclass(frozen=True)
-class Status:
+class SweepStatus:
     """How far a sweep is.
 
     Attributes:
@@ -89,7 +87,7 @@ class Status:
         return sum(self.counts[status] for status in FINISHED)
 
 
-def read_status(folder: Path) -> Status:
+def read_status(folder: Path) -> SweepStatus:
     """How far the sweep in a results folder is.
 
     Raises:
@@ -113,7 +111,7 @@ def read_status(folder: Path) -> Status:
         runs.loc[runs.status == "running", "status"] = "pending"
     left = _left(runs)
     finished = runs.status.isin(FINISHED)
-    return Status(
+    return SweepStatus(
         grid=meta["grid"],
         sweeping=sweeping,
         counts={status: int((runs.status == status).sum()) for status in STATUSES},
@@ -182,7 +180,7 @@ def _stack(runs: "pd.DataFrame") -> StackStatus:
     )
 
 
-def print_status(status: Status, console: Console, now: datetime | None = None) -> None:
+def print_status(status: SweepStatus, console: Console, now: datetime | None = None) -> None:
     """Show it on the terminal, within 80 columns.
 
     Args:
@@ -199,7 +197,7 @@ def print_status(status: Status, console: Console, now: datetime | None = None) 
     counts = ", ".join(f"{n} {name}" for name, n in status.counts.items() if n)
     say(f"{status.finished} of {status.total} runs finished: {counts}")
     if status.session is not None:
-        left = "time left not known yet" if status.left is None else f"about {_time(status.left)} left"
+        left = "time left not known yet" if status.left is None else f"about {rough_duration(status.left)} left"
         say(f"{rate(status.trained, status.seconds)} in session {status.session}" + ("" if finished else f"; {left}"))
     if status.engine:
         say(f"Engine {status.engine['engine']}")
@@ -218,7 +216,7 @@ def _table(title: str | None = None) -> Table:
     return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
 
 
-def _optimizers(status: Status) -> Table:
+def _optimizers(status: SweepStatus) -> Table:
     table = _table()
     table.add_column("optimizer")
     table.add_column("finished", justify="right")
@@ -228,7 +226,7 @@ def _optimizers(status: Status) -> Table:
     return table
 
 
-def _stacks(status: Status, now: datetime) -> Table:
+def _stacks(status: SweepStatus, now: datetime) -> Table:
     title = "Stopped in the middle" if status.sweeping is False else "In flight"
     table = _table(title)
     for name in ("stack", "runs", "epoch", "checkpoint"):
@@ -242,14 +240,6 @@ def _stacks(status: Status, now: datetime) -> Table:
             f"{stack.epoch} of {stack.epochs}",
             "–" if stack.checkpoint is None else str(stack.checkpoint),
             f"{stack.model} on {stack.data}",
-            f"{_time((now - stack.heard).total_seconds())} ago",
+            f"{rough_duration((now - stack.heard).total_seconds())} ago",
         )
     return table
-
-
-def _time(seconds: float) -> str:
-    """A duration in the unit that suits it; none is below zero, since clocks of two machines differ."""
-    seconds = max(seconds, 0.0)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"

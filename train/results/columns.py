@@ -1,9 +1,12 @@
-"""What the columns of the results are: of the store, the DataFrames and the exported files."""
+"""The columns of the results, as DataFrames and exported files have them: name, meaning and type of each."""
+
+import dataclasses
+from collections.abc import Iterable
 
 from ncollapse.train.config import DESCRIPTIONS, RunConfig
 
-#: Measured at every evaluated epoch on the training data in evaluation mode, unless said otherwise; definitions and
-#: sources in `ncollapse.metrics`. NaN where undefined.
+#: Metric -> meaning. Measured at every evaluated epoch, on the training data in evaluation mode unless stated
+#: otherwise; NaN where undefined. Definitions and sources: `ncollapse.metrics`.
 METRICS: dict[str, str] = {
     "nc0": "NC0 = ‖Wᵀ1‖² of the last layer's weights W",
     "nc1": "NC1 = tr(Σ_W Σ_B⁺)/K",
@@ -11,83 +14,92 @@ METRICS: dict[str, str] = {
     "nc1_cdnv": "class-distance normalised variance, mean over pairs of classes",
     "nc2": "NC2: distance of the class means from a simplex ETF",
     "nc2_equinorm": "spread of the norms of the centred class means",
-    "nc2_equiangularity": "spread of the angles between them",
+    "nc2_equiangularity": "spread of the angles between the centred class means",
     "nc2_weight": "NC2 of the rows of W",
     "nc2_weight_equinorm": "spread of the norms of the rows of W",
-    "nc2_weight_equiangularity": "spread of the angles between them",
+    "nc2_weight_equiangularity": "spread of the angles between the rows of W",
     "nc3": "NC3: distance of W Mᵀ from a simplex ETF, M the centred class means",
     "nc3_difference": "‖W/‖W‖ − M/‖M‖‖",
     "nc4": "NC4: share of samples not classified as their nearest class mean",
     "train_loss": "mean cross-entropy on the training data",
-    "train_accuracy": "share of the training data classified rightly",
+    "train_accuracy": "share of the training data classified correctly",
     "val_loss": "mean cross-entropy on the validation data",
-    "val_accuracy": "share of the validation data classified rightly",
+    "val_accuracy": "share of the validation data classified correctly",
     "weight_norm": "Frobenius norm of W",
     "feature_norm": "mean norm of the centred class means",
     "degenerate": "1 where features or W have vanished, so that NC1–NC3 are undefined",
 }
 
-#: Those that any layer has, of its output; maps and tokens are averaged over space.
+#: The metrics of every block's output; maps and tokens are averaged over space.
 LAYER_METRICS: tuple[str, ...] = (
     "nc1", "nc1_trace_ratio", "nc1_cdnv", "nc2", "nc2_equinorm", "nc2_equiangularity",
 )  # fmt: skip
 
-#: Of a run, beside its settings and its metrics.
-_RUN = {
-    "id": "12 hexadecimal digits: the hash of the settings",
-    "position": "place in the grid, from 0",
-    "status": "pending, running, done, diverged (NaN or inf) or degenerate (features or weights have vanished)",
-    "stack": "number of the stack that it trained in",
-    "session": "number of the start of the sweep that trained it",
-    "train_samples": "training samples",
-    "seconds": "its share of its stack's training and evaluation time",
-    "diverged_epoch": "first evaluated epoch at which its loss was not finite",
-}
+
+@dataclasses.dataclass(frozen=True)
+class ResultColumn:
+    """A column of results.
+
+    Attributes:
+        meaning: what it holds, for `columns.csv`.
+        dtype: in pandas, the same whatever is missing.
+    """
+
+    name: str
+    meaning: str
+    dtype: str = "float64"
 
 
-#: What pandas keeps the values of a type in; None: of integers that may be missing.
+def dtypes(columns: Iterable[ResultColumn]) -> dict[str, str]:
+    """Return the dtype of each column in pandas, by its name."""
+    return {column.name: column.dtype for column in columns}
+
+
+#: Type of a setting's default -> dtype in pandas; None is the default of integers that may be missing.
 _DTYPES = {str: "string", int: "int64", float: "float64", type(None): "Int64"}
 
 
-def run_columns() -> dict[str, str]:
-    """Column -> meaning, of one row per run."""
-    last = {name: f"{about}; at the run's last evaluation" for name, about in METRICS.items()}
-    start = {f"{name}_start": f"{about}; before the first step" for name, about in METRICS.items()}
-    first = {name: _RUN[name] for name in ("id", "position", "status")}
-    return first | DESCRIPTIONS | {k: v for k, v in _RUN.items() if k not in first} | last | start
+def _settings() -> Iterable[ResultColumn]:
+    for name, default in RunConfig().as_dict().items():
+        yield ResultColumn(name, DESCRIPTIONS[name], _DTYPES[type(default)])
 
 
-def epoch_columns() -> dict[str, str]:
-    """Column -> meaning, of one row per run and evaluated epoch."""
-    return {"run": _RUN["id"], "epoch": "epochs trained so far; 0 is before the first step"} | METRICS
+_RUN = "12 hexadecimal digits: the hash of the settings"
+_EPOCH = ResultColumn("epoch", "epochs trained so far; 0 is before the first step", "int64")
 
+#: One row per run.
+RUN_COLUMNS: tuple[ResultColumn, ...] = (
+    ResultColumn("id", _RUN, "string"),
+    ResultColumn("position", "place in the grid, from 0", "Int64"),
+    ResultColumn(
+        "status", "pending, running, done, diverged (NaN or inf) or degenerate (features or weights have vanished)",
+        "string",
+    ),
+    *_settings(),
+    ResultColumn("stack", "number of the stack that it trained in", "Int64"),
+    ResultColumn("session", "number of the start of the sweep that trained it", "Int64"),
+    ResultColumn("train_samples", "training samples", "Int64"),
+    ResultColumn("seconds", "its share of its stack's training and evaluation time"),
+    ResultColumn("diverged_epoch", "first evaluated epoch at which its loss was not finite", "Int64"),
+    *(ResultColumn(name, f"{meaning}; at the run's last evaluation") for name, meaning in METRICS.items()),
+    *(ResultColumn(f"{name}_start", f"{meaning}; before the first step") for name, meaning in METRICS.items()),
+)  # fmt: skip
 
-def layer_columns() -> dict[str, str]:
-    """Column -> meaning, of one row per run, evaluated epoch and block, of runs with `layers` = "all"."""
-    place = {
-        "position": "place of the block in the network, from 0 at the images",
-        "layer": "name of the block, as the model's modules are named",
-    }
-    about = {
-        name: f"{METRICS[name]}; of the block's output, maps and tokens averaged over space" for name in LAYER_METRICS
-    }
-    return {name: epoch_columns()[name] for name in ("run", "epoch")} | place | about
+#: One row per run and evaluated epoch.
+EPOCH_COLUMNS: tuple[ResultColumn, ...] = (
+    ResultColumn("run", _RUN, "string"),
+    _EPOCH,
+    *(ResultColumn(name, meaning) for name, meaning in METRICS.items()),
+)
 
-
-def run_dtypes() -> dict[str, str]:
-    """Column -> dtype in pandas, of one row per run; the same whatever is missing."""
-    settings = {name: _DTYPES[type(value)] for name, value in RunConfig().as_dict().items()}
-    known = settings | {"id": "string", "status": "string", "seconds": "float64"}
-    integers = dict.fromkeys(_RUN, "Int64")
-    return dict.fromkeys(run_columns(), "float64") | integers | known
-
-
-def epoch_dtypes() -> dict[str, str]:
-    """Column -> dtype in pandas, of one row per run and evaluated epoch."""
-    return {"run": "string", "epoch": "int64"} | dict.fromkeys(METRICS, "float64")
-
-
-def layer_dtypes() -> dict[str, str]:
-    """Column -> dtype in pandas, of one row per run, evaluated epoch and block."""
-    names = {"run": "string", "epoch": "int64", "position": "int64", "layer": "string"}
-    return names | dict.fromkeys(LAYER_METRICS, "float64")
+#: One row per run, evaluated epoch and block, of the runs with `layers` = "all".
+LAYER_COLUMNS: tuple[ResultColumn, ...] = (
+    ResultColumn("run", _RUN, "string"),
+    _EPOCH,
+    ResultColumn("position", "place of the block in the network, from 0 at the images", "int64"),
+    ResultColumn("layer", "name of the block, as the model's modules are named", "string"),
+    *(
+        ResultColumn(name, f"{METRICS[name]}; of the block's output, maps and tokens averaged over space")
+        for name in LAYER_METRICS
+    ),
+)

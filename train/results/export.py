@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from ncollapse.train.errors import UserError
 from ncollapse.train.results.atomic_write import write_whole
-from ncollapse.train.results.columns import epoch_columns, layer_columns, run_columns
+from ncollapse.train.results.columns import EPOCH_COLUMNS, LAYER_COLUMNS, RUN_COLUMNS
 from ncollapse.train.results.reader import load_layers, load_metrics, load_runs
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Format = Literal["parquet", "csv"]
 
 
-def export(folder: Path, format: Format, out: Path | None = None) -> list[Path]:
+def export_results(folder: Path, format: Format, out: Path | None = None) -> list[Path]:
     """Write `runs` (a row per run), `epochs` (a row per run and evaluated epoch) and `columns.csv` (what they mean).
 
     Where runs have `layers` = "all" also `layers` (a row per run, evaluated epoch and block).
@@ -35,12 +35,12 @@ def export(folder: Path, format: Format, out: Path | None = None) -> list[Path]:
     import pandas as pd
 
     encode = _parquet if format == "parquet" else _csv
-    tables = {"runs": (load_runs(folder), run_columns()), "epochs": (load_metrics(folder), epoch_columns())}
+    tables = {"runs": (load_runs(folder), RUN_COLUMNS), "epochs": (load_metrics(folder), EPOCH_COLUMNS)}
     layers = load_layers(folder)
     if len(layers):
-        tables["layers"] = (layers, layer_columns())
-    columns = [(table, name, meaning) for table, (_, meanings) in tables.items() for name, meaning in meanings.items()]
+        tables["layers"] = (layers, LAYER_COLUMNS)
     contents = {f"{table}.{format}": encode(frame) for table, (frame, _) in tables.items()}
+    columns = [(table, column.name, column.meaning) for table, (_, each) in tables.items() for column in each]
     contents["columns.csv"] = _csv(pd.DataFrame(columns, columns=["table", "column", "meaning"]))
     paths = {(out or folder / "export") / name: content for name, content in contents.items()}
     for path, content in paths.items():

@@ -1,62 +1,109 @@
-"""The format of a results folder's database.
+"""The format of a results folder's database, and how it grows.
 
 Tables: `runs`, one row per run of the grid with its settings and status; `metrics`, one row per run and evaluated
-epoch; `layers`, the same for each block of those that ask for it; `stacks`, the runs that train as one program, with
-how far they are; `sessions`, one row per start of a sweep with command, versions, commit and device; `meta`. A run's
-status is pending or running until it ends as done, diverged (NaN or inf) or degenerate (features or weights have
+epoch; `layers`, the same per block, of runs with `layers` = "all"; `stacks`, the runs that train as one program, with
+their progress; `sessions`, one row per start of a sweep with command, versions, commit and device; `meta`. The status
+of a run is pending or running until it ends as done, diverged (NaN or inf) or degenerate (features or weights have
 vanished).
+
+A column can be added in any version: it has a default or may be NULL. A database that lacks it is completed when a
+sweep opens it, and read as if it were there. `SCHEMA_VERSION` rises only for changes that this cannot express. The
+columns of settings are those of `runs` without a declared type.
 """
 
 import math
 import sqlite3
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ncollapse.train.config import FIELDS
 from ncollapse.train.errors import NoResultsError, UserError
+from ncollapse.train.formatting import setting_value
 from ncollapse.train.results.columns import LAYER_METRICS, METRICS
 
 FILE = "runs.sqlite"
 SCHEMA_VERSION = 3
 
+#: The statuses of a run that has ended, and all statuses.
 FINISHED = ("done", "diverged", "degenerate")
+STATUSES = (*FINISHED, "running", "pending")
+#: `FINISHED` in SQL.
 ENDED = ", ".join(f"'{status}'" for status in FINISHED)
 SETTINGS = tuple(field.name for field in FIELDS)
-# Quoted: `limit` is a word of SQL.
-SETTING_COLUMNS = ", ".join(f'"{name}"' for name in SETTINGS)
 
-SCHEMA = f"""
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
-CREATE TABLE sessions (id INTEGER PRIMARY KEY, started TEXT NOT NULL, command TEXT NOT NULL, provenance TEXT NOT NULL);
-CREATE TABLE stacks (
-    id INTEGER PRIMARY KEY, size INTEGER NOT NULL, session INTEGER REFERENCES sessions, updated TEXT,
-    begun_epoch INTEGER NOT NULL DEFAULT 0, epoch INTEGER NOT NULL DEFAULT 0, checkpoint TEXT, checkpoint_epoch INTEGER
-);
-CREATE TABLE runs (
-    id TEXT PRIMARY KEY, position INTEGER NOT NULL, status TEXT NOT NULL, {SETTING_COLUMNS},
-    stack INTEGER REFERENCES stacks, session INTEGER REFERENCES sessions, train_samples INTEGER, seconds REAL,
-    diverged_epoch INTEGER
-);
-CREATE TABLE metrics (
-    run TEXT NOT NULL REFERENCES runs, epoch INTEGER NOT NULL, {", ".join(f"{name} REAL" for name in METRICS)},
-    PRIMARY KEY (run, epoch)
-) WITHOUT ROWID;
-CREATE TABLE layers (
-    run TEXT NOT NULL REFERENCES runs, epoch INTEGER NOT NULL, position INTEGER NOT NULL, layer TEXT NOT NULL,
-    {", ".join(f"{name} REAL" for name in LAYER_METRICS)},
-    PRIMARY KEY (run, epoch, position)
-) WITHOUT ROWID;
-PRAGMA user_version = {SCHEMA_VERSION};
-"""
+
+def quoted(names: Iterable[str], table: str = "") -> str:
+    """Return the names of columns as SQL.
+
+    Args:
+        table: qualifies the names. SQLite takes an unknown name in double quotes for a string, but not a qualified one.
+    """
+    prefix = f'"{table}".' if table else ""
+    return ", ".join(prefix + '"' + name.replace('"', '""') + '"' for name in names)
+
+
+def _literal(value: Any) -> str:
+    """Return the default of a setting as SQL."""
+    if value is None:
+        return "NULL"
+    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else repr(value)
+
+
+_RUN = {"run": "TEXT NOT NULL REFERENCES runs", "epoch": "INTEGER NOT NULL"}
+
+#: Table -> column -> declaration. The default of a setting is that of older runs, which were trained with it.
+TABLES: dict[str, dict[str, str]] = {
+    "meta": {"key": "TEXT PRIMARY KEY", "value": "TEXT NOT NULL"},
+    "sessions": {
+        "id": "INTEGER PRIMARY KEY",
+        "started": "TEXT NOT NULL",
+        "command": "TEXT NOT NULL",
+        "provenance": "TEXT NOT NULL",
+    },
+    "stacks": {
+        "id": "INTEGER PRIMARY KEY",
+        "size": "INTEGER NOT NULL",
+        "session": "INTEGER REFERENCES sessions",
+        "updated": "TEXT",
+        "begun_epoch": "INTEGER NOT NULL DEFAULT 0",
+        "epoch": "INTEGER NOT NULL DEFAULT 0",
+        "checkpoint": "TEXT",
+        "checkpoint_epoch": "INTEGER",
+    },
+    "runs": {
+        "id": "TEXT PRIMARY KEY",
+        "position": "INTEGER NOT NULL",
+        "status": "TEXT NOT NULL",
+        **{field.name: f"DEFAULT {_literal(field.default)}" for field in FIELDS},
+        "stack": "INTEGER REFERENCES stacks",
+        "session": "INTEGER REFERENCES sessions",
+        "train_samples": "INTEGER",
+        "seconds": "REAL",
+        "diverged_epoch": "INTEGER",
+    },
+    "metrics": {**_RUN, **dict.fromkeys(METRICS, "REAL")},
+    "layers": {
+        **_RUN,
+        "position": "INTEGER NOT NULL",
+        "layer": "TEXT NOT NULL",
+        **dict.fromkeys(LAYER_METRICS, "REAL"),
+    },
+}
+_KEYS = {
+    "metrics": "PRIMARY KEY (run, epoch)",
+    "layers": "PRIMARY KEY (run, epoch, position)",
+}
 
 
 def connect(folder: Path, *, create: bool) -> sqlite3.Connection:
-    """A connection to the folder's database."""
-    # Never opened read-only: after a crash even a reader has to roll the last transaction back.
+    """Connect to the folder's database."""
+    # Never opened read-only: after a crash even a reader has to roll the last transaction back. In a folder that may
+    # not be written to, SQLite itself falls back to reading.
     uri = f"{(folder / FILE).resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
     connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30)
     try:
-        # What is committed survives a loss of power. It reads the file, too, which may be no database.
+        # A committed transaction survives a loss of power. This reads the file, which may be no database.
         connection.execute("PRAGMA synchronous = EXTRA")
     except BaseException:
         connection.close()
@@ -64,13 +111,28 @@ def connect(folder: Path, *, create: bool) -> sqlite3.Connection:
     return connection
 
 
+def create_tables(connection: sqlite3.Connection) -> None:
+    """Create all tables of an empty database."""
+    for table, columns in TABLES.items():
+        parts = [f"{quoted([name])} {declaration}" for name, declaration in columns.items()]
+        key = _KEYS.get(table)
+        rows = ", ".join([*parts, key] if key else parts)
+        connection.execute(f"CREATE TABLE {table} ({rows})" + (" WITHOUT ROWID" if key else ""))
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
 def is_empty(connection: sqlite3.Connection) -> bool:
-    """Whether nothing was ever committed: a sweep is just starting there, or was killed as it started."""
+    """Return whether nothing was ever committed: a sweep is just starting there, or was killed as it started."""
     return connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0
 
 
 def check_version(connection: sqlite3.Connection, folder: Path) -> None:
-    """Raise UserError unless the database has the format that this version reads; NoResultsError: nothing in it yet."""
+    """Check that the database has the format that this version reads.
+
+    Raises:
+        NoResultsError: nothing is in it yet.
+        UserError: it has another format.
+    """
     if is_empty(connection):
         raise NoResultsError(
             f"no results in {folder} yet: the sweep that makes them is just starting; if it was stopped as it started, "
@@ -84,8 +146,64 @@ def check_version(connection: sqlite3.Connection, folder: Path) -> None:
         )
 
 
+def add_missing_columns(connection: sqlite3.Connection) -> None:
+    """Add the columns that an older version did not write: settings with their default, metrics as NULL."""
+    for table, missing in _missing_columns(connection):
+        for name in missing:
+            connection.execute(f"ALTER TABLE {table} ADD COLUMN {quoted([name])} {TABLES[table][name]}")
+
+
+def show_missing_columns(connection: sqlite3.Connection) -> None:
+    """Let the connection's queries see the columns that `add_missing_columns` would add; the file stays as it is."""
+    for table, missing in _missing_columns(connection):
+        added = ", ".join(f"{_default(TABLES[table][name])} AS {quoted([name])}" for name in missing)
+        # A temporary view goes before the table of the same name.
+        connection.execute(f"CREATE TEMP VIEW {table} AS SELECT *, {added} FROM main.{table}")
+
+
+def _missing_columns(connection: sqlite3.Connection) -> list[tuple[str, list[str]]]:
+    """Return pairs of a table and those of its columns that the database lacks."""
+    found = []
+    for table, columns in TABLES.items():
+        stored = {row[0] for row in _stored_columns(connection, table)}
+        missing = [name for name in columns if name not in stored]
+        if stored and missing:
+            found.append((table, missing))
+    return found
+
+
+def _stored_columns(connection: sqlite3.Connection, table: str) -> list[tuple[str, str, str | None]]:
+    """Return name, type and default, as SQL, of each column that the database has; empty without the table."""
+    return connection.execute("SELECT name, type, dflt_value FROM pragma_table_info(?, 'main')", (table,)).fetchall()
+
+
+def _default(declaration: str) -> str:
+    return declaration.partition("DEFAULT ")[2] or "NULL"
+
+
+def check_unknown_settings(connection: sqlite3.Connection, folder: Path) -> None:
+    """Check that settings which a newer version has added are at their default in all runs.
+
+    Raises:
+        UserError: naming the settings that are not; this version would train the runs without them.
+    """
+    parts = []
+    for name, kind, default in _stored_columns(connection, "runs"):
+        if name not in TABLES["runs"] and not kind:
+            column = quoted([name], "runs")
+            rows = connection.execute(f"SELECT DISTINCT {column} FROM runs WHERE {column} IS NOT ({default or 'NULL'})")
+            values = {row[0] for row in rows}
+            if values:
+                parts.append(f"{name} = {_listing(values)}")
+    if parts:
+        raise UserError(
+            f"{folder} was made by a newer ncollapse, with settings that this version does not have: "
+            f"{'; '.join(parts)}. Use the version that wrote it, or choose another --out"
+        )
+
+
 def difference(stored: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]]) -> str:
-    """The settings whose values differ between two lists of runs."""
+    """Return the settings whose values differ between two lists of runs, as text."""
     parts = []
     for i, name in enumerate(SETTINGS):
         was, now = ({row[i] for row in rows} for rows in (stored, wanted))
@@ -96,4 +214,4 @@ def difference(stored: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]]) -> 
 
 def _listing(values: set[Any]) -> str:
     ordered = sorted(values, key=lambda v: (v is None, v if not isinstance(v, float) or math.isfinite(v) else 0))
-    return ", ".join("none" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in ordered)
+    return ", ".join(map(setting_value, ordered))

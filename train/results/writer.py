@@ -8,7 +8,7 @@ import dataclasses
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,13 +23,15 @@ from ncollapse.train.results.atomic_write import write_whole
 from ncollapse.train.results.columns import LAYER_METRICS, METRICS
 from ncollapse.train.results.schema import (
     ENDED,
-    SCHEMA,
-    SETTING_COLUMNS,
     SETTINGS,
+    add_missing_columns,
+    check_unknown_settings,
     check_version,
     connect,
+    create_tables,
     difference,
     is_empty,
+    quoted,
 )
 
 if TYPE_CHECKING:
@@ -91,17 +93,20 @@ class Store:
     def _open_or_create(self) -> None:
         with self._transaction():
             if is_empty(self._db):
-                for statement in SCHEMA.split(";"):
-                    self._db.execute(statement)
-                self._db.execute("INSERT INTO meta VALUES ('grid', ?)", (self.grid.name,))
-                self._db.execute("INSERT INTO meta VALUES ('description', ?)", (self.grid.description,))
+                create_tables(self._db)
+                meta = [("grid", self.grid.name), ("description", self.grid.description)]
+                self._db.executemany("INSERT INTO meta (key, value) VALUES (?, ?)", meta)
                 rows = [(run.id, i, "pending", *run.as_dict().values()) for i, run in enumerate(self.grid.runs)]
-                places = ", ".join("?" * (3 + len(SETTINGS)))
-                self._db.executemany(
-                    f"INSERT INTO runs (id, position, status, {SETTING_COLUMNS}) VALUES ({places})", rows
-                )
+                self._insert("runs", ("id", "position", "status", *SETTINGS), rows)
         check_version(self._db, self.folder)
-        stored = {row[0]: row[1:] for row in self._db.execute(f"SELECT id, {SETTING_COLUMNS} FROM runs")}
+        check_unknown_settings(self._db, self.folder)
+        with self._transaction():  # rolled back where the grid is another one
+            add_missing_columns(self._db)
+            self._check_grid()
+        self._tidy()
+
+    def _check_grid(self) -> None:
+        stored = {row[0]: row[1:] for row in self._db.execute(f"SELECT id, {quoted(SETTINGS, 'runs')} FROM runs")}
         wanted = {run.id: tuple(run.as_dict().values()) for run in self.grid.runs}
         if stored != wanted:
             raise UserError(
@@ -109,7 +114,10 @@ class Store:
                 f"{difference(list(stored.values()), list(wanted.values()))}. "
                 "Choose another --out, or go back to the grid that made it"
             )
-        self._tidy()
+
+    def _insert(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        places = ", ".join("?" * len(columns))
+        self._db.executemany(f"INSERT INTO {table} ({quoted(columns)}) VALUES ({places})", rows)
 
     def _tidy(self) -> None:
         """Remove what a sweep that was killed could not: files not committed any more, checkpoints of no use."""
@@ -138,7 +146,7 @@ class Store:
     def check_data(self, name: str, fingerprint: str) -> None:
         """Raise UserError unless the data set is the one that the folder's earlier runs were trained on."""
         with self._transaction():
-            self._db.execute("INSERT OR IGNORE INTO meta VALUES (?, ?)", (f"data {name}", fingerprint))
+            self._db.execute("INSERT OR IGNORE INTO meta (key, value) VALUES (?, ?)", (f"data {name}", fingerprint))
         known = self._db.execute("SELECT value FROM meta WHERE key = ?", (f"data {name}",)).fetchone()[0]
         if known != fingerprint:
             raise UserError(
@@ -190,7 +198,8 @@ class Store:
                 )
             self._db.execute("DELETE FROM stacks WHERE id NOT IN (SELECT stack FROM runs WHERE stack IS NOT NULL)")
             if engine is not None:
-                self._db.execute("INSERT OR REPLACE INTO meta VALUES ('engine', ?)", (json.dumps(engine),))
+                row = ("engine", json.dumps(engine))
+                self._db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", row)
         return [i for i in ids if i is not None]
 
     def engine(self) -> dict[str, Any] | None:
@@ -243,8 +252,8 @@ class Store:
         ]
         self._progress[stack.id] = evaluation.epoch
         with self._transaction():
-            self._db.executemany(f"INSERT INTO metrics VALUES ({', '.join('?' * (2 + len(METRICS)))})", rows)
-            self._db.executemany(f"INSERT INTO layers VALUES ({', '.join('?' * (4 + len(LAYER_METRICS)))})", layers)
+            self._insert("metrics", ("run", "epoch", *METRICS), rows)
+            self._insert("layers", ("run", "epoch", "position", "layer", *LAYER_METRICS), layers)
             self._db.executemany(
                 "UPDATE runs SET status = ?, diverged_epoch = ?, seconds = ? WHERE id = ?",
                 [(end.status, end.diverged_epoch, end.seconds, stack.runs[i].id) for i, end in ended],
