@@ -1,19 +1,62 @@
-"""Where no kernel can go: why, and a warning, once for each reason."""
+"""What all operations share: registering torch operators, why no kernel runs on a device, dtype codes, threads."""
 
 import warnings
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
+from typing import Any, TypeVar
 
 import torch
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+#: Dtypes of the update kernels, with the numbers by which C++ knows them (`_half.h`).
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# With fewer elements, waking a second thread costs more than it saves.
+_ONE_THREAD = 65536
+
+# `torch.library.custom_op` would add a Python wrapper that takes longer than a small batch or model.
+_library = torch.library.Library("ncollapse", "DEF")
 _warned: set[str] = set()
 
 
-def why_no_kernel(device: torch.device, extension: str) -> str | None:
-    """Why there is no kernel on this device; None if there is one.
+def register_operator(
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], tags: Sequence[torch.Tag] = ()
+) -> Any:
+    """Register `torch.ops.ncollapse.<name>` for all devices, and return it.
 
     Args:
-        extension: name of the module that was compiled for the CPU.
+        schema: name, arguments and results, as torch writes them.
+        implementation: the function that runs, whatever the device.
+        fake: the same arguments to results of the same shape, dtype and layout, with any content.
+        tags: what the compiler must know of the operator.
+    """
+    name = _library.define(schema, tags=tuple(tags))
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ncollapse::{name}", fake, lib=_library)
+    return getattr(torch.ops.ncollapse, name).default
+
+
+def no_result(*_: object) -> None:
+    """The fake of an operator that changes its arguments and returns nothing."""
+
+
+def compile_time_constant(function: Function) -> Function:
+    """Mark a function for torch.compile to call while it traces, instead of tracing into it.
+
+    The same as `torch.compiler.assume_constant_result`, which would load the compiler: that takes as long as loading
+    torch. The function must take constants only.
+    """
+    function.__dict__["_dynamo_marked_constant"] = True
+    return function
+
+
+@compile_time_constant
+def why_no_kernel(device: torch.device, extension: str = "") -> str | None:
+    """The reason why no kernel runs on this device; None if one does.
+
+    Args:
+        extension: name of the compiled module with the kernels for the CPU.
     """
     if device.type == "cpu":
         return None if _found(extension) else "the package was installed without a C++ compiler"
@@ -22,12 +65,23 @@ def why_no_kernel(device: torch.device, extension: str) -> str | None:
     return None if _found("triton") else "Triton is not installed"
 
 
+@compile_time_constant
 def warn_once(what: str, reason: str) -> None:
-    """Say that plain PyTorch does it."""
+    """Warn that plain PyTorch does `what`; once for each reason."""
     message = f"plain PyTorch {what}, slowly: {reason}"
     if message not in _warned:
         _warned.add(message)
         warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def cpu_threads(elements: int) -> int:
+    """How many threads a CPU kernel uses for so many elements."""
+    return 1 if elements < _ONE_THREAD else torch.get_num_threads()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors a GPU has; 1 for the CPU, on which Triton's interpreter runs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @cache

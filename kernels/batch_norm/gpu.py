@@ -23,6 +23,7 @@ from ncollapse.kernels.batch_norm.gpu_kernels import (
     moments_kernel,
     sums_kernel,
 )
+from ncollapse.kernels.operators import multiprocessors
 
 #: Channels of a program at most: 128 bytes of a row in half precision, a whole cache line.
 COLUMNS = 64
@@ -116,7 +117,7 @@ def backward(
 
 def _cut(rows: int, tile: int, blocks: int, device: torch.device) -> tuple[int, int]:
     """How many rows a part has, a multiple of the tile, and how many parts that makes."""
-    wanted = max(1, min(PARTS, PROGRAMS * _multiprocessors(device) // blocks))
+    wanted = max(1, min(PARTS, PROGRAMS * multiprocessors(device) // blocks))
     rows_each = _blocks(_blocks(rows, wanted), tile) * tile
     return rows_each, _blocks(rows, rows_each)
 
@@ -124,7 +125,3 @@ def _cut(rows: int, tile: int, blocks: int, device: torch.device) -> tuple[int, 
 def _blocks(many: int, each: int) -> int:
     """How many blocks of so many make all. (Triton's own function takes longer to call than a tensor to allocate.)"""
     return -(-many // each)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -16,19 +16,6 @@ from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST_ROWS = 2**30  # the kernels count them in int32, with room for a tile beyond the last
 
-# Defined with Library, not custom_op, whose Python wrapper takes longer than a small batch does. What is passed in
-# keeps its layout, and what the kernels read and write one row after the other is not a copy.
-_library = torch.library.Library("ncollapse", "FRAGMENT")
-for _schema in (
-    "batch_norm_moments(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, float eps) "
-    "-> (Tensor, Tensor)",
-    "batch_norm_relu(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor? residual, bool pool) "
-    "-> Tensor",
-    "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool pool) "
-    "-> (Tensor, Tensor, Tensor)",
-):
-    _library.define(_schema, tags=(torch.Tag.needs_exact_strides,))
-
 
 def batch_norm_relu(
     x: Tensor,
@@ -82,14 +69,14 @@ def batch_norm_relu(
     if x.device.type == "cpu" or _trivial(x, pool):
         how = batch_norm_relu_reference
     elif reason := why_no_kernel(x, (weight, bias, running_mean, running_var), train, residual):
-        _warn(reason)
+        operators.warn_once("normalises maps", reason)
         how = batch_norm_relu_reference
     return how(x, weight, bias, running_mean, running_var, train, momentum, eps, pool, residual)
 
 
 def why_no_kernel(x: Tensor, vectors: tuple[Tensor, ...], train: bool, residual: Tensor | None) -> str | None:
     """Why these maps, off the CPU, go to torch's own operations; None if they don't."""
-    if reason := why_not_here(x.device):
+    if reason := operators.why_no_kernel(x.device):
         return reason
     if x.dtype not in _DTYPES:
         return f"there is no batch-norm kernel for {x.dtype} maps"
@@ -133,21 +120,6 @@ def _trivial(x: Tensor, pool: bool) -> bool:
     """Maps of which there is nothing to read or write, or one value per channel: torch knows what to say of them."""
     height, width = x.shape[2:]
     return x.numel() <= x.shape[1] or (pool and min(height, width) < 2)
-
-
-def why_not_here(device: torch.device) -> str | None:
-    """Why there is no kernel on a device; None if there is."""
-    return operators.why_no_kernel(device, "")
-
-
-def _warn(reason: str) -> None:
-    operators.warn_once("normalises maps", reason)
-
-
-# What `torch.compiler.assume_constant_result` does, without loading the compiler: these it calls while it compiles, and
-# looks into neither.
-why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _moments(
@@ -205,16 +177,27 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *grads, None, None, grad if ctx.has_residual else None, None
 
 
-_library.impl("batch_norm_moments", _moments, "CompositeExplicitAutograd")
-_library.impl("batch_norm_relu", _batch_norm_relu, "CompositeExplicitAutograd")
-_library.impl("batch_norm_relu_backward", _batch_norm_relu_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("ncollapse::batch_norm_moments", _vectors)
-torch.library.register_fake("ncollapse::batch_norm_relu", _result)
-torch.library.register_fake(
-    "ncollapse::batch_norm_relu_backward", lambda _, x, *__: (torch.empty_like(x), *_vectors(x))
+# The kernels need channels-last maps: the compiler must pass tensors on with their strides unchanged.
+_EXACT = (torch.Tag.needs_exact_strides,)
+moments_op = operators.register_operator(
+    "batch_norm_moments(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, float eps) "
+    "-> (Tensor, Tensor)",
+    _moments,
+    _vectors,
+    _EXACT,
+)
+batch_norm_relu_op = operators.register_operator(
+    "batch_norm_relu(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor? residual, bool pool) "
+    "-> Tensor",
+    _batch_norm_relu,
+    _result,
+    _EXACT,
+)
+backward_op = operators.register_operator(
+    "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool pool) "
+    "-> (Tensor, Tensor, Tensor)",
+    _batch_norm_relu_backward,
+    lambda _, x, *__: (torch.empty_like(x), *_vectors(x)),
+    _EXACT,
 )
 torch.library.register_autograd("ncollapse::batch_norm_relu", _backward, setup_context=_keep)
-
-moments_op = torch.ops.ncollapse.batch_norm_moments.default
-batch_norm_relu_op = torch.ops.ncollapse.batch_norm_relu.default
-backward_op = torch.ops.ncollapse.batch_norm_relu_backward.default

@@ -25,6 +25,7 @@ from ncollapse.kernels.class_stats.gpu_kernels import (
     split_kernel,
 )
 from ncollapse.kernels.class_stats.reference import State
+from ncollapse.kernels.operators import multiprocessors
 
 #: Labels that a program looks at, and how many classes at a time.
 LABELS, CLASSES = 256, 32
@@ -64,7 +65,7 @@ def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -
         )  # fmt: skip
         at_once = min(MOST_CLASSES, max(16, triton.next_power_of_2(classes)))
         blocks, columns = triton.cdiv(classes, at_once), triton.cdiv(dim, COLUMNS)
-        wanted = PROGRAMS * _multiprocessors(features.device)
+        wanted = PROGRAMS * multiprocessors(features.device)
         parts = max(1, min(wanted // (columns * runs * blocks), triton.cdiv(rows, ROWS)))
         rows_each = triton.cdiv(triton.cdiv(rows, parts), ROWS) * ROWS
         parts = triton.cdiv(rows, rows_each)
@@ -134,7 +135,3 @@ def _strides(features: Tensor) -> tuple[int, int, int, int]:
     """Runs, and the strides of runs, samples and features."""
     of_run = features.stride(0) if features.dim() == 3 else 0
     return features.shape[0] if features.dim() == 3 else 1, of_run, features.stride(-2), features.stride(-1)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

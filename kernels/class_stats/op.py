@@ -1,4 +1,4 @@
-"""`torch.ops.ncollapse.class_stats` and `.project`: the statistics as operators, on whatever there is for a device."""
+"""`torch.ops.ncollapse.class_stats` and `.project`: the statistics as operators, with a kernel or the reference."""
 
 import torch
 from torch import Tensor
@@ -7,20 +7,12 @@ from ncollapse.kernels import operators
 from ncollapse.kernels.class_stats import cpu
 from ncollapse.kernels.class_stats.reference import State, class_stats_reference, project_reference
 
-# Defined with Library, not custom_op, whose Python wrapper takes longer than a small batch does.
-_library = torch.library.Library("ncollapse", "FRAGMENT")
-_library.define(
-    "class_stats(Tensor features, Tensor labels, Tensor(a!) counts, Tensor(b!) shifts, Tensor(c!) sums, "
-    "Tensor(d!) squares, Tensor(e!)? scatter, Tensor? axes, Tensor(f!) refused, bool propagate) -> ()"
-)
-_library.define("project(Tensor features, Tensor labels, Tensor shifts, Tensor axes) -> Tensor")
-
 
 def why_no_kernel(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why statistics of this dtype fall back to the reference on this device; None if they don't."""
+    """The reason why statistics of this dtype use the reference on this device; None if they use a kernel."""
     if device.type == "cuda" and dtype != torch.float32:
         return f"there is no kernel for {dtype} sums on a GPU"
-    return operators.why_no_kernel(device, "ncollapse.kernels.class_stats._cpu")
+    return operators.why_no_kernel(device, cpu.EXTENSION)
 
 
 def _class_stats(
@@ -59,19 +51,16 @@ def _project(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor) -> 
     return gpu.project(features, labels, shifts, axes)
 
 
-_library.impl("class_stats", _class_stats, "CompositeExplicitAutograd")
-_library.impl("project", _project, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("ncollapse::class_stats")
-def _(*_: object) -> None:
-    """Nothing comes out, and nothing changes its shape."""
-
-
-@torch.library.register_fake("ncollapse::project")
 def _fake_project(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor) -> Tensor:
     return shifts.new_empty(*features.shape[:-1], axes.shape[-2])
 
 
-class_stats_op = torch.ops.ncollapse.class_stats.default
-project_op = torch.ops.ncollapse.project.default
+class_stats_op = operators.register_operator(
+    "class_stats(Tensor features, Tensor labels, Tensor(a!) counts, Tensor(b!) shifts, Tensor(c!) sums, "
+    "Tensor(d!) squares, Tensor(e!)? scatter, Tensor? axes, Tensor(f!) refused, bool propagate) -> ()",
+    _class_stats,
+    operators.no_result,
+)
+project_op = operators.register_operator(
+    "project(Tensor features, Tensor labels, Tensor shifts, Tensor axes) -> Tensor", _project, _fake_project
+)

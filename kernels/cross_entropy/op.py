@@ -8,10 +8,6 @@ from ncollapse.kernels.cross_entropy.reference import cross_entropy_slope_refere
 
 _MOST_CLASSES = 1024  # `BLOCK` of `gpu`, which needs Triton
 
-# Defined with Library, not custom_op, whose Python wrapper takes longer than the kernel does.
-_library = torch.library.Library("ncollapse", "FRAGMENT")
-_library.define("cross_entropy_slope(Tensor logits, Tensor labels) -> Tensor")
-
 
 def cross_entropy_slope(logits: Tensor, labels: Tensor) -> Tensor:
     """(softmax(logits) − one-hot(labels)) / B: the gradient of each run's mean cross-entropy by its logits.
@@ -44,32 +40,18 @@ def cross_entropy_slope(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.device.type == "cpu":
         return cross_entropy_slope_reference(logits, labels)
     if reason := why_no_kernel(logits):
-        _warn(reason)
+        operators.warn_once("takes the slope of the cross-entropy", reason)
         return cross_entropy_slope_reference(logits, labels)
     return slope_op(logits.detach(), labels)
 
 
 def why_no_kernel(logits: Tensor) -> str | None:
     """Why these logits, off the CPU, go to the reference; None if they don't."""
-    if reason := _why_not_here(logits.device):
+    if reason := operators.why_no_kernel(logits.device):
         return reason
     if logits.dtype != torch.float32:
         return f"there is no kernel for {logits.dtype} logits"
     return f"there are more than {_MOST_CLASSES} classes" if logits.shape[-1] > _MOST_CLASSES else None
-
-
-def _why_not_here(device: torch.device) -> str | None:
-    return operators.why_no_kernel(device, "")
-
-
-def _warn(reason: str) -> None:
-    operators.warn_once("takes the slope of the cross-entropy", reason)
-
-
-# What `torch.compiler.assume_constant_result` does, without loading the compiler: these it calls while it compiles, and
-# looks into neither.
-_why_not_here._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _slope(logits: Tensor, labels: Tensor) -> Tensor:
@@ -84,7 +66,4 @@ def _result(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-_library.impl("cross_entropy_slope", _slope, "CompositeExplicitAutograd")
-torch.library.register_fake("ncollapse::cross_entropy_slope", _result)
-
-slope_op = torch.ops.ncollapse.cross_entropy_slope.default
+slope_op = operators.register_operator("cross_entropy_slope(Tensor logits, Tensor labels) -> Tensor", _slope, _result)

@@ -1,5 +1,5 @@
-// The update of a whole model on the CPU: what gpu.py does, over the same table (see table.py), with every operation
-// rounded by itself as in reference.py. Compiled without torch; addresses come in as integers.
+// The update of a whole model on the CPU. Does what gpu.py does, over the same table (table.py), and rounds every
+// operation separately, as reference.py does. Compiled without torch, so addresses are passed as integers.
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -17,8 +18,9 @@
 namespace {
 
 enum Rule { SGD, SIGNUM, ADAM, LION };
-constexpr int64_t MAXIMIZE = 256, NESTEROV = 512, FRESH = 2;
+constexpr int64_t RULE_MASK = 255, MAXIMIZE = 256, NESTEROV = 512, FRESH = 2;
 
+// `layout` below reports these structs, numbers and flags; cpu.py compares them with table.py.
 struct Row {  // of the table `tensors`
   int64_t param, grad, first, second, step, copy, numel, hyper, flags, run, pitch, sums;
 };
@@ -35,7 +37,7 @@ template <class R> INLINE R sign_of(R x) { return x > 0 ? R(1) : x < 0 ? R(-1) :
 
 template <class R> struct Scalars {
   R scale, coupled, decoupled, rate, b1, b1c, b2, b2c, root, eps, damp;
-  R sign, nesterov;  // -1 to maximize; 1 or 0. As numbers they make vectors, as truth values copies of the loop.
+  R sign, nesterov;  // -1 to maximize; 1 or 0. As numbers they vectorize; as booleans they would duplicate the loop.
 };
 
 double number(const Hyper &h, int i) {
@@ -47,7 +49,7 @@ template <class R> Scalars<R> scalars(const Row &row, const Hyper &h, const floa
   const double lr = number(h, 0), decay = number(h, 1), coupling = number(h, 2);
   const double beta1 = number(h, 3), beta2 = number(h, 4);
   double rate = lr, root = 1;
-  if ((h.code & 255) == ADAM) {
+  if ((h.code & RULE_MASK) == ADAM) {
     const double t = double(*reinterpret_cast<const float *>(row.step) + 1);
     rate = lr / (1 - std::pow(beta1, t));
     root = std::pow(1 - std::pow(beta2, t), -0.5);
@@ -57,7 +59,7 @@ template <class R> Scalars<R> scalars(const Row &row, const Hyper &h, const floa
           row.flags & FRESH || !row.first ? R(1) : R(1 - beta2), R(h.code & MAXIMIZE ? -1 : 1), R(h.code & NESTEROV ? 1 : 0)};
 }
 
-// The rules: from the gradient with the coupled decay in it to the direction; the states change in place.
+// The rules: the direction, from the gradient plus the coupled decay; the states change in place.
 template <int RULE, class R> INLINE R direction(R g, R &m, R &v, const Scalars<R> &s) {
   if constexpr (RULE == SGD) {
     m = m * s.b1 + g * s.damp;
@@ -71,6 +73,7 @@ template <int RULE, class R> INLINE R direction(R g, R &m, R &v, const Scalars<R
     v = v * s.b2 + g * g * s.b2c;
     return m / (root_of(v) * s.root + s.eps);
   } else {
+    static_assert(RULE == LION);
     const R u = sign_of(m * s.b1 + g * s.b1c);
     m = m * s.b2 + g * s.b2c;
     return u;
@@ -84,7 +87,7 @@ INLINE void span(const Row &row, const Scalars<R> &scalars, int64_t start, int64
   R *__restrict first = reinterpret_cast<R *>(row.first);
   R *__restrict second = reinterpret_cast<R *>(row.second);
   BF16x *__restrict copy = reinterpret_cast<BF16x *>(row.copy);
-  const Scalars<R> s = scalars;  // a copy, which the stores below cannot change
+  const Scalars<R> s = scalars;  // a copy, since the stores below might alias the original
   double grads = 0, changes = 0;
   for (int64_t i = start; i < end; ++i) {
     const R w = load<R>(param, i);
@@ -92,7 +95,7 @@ INLINE void span(const Row &row, const Scalars<R> &scalars, int64_t start, int64
     if constexpr (EXTRA) g = g / s.scale;
     if constexpr (EXTRA) grads += double(g) * double(g);
     g = g * s.sign;
-    const R decayed = g + w * s.coupled;  // both sides worked out: a choice makes vectors, a jump does not
+    const R decayed = g + w * s.coupled;  // compute both: a select vectorizes, a branch does not
     g = s.coupled != 0 ? decayed : g;
     if constexpr (FIRST) m = first[i];
     if constexpr (RULE == ADAM) v = second[i];
@@ -112,7 +115,7 @@ INLINE void span(const Row &row, const Scalars<R> &scalars, int64_t start, int64
 
 template <int RULE, bool FIRST, bool EXTRA, class P, class G, class R>
 INLINE void loop(const Row &row, const Scalars<R> &s, int64_t start, int64_t end, double *norms) {
-  if (EXTRA && row.pitch) {  // of a classifier [K, d] a chunk is a range of columns, all K rows of them
+  if (EXTRA && row.pitch) {  // a chunk of a classifier [K, d] is a range of columns, over all K rows
     double *sums = reinterpret_cast<double *>(row.sums) + start;
     std::memset(sums, 0, (end - start) * sizeof(double));
     for (int64_t k = 0; k < row.numel; k += row.pitch)
@@ -122,30 +125,37 @@ INLINE void loop(const Row &row, const Scalars<R> &s, int64_t start, int64_t end
   }
 }
 
+// Returns false, and changes nothing, if the row's rule is unknown.
 template <bool EXTRA, class P, class G, class R>
-INLINE void chunk(const Row &row, const Hyper &h, const float *scale, int64_t start, int64_t end, double *norms) {
+INLINE bool chunk(const Row &row, const Hyper &h, const float *scale, int64_t start, int64_t end, double *norms) {
   const Scalars<R> s = scalars<R>(row, h, scale);
-  switch (h.code & 255) {
+  switch (h.code & RULE_MASK) {
     case SGD:
-      return row.first ? loop<SGD, true, EXTRA, P, G>(row, s, start, end, norms)
-                       : loop<SGD, false, EXTRA, P, G>(row, s, start, end, norms);
+      row.first ? loop<SGD, true, EXTRA, P, G>(row, s, start, end, norms)
+                : loop<SGD, false, EXTRA, P, G>(row, s, start, end, norms);
+      return true;
     case SIGNUM:
-      return row.first ? loop<SIGNUM, true, EXTRA, P, G>(row, s, start, end, norms)
-                       : loop<SIGNUM, false, EXTRA, P, G>(row, s, start, end, norms);
+      row.first ? loop<SIGNUM, true, EXTRA, P, G>(row, s, start, end, norms)
+                : loop<SIGNUM, false, EXTRA, P, G>(row, s, start, end, norms);
+      return true;
     case ADAM:
-      return loop<ADAM, true, EXTRA, P, G>(row, s, start, end, norms);
+      loop<ADAM, true, EXTRA, P, G>(row, s, start, end, norms);
+      return true;
+    case LION:
+      loop<LION, true, EXTRA, P, G>(row, s, start, end, norms);
+      return true;
     default:
-      return loop<LION, true, EXTRA, P, G>(row, s, start, end, norms);
+      return false;
   }
 }
 
-using Function = void (*)(const Row &, const Hyper &, const float *, int64_t, int64_t, double *);
+using Function = bool (*)(const Row &, const Hyper &, const float *, int64_t, int64_t, double *);
 #define CHUNK(name, P, G, R)                                                                                           \
-  CLONES void name(const Row &r, const Hyper &h, const float *s, int64_t a, int64_t b, double *n) {                    \
-    chunk<false, P, G, R>(r, h, s, a, b, n);                                                                           \
+  CLONES bool name(const Row &r, const Hyper &h, const float *s, int64_t a, int64_t b, double *n) {                    \
+    return chunk<false, P, G, R>(r, h, s, a, b, n);                                                                    \
   }                                                                                                                    \
-  CLONES void name##_extra(const Row &r, const Hyper &h, const float *s, int64_t a, int64_t b, double *n) {            \
-    chunk<true, P, G, R>(r, h, s, a, b, n);                                                                            \
+  CLONES bool name##_extra(const Row &r, const Hyper &h, const float *s, int64_t a, int64_t b, double *n) {            \
+    return chunk<true, P, G, R>(r, h, s, a, b, n);                                                                     \
   }
 CHUNK(f32, float, float, float)
 CHUNK(f32_bf16, float, BF16x, float)
@@ -186,30 +196,49 @@ PyObject *update(PyObject *, PyObject *args) {
     PyErr_SetString(PyExc_TypeError, "no kernel for these dtypes");
     return nullptr;
   }
+  int64_t unknown = 0;
   Py_BEGIN_ALLOW_THREADS;
   std::vector<double> partial(2 * n);
-#pragma omp parallel num_threads(threads) if (threads > 1)
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(+ : unknown)
   {
-    const int64_t of = omp_get_num_threads(), me = omp_get_thread_num(), until = n * (me + 1) / of;
-    for (int64_t i = n * me / of; i < until;) {
+    const int64_t team = omp_get_num_threads(), thread = omp_get_thread_num(), stop = n * (thread + 1) / team;
+    for (int64_t i = n * thread / team; i < stop;) {
       const Row &row = tensors[chunks[i].row];
-      const int64_t at = i++, whole = row.pitch ? row.pitch : row.numel;
-      if (!extra)  // a tensor's chunks in one go; but sums chunk by chunk, the same with any number of threads
-        while (i < until && chunks[i].row == chunks[at].row) ++i;
-      const int64_t end = std::min<int64_t>(chunks[i - 1].start + size, whole);
-      function(row, hypers[row.hyper], scale, chunks[at].start, end, &partial[2 * at]);
+      const int64_t first = i++, span = row.pitch ? row.pitch : row.numel;
+      if (!extra)  // merge a tensor's chunks; but sum chunk by chunk, so that the sums do not depend on the threads
+        while (i < stop && chunks[i].row == chunks[first].row) ++i;
+      const int64_t end = std::min<int64_t>(chunks[i - 1].start + size, span);
+      unknown += !function(row, hypers[row.hyper], scale, chunks[first].start, end, &partial[2 * first]);
     }
   }
-  for (int64_t i = 0; i < n_steps; ++i) *reinterpret_cast<float *>(steps[i]) += 1;
+  for (int64_t i = 0; i < n_steps && !unknown; ++i) *reinterpret_cast<float *>(steps[i]) += 1;
   if (norms && !add) std::memset(norms, 0, 2 * runs * sizeof(double));
   if (norms)
     for (int64_t i = 0; i < n; ++i)
       for (int k = 0; k < 2; ++k) norms[2 * tensors[chunks[i].row].run + k] += partial[2 * i + k];
   Py_END_ALLOW_THREADS;
+  if (unknown) {
+    PyErr_SetString(PyExc_ValueError, "the update kernel does not know a rule number of the table");
+    return nullptr;
+  }
   Py_RETURN_NONE;
 }
 
+PyObject *layout(PyObject *, PyObject *) {
+  const auto column = [](size_t offset) { return int(offset / sizeof(int64_t)); };
+#define COLUMN(name, field) name, column(offsetof(Row, field))
+  return Py_BuildValue(
+      "{si si si si si si si si si si si si si si si si si si si si si si si si si si si si}", COLUMN("PARAM", param),
+      COLUMN("GRAD", grad), COLUMN("FIRST", first), COLUMN("SECOND", second), COLUMN("STEP", step),
+      COLUMN("COPY", copy), COLUMN("NUMEL", numel), COLUMN("HYPER", hyper), COLUMN("FLAGS", flags), COLUMN("RUN", run),
+      COLUMN("PITCH", pitch), COLUMN("SUMS", sums), "columns", column(sizeof(Row)), "wide", column(offsetof(Hyper, wide)),
+      "code", column(offsetof(Hyper, code)), "hyper columns", column(sizeof(Hyper)), "rule mask", int(RULE_MASK),
+      "maximize", int(MAXIMIZE), "nesterov", int(NESTEROV), "fresh", int(FRESH), "sgd", SGD, "signum", SIGNUM, "adam",
+      ADAM, "lion", LION, "float32", F32, "float64", F64, "bfloat16", BF16, "float16", F16);
+}
+
 PyMethodDef methods[] = {{"update", update, METH_VARARGS, "Take one step of every parameter in a table."},
+                         {"layout", layout, METH_NOARGS, "Return the columns, flags and numbers compiled in."},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -1,7 +1,8 @@
-"""The update of a whole model as one Triton kernel: SGD, Signum, Adam and Lion, coupled and decoupled decay.
+"""The update of a whole model as one Triton kernel, with coupled and decoupled decay.
 
-Each program takes one chunk of one parameter (or of one stacked run of it), finds its addresses and hyperparameters in
-the table (`kernels/update/table.py`) and does what `update_reference` does, with every operation rounded by itself.
+Each program updates one chunk of one parameter (or of one stacked run of it): it reads its addresses and
+hyperparameters from the table (`table.py`) and computes what `update_reference` computes, with every operation rounded
+separately.
 """
 
 from typing import Any
@@ -11,24 +12,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ncollapse.kernels.operators import DTYPE_CODES
+from ncollapse.kernels.update import table as layout
 from ncollapse.kernels.update.gpu_rules import ADAM, MIXED, direction, divide
-from ncollapse.kernels.update.table import Table
+from ncollapse.kernels.update.table import Col, Table
 
-# Elements at a time, elements in all, warps: of a program. In-place kernels take fixed settings, never autotuning: a
-# trial run would apply the update again. With 512 a thread has one 128-bit vector of each float32 tensor, and the
-# kernel 40 (SGD) to 80 (Adam) registers on sm_90; 1,024 would double the loads in flight, and take 53 to 125.
+# Per program: elements per iteration, elements in total, warps. The settings are fixed, never autotuned: a trial run
+# would apply the in-place update again. With 512 elements a thread loads one 128-bit vector of each float32 tensor, and
+# the kernel needs 40 (SGD) to 80 (Adam) registers on sm_90; 1,024 would double the loads in flight, with 53 to 125.
 BLOCK, CHUNK, WARPS = 512, 4096, 4
 
+# The layout of the table, as compile-time constants.
+_PARAM, _GRAD = tl.constexpr(Col.PARAM.value), tl.constexpr(Col.GRAD.value)
+_FIRST, _SECOND = tl.constexpr(Col.FIRST.value), tl.constexpr(Col.SECOND.value)
+_STEP, _COPY = tl.constexpr(Col.STEP.value), tl.constexpr(Col.COPY.value)
+_NUMEL, _HYPER = tl.constexpr(Col.NUMEL.value), tl.constexpr(Col.HYPER.value)
+_FLAGS, _RUN = tl.constexpr(Col.FLAGS.value), tl.constexpr(Col.RUN.value)
+_PITCH, _SUMS = tl.constexpr(Col.PITCH.value), tl.constexpr(Col.SUMS.value)
+_COLUMNS, _HYPER_COLUMNS = tl.constexpr(len(Col)), tl.constexpr(layout.HYPER_COLUMNS)
+_WIDE, _CODE = tl.constexpr(layout.WIDE), tl.constexpr(layout.CODE)
+_RULE_MASK = tl.constexpr(layout.RULE_MASK)
+_MAXIMIZE, _NESTEROV = tl.constexpr(layout.MAXIMIZE), tl.constexpr(layout.NESTEROV)
+_ALIGNED, _FRESH = tl.constexpr(layout.ALIGNED), tl.constexpr(layout.FRESH)
+_LR, _DECAY, _COUPLING, _BETA1, _BETA2, _EPS = (
+    tl.constexpr(layout.HYPERS.index(name)) for name in ("lr", "weight_decay", "coupling", "beta1", "beta2", "eps")
+)
 
-def block(param: torch.dtype) -> int:
-    """Elements that a program takes at a time: enough for 128-bit vectors of the parameters."""
+
+def block_size(param: torch.dtype) -> int:
+    """Elements per iteration of a program: enough for 128-bit vectors of the parameters."""
     return BLOCK * 2 if param.itemsize == 2 else BLOCK
 
 
 @triton.jit
 def _number(hypers_ptr, row, i: tl.constexpr, wide):
-    """A hyperparameter through its address, as float64."""
-    address = tl.load(hypers_ptr + row * 8 + i)
+    """Load number i of a set of hyperparameters through its address, as float64."""
+    address = tl.load(hypers_ptr + row * _HYPER_COLUMNS + i)
     is_wide = ((wide >> i) & 1) != 0
     double = tl.load(address.to(tl.pointer_type(tl.float64)), mask=is_wide, other=0.0)
     single = tl.load(address.to(tl.pointer_type(tl.float32)), mask=is_wide == 0, other=0.0)
@@ -37,7 +56,7 @@ def _number(hypers_ptr, row, i: tl.constexpr, wide):
 
 @triton.jit
 def _at(address, dtype: tl.constexpr, offset, ALIGNED: tl.constexpr):
-    """A pointer to an element. The hint must stand on the pointer, after the cast and the sum, to give vector loads."""
+    """A pointer to an element. Only a hint on the final pointer, after cast and sum, gives vector loads."""
     pointer = address.to(tl.pointer_type(dtype)) + offset
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -51,11 +70,11 @@ def _update_kernel(
     hypers_ptr,
     steps_ptr,
     n_steps,
-    arrived_ptr,  # int32, 0: how many programs are through
+    arrived_ptr,
     scale_ptr,
     inf_ptr,
-    partial_ptr,  # [N, 2] float32: each program's squared norms
-    norms_ptr,  # [R, 2] float64
+    partial_ptr,
+    norms_ptr,
     n_runs,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
@@ -71,43 +90,69 @@ def _update_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64)
-    row = tensors_ptr + tl.load(chunks_ptr + 2 * program) * 12
-    start = tl.load(chunks_ptr + 2 * program + 1)
-    param, grad, first, second = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
-    numel, hyper, flags = tl.load(row + 6), tl.load(row + 7), tl.load(row + 8)
-    copy = tl.load(row + 5)
+    """Update every parameter in a table: W ← W − rate·direction − decoupled·W, in place, with its states.
 
-    # Scalars, in float64 as in the reference, then rounded once.
-    wide = tl.load(hypers_ptr + hyper * 8 + 6)
-    code = tl.load(hypers_ptr + hyper * 8 + 7)
-    rule = code & 255
-    maximize, nesterov = (code & 256) != 0, (code & 512) != 0
-    lr, decay, coupling = (
-        _number(hypers_ptr, hyper, 0, wide),
-        _number(hypers_ptr, hyper, 1, wide),
-        _number(hypers_ptr, hyper, 2, wide),
+    Program p updates the elements of chunk p: CHUNK elements of one row of `tensors`, or BLOCK columns of a classifier
+    whose row sum is wanted. The last program to finish counts the step and sums the norms.
+
+    Args:
+        tensors_ptr: `[rows, len(Col)]` int64, addresses, sizes and flags of each parameter or run (`table.py`).
+        chunks_ptr: `[programs, 2]` int64, the row of each program and its first element.
+        hypers_ptr: `[sets, HYPER_COLUMNS]` int64, addresses of hyperparameters, and the code of the rule.
+        steps_ptr: `[n_steps]` int64, addresses of the float32 counts of steps.
+        arrived_ptr: `[1]` int32, the number of programs that have finished; 0 before and after the launch.
+        scale_ptr: `[1]` float32, divides the gradients, if HAS_SCALE.
+        inf_ptr: `[1]` float32, not 0 to change nothing, if HAS_INF.
+        partial_ptr: `[programs, 2]` float32, each program's squared norms of gradient and change, if HAS_NORMS.
+        norms_ptr: `[n_runs, 2]` float64, their sums for each run; with ADD, added to the values there.
+        PARAM, GRAD, REAL: dtypes of parameters and gradients; of states and arithmetic.
+        RULE: the rule of all rows, or MIXED: read from the table.
+        HAS_COPY, HAS_SUMS, HAS_STEPS: whether a row has a bfloat16 copy, a row sum, a count of steps.
+    """
+    # 1. Find the parameter, and its addresses.
+    program = tl.program_id(0).to(tl.int64)
+    row = tensors_ptr + tl.load(chunks_ptr + 2 * program) * _COLUMNS
+    start = tl.load(chunks_ptr + 2 * program + 1)
+    param, grad, first, second = (
+        tl.load(row + _PARAM),
+        tl.load(row + _GRAD),
+        tl.load(row + _FIRST),
+        tl.load(row + _SECOND),
     )
-    beta1, beta2 = _number(hypers_ptr, hyper, 3, wide), _number(hypers_ptr, hyper, 4, wide)
-    eps = _number(hypers_ptr, hyper, 5, wide).to(REAL)
+    numel, hyper, flags = tl.load(row + _NUMEL), tl.load(row + _HYPER), tl.load(row + _FLAGS)
+    copy = tl.load(row + _COPY)
+
+    # 2. Compute the scalars in float64, as the reference does, and round them once.
+    wide = tl.load(hypers_ptr + hyper * _HYPER_COLUMNS + _WIDE)
+    code = tl.load(hypers_ptr + hyper * _HYPER_COLUMNS + _CODE)
+    rule = code & _RULE_MASK
+    maximize, nesterov = (code & _MAXIMIZE) != 0, (code & _NESTEROV) != 0
+    lr, decay, coupling = (
+        _number(hypers_ptr, hyper, _LR, wide),
+        _number(hypers_ptr, hyper, _DECAY, wide),
+        _number(hypers_ptr, hyper, _COUPLING, wide),
+    )
+    beta1, beta2 = _number(hypers_ptr, hyper, _BETA1, wide), _number(hypers_ptr, hyper, _BETA2, wide)
+    eps = _number(hypers_ptr, hyper, _EPS, wide).to(REAL)
     coupled, decoupled = (coupling * decay).to(REAL), (lr * (1.0 - coupling) * decay).to(REAL)
-    damp = tl.where(((flags & 2) != 0) | (first == 0), 1.0, 1.0 - beta2).to(REAL)
+    damp = tl.where(((flags & _FRESH) != 0) | (first == 0), 1.0, 1.0 - beta2).to(REAL)
     rate, root = lr, tl.full((), 1.0, tl.float64)
     if HAS_STEPS:
-        step = tl.load(row + 4)
+        step = tl.load(row + _STEP)
         if (step != 0) & (rule == ADAM):
             t = (tl.load(step.to(tl.pointer_type(tl.float32))) + 1.0).to(tl.float64)
-            # Triton has no pow: exp(t log β), of which the error in float64 is far below float32's.
+            # Triton has no pow; the error of exp(t log β) in float64 is far below float32's.
             rate = lr / (1.0 - tl.exp(t * tl.log(beta1)))
             root = 1.0 / tl.sqrt(1.0 - tl.exp(t * tl.log(beta2)))
     rate, root = rate.to(REAL), root.to(REAL)
     b1, b1c, b2, b2c = beta1.to(REAL), (1.0 - beta1).to(REAL), beta2.to(REAL), (1.0 - beta2).to(REAL)
 
+    # 3. Set the range of the loop: blocks of the chunk, or the K rows of a block of columns.
     rounds, stride, end = CHUNK // BLOCK, tl.full((), BLOCK, tl.int64), numel
     pitch = tl.full((), 0, tl.int64)
     if HAS_SUMS:
-        # Of a classifier [K, d] a program takes BLOCK columns, all K rows of them: so it has their whole sum.
-        pitch = tl.load(row + 10)
+        # For a classifier [K, d] a program takes all K rows of BLOCK columns, so it has their complete sum.
+        pitch = tl.load(row + _PITCH)
         if pitch != 0:
             rounds, stride, end = (numel // pitch).to(tl.int32), pitch, pitch
     skip = tl.full((), False, tl.int1)
@@ -118,14 +163,15 @@ def _update_kernel(
     if HAS_SCALE:
         scale = tl.load(scale_ptr).to(REAL)
 
+    # 4. Update block by block.
     lanes = tl.arange(0, BLOCK)
     grad_square, change_square = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK if HAS_SUMS else 1,), tl.float64)
     for i in range(0, rounds):
         offset = start + i * stride
         left = tl.where(pitch != 0, end - start, end - offset)
-        # Two copies of the same work: whole blocks of aligned tensors in vectors of 128 bits, the rest masked.
-        if (left >= BLOCK) & ((flags & 1) != 0):
+        # Two compiled versions: whole blocks of aligned tensors with 128-bit vectors, other blocks with a mask.
+        if (left >= BLOCK) & ((flags & _ALIGNED) != 0):
             grad_square, change_square, total = _block(
                 param, grad, first, second, copy, offset, lanes, left, True,
                 rule, scale, maximize, coupled, decoupled, rate, b1, b1c, b2, b2c, root, eps,
@@ -140,15 +186,16 @@ def _update_kernel(
                 PARAM, GRAD, REAL, RULE, HAS_SCALE, HAS_COPY, HAS_NORMS, HAS_SUMS,
             )  # fmt: skip
 
-    if HAS_SUMS:  # noqa: SIM102 (the outer choice is made when compiling)
+    # 5. Store the row sum and the partial norms.
+    if HAS_SUMS:  # noqa: SIM102 (the outer condition is a compile-time constant)
         if (pitch != 0) & (skip == 0):
-            sums = tl.load(row + 11).to(tl.pointer_type(tl.float64)) + start
+            sums = tl.load(row + _SUMS).to(tl.pointer_type(tl.float64)) + start
             tl.store(sums + lanes, total, mask=lanes < end - start)
     if HAS_NORMS:
         tl.store(partial_ptr + 2 * program, tl.sum(grad_square))
         tl.store(partial_ptr + 2 * program + 1, tl.sum(change_square))
     if HAS_STEPS or HAS_NORMS:
-        # The last program to get here counts the step, when no other will read the count any more.
+        # 6. The last program to arrive counts the step: no other program reads the count any more.
         tl.debug_barrier()
         programs = tl.num_programs(0)
         if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == programs - 1:
@@ -176,8 +223,16 @@ def _block(
     PARAM: tl.constexpr, GRAD: tl.constexpr, REAL: tl.constexpr, RULE: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_COPY: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """One block of a parameter, of which `left` elements are to do; where ALIGNED, all of them, in vectors."""
-    # A mask that is the same for all lanes allows vector loads. (The interpreter cannot make one of a scalar mask.)
+    """Update one block: the first `left` elements from `offset` on; with ALIGNED, the whole block in vectors.
+
+    Args:
+        param, grad, first, second, copy: addresses of the tensors; 0 for those that the parameter lacks.
+        lanes: `[BLOCK]` int32, 0 … BLOCK − 1.
+        rule … nesterov: scalars of the parameter, REAL unless integer or boolean.
+        grad_square, change_square: `[BLOCK]` float32, sums of squares so far.
+        total: `[BLOCK]` float64 with HAS_SUMS, the sums of the columns so far.
+    """
+    # A mask with the same value in all lanes allows vector loads. (The interpreter cannot broadcast a scalar mask.)
     same = tl.zeros_like(lanes).to(tl.int64)
     inside = (same + left > 0) if ALIGNED else (lanes < left)
     has_first, has_second = same + first != 0, same + second != 0
@@ -196,7 +251,7 @@ def _block(
         grad_square += tl.where(inside, g * g, 0.0).to(tl.float32)
     g = tl.where(maximize, -g, g)
     g = tl.where(coupled != 0, g + w * coupled, g)
-    u, m, v = direction(rule if RULE == MIXED else RULE, g, m, v, b1, b1c, b2, b2c, root, eps, damp, nesterov)
+    u, m, v = direction(rule if RULE == MIXED else RULE, g, m, v, b1, b1c, b2, b2c, root, eps, damp, nesterov, RULE)
     change = u * rate
     change = tl.where(decoupled != 0, change + w * decoupled, change)
     w = (w - change).to(PARAM)
@@ -219,7 +274,7 @@ def _finish(
     tensors_ptr, chunks_ptr, steps_ptr, n_steps, partial_ptr, norms_ptr, n_runs, programs,
     HAS_NORMS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Count the step, and add up the programs' norms in their order: the result is the same every time."""
+    """Count the step, and sum the programs' norms in a fixed order, so that the result is reproducible."""
     lanes = tl.arange(0, 128)
     for i in range(0, n_steps, 128):
         mask = i + lanes < n_steps
@@ -231,11 +286,11 @@ def _finish(
             for i in range(0, programs, 128):
                 mask = i + lanes < programs
                 rows = tl.load(chunks_ptr + 2 * (i + lanes), mask=mask, other=0)
-                mine = mask & (tl.load(tensors_ptr + rows * 12 + 9, mask=mask, other=-1) == run)
+                in_run = mask & (tl.load(tensors_ptr + rows * _COLUMNS + _RUN, mask=mask, other=-1) == run)
                 part = partial_ptr + 2 * (i + lanes)
-                # Past the first-level cache, which does not see what other programs wrote.
-                grads += tl.load(part, mask=mine, other=0.0, cache_modifier=".cg").to(tl.float64)
-                changes += tl.load(part + 1, mask=mine, other=0.0, cache_modifier=".cg").to(tl.float64)
+                # Bypass the L1 cache, which does not see the writes of other programs.
+                grads += tl.load(part, mask=in_run, other=0.0, cache_modifier=".cg").to(tl.float64)
+                changes += tl.load(part + 1, mask=in_run, other=0.0, cache_modifier=".cg").to(tl.float64)
             norms = norms_ptr + 2 * run
             grad_total, change_total = tl.sum(grads), tl.sum(changes)
             if ADD:
@@ -245,27 +300,26 @@ def _finish(
             tl.store(norms + 1, change_total)
 
 
-_TYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
+_TYPES = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in DTYPE_CODES}
 
 
 class Scratch:
-    """What a launch needs beside the table and keeps between steps."""
+    """Buffers of a launch that stay allocated between steps: `arrived` and `partial` of the kernel."""
 
     def __init__(self, table: Table) -> None:
         self.arrived = torch.zeros(1, dtype=torch.int32, device=table.device)
         self.partial = torch.empty(0 if table.norms is None else table.programs, 2, device=table.device)
 
 
-def launch(table: Table, scratch: Scratch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
-    """One step of every parameter in the table: one launch, no waiting."""
+def launch_update(table: Table, scratch: Scratch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
+    """Take one step of every parameter in the table, in one launch, without synchronising.
+
+    Args:
+        grad_scale, found_inf: float32, 0-d or `[1]`, on the table's device; as in `update_reference`.
+    """
     if table.device.type == "cuda" and table.device.index != torch.cuda.current_device():
         with torch.cuda.device(table.device):  # Triton launches on the current device
-            return launch(table, scratch, grad_scale, found_inf)
+            return launch_update(table, scratch, grad_scale, found_inf)
     norms, unused = table.norms, table.tensors
     return _update_kernel[(table.programs,)](
         table.tensors,
@@ -290,9 +344,9 @@ def launch(table: Table, scratch: Scratch, grad_scale: Tensor | None, found_inf:
         ADD=table.add,
         HAS_SUMS=table.row_sum is not None,
         HAS_STEPS=table.counts > 0,
-        BLOCK=block(table.param),
+        BLOCK=block_size(table.param),
         CHUNK=CHUNK,
         num_warps=WARPS,
-        # Products and sums are rounded one by one, as in the reference; the kernel waits for memory anyway.
+        # Round products and sums separately, as the reference does; the kernel is bound by memory anyway.
         enable_fp_fusion=False,
     )

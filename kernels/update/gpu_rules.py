@@ -1,15 +1,16 @@
-"""The update rules in Triton, on one block of a parameter: what `RULES` of the reference says, in the same order."""
+"""The update rules in Triton, on one block of a parameter: the rules of the reference that have a kernel."""
 
 import triton
 import triton.language as tl
 
+from ncollapse.kernels.update.reference import declared
 from ncollapse.kernels.update.table import MIXED as _MIXED
 
 # The numbers of the rules in the table.
-SGD: tl.constexpr = tl.constexpr(0)
-SIGNUM: tl.constexpr = tl.constexpr(1)
-ADAM: tl.constexpr = tl.constexpr(2)
-LION: tl.constexpr = tl.constexpr(3)
+SGD: tl.constexpr = tl.constexpr(declared("sgd").kernel)
+SIGNUM: tl.constexpr = tl.constexpr(declared("signum").kernel)
+ADAM: tl.constexpr = tl.constexpr(declared("adam").kernel)
+LION: tl.constexpr = tl.constexpr(declared("lion").kernel)
 MIXED: tl.constexpr = tl.constexpr(_MIXED)
 
 
@@ -25,11 +26,13 @@ def _sqrt(x):
 
 @triton.jit
 def divide(x, y):
+    """x / y, rounded to nearest."""
     return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
 
 
-# A rule takes the gradient with the coupled decay in it, the states, β₁, 1 − β₁, β₂, 1 − β₂, (1 − β₂ᵗ)^−½, ε and 1 − τ,
-# and returns the direction and the new states. A new one stands here, in `direction`, in _cpu.cpp and in `RULES`.
+# A rule takes the gradient plus the coupled decay, the states, β₁, 1 − β₁, β₂, 1 − β₂, (1 − β₂ᵗ)^−½, ε and 1 − τ, and
+# returns the direction and the new states. To add a kernel for a rule, add it here, in `direction`, in _cpu.cpp (in
+# `layout` too) and give its declaration in `RULES` a number.
 @triton.jit
 def _sgd(g, v, b1, damp, nesterov):
     v = v * b1 + g * damp
@@ -55,8 +58,19 @@ def _lion(g, m, b1, b1c, b2, b2c):
 
 
 @triton.jit
-def direction(rule, g, m, v, b1, b1c, b2, b2c, root, eps, damp, nesterov):
-    """`rule` is a constant where all rows have one rule: then the other branches are not compiled."""
+def direction(rule, g, m, v, b1, b1c, b2, b2c, root, eps, damp, nesterov, RULE: tl.constexpr):
+    """The direction and the new states of a block.
+
+    Args:
+        rule: the rule's number; if all rows have one rule, the constant RULE, so that only its branch is compiled.
+        g, m, v: `[BLOCK]`, the gradient plus the coupled decay, and the states.
+        RULE: the rule of all rows, or MIXED; an unknown one is an error when compiling. (Rows of a rule without a
+            kernel never reach the table: `launch` hands their parameters to the reference.)
+    """
+    tl.static_assert(
+        (RULE == SGD) | (RULE == SIGNUM) | (RULE == ADAM) | (RULE == LION) | (RULE == MIXED),
+        "the update kernel does not know this rule",
+    )
     if rule == SGD:
         u, m = _sgd(g, m, b1, damp, nesterov)
     elif rule == SIGNUM:

@@ -1,4 +1,4 @@
-"""Steps over lists of tensors: one launch for each device and dtype, the reference where no kernel can go."""
+"""Steps over lists of tensors: one launch per device and dtype; the reference where no kernel fits."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -10,11 +10,10 @@ from torch import Tensor
 
 from ncollapse.kernels import operators
 from ncollapse.kernels.update import cpu
-from ncollapse.kernels.update.reference import update_reference
-from ncollapse.kernels.update.table import NEED_FIRST, NEED_SECOND, HyperTable, Lists, Table
+from ncollapse.kernels.update.reference import declared, update_reference
+from ncollapse.kernels.update.table import HyperTable, Lists, Table
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-#: Dtypes of gradients beside the parameter's own.
+# Dtypes that gradients may have other than the parameter's own.
 _GRADS = {
     torch.float32: (torch.bfloat16,),
     torch.bfloat16: (torch.float32,),
@@ -23,8 +22,8 @@ _GRADS = {
 
 
 def why_no_kernel(device: torch.device) -> str | None:
-    """Why updates on this device fall back to the reference; None if they don't."""
-    return operators.why_no_kernel(device, "ncollapse.kernels.update._cpu")
+    """The reason why updates on this device use the reference; None if they use a kernel."""
+    return operators.why_no_kernel(device, cpu.EXTENSION)
 
 
 @dataclass
@@ -40,14 +39,14 @@ class _Bucket:
 class Update:
     """Steps over the same parameters with the same hyperparameters.
 
-    What stays the same between steps is worked out once; where a tensor's address has changed, the table is made again.
-    Holds no parameter, gradient or state.
+    Tables are built once, and filled again when the address of a tensor has changed. Holds no parameter, gradient or
+    state.
 
     Args:
         hypers: for each device of the parameters, its table of hyperparameters.
 
     Warns:
-        UserWarning: (once for each reason) parameters are updated by the slower reference, and why.
+        UserWarning: (once for each reason) the slower reference updates some parameters, and why.
     """
 
     def __init__(self, hypers: dict[torch.device, HyperTable]) -> None:
@@ -56,11 +55,11 @@ class Update:
         self._layout: Any = None
         self._seen: Any = None
         self._mixed = True
-        self._captured: list[Any] = []  # what CUDA graphs have the addresses of, whatever becomes of the buckets
+        self._captured: list[Any] = []  # tensors whose addresses CUDA graphs hold, kept alive after the buckets go
 
     @property
     def launches(self) -> int:
-        """How many kernels a step launches."""
+        """The number of kernels that a step launches."""
         return sum(bucket.table is not None for bucket in self._buckets)
 
     def step(
@@ -71,18 +70,18 @@ class Update:
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
     ) -> None:
-        """One step, in place.
+        """Take one step, in place.
 
         Args:
-            params: the parameters of the first step.
-            grads: of their shapes.
-            lists: gives the parameters with all that belongs to them; called where that has changed.
+            params: the same parameters at every step.
+            grads: their gradients, of the same shapes.
+            lists: returns the parameters with their states and extras; called when the layout has changed.
             grad_scale, found_inf: as in `update_reference`.
         """
-        # At every step of every model: map is faster than a comprehension.
+        # This runs at every step: map is faster than a comprehension.
         places, addresses = list(map(Tensor.data_ptr, params)), list(map(Tensor.data_ptr, grads))
         seen = places, addresses, list(map(Tensor.stride, grads))
-        # A gradient has its parameter's dtype, if it has not been told otherwise: then look at every step.
+        # Where dtypes of gradients and parameters differ, a gradient may change its dtype alone: check at every step.
         if seen != self._seen or self._mixed:
             self._point(lists, params, places, addresses, grads)
             self._seen = seen
@@ -93,14 +92,14 @@ class Update:
                 add = bucket is not self._buckets[0]
                 self._reference(lists().part(bucket.indices, add), [grads[i] for i in bucket.indices], scale, inf)
             elif bucket.device.type == "cpu":
-                cpu.launch(bucket.table, scale, inf)
+                cpu.launch_update(bucket.table, scale, inf)
             else:
                 from ncollapse.kernels.update import gpu
 
-                gpu.launch(bucket.table, bucket.scratch, scale, inf)
+                gpu.launch_update(bucket.table, bucket.scratch, scale, inf)
                 if torch.cuda.is_current_stream_capturing():
                     self._captured.append((bucket.table, bucket.table.tensors, bucket.scratch))
-                    self._seen = None  # the table is filled when the graph is replayed, not before
+                    self._seen = None  # the replay fills the table, not the capture: the next step fills it again
 
     def _point(
         self,
@@ -131,30 +130,33 @@ class Update:
             elif fits:
                 from ncollapse.kernels.update import gpu
 
-                bucket.table = Table(part, grad_dtype, self._hypers[device], gpu.block(dtype), gpu.CHUNK)
+                bucket.table = Table(part, grad_dtype, self._hypers[device], gpu.block_size(dtype), gpu.CHUNK)
                 bucket.scratch = gpu.Scratch(bucket.table)
             self._buckets.append(bucket)
 
     def _fits(self, lists: Lists, i: int, grad: Tensor) -> bool:
         param = lists.params[i]
         reason = why_no_kernel(param.device)
-        codes, slot = self._hypers[param.device].codes[lists.sets[i]], lists.slots[i]
-        rules = {code & 255 for code in codes}
-        no_second = slot.second is None or slot.step is None
-        if (rules & NEED_FIRST and slot.first is None) or (rules & NEED_SECOND and no_second):
-            raise ValueError("a parameter lacks the states that its rule needs")
+        names, slot = self._hypers[param.device].names[lists.sets[i]], lists.slots[i]
+        for name in dict.fromkeys(names):
+            rule = declared(name)
+            no_second = slot.second is None or slot.step is None
+            if (rule.needs_first and slot.first is None) or (rule.needs_second and no_second):
+                raise ValueError(f"a parameter lacks the states that the rule {name} needs")
+            if reason is None and rule.kernel is None:
+                reason = f"there is no kernel for the rule {name}"
         if reason is None and (
-            param.dtype not in _DTYPES or grad.dtype not in (param.dtype, *_GRADS.get(param.dtype, ()))
+            param.dtype not in operators.DTYPE_CODES or grad.dtype not in (param.dtype, *_GRADS.get(param.dtype, ()))
         ):
             reason = f"there is no kernel for {param.dtype} parameters with {grad.dtype} gradients"
-        if reason is None and not lists.fits(i, grad, len(codes)):
-            reason = "a parameter, its gradient or its state does not lie densely, and alike, in memory"
+        if reason is None and not lists.fits(i, grad, len(names)):
+            reason = "a parameter, its gradient or its state is not dense in memory, or their layouts differ"
         if reason is not None:
             operators.warn_once("updates some parameters", reason)
         return reason is None
 
     def _reference(self, lists: Lists, grads: list[Tensor], scale: Tensor | None, inf: Tensor | None) -> None:
-        """One by one, since each may have its own hyperparameters; the extras afterwards."""
+        """Update parameters one by one, since each may have other hyperparameters; then compute the extras."""
         extras = lists.extras
         if inf is not None and inf.item() != 0:
             return

@@ -1,8 +1,8 @@
 """`torch.ops.ncollapse.update`: the update as an operator that torch.compile puts into its graph.
 
-A table of addresses must not be part of a graph: a compiler moves tensors. So the operator takes lists of tensors,
-says which of them it changes, and makes (or finds) the table when it runs. Calling it costs more than `Update.step`,
-which is what eager code uses.
+A table of addresses must not be part of a graph, since a compiler moves tensors. So the operator takes lists of
+tensors, declares which of them it changes, and builds or finds the table when it runs. A call costs more than
+`Update.step`, which eager code uses.
 """
 
 from collections import OrderedDict
@@ -12,34 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ncollapse.kernels.operators import no_result, register_operator
 from ncollapse.kernels.update.launch import Update
 from ncollapse.kernels.update.reference import Slot
 from ncollapse.kernels.update.table import Extras, HyperTable, Lists
 
-#: Bits of `parts`: what a parameter has beside itself, and whether its first step is still to come.
+#: Bits of `parts`: which states and copy a parameter has, and whether it has taken no step yet.
 FIRST, SECOND, STEP, COPY, FRESH = 1, 2, 4, 8, 16
-
-# Defined with Library, not custom_op, whose Python wrapper takes longer than the update of a small model.
-_library = torch.library.Library("ncollapse", "DEF")
-_library.define(
-    "update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] firsts, Tensor(c!)[] seconds, Tensor(d!)[] steps, "
-    "Tensor(e!)[] copies, Tensor(f!)? norms, Tensor(g!)? row_sum, Tensor[] values, Tensor[] live, int[] live_places, "
-    "int[] codes, int[] runs, int[] sets, int[] parts, int head, Tensor? grad_scale, Tensor? found_inf) -> ()",
-    # Inductor's CUDA graphs would take the tables, which outlive a call, for a leak of theirs.
-    tags=(torch.Tag.cudagraph_unsafe,),
-)
 
 
 def parts(slot: Slot, copy: Tensor | None) -> int:
-    """The bits of a parameter."""
+    """A parameter's bits."""
     has = (slot.first is not None, slot.second is not None, slot.step is not None, copy is not None, slot.fresh)
     return sum(bit * flag for bit, flag in zip((FIRST, SECOND, STEP, COPY, FRESH), has, strict=True))
 
 
-# The newest tables, by all addresses and numbers that they are made of.
+# The last tables used, by the addresses and numbers that they contain.
 _updates: OrderedDict[Any, Update] = OrderedDict()
 _KEPT = 16
-# Those that CUDA graphs use.
+# Tables that CUDA graphs use.
 _captured: list[Update] = []
 
 
@@ -65,7 +56,7 @@ def _update(
 ) -> None:
     outputs = [t for t in (norms, row_sum) if t is not None]
     pointers = (t.data_ptr() for ts in (params, firsts, seconds, steps, copies, values, live, outputs) for t in ts)
-    # Two models may have lived at the same address, one after the other: shapes and dtypes tell them apart.
+    # Another model may have had the same addresses before: shapes and dtypes distinguish them.
     kinds = ((p.shape, p.stride(), p.dtype, p.device) for p in params)
     key = (*pointers, head, *map(tuple, (live_places, codes, runs, sets, parts)), *kinds)
     update = _updates.get(key)
@@ -106,16 +97,16 @@ def _lists(
 
 
 def _hyper_table(values: Tensor, live: Sequence[Tensor], places: Sequence[int], codes: list[list[int]]) -> HyperTable:
-    here = [(t, place) for t, place in zip(live, places, strict=True) if t.device == values.device]
-    return HyperTable(values, [t for t, _ in here], [place for _, place in here], codes)
+    on_device = [(t, place) for t, place in zip(live, places, strict=True) if t.device == values.device]
+    return HyperTable(values, [t for t, _ in on_device], [place for _, place in on_device], codes)
 
 
-_library.impl("update", _update, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("ncollapse::update")
-def _(*_: Any) -> None:
-    """Nothing comes out, and nothing changes its shape."""
-
-
-update_op = torch.ops.ncollapse.update.default
+update_op = register_operator(
+    "update(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] firsts, Tensor(c!)[] seconds, Tensor(d!)[] steps, "
+    "Tensor(e!)[] copies, Tensor(f!)? norms, Tensor(g!)? row_sum, Tensor[] values, Tensor[] live, int[] live_places, "
+    "int[] codes, int[] runs, int[] sets, int[] parts, int head, Tensor? grad_scale, Tensor? found_inf) -> ()",
+    _update,
+    no_result,
+    # Inductor's CUDA graphs would report the tables, which outlive a call, as a memory leak.
+    tags=(torch.Tag.cudagraph_unsafe,),
+)

@@ -4,9 +4,9 @@ With decay λ and coupling c ∈ [0, 1], `c·λ·w` is added to the gradient bef
 momentum, sign and adaptive scaling, and the weights are multiplied by `1 − η(1 − c)λ` directly. c = 1 is L2
 regularisation (SGD, Adam), c = 0 decoupled decay (SGDW, AdamW; Loshchilov & Hutter, arXiv 1711.05101).
 
-float16 and bfloat16 parameters are updated in float32, with float32 state, and rounded once. Scalars are worked out in
-float64 and rounded once, and every product and sum of tensors is rounded by itself (no fused multiply-add): so the
-kernels can be held to the last bit.
+float16 and bfloat16 parameters are updated in float32, with float32 state, and rounded once. Scalars are computed in
+float64 and rounded once, and every product and sum of tensors is rounded separately (no fused multiply-add), so the
+kernels can be tested to the last bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,21 +45,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter's state: V or m, v, and the 0-d count of steps; None where a rule has none of it."""
+    """A parameter's state: V or m, v, and the 0-d count of steps; None where a rule keeps none."""
 
     first: Tensor | None = None
     second: Tensor | None = None
     step: Tensor | None = None
-    fresh: bool = False  # before the first step, to which SGD's dampening does not apply
+    fresh: bool = False  # no step taken yet; SGD's dampening does not apply to the first step
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
-    """In which a parameter's state is kept and its update computed: its own dtype, but float32 for half precision."""
+    """The dtype of a parameter's state and update: its own, but float32 for half precision."""
     return torch.float32 if param.dtype.itemsize < 4 else param.dtype
 
 
 def _over(value: Hyper, param: Tensor) -> Hyper:
-    """A scalar as it is; a per-run vector `[R]`, rounded, in the shape that broadcasts over a parameter `[R, …]`."""
+    """Return a scalar unchanged; round a per-run vector `[R]` and shape it to broadcast over a parameter `[R, …]`."""
     if not isinstance(value, Tensor):
         return value
     return value.to(compute_dtype(param)).view(-1, *[1] * (param.dim() - 1)) if value.dim() else value.item()
@@ -79,7 +79,7 @@ def _sgd(g: Tensor, slot: Slot, h: Settings) -> tuple[Tensor, Hyper]:
 
 
 def _sign(direction: Tensor) -> Tensor:
-    # torch.sign(NaN) is 0, which would freeze a run that has diverged and let it pass for a healthy one.
+    # torch.sign(NaN) is 0: a diverged run would stop moving and look healthy.
     return torch.where(direction.isnan(), direction, direction.sign())
 
 
@@ -104,7 +104,7 @@ def _adam(g: Tensor, slot: Slot, h: Settings) -> tuple[Tensor, Hyper]:
     beta1, beta2 = _double(h.beta1), _double(h.beta2)  # 1 − 0.999¹ keeps only four digits in float32
     slot.first.add_((g - slot.first) * _over(1 - beta1, g))
     slot.second.copy_(slot.second * _over(beta2, g) + g * g * _over(1 - beta2, g))
-    # Through float64, which makes the float32 root exact to the last bit: the one of some CPU libraries is not.
+    # Through float64, so that the float32 root is correctly rounded: some CPU libraries' float32 root is not.
     denominator = slot.second.double().sqrt().to(g.dtype) * _over((1 - beta2**t) ** -0.5, g) + _over(h.eps, g)
     return slot.first / denominator, _double(h.lr) / (1 - beta1**t)
 
@@ -118,14 +118,41 @@ def _lion(g: Tensor, slot: Slot, h: Settings) -> tuple[Tensor, Hyper]:
     return direction, h.lr
 
 
-#: Name → direction and its rate, from the gradient with the coupled decay in it. The place in this dict is the rule's
-#: number in the kernels.
-RULES: dict[str, Callable[[Tensor, Slot, Settings], tuple[Tensor, Hyper]]] = {
-    "sgd": _sgd,
-    "signum": _signum,
-    "adam": _adam,
-    "lion": _lion,
+Direction = Callable[[Tensor, Slot, Settings], tuple[Tensor, Hyper]]
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """An update rule, and what the kernels' launcher knows of it.
+
+    Attributes:
+        direction: direction and its rate, from the gradient plus the coupled decay; changes the slot's states in place.
+        kernel: the rule's number in the kernels, below 128; None: only the reference computes it.
+        needs_first, needs_second: whether it cannot run without `Slot.first`; without `Slot.second` and `Slot.step`.
+    """
+
+    direction: Direction
+    kernel: int | None = None
+    needs_first: bool = False
+    needs_second: bool = False
+
+    def __call__(self, grad: Tensor, slot: Slot, settings: Settings) -> tuple[Tensor, Hyper]:
+        return self.direction(grad, slot, settings)
+
+
+#: Every rule by name. To add one that the reference computes, add a function: `RULES["mine"] = direction`.
+RULES: dict[str, Direction] = {
+    "sgd": UpdateRule(_sgd, kernel=0),
+    "signum": UpdateRule(_signum, kernel=1),
+    "adam": UpdateRule(_adam, kernel=2, needs_first=True, needs_second=True),
+    "lion": UpdateRule(_lion, kernel=3, needs_first=True),
 }
+
+
+def declared(rule: str) -> UpdateRule:
+    """The declaration of a rule of `RULES`; for a plain function, one without a kernel."""
+    direction = RULES[rule]
+    return direction if isinstance(direction, UpdateRule) else UpdateRule(direction)
 
 
 def _one(rule: str, param: Tensor, grad: Tensor, slot: Slot, h: Settings, scale: Tensor | None) -> None:
@@ -142,8 +169,8 @@ def _one(rule: str, param: Tensor, grad: Tensor, slot: Slot, h: Settings, scale:
     change = direction * _over(rate, w)
     decoupled = _double(h.lr) * (1 - _double(h.coupling)) * _double(h.weight_decay)
     if isinstance(decoupled, Tensor) or decoupled != 0:
-        # Not param *= 1 − rate: that factor, rounded to float32, is off by up to 3e-8, always to the same side, which
-        # adds up to 1e-3 over the steps of a long run.
+        # Not param *= 1 − rate: rounding that factor to float32 is off by up to 3e-8, always in the same direction,
+        # which adds up to 1e-3 over a long run.
         change = change + w * _over(decoupled, w)
     param.copy_(w - change)
 
@@ -167,7 +194,7 @@ def update_reference(
         grads: ∇L, of the same shapes.
         slots: state in `compute_dtype`, zero before the first step; changed in place.
         grad_scale: 0-d or `[1]`; the gradients are divided by it first (`torch.amp.GradScaler`).
-        found_inf: 0-d or `[1]`; not 0: nothing is done, no step counted.
+        found_inf: 0-d or `[1]`; if it is not 0, nothing changes and no step is counted.
     """
     if found_inf is not None and found_inf.item() != 0:
         return

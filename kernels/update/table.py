@@ -1,14 +1,15 @@
-"""The table that lets one kernel launch update a whole model: a row of addresses for every parameter (or run of one).
+"""The table with which one kernel launch updates a whole model: a row of addresses per parameter, or per run of one.
 
-A launch reads, all int64 and on the device of the parameters:
+A launch reads three int64 tensors on the device of the parameters:
 
-- `tensors [rows, 12]`: what a row of the enum `Col` names, addresses in bytes;
-- `chunks [N, 2]`: for each program, the row it works on and the element it starts at;
-- `hypers [sets, 8]`: the addresses of the six numbers of a set of hyperparameters (`HYPERS`), a bit for each that says
-  whether it is float64 (else float32), and the code of the rule with its flags.
+- `tensors [rows, len(Col)]`: per parameter or run, the columns `Col`; addresses in bytes;
+- `chunks [N, 2]`: per program, its row of `tensors` and the element it starts at;
+- `hypers [sets, HYPER_COLUMNS]`: per set of hyperparameters, the addresses of its numbers `HYPERS`, a bit mask of those
+  that are float64 (the others are float32), and the code of its rule.
 
-Numbers are read through addresses, so that a captured CUDA graph or a compiled step sees a learning rate that a
-schedule has written since.
+Kernels read numbers through addresses, so that a captured CUDA graph or a compiled step sees a learning rate that a
+schedule writes later. Columns, flags and numbers are defined here; the Triton kernel imports them, and `cpu.py`
+compares them with those compiled into the C++ kernel.
 """
 
 from collections.abc import Sequence
@@ -20,19 +21,23 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ncollapse.kernels.update.reference import RULES, Hyper, Settings, Slot, compute_dtype
+from ncollapse.kernels.update.reference import RULES, Hyper, Settings, Slot, compute_dtype, declared
 
 Rows = npt.NDArray[np.int64]
 
-#: The numbers of a set of hyperparameters, in the order of the table.
+#: The numbers of a set of hyperparameters: the first columns of `hypers`.
 HYPERS = ("lr", "weight_decay", "coupling", "beta1", "beta2", "eps")
-_RULE_NUMBER = {name: i for i, name in enumerate(RULES)}
-NEED_FIRST = {_RULE_NUMBER["adam"], _RULE_NUMBER["lion"]}  # rules that cannot do without
-NEED_SECOND = {_RULE_NUMBER["adam"]}
-MIXED = len(RULES)  # in place of a rule's number: it stands in the table
-MAXIMIZE, NESTEROV = 256, 512  # flags beside a rule's number
-ALIGNED, FRESH = 1, 2  # flags of a row
-#: Steps that can at least be captured in CUDA graphs after one outside of them: each keeps its table for replays.
+#: The other columns: the bit mask of float64 numbers, and the code.
+WIDE, CODE, HYPER_COLUMNS = len(HYPERS), len(HYPERS) + 1, len(HYPERS) + 2
+#: A code is a rule's number plus flags.
+RULE_MASK, MAXIMIZE, NESTEROV = 255, 256, 512
+#: Stands for the rule's number where a launch has several rules and the kernel reads each row's from the table.
+MIXED = -1
+#: Flags of a row of `tensors`.
+ALIGNED, FRESH = 1, 2
+# Rules without a kernel have numbers from here on, which no kernel knows.
+_NO_KERNEL = 128
+# A captured step keeps its table for replays, in pinned memory allocated before: that of so many steps at least.
 _SPARES = 32
 
 
@@ -49,13 +54,18 @@ class Col(IntEnum):
     HYPER = 7
     FLAGS = 8
     RUN = 9
-    PITCH = 10  # 0, or the length of the rows that are summed
-    SUMS = 11  # where the row sum goes
+    PITCH = 10  # d of the classifier [K, d] whose row sum is wanted; 0 for other parameters
+    SUMS = 11  # address of the row sum
+
+
+def _rule_number(rule: str) -> int:
+    kernel = declared(rule).kernel
+    return _NO_KERNEL + list(RULES).index(rule) if kernel is None else kernel
 
 
 def code(rule: str, *, maximize: bool = False, nesterov: bool = False) -> int:
-    """A rule and its flags as one number."""
-    return _RULE_NUMBER[rule] | MAXIMIZE * maximize | NESTEROV * nesterov
+    """A rule of `RULES` and its flags as one number."""
+    return _rule_number(rule) | MAXIMIZE * maximize | NESTEROV * nesterov
 
 
 class HyperTable:
@@ -64,7 +74,7 @@ class HyperTable:
     Args:
         values: `[G, 6]` float64 on the device; a number that is not in `live` is read from here.
         live: tensors, float32 or float64, on the device, 0-d or `[R]`, read at every step.
-        slots: for each of `live`, its place in `values`: `6·g + column`.
+        slots: for each of `live`, the index of the number that it replaces in the flattened `values`.
         codes: for each set, the `code` of each run: R numbers.
     """
 
@@ -76,44 +86,49 @@ class HyperTable:
         runs = np.array([len(c) for c in codes], dtype=np.int64)
         #: The first row of each set.
         self.base = np.concatenate([[0], np.cumsum(runs)])
-        numbers = {c & 255 for row in codes for c in row}
+        names = {_rule_number(name): name for name in RULES}
+        #: For each set, the rule of each run.
+        self.names = [[names[c & RULE_MASK] for c in row] for row in codes]
+        numbers = {c & RULE_MASK for row in codes for c in row}
         self.rule = numbers.pop() if len(numbers) == 1 else MIXED
-        own = values.data_ptr() + 8 * np.arange(6 * len(codes)).reshape(-1, 6)
-        rows = np.zeros((int(self.base[-1]), 8), dtype=np.int64)
-        rows[:, :6] = np.repeat(own, runs, axis=0)
-        rows[:, 6] = 0b111111
+        width = len(HYPERS)
+        addresses = values.data_ptr() + 8 * np.arange(width * len(codes)).reshape(-1, width)
+        rows = np.zeros((int(self.base[-1]), HYPER_COLUMNS), dtype=np.int64)
+        rows[:, :width] = np.repeat(addresses, runs, axis=0)
+        rows[:, WIDE] = (1 << width) - 1
         for slot, tensor in self.live.items():
-            group, column = divmod(slot, 6)
+            group, column = divmod(slot, width)
             where = slice(self.base[group], self.base[group + 1])
             stride = tensor.stride(0) * tensor.itemsize if tensor.dim() else 0
             rows[where, column] = tensor.data_ptr() + stride * np.arange(runs[group])
             if tensor.dtype == torch.float32:
-                rows[where, 6] &= ~(1 << column)
-        rows[:, 7] = np.concatenate([np.array(c, dtype=np.int64) for c in codes]) if codes else 0
+                rows[where, WIDE] &= ~(1 << column)
+        rows[:, CODE] = np.concatenate([np.array(c, dtype=np.int64) for c in codes]) if codes else 0
         self.table = upload(rows, values.device)
 
     def settings(self, group: int) -> Settings:
         """The hyperparameters of a set for the reference; reads the device."""
         numbers: dict[str, Hyper] = dict(zip(HYPERS, self.values[group].tolist(), strict=True))
-        numbers |= {HYPERS[slot % 6]: tensor for slot, tensor in self.live.items() if slot // 6 == group}
+        width = len(HYPERS)
+        numbers |= {HYPERS[slot % width]: tensor for slot, tensor in self.live.items() if slot // width == group}
         flags = self.codes[group][0]
         return Settings(**numbers, nesterov=bool(flags & NESTEROV), maximize=bool(flags & MAXIMIZE))
 
     def rules(self, group: int) -> str | list[str]:
         """The rule of a set, or of each of its runs if they differ."""
-        names = [list(RULES)[c & 255] for c in self.codes[group]]
+        names = self.names[group]
         return names if len(set(names)) > 1 else names[0]
 
 
 @dataclass
 class Extras:
-    """What a step can give beside the update, without a pass of its own. All on one device, allocated by the caller.
+    """What a step computes beside the update, in the same pass. All on one device, allocated by the caller.
 
     Attributes:
-        copies: for each parameter, a bfloat16 tensor of its layout that takes a copy of the new weights, or None.
-        norms: `[R, 2]` float64; takes the squared norms of the gradients (unscaled) and of the change of the weights.
-        add: the norms are added to what is there.
-        head: which parameter is the classifier `[K, d]` (or `[R, K, d]`), whose row sum Wᵀ1 is wanted; -1 for none.
+        copies: for each parameter, a bfloat16 tensor of its layout for a copy of the new weights, or None.
+        norms: `[R, 2]` float64, for the squared norms of the unscaled gradients and of the change of the weights.
+        add: whether to add the norms to the values already there.
+        head: index of the classifier `[K, d]` (or `[R, K, d]`) whose row sum Wᵀ1 is wanted; -1 for none.
         row_sum: `[R, d]` float64.
     """
 
@@ -129,7 +144,7 @@ class Extras:
 
 
 def dense(tensor: Tensor) -> bool:
-    """Whether a tensor's elements fill one range of memory without gaps or overlaps, in whatever order."""
+    """Whether a tensor's elements fill one range of memory without gaps or overlaps, in any order."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -141,7 +156,7 @@ def dense(tensor: Tensor) -> bool:
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether element i in memory of one is element i of the other: equal strides, where a stride means anything."""
+    """Whether two tensors have the same shape, and strides that differ at most where a dimension has size 1."""
     pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
     return a.shape == b.shape and all(n <= 1 or s == t for n, s, t in pairs)
 
@@ -153,8 +168,8 @@ class Lists:
     Attributes:
         params: W, on any devices, of any floating dtypes and layouts.
         slots: their states.
-        sets: for each parameter, its set of hyperparameters.
-        extras: what else a step gives.
+        sets: for each parameter, the index of its set of hyperparameters.
+        extras: what else a step computes.
     """
 
     params: list[Tensor]
@@ -163,7 +178,7 @@ class Lists:
     extras: Extras = field(default_factory=Extras)
 
     def part(self, indices: list[int], add: bool) -> "Lists":
-        """Some of the parameters, with what belongs to them; `add` as in `Extras`."""
+        """The lists of some of the parameters; `add` as in `Extras`."""
         extras = self.extras
         head = indices.index(extras.head) if extras.head in indices else -1
         extras = replace(
@@ -178,11 +193,11 @@ class Lists:
         )
 
     def fits(self, i: int, grad: Tensor, runs: int) -> bool:
-        """Whether a kernel can walk parameter i and all that belongs to it by memory address."""
+        """Whether parameter i, its gradient, states and copy are dense and alike in memory, as the kernels need."""
         param, slot = self.params[i], self.slots[i]
         copy = self.extras.copies[i] if self.extras.copies else None
         state = [t for t in (slot.first, slot.second) if t is not None]
-        # Runs must come one after the other in memory, and so must the rows of a classifier.
+        # Runs must be contiguous in memory, and so must the rows of a classifier.
         split = runs == 1 or param.numel() == 0 or param.stride(0) == param.numel() // runs
         rows = i != self.extras.head or param.is_contiguous()
         others = [grad, *state] if copy is None else [grad, *state, copy]
@@ -202,12 +217,12 @@ class Table:
         lists: the parameters, one or more; each must fit (`Lists.fits`).
         grad: the dtype of their gradients.
         hypers: their hyperparameters.
-        block: elements that a program takes at a time.
-        chunk: elements that a program takes in all, a multiple of block.
+        block: elements per iteration of a program.
+        chunk: elements in total per program, a multiple of block.
     """
 
     def __init__(self, lists: Lists, grad: torch.dtype, hypers: HyperTable, block: int, chunk: int) -> None:
-        # Addresses are kept, tensors are not: a table must not keep a model alive.
+        # Keep addresses, not tensors: a table must not keep a model alive.
         first, extras = lists.params[0], lists.extras
         self.param, self.grad, self.hypers = first.dtype, grad, hypers
         self.norms, self.add, self.row_sum, self.has_copies = (
@@ -218,11 +233,11 @@ class Table:
         )
         self.device = first.device
         runs = np.array([len(hypers.codes[s]) for s in lists.sets], dtype=np.int64)
-        # A row for each parameter, and of a stacked one for each run.
+        # One row per parameter, or per run of a stacked parameter.
         self._of = np.repeat(np.arange(len(runs)), runs)
         run = np.concatenate([np.arange(r) for r in runs])
         numel = np.array([p.numel() for p in lists.params], dtype=np.int64)[self._of] // runs[self._of]
-        rows = np.zeros((len(numel), 12), dtype=np.int64)
+        rows = np.zeros((len(numel), len(Col)), dtype=np.int64)
         rows[:, Col.NUMEL] = numel
         rows[:, Col.HYPER] = hypers.base[np.array(lists.sets)][self._of] + run
         rows[:, Col.FLAGS] = FRESH * np.array([s.fresh for s in lists.slots], dtype=np.int64)[self._of]
@@ -249,7 +264,7 @@ class Table:
         chunks = _cut(spans, np.where(rows[:, Col.PITCH] > 0, block, chunk))
         self.programs = len(chunks)
         self.chunks = upload(chunks, self.device)
-        # The counts of steps, each once: runs of a parameter share theirs.
+        # Each count of steps once: the runs of a parameter share one.
         steps = [s.step.data_ptr() for s in lists.slots if s.step is not None]
         self.counts = len(steps)
         self.steps = upload(np.array(steps or [0]), self.device)
@@ -258,12 +273,12 @@ class Table:
         self._captured: list[Tensor] = []
 
     def point(self, params: list[int], grads: list[int]) -> None:
-        """Make `tensors` for these addresses."""
+        """Fill `tensors` with the addresses of parameters and gradients."""
         pointers = self._fixed.copy()
         pointers[:, Col.PARAM], pointers[:, Col.GRAD] = params, grads
         pointers = pointers[self._of]
         rows = self._rows.copy()
-        rows[:, :6] = np.where(pointers != 0, pointers + self._offsets, 0)
+        rows[:, : Col.NUMEL] = np.where(pointers != 0, pointers + self._offsets, 0)
         vectors = rows[:, [Col.PARAM, Col.GRAD, Col.FIRST, Col.SECOND, Col.COPY]]
         pitch = rows[:, Col.PITCH] * 2  # the smallest element
         aligned = (vectors % 16 == 0).all(axis=1) & (pitch % 16 == 0)
@@ -274,16 +289,16 @@ class Table:
         if self.device.type != "cuda":
             return upload(rows, self.device)
         if not torch.cuda.is_current_stream_capturing():
-            # Pinned memory cannot be allocated during a capture: keep some for the graphs to come.
+            # Pinned memory cannot be allocated during a capture: allocate some for later captures.
             if len(self._spares) < _SPARES:
                 self._spares += torch.empty(_SPARES, *rows.shape, dtype=torch.int64, pin_memory=True).unbind()
             return upload(rows, self.device)
         if not self._spares:
             raise RuntimeError(
-                f"only so many optimizer steps, at least {_SPARES}, can be captured in CUDA graphs one after the "
-                "other; take one outside of them before the next is captured"
+                f"after a step outside of a CUDA graph, at least {_SPARES} optimizer steps can be captured; "
+                "take another step outside of a graph before capturing more"
             )
-        # A replay copies the table again, so that its source must stay as it is.
+        # A replay copies the table again, so its source must not change.
         self._captured.append(self._spares.pop())
         return upload(rows, self.device, self._captured[-1])
 
@@ -293,7 +308,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _cut(spans: Rows, sizes: Rows) -> Rows:
-    """Spans of elements cut into chunks of at most the given sizes: `[N, 2]`, which span and where in it."""
+    """Cut spans of elements into chunks of at most the given sizes: `[N, 2]`, index of the span and first element."""
     counts = -(-spans // sizes)
     counts[0] = max(counts[0], 1)  # steps are counted even where every parameter is empty
     which = np.repeat(np.arange(len(spans)), counts)
@@ -302,7 +317,7 @@ def _cut(spans: Rows, sizes: Rows) -> Rows:
 
 
 def upload(rows: Rows, device: torch.device, pinned: Tensor | None = None) -> Tensor:
-    """An int64 array on a device, without waiting for it; through `pinned`, which is not read before, if given."""
+    """Copy an int64 array to a device without synchronising; through the pinned buffer, if given."""
     host = torch.from_numpy(np.ascontiguousarray(rows))
     if device.type != "cuda":
         return host.to(device)

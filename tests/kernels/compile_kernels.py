@@ -84,7 +84,7 @@ def updates(arch: int) -> Iterator[dict[str, Any]]:
         constants = {
             "PARAM": param, "GRAD": param, "REAL": tl.float64 if dtype == "fp64" else tl.float32, "RULE": rule,
             "HAS_SCALE": extras, "HAS_INF": extras, "HAS_COPY": extras, "HAS_NORMS": extras, "ADD": False,
-            "HAS_SUMS": extras, "HAS_STEPS": rule in (2, MIXED), "BLOCK": update.block(_DTYPES[dtype]),
+            "HAS_SUMS": extras, "HAS_STEPS": rule in (2, MIXED), "BLOCK": update.block_size(_DTYPES[dtype]),
             "CHUNK": update.CHUNK,
         }  # fmt: skip
         name = {"kernel": "update", "rule": [*RULES, "mixed"][rule], "dtype": dtype, "extras": extras}

@@ -127,7 +127,7 @@ def reason(given: Case, **changed: Any) -> str | None:
 @pytest.fixture
 def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were kernels for this machine's CPU."""
-    monkeypatch.setattr(op, "why_not_here", lambda device: None)
+    monkeypatch.setattr(operators, "why_no_kernel", lambda device: None)
 
 
 @pytest.mark.usefixtures("any_device")

@@ -140,7 +140,7 @@ def test_wrong_arguments() -> None:
 
 def test_what_the_kernel_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why_no_kernel(torch.randn(1, 2, 3, device="meta")) == "there is no kernel for meta tensors"
-    monkeypatch.setattr(op, "_why_not_here", lambda device: None)
+    monkeypatch.setattr(operators, "why_no_kernel", lambda device: None)
     assert why_no_kernel(torch.randn(1, 2, 1024)) is None
     assert why_no_kernel(torch.randn(1, 2, 1025)) == "there are more than 1024 classes"
     assert why_no_kernel(torch.randn(1, 2, 3).double()) == "there is no kernel for torch.float64 logits"

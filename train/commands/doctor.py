@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ncollapse.kernels.batch_norm import op as batch_norm
+from ncollapse.kernels import operators
 from ncollapse.kernels.class_stats import op as class_stats
 from ncollapse.kernels.update import launch as update
 from ncollapse.train.data.sets import DATA_SETS, data_folder, find
@@ -32,7 +32,7 @@ def findings(data_dir: Path | None) -> Iterator[tuple[str, str]]:
     ]
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         if kind == "cuda":
-            kernels.append(("batch norm", batch_norm.why_not_here, "fused with ReLU and pooling"))
+            kernels.append(("batch norm", operators.why_no_kernel, "fused with ReLU and pooling"))
         for what, why_not, fused in kernels:
             reason = why_not(torch.device(kind))
             yield f"{what} on {kind}", fused if reason is None else f"plain PyTorch, slowly: {reason}"
