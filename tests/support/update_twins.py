@@ -1,4 +1,4 @@
-"""Parameters updated twice, by a kernel and by the reference: what the tests of the update kernels share."""
+"""Parameters that a kernel and the reference both update, for the tests of the update kernels."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from ncollapse.kernels.update.reference import Settings, Slot, compute_dtype, up
 from ncollapse.kernels.update.table import HYPERS, HyperTable, Lists, Table, code
 
 Launch = Callable[[Lists, Sequence[Tensor], HyperTable, Tensor | None, Tensor | None], None]
-#: Of parameters and gradients.
+#: Dtypes of parameters and of gradients.
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
     "fp64": (torch.float64, torch.float64),
@@ -30,23 +30,23 @@ def launch_cpu(
 ) -> None:
     table = Table(lists, grads[0].dtype, hypers, cpu.CHUNK, cpu.CHUNK)
     table.point([p.data_ptr() for p in lists.params], [g.data_ptr() for g in grads])
-    cpu.launch(table, scale, inf)
+    cpu.launch_update(table, scale, inf)
 
 
 def launch_triton(
     lists: Lists, grads: Sequence[Tensor], hypers: HyperTable, scale: Tensor | None = None, inf: Tensor | None = None
 ) -> None:
-    """On the GPU, or in Triton's interpreter."""
+    """Launch the Triton kernel, on a GPU or in the interpreter."""
     from ncollapse.kernels.update import gpu
 
-    table = Table(lists, grads[0].dtype, hypers, gpu.block(lists.params[0].dtype), gpu.CHUNK)
+    table = Table(lists, grads[0].dtype, hypers, gpu.block_size(lists.params[0].dtype), gpu.CHUNK)
     table.point([p.data_ptr() for p in lists.params], [g.data_ptr() for g in grads])
     with interpreter.quiet():
-        gpu.launch(table, gpu.Scratch(table), scale, inf)
+        gpu.launch_update(table, gpu.Scratch(table), scale, inf)
 
 
 def numbers(rule: str, **changes: float) -> dict[str, float]:
-    """Hyperparameters with which every part of a rule counts."""
+    """Return hyperparameters with which every term of a rule matters."""
     beta1, beta2 = _BETAS[rule]
     start = {"lr": 0.05, "weight_decay": 0.3, "coupling": 0.4, "beta1": beta1, "beta2": beta2, "eps": 1e-8}
     return start | changes
@@ -66,13 +66,13 @@ def slot_for(rule: str, param: Tensor) -> Slot:
 
 
 def like(tensor: Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """The same elements at the same places of memory, on that device."""
+    """Copy a tensor to a device, with its strides."""
     twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     return twin.copy_(tensor)
 
 
 class Twins:
-    """Parameters and their states where they are, for a kernel, and on the CPU, for the reference."""
+    """Parameters and states on their device for a kernel, and copies on the CPU for the reference."""
 
     def __init__(self, rule: str, params: list[Tensor]) -> None:
         self.rule, self.device = rule, params[0].device
@@ -86,7 +86,7 @@ class Twins:
         update_reference(self.rule, self.theirs.params, [like(g) for g in grads], self.theirs.slots, settings)
 
     def check(self, tolerance: float = 0.0) -> None:
-        """Raise AssertionError if they differ; by default, in a single bit."""
+        """Raise AssertionError if they differ; by default in any bit."""
         for name, ours, theirs in self.pairs():
             if theirs is None:
                 assert ours is None, name
@@ -96,6 +96,7 @@ class Twins:
             )
 
     def pairs(self) -> Iterator[tuple[str, Any, Any]]:
+        """Names, tensors of the kernel (None if a rule lacks one) and tensors of the reference."""
         for i, (a, b) in enumerate(zip(self.ours.params, self.theirs.params, strict=True)):
             yield f"parameter {i} {tuple(a.shape)}", a, b
         for i, (s, t) in enumerate(zip(self.ours.slots, self.theirs.slots, strict=True)):
