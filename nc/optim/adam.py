@@ -6,6 +6,7 @@ from torch.optim.optimizer import ParamsT
 
 from ncollapse.kernels.update.reference import Hyper
 from ncollapse.optim.core.optimizer import Optimizer
+from ncollapse.optim.core.rule import Rule
 
 
 class Adam(Optimizer):
@@ -14,26 +15,25 @@ class Adam(Optimizer):
     .. math:: g = ∇L + cλW,\quad m ← β_1 m + (1 − β_1) g,\quad v ← β_2 v + (1 − β_2) g^2,\qquad
               W ← (1 − η(1 − c)λ)W − η·\hat m/(\sqrt{\hat v} + ε)
 
-    With the defaults the same as `torch.optim.Adam`; with coupling 0 as `torch.optim.AdamW`; between the two, the
-    interpolation of arXiv 2602.16642.
+    The defaults give `torch.optim.Adam`, coupling 0 gives `torch.optim.AdamW`; values between the two interpolate
+    (arXiv 2602.16642).
 
     Args:
         params: parameters or param groups, as in `torch.optim`.
         lr: η ≥ 0.
         betas: β₁ and β₂, each in [0, 1).
-        eps: ε ≥ 0, added to the root of the second moment.
+        eps: ε ≥ 0, added to the square root of the second moment.
         weight_decay: λ ≥ 0.
         coupling: c in [0, 1], the share of the decay that is added to the gradient. Default 1 here, 0 in `AdamW`.
         maximize: ascend instead of descend.
-        foreach, fused, capturable: taken and without effect: there is one implementation, fused and capturable.
+        foreach, fused, capturable: accepted for compatibility and ignored: the only implementation is fused and
+            capturable.
 
     Every hyperparameter but `maximize` may be a vector `[R]` for stacked runs; errors as in `ncollapse.optim.SGD`, and
     ValueError for `amsgrad` or `differentiable`.
     """
 
-    rule = "adam"
-    names = ("exp_avg", "exp_avg_sq")
-    counts = True
+    rule = Rule("adam", states=("exp_avg", "exp_avg_sq"), counts_steps=True, takes_betas=True)
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class AdamW(Adam):
 
     .. math:: W ← (1 − ηλ)W − η·\hat m/(\sqrt{\hat v} + ε)
 
-    The same as `torch.optim.AdamW`, its default weight decay of 0.01 included. Arguments as `Adam`.
+    The same as `torch.optim.AdamW`, including its default weight decay of 0.01. Arguments as in `Adam`.
     """
 
     default_coupling = 0.0

@@ -4,9 +4,10 @@ from torch.optim.optimizer import ParamsT
 
 from ncollapse.kernels.update.reference import Hyper
 from ncollapse.optim.core.optimizer import Optimizer
+from ncollapse.optim.core.rule import Rule
 
 
-class Lion(Optimizer):
+class Lion(Optimizer, aliases=("lionw",)):
     r"""Lion, sign momentum with decoupled weight decay (Chen et al., arXiv 2302.06675, Algorithm 2).
 
     .. math:: g = ∇L + cλW,\qquad W ← (1 − η(1 − c)λ)W − η·\mathrm{sign}(β_1 m + (1 − β_1) g),\qquad
@@ -14,7 +15,7 @@ class Lion(Optimizer):
 
     Args:
         params: parameters or param groups, as in `torch.optim`.
-        lr: η ≥ 0; three to ten times smaller than AdamW's.
+        lr: η ≥ 0; Chen et al. advise a third to a tenth of AdamW's.
         betas: β₁ and β₂, each in [0, 1).
         weight_decay: λ ≥ 0.
         coupling: c in [0, 1], the share of the decay that is added to the gradient. Default 0: decoupled, as published.
@@ -23,8 +24,7 @@ class Lion(Optimizer):
     Every hyperparameter but `maximize` may be a vector `[R]` for stacked runs; errors as in `ncollapse.optim.SGD`.
     """
 
-    rule = "lion"
-    names = ("exp_avg",)
+    rule = Rule("lion", states=("exp_avg",), takes_betas=True, law="sign")
     default_coupling = 0.0
 
     def __init__(

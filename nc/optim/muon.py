@@ -11,33 +11,33 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from ncollapse.kernels.update.reference import Hyper, compute_dtype
-from ncollapse.kernels.update.table import HYPERS
+from ncollapse.kernels.update.table import HYPERS, code
 from ncollapse.optim.adam import Adam
-from ncollapse.optim.core.checks import check_grad, check_group, check_param
-from ncollapse.optim.core.groups import Group
+from ncollapse.optim.core.checks import check_grad
+from ncollapse.optim.core.numbers import HyperSet
 from ncollapse.optim.core.optimizer import Optimizer
-from ncollapse.optim.core.stepper import Plan, _capturing, _held, is_sharded, placed
+from ncollapse.optim.core.rule import Rule
+from ncollapse.optim.core.stepper import Plan, Stepped, _capturing, _held, is_sharded
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# s of a matrix [A, B], by torch.optim.Muon's names.
+# The factor s of the update of a matrix [A, B], by torch.optim.Muon's names.
 _SCALES: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda a, b: 0.2 * math.sqrt(max(a, b)),
     "original": lambda a, b: math.sqrt(max(1, a / max(b, 1))),
 }
-_ADAM = ("lr", "betas", "eps", "weight_decay", "coupling", "maximize")  # what the rest takes of a param group
 
 
 def newton_schulz(x: Tensor, coefficients: tuple[float, float, float] = _COEFFICIENTS, steps: int = 5) -> Tensor:
     """Matrices `[N, A, B]` with the singular vectors of `x` and all singular values near 1 (Jordan et al. 2024).
 
     X ← X/‖X‖_F, then `steps` times X ← aX + (bXXᵀ + c(XXᵀ)²)X, an odd polynomial of each singular value. The default
-    coefficients bring those above 0.002 into [0.68, 1.21]. float32 products are rounded as
+    coefficients map singular values above 0.002 into [0.68, 1.21]. float32 products are rounded as
     `torch.set_float32_matmul_precision` says. Zero stays zero.
     """
     a, b, c = coefficients
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the smaller Gram matrix
-    # The least norm is torch.optim.Muon's: a gradient of zero must not become NaN.
+    # The lower limit of the norm is torch.optim.Muon's: a gradient of zero must not become NaN.
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     with torch.autocast(x.device.type, enabled=False):
         for _ in range(steps):
@@ -51,103 +51,96 @@ def _is_matrix(param: Tensor, group: dict[str, Any]) -> bool:
 
 
 class _Plan(Plan):
-    """Steps of Muon: matrices in plain PyTorch, the rest by an Adam's plan, with the same states."""
+    """Steps of Muon: matrices are orthogonalised first; then one update of all parameters, as of any optimizer.
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        super().__init__(optimizer)
-        self.rest = Adam([{"params": []}])
+    The update takes the orthogonalised matrices as gradients of SGD without momentum.
+    """
 
-    def prepare(self, optimizer: Optimizer, params: list[Tensor], present: list[bool]) -> None:
+    def prepare(self, optimizer: Stepped, params: list[Tensor], present: list[bool]) -> None:
         super().prepare(optimizer, params, present)
-        groups, rest = optimizer.param_groups, self.rest
-        for param, row in zip(self._active, self._lists.sets, strict=True):
-            state = optimizer.state[param]
-            if _is_matrix(param, groups[row]) and state.get("momentum_buffer") is None:
-                state["momentum_buffer"] = torch.zeros_like(param, dtype=compute_dtype(param)).detach()
-        rest.state = optimizer.state
-        rest.param_groups = [
-            {name: group[name] for name in _ADAM} | {"params": [p for p in group["params"] if not _is_matrix(p, group)]}
-            for group in groups
-        ]
-        others = [p for group in rest.param_groups for p in group["params"]]
-        here = {id(p) for p in self._active}
-        rest._plan.prepare(rest, others, [id(p) in here for p in others])
+        self._batches = defaultdict(list)  # indices of the matrices of one group, device, dtype and shape
+        for i, (param, place) in enumerate(zip(self._active, self._lists.sets, strict=True)):
+            if place % 2 == 0:
+                self._batches[place, param.device, param.dtype, param.shape].append(i)
+                state = optimizer.state[param]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(param, dtype=compute_dtype(param)).detach()
+        # Allocated once: a new address would make the update rebuild its table, and a CUDA graph reads these.
+        self._directions = {
+            i: torch.empty_like(p, dtype=compute_dtype(p)).detach()
+            for indices in self._batches.values()
+            for i, p in ((i, self._active[i]) for i in indices)
+        }
         self._held = _held(optimizer)
 
-    def step(self, optimizer: Optimizer) -> None:
-        groups = optimizer.param_groups
-        self.stale |= any(type(group) is not Group for group in groups)
-        params = [p for group in groups for p in group["params"]]
-        present = [p.grad is not None for p in params]
-        if not self._holds(optimizer, params, present):
-            self.prepare(optimizer, params, present)
-        for param in self._active:
-            check_grad(optimizer, param, param.grad)  # type: ignore[arg-type]
+    def directions(self, optimizer: Stepped, grads: list[Tensor]) -> list[Tensor]:
+        for param, grad in zip(self._active, grads, strict=True):
+            check_grad(type(optimizer).__name__, param, grad, optimizer.state.get(param, {}))
         if _capturing(self._active):
-            self.live = True
-            self._graphs.append((self.numbers.values, self.numbers.read, self._held))
-        self.numbers.refresh()
-        seen = self.observed
-        norms = None if seen is None else seen._norms
-        before = [p.clone() for p in self._active] if norms is not None else []
-        alike = defaultdict(list)  # matrices of one shape are one batch
-        for param, row in zip(self._active, self._lists.sets, strict=True):
-            if _is_matrix(param, groups[row]):
-                alike[row, param.device, param.dtype, param.shape].append(param)
-        for (row, *_), matrices in alike.items():
-            self._update_matrices(optimizer, groups[row], matrices)
-        self.rest._plan.step(self.rest)
-        if norms is not None:
-            norms.zero_()
-            for param, old in zip(self._active, before, strict=True):
-                for column, change in enumerate((param.grad, param.double() - old.double())):
-                    norms[:, column] += change.double().square().reshape(len(norms), -1).sum(1)  # type: ignore[union-attr]
-        if seen is not None:
-            for param, copy in seen.weights.items():
-                copy.copy_(param)
-            if seen.head is not None and seen.row_sum is not None:
-                seen.row_sum.copy_(seen.head.double().sum(-2))
+            self._graphs.append(self._directions)
+        for (place, *_), indices in self._batches.items():
+            self._orthogonalise(optimizer, place, indices, grads)
+        return [self._directions.get(i, grad) for i, grad in enumerate(grads)]
+
+    def step(self, optimizer: Stepped) -> None:
+        super().step(optimizer)
+        if self.observed is not None and (norms := self.observed._norms) is not None and self._active:
+            # The kernel has taken those of the directions.
+            grads = [p.grad.double().reshape(len(norms), -1) for p in self._active if p.grad is not None]
+            norms[:, 0] = torch.stack([grad.square().sum(1) for grad in grads]).sum(0)
 
     @_disable_dynamo
-    def traced_step(self, optimizer: Optimizer) -> None:
+    def traced_step(self, optimizer: Stepped) -> None:
         self.step(optimizer)
 
-    def _update_matrices(self, optimizer: Optimizer, group: dict[str, Any], params: list[Tensor]) -> None:
-        """A step of matrices of one shape, dtype and device: `[A, …]`, or `[R, A, …]` of stacked runs."""
-        first, lead = params[0], int(group["stacked"])
-        dtype, shape = compute_dtype(first), first.shape
-        rows, columns = shape[lead], math.prod(shape[lead + 1 :])
-        # Where a CUDA graph finds what is written into them later.
-        table = next(v for v in self.numbers.values if v.device == first.device)[group.row]  # type: ignore[attr-defined]
-        lr, decay, coupling, beta = (
-            value.double() if isinstance(value, Tensor) and value.device == first.device else table[HYPERS.index(name)]
-            for name, value in optimizer._numbers(group).items()
-            if name in ("lr", "weight_decay", "coupling", "beta1")
-        )
+    def _orthogonalise(self, optimizer: Stepped, place: int, indices: list[int], grads: list[Tensor]) -> None:
+        """Update the momentum of matrices of one shape, and write the directions minus the coupled decay.
 
-        def over(value: Tensor) -> Tensor:  # one number, or one of each run
+        The update kernel adds the coupled decay, c·λ·W, to what it takes as the gradient.
+
+        Args:
+            place: the place of their numbers among all sets of hyperparameters.
+            indices: which of the active parameters they are: `[A, …]`, or `[R, A, …]` for stacked runs.
+        """
+        first = self._active[indices[0]]
+        group = optimizer.param_groups[place // 2]
+        dtype, shape, lead = compute_dtype(first), first.shape, int(group["stacked"])
+        rows, columns = shape[lead], math.prod(shape[lead + 1 :])
+        values = next(v for v in self.numbers.values if v.device == first.device)[place]
+        user_tensors = dict(zip(self.numbers.read_places, self.numbers.read, strict=True))
+
+        def number(name: str) -> Tensor:
+            """A hyperparameter in memory that a CUDA graph reads again at each replay; float64, 0-d or `[R]`."""
+            column = HYPERS.index(name)
+            tensor = user_tensors.get(len(HYPERS) * place + column)
+            return values[column] if tensor is None or tensor.device != first.device else tensor.double()
+
+        def broadcast(value: Tensor) -> Tensor:
             return value.to(dtype).view(-1, *[1] * (len(shape) - 1)) if value.dim() else value.to(dtype)
 
-        coupled, keep, new = over(coupling * decay), over(beta), over(1 - beta)
-        rate = over(lr * _SCALES[group["adjust_lr_fn"] or "original"](rows, columns))
-        decoupled = over(lr * (1 - coupling) * decay)
-        # In the parameter's float32, where torch.optim.Muon has bfloat16: each iteration makes up to 3.4 times as much
-        # of what rounding has left of a row sum.
-        x = torch.empty(len(params), *shape, dtype=dtype, device=first.device)
-        for param, into in zip(params, x, strict=True):
-            assert param.grad is not None
-            grad = -param.grad.to(dtype) if group["maximize"] else param.grad.to(dtype)
+        beta = number("beta1")
+        coupled, keep, new = (
+            broadcast(number("coupling") * number("weight_decay")),
+            broadcast(beta),
+            broadcast(1 - beta),
+        )
+        # In the parameter's float32, where torch.optim.Muon has bfloat16: each iteration multiplies the rounding error
+        # of a row sum by up to 3.4.
+        x = torch.empty(len(indices), *shape, dtype=dtype, device=first.device)
+        for i, target in zip(indices, x, strict=True):
+            param = self._active[i]
+            grad = -grads[i].to(dtype) if group["maximize"] else grads[i].to(dtype)
             grad = torch.addcmul(grad, param.to(dtype), coupled)
             buffer = optimizer.state[param]["momentum_buffer"].lerp_(grad, new)
-            into.copy_(torch.lerp(grad, buffer, keep) if group["nesterov"] else buffer)
-        batch = x.view(len(params) * math.prod(shape[:lead]), rows, columns)
-        directions = newton_schulz(batch, group["ns_coefficients"], group["ns_steps"]).reshape(x.shape)
-        for param, direction in zip(params, directions, strict=True):
-            # Not param *= 1 − rate, as in the reference of the kernels: that factor's rounding would add up.
-            param.sub_(torch.addcmul(direction * rate, param.to(dtype), decoupled))
+            target.copy_(torch.lerp(grad, buffer, keep) if group["nesterov"] else buffer)
+        batch = x.view(len(indices) * math.prod(shape[:lead]), rows, columns)
+        x = newton_schulz(batch, group["ns_coefficients"], group["ns_steps"]).reshape(x.shape)
+        x = x * _SCALES[group["adjust_lr_fn"] or "original"](rows, columns)
+        for i, direction in zip(indices, x, strict=True):
+            torch.addcmul(direction, self._active[i].to(dtype), coupled, value=-1, out=self._directions[i])
 
 
-class Muon(Optimizer):
+class Muon(Optimizer, aliases=("muonw",)):
     r"""Muon (Jordan et al. 2024) with coupled and decoupled weight decay.
 
     .. math:: g = ∇L + cλW,\quad V ← V + (1 − β)(g − V),\qquad
@@ -192,11 +185,8 @@ class Muon(Optimizer):
         >>> model(torch.ones(2, 5)).sum().backward(); opt.step()
     """
 
-    rule = "sgd"  # as which the matrices' numbers are tabled
-    names = ("momentum_buffer", "exp_avg", "exp_avg_sq")
-    counts = True
+    rule = Rule("sgd", ("momentum_buffer", "exp_avg", "exp_avg_sq"), counts_steps=True, elementwise=False, law="linear")
     default_coupling = 0.0
-    _plan: _Plan
     _step_supports_amp_scaling = False  # torch.amp.GradScaler divides the gradients itself
 
     def __init__(
@@ -220,39 +210,45 @@ class Muon(Optimizer):
         defaults |= {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"adjust_lr_fn": adjust_lr_fn, "stacked": stacked, "maximize": maximize}
         super().__init__(params, defaults, coupling)
-        self._plan = _Plan(self)
 
-    def _numbers(self, group: dict[str, Any]) -> dict[str, Hyper]:
-        return {**super()._numbers(group), "beta1": group["momentum"], "beta2": 0.0, "eps": 0.0}
+    def _new_plan(self) -> Plan:
+        return _Plan(self)
 
-    def _rules(self, group: dict[str, Any]) -> list[str]:
-        return [self.rule] * (group["params"][0].shape[0] if group["stacked"] and group["params"] else 1)
+    def _sets(self, group: dict[str, Any]) -> list[HyperSet]:
+        numbers = super()._numbers(group)
+        first = next(iter(group["params"]), None)
+        runs = len(first) if group["stacked"] and first is not None and first.dim() else 1
+        codes = [[code(name, maximize=sign)] * runs for name, sign in (("sgd", False), ("adam", group["maximize"]))]
+        matrices = {**numbers, "beta1": group["momentum"], "beta2": 0.0, "eps": 0.0}
+        return [HyperSet(matrices, codes[0]), HyperSet(numbers, codes[1], Adam.rule.states, Adam.rule.counts_steps)]
 
-    def _has_state(self, group: dict[str, Any]) -> bool:
-        return False  # that the base class could make
+    def _set_of(self, param: Tensor, group: dict[str, Any]) -> int:
+        return 0 if _is_matrix(param, group) else 1
 
-    def _written(self, group: Group, key: str, before: Any) -> None:
-        super()._written(group, key, before)
-        if key in _ADAM and not self._plan.stale:  # else the next step brings it there
-            self._plan.rest.param_groups[group.row][key] = group[key]
+    def _states_of(self, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if _is_matrix(param, group) else (*Adam.rule.states, "step")
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if not isinstance(self._plan, _Plan):
-            self._plan = _Plan(self)
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        scale, steps, coefficients = group["adjust_lr_fn"], group["ns_steps"], group["ns_coefficients"]
+        if scale is not None and scale not in _SCALES:
+            raise ValueError(f"Muon: adjust_lr_fn must be one of {', '.join(_SCALES)}; got {scale!r}")
+        if len(coefficients) != 3 or not all(map(math.isfinite, coefficients)):
+            raise ValueError(f"Muon: ns_coefficients must be three numbers; got {coefficients!r}")
+        if not isinstance(steps, int) or not 0 < steps < 100:
+            raise ValueError(f"Muon: ns_steps must be an integer in [1, 100); got {steps!r}")
+        if group["stacked"] != self.defaults["stacked"]:
+            raise ValueError("Muon: stacked must be the same for all param groups")
+        for name, value in (self._numbers(group) | {"momentum": group["momentum"]}).items():
+            if isinstance(value, Tensor) and value.numel() != 1 and not group["stacked"]:
+                raise ValueError(f"Muon: {name} has a value for each of {len(value)} stacked runs; say stacked=True")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as in `torch.optim`; raises ValueError or TypeError before anything is changed."""
-        group = {**self.defaults, **param_group}
-        _check(self, group)
-        # The base class would ask of Nesterov's momentum what torch.optim.SGD does: not to be 0.
-        super().add_param_group({**param_group, "nesterov": False})
-        self.param_groups[-1]["nesterov"] = group["nesterov"]
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            for param in self.param_groups[-1]["params"]:
-                if is_sharded(param):
-                    raise TypeError("Muon updates whole matrices; got a DTensor; use torch.optim's")
-                check_param(self, param, super()._numbers(group))  # with Adam's
+            if any(map(is_sharded, group["params"])):
+                raise TypeError("Muon updates whole matrices; got a DTensor; use torch.optim's")
             runs = {tuple(p.shape[:1]) for g in self.param_groups for p in g["params"]}
             if group["stacked"] and (len(runs) > 1 or () in runs):
                 raise ValueError(
@@ -261,60 +257,3 @@ class Muon(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in `torch.optim`, also of torch.optim.Muon; raises ValueError before anything is changed."""
-        loaded: dict[Tensor, dict[str, Any]] = {}
-        before = {param: dict(state) for param, state in self.state.items()}
-
-        def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:  # comes after the user's own hooks
-            loaded.update(_checked_states(self, state_dict))
-
-        handle = self.register_load_state_dict_pre_hook(check)
-        try:
-            torch.optim.Optimizer.load_state_dict(self, state_dict)
-        finally:
-            handle.remove()
-        # As in the base class: not cast to the parameters' dtype, and into the tensors that there are.
-        for param, state in loaded.items():
-            for name, value in state.items():
-                new, old = placed(value, name, param), before.get(param, {}).get(name)
-                if isinstance(old, Tensor) and (old.device, old.dtype) == (new.device, new.dtype):
-                    new = old.copy_(new)
-                self.state[param][name] = new
-        if self._plan.live:
-            self._plan.prepare_again(self)
-
-
-def _check(optimizer: Muon, group: dict[str, Any]) -> None:
-    """Raise ValueError for a setting that is not allowed."""
-    check_group(optimizer, {name: value for name, value in group.items() if name != "nesterov"})
-    scale, steps, coefficients = group["adjust_lr_fn"], group["ns_steps"], group["ns_coefficients"]
-    if scale is not None and scale not in _SCALES:
-        raise ValueError(f"Muon: adjust_lr_fn must be one of {', '.join(_SCALES)}; got {scale!r}")
-    if len(coefficients) != 3 or not all(map(math.isfinite, coefficients)):
-        raise ValueError(f"Muon: ns_coefficients must be three numbers; got {coefficients!r}")
-    if not isinstance(steps, int) or not 0 < steps < 100:
-        raise ValueError(f"Muon: ns_steps must be an integer in [1, 100); got {steps!r}")
-    if group["stacked"] != optimizer.defaults["stacked"]:
-        raise ValueError("Muon: stacked must be the same for all param groups")
-    for name, value in (Optimizer._numbers(optimizer, group) | {"momentum": group["momentum"]}).items():
-        if isinstance(value, Tensor) and value.numel() != 1 and not group["stacked"]:
-            raise ValueError(f"Muon: {name} has a value for each of {len(value)} stacked runs; say stacked=True")
-
-
-def _checked_states(optimizer: Muon, state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
-    """The state of each parameter; raises ValueError for a state dict of other parameters or of another optimizer."""
-    states: dict[Tensor, dict[str, Any]] = {}
-    # What differs in length torch.optim has the words for.
-    for group, old in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
-        _check(optimizer, {**group, **{name: value for name, value in old.items() if name != "params"}})
-        for param, i in zip(group["params"], old["params"], strict=False):
-            states[param] = state = state_dict["state"].get(i, {})
-            shape = tuple(param.shape)
-            wanted: dict[str, Any] = {"exp_avg": shape, "exp_avg_sq": shape, "step": ()}
-            wanted = {"momentum_buffer": shape} if _is_matrix(param, group) else wanted
-            found = {name: tuple(v.shape) if isinstance(v, Tensor) else v for name, v in state.items()}
-            if found and found != wanted:
-                raise ValueError(f"Muon: a state dict of another optimizer or other parameters: {found}, not {wanted}")
-    return states

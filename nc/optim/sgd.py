@@ -4,6 +4,7 @@ from torch.optim.optimizer import ParamsT
 
 from ncollapse.kernels.update.reference import Hyper
 from ncollapse.optim.core.optimizer import Optimizer
+from ncollapse.optim.core.rule import Rule
 
 
 class SGD(Optimizer):
@@ -18,20 +19,20 @@ class SGD(Optimizer):
         params: parameters or param groups, as in `torch.optim`.
         lr: η ≥ 0.
         momentum: β in [0, 1).
-        dampening: τ; the gradient enters V as (1 − τ)(∇L + cλW) after the first step.
+        dampening: τ in [0, 1]; the gradient enters V as (1 − τ)(∇L + cλW) after the first step.
         weight_decay: λ ≥ 0.
         nesterov: use ∇L + cλW + βV in place of V; needs momentum > 0 and no dampening.
         coupling: c in [0, 1], the share of the decay that is added to the gradient. Default 1 here, 0 in `SGDW`.
         maximize: ascend instead of descend.
-        foreach, fused: taken and without effect: there is one implementation, and it is fused.
+        foreach, fused: accepted for compatibility and ignored: the only implementation is fused.
 
-    lr, momentum, weight_decay and coupling may each be a float, a 0-d tensor, or a tensor `[R]` for parameters `[R, …]`
-    that are R stacked runs.
+    lr, momentum, weight_decay and coupling may each be a float, a 0-d tensor, or, for R stacked runs with parameters
+    `[R, …]`, a tensor `[R]`.
 
     Raises:
         ValueError: a hyperparameter is out of range or NaN, a vector does not fit the parameters, or `differentiable`.
-        TypeError: complex parameters.
-        RuntimeError: (from `step`) a sparse gradient, or a parameter that has moved away from its state.
+        TypeError: a parameter is complex.
+        RuntimeError: (from `step`) a gradient is sparse, or a parameter was moved to another device than its state.
 
     Example:
         >>> w = torch.nn.Parameter(torch.ones(2))
@@ -39,7 +40,7 @@ class SGD(Optimizer):
         >>> w.sum().backward(); opt.step()
     """
 
-    rule = "sgd"
+    rule = Rule("sgd", law="linear", law_if_coupled=True)
 
     def __init__(
         self,

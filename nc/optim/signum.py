@@ -4,6 +4,7 @@ from torch.optim.optimizer import ParamsT
 
 from ncollapse.kernels.update.reference import Hyper
 from ncollapse.optim.core.optimizer import Optimizer
+from ncollapse.optim.core.rule import Rule
 
 
 class Signum(Optimizer):
@@ -24,7 +25,7 @@ class Signum(Optimizer):
     lr, momentum, weight_decay and coupling may be vectors `[R]` for stacked runs; errors as in `ncollapse.optim.SGD`.
     """
 
-    rule = "signum"
+    rule = Rule("signum", law="sign", law_if_coupled=True)
 
     def __init__(
         self,

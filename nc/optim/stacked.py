@@ -1,4 +1,4 @@
-"""R runs as one optimizer, each with a rule of its own."""
+"""R stacked runs in one optimizer, each with its own rule."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,36 +8,31 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ncollapse.kernels.update.reference import Hyper
-from ncollapse.optim.adam import Adam, AdamW
-from ncollapse.optim.core.optimizer import Optimizer
-from ncollapse.optim.lion import Lion
-from ncollapse.optim.sgd import SGD, SGDW
-from ncollapse.optim.signum import Signum, SignumW
-
-_CLASSES: dict[str, type[Optimizer]] = {c.__name__.lower(): c for c in (SGD, SGDW, Signum, SignumW, Adam, AdamW, Lion)}
-_BETAS = ("adam", "lion")
+from ncollapse.kernels.update.table import code
+from ncollapse.optim.core.numbers import HyperSet
+from ncollapse.optim.core.optimizer import Optimizer, by_name
 
 
 class Stacked(Optimizer):
-    """R runs of a model as one: parameters `[R, …]`, one launch a step, for each run its own rule and hyperparameters.
+    """One optimizer for R stacked runs of a model: one launch a step, each run with its own rule and hyperparameters.
 
-    Run r trains as an optimizer of class `rules[r]` alone would train it.
+    Run r trains as an optimizer of the class `by_name(rules[r])` alone would train it.
 
     Args:
         params: parameters or param groups of shape `[R, …]`.
-        rules: for each run "sgd", "sgdw", "signum", "signumw", "adam", "adamw" or "lion".
+        rules: for each run the name of an optimizer, as in `by_name`. Its rule must be elementwise.
         lr: η.
-        momentum: β of the runs with SGD and Signum.
-        betas: β₁ and β₂ of the runs with Adam and Lion.
-        eps: ε of Adam.
+        momentum: β of the runs whose rule takes momentum.
+        betas: β₁ and β₂ of the runs whose rule takes betas.
+        eps: ε of the runs whose rule takes it.
         weight_decay: λ.
-        coupling: c; by default what each rule's class has.
+        coupling: c; by default each class's own default.
 
-    Each of the numbers is a float for all runs or a tensor `[R]`. Every run has the states of the most demanding one:
-    `exp_avg` (V or m), and with an Adam among them `exp_avg_sq` and `step`.
+    Each of the numbers is a float for all runs or a tensor `[R]`. All runs have as many states as the rule that needs
+    most: `exp_avg`, `exp_avg_sq`, and `step` if a rule counts steps.
 
     Raises:
-        ValueError: as in `ncollapse.optim.SGD`, and for an unknown rule.
+        ValueError: as in `ncollapse.optim.SGD`, and for a rule that is unknown or not elementwise.
 
     Example:
         >>> w = torch.nn.Parameter(torch.ones(2, 3, 5))
@@ -58,11 +53,13 @@ class Stacked(Optimizer):
         *,
         coupling: Hyper | None = None,
     ) -> None:
-        if unknown := sorted({str(r) for r in rules} - _CLASSES.keys()):
-            raise ValueError(f"Stacked: unknown rules {', '.join(unknown)}; there are {', '.join(_CLASSES)}")
-        classes = [_CLASSES[r] for r in rules]
+        classes = [by_name(name) for name in rules]
+        if whole := sorted({name for name, cls in zip(rules, classes, strict=True) if not cls.rule.elementwise}):
+            raise ValueError(
+                f"Stacked: {', '.join(whole)} does not update elementwise; use its class with stacked=True"
+            )
         if coupling is None:
-            coupling = torch.tensor([c.default_coupling for c in classes], dtype=torch.float64)
+            coupling = torch.tensor([cls.default_coupling for cls in classes], dtype=torch.float64)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -70,35 +67,31 @@ class Stacked(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": False,
-            "rules": [c.rule for c in classes],
+            "rules": list(rules),
         }
         super().__init__(params, defaults, coupling)
 
-    # From the defaults, which a copy or a pickle keeps.
     @property
-    def names(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("exp_avg", "exp_avg_sq") if self.counts else ("exp_avg",)
+    def state_names(self) -> tuple[str, ...]:
+        rules = [by_name(name).rule for name in self.defaults["rules"]]  # a copy or a pickle keeps the defaults
+        names = ("exp_avg", "exp_avg_sq")[: max((len(rule.states) for rule in rules), default=0)]
+        return names + ("step",) * any(rule.counts_steps for rule in rules)
 
-    @property
-    def counts(self) -> bool:  # type: ignore[override]
-        return Adam.rule in self.defaults["rules"]
-
-    def _rules(self, group: dict[str, Any]) -> list[str]:
-        return list(group["rules"])
-
-    def _has_state(self, group: dict[str, Any]) -> bool:
-        return True
+    def _sets(self, group: dict[str, Any]) -> list[HyperSet]:
+        codes = [code(by_name(name).rule.name, maximize=group["maximize"]) for name in group["rules"]]
+        states = tuple(name for name in self.state_names if name != "step")
+        return [HyperSet(self._numbers(group), codes, states, "step" in self.state_names)]
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Hyper]:
-        # A vector for each, on the parameters' device: numbers differ by run where rules do.
+        # All as vectors on the parameters' device: where rules differ by run, so do β₁ and β₂.
         device = next((p.device for p in group["params"]), None)
-        rules = group["rules"]
+        rules = [by_name(name).rule for name in group["rules"]]
 
-        def each(value: Hyper) -> Tensor:
+        def vector(value: Hyper) -> Tensor:
             return torch.as_tensor(value, dtype=torch.float64, device=device).expand(len(rules))
 
-        paired = torch.tensor([rule in _BETAS for rule in rules], device=device)
-        beta1 = torch.where(paired, each(group["betas"][0]), each(group["momentum"]))
-        beta2 = torch.where(paired, each(group["betas"][1]), 0.0)
-        same = {name: each(group[name]) for name in ("lr", "weight_decay", "coupling", "eps")}
+        takes_betas = torch.tensor([rule.takes_betas for rule in rules], device=device)
+        beta1 = torch.where(takes_betas, vector(group["betas"][0]), vector(group["momentum"]))
+        beta2 = torch.where(takes_betas, vector(group["betas"][1]), 0.0)
+        same = {name: vector(group[name]) for name in ("lr", "weight_decay", "coupling", "eps")}
         return {**same, "beta1": beta1, "beta2": beta2}

@@ -215,8 +215,8 @@ def test_what_the_training_loop_relies_on() -> None:
     take(together, stack, range(3))
     assert together.param_groups[0]["lr"] is lr
     state = together.state_dict()["state"]
-    assert {name for each in state.values() for name in each} == {*together.names, "step"}
-    assert together.counts
+    assert {name for each in state.values() for name in each} == set(together.state_names)
+    assert "step" in together.state_names
     for i, p in enumerate(stack):
         assert all(v.shape == (() if name == "step" else p.shape) for name, v in state[i].items())
     # Runs that have ended are taken out: the rest goes on as it would have.

@@ -257,7 +257,7 @@ def test_stacked_runs_with_a_rule_each_are_the_classes_alone() -> None:
     together.step()
     copied.step()
     assert all(torch.equal(p.nan_to_num(7), q.nan_to_num(7)) for p, q in zip(stack, stack_again, strict=True))
-    with pytest.raises(ValueError, match="unknown rules sgg; there are sgd"):
+    with pytest.raises(ValueError, match="unknown optimizer 'sgg'; there are adam"):
         optim.Stacked(stack, ["sgd", "sgg"])
     with pytest.raises(ValueError, match="2 stacked runs"):
         optim.Stacked(stack, ["sgd", "adam"])

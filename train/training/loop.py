@@ -109,7 +109,7 @@ class Training:
         self._stack, self._optimizer = stack, make_optimizer(stack, own)
         if optimizer_state:
             # Without the runs of Adam that have left, there is less to keep.
-            kept = {*self._optimizer.names, *(["step"] if self._optimizer.counts else [])}
+            kept = set(self._optimizer.state_names)
             own_state = {p: {n: v for n, v in each.items() if n in kept} for p, each in optimizer_state.items()}
             groups = self._optimizer.state_dict()["param_groups"]
             self._optimizer.load_state_dict({"state": own_state, "param_groups": groups})

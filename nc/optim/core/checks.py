@@ -1,6 +1,7 @@
-"""What the optimizers refuse, in words that name what was wrong and what to do."""
+"""Checks of settings, parameters, gradients and state dicts; each error names the cause and the remedy."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,9 +9,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ncollapse.kernels.update.reference import Hyper
 from ncollapse.kernels.update.table import HYPERS
-
-if TYPE_CHECKING:
-    from ncollapse.optim.core.optimizer import Optimizer
 
 # name -> (lower bound, upper bound, whether the upper bound itself is allowed)
 _RANGES: dict[str, tuple[float, float, bool]] = {
@@ -44,9 +42,8 @@ def _check_range(owner: str, name: str, value: Any) -> None:
         raise ValueError(f"{wanted}; got {value!r}")
 
 
-def check_group(optimizer: "Optimizer", group: dict[str, Any]) -> None:
-    """Raise ValueError for a hyperparameter out of its range, NaN included."""
-    owner = type(optimizer).__name__
+def check_group(owner: str, group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a hyperparameter out of its range, NaN included. `owner` is the optimizer's class name."""
     for name in _RANGES.keys() & group.keys():
         if name == "betas":
             if len(group[name]) != 2:
@@ -55,13 +52,13 @@ def check_group(optimizer: "Optimizer", group: dict[str, Any]) -> None:
                 _check_range(owner, name, value)
         else:
             _check_range(owner, name, group[name])
-    if group.get("nesterov") and (group["dampening"] != 0 or not torch.as_tensor(group["momentum"]).gt(0).all()):
+    damped = group.get("dampening", 0) != 0 or not torch.as_tensor(group.get("momentum", 1)).gt(0).all()
+    if "dampening" in group and group.get("nesterov") and damped:
         raise ValueError(f"{owner}: Nesterov momentum needs momentum > 0 and dampening = 0")
 
 
-def check_param(optimizer: "Optimizer", param: Tensor, numbers: dict[str, Hyper]) -> None:
+def check_param(owner: str, param: Tensor, numbers: Mapping[str, Hyper]) -> None:
     """Raise TypeError or ValueError for a parameter that cannot be updated with these hyperparameters."""
-    owner = type(optimizer).__name__
     if param.is_complex():
         raise TypeError(f"{owner} does not take complex parameters; use torch.optim's, or torch.view_as_real")
     if is_traceable_wrapper_subclass(param) and not hasattr(param, "to_local"):
@@ -86,12 +83,11 @@ def check_param(optimizer: "Optimizer", param: Tensor, numbers: dict[str, Hyper]
             )
 
 
-def check_grad(optimizer: "Optimizer", param: Tensor, grad: Tensor) -> None:
+def check_grad(owner: str, param: Tensor, grad: Tensor, state: Mapping[str, Any]) -> None:
     """Raise RuntimeError for a gradient or a state that cannot be used."""
-    owner = type(optimizer).__name__
     if grad.layout != torch.strided:
         raise RuntimeError(f"{owner} does not take sparse gradients; make the layer's gradient dense (sparse=False)")
-    for name, value in optimizer.state.get(param, {}).items():
+    for name, value in state.items():
         if isinstance(value, Tensor) and value.device != param.device and name != "step":
             raise RuntimeError(
                 f"{owner}: a parameter is on {param.device}, its {name} on {value.device}; move the model before the "
@@ -99,29 +95,20 @@ def check_grad(optimizer: "Optimizer", param: Tensor, grad: Tensor) -> None:
             )
 
 
-def check_state_dict(optimizer: "Optimizer", state_dict: dict[str, Any]) -> None:
-    """Raise ValueError for a state dict of other parameters or of another optimizer."""
-    owner = type(optimizer).__name__
-    groups, saved = optimizer.param_groups, state_dict["param_groups"]
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved]:
-        return  # torch.optim has the right words for that
-    params = [p for g in groups for p in g["params"]]
-    ids = [i for g in saved for i in g["params"]]
-    for param, i in zip(params, ids, strict=True):
-        state = {k: v for k, v in state_dict["state"].get(i, {}).items() if v is not None}
-        names = {*optimizer.names, "step"}
-        if unknown := set(state) - names:
+def check_state(owner: str, param: Tensor, state: Mapping[str, Any], wanted: Sequence[str]) -> None:
+    """Raise ValueError unless the saved state of a parameter has the names `wanted` and the parameter's shape."""
+    found = {name for name, value in state.items() if value is not None}
+    kept = [name for name in wanted if name != "step"]
+    if unknown := found - {*kept, "step"}:
+        raise ValueError(
+            f"{owner}: the state dict is another optimizer's: it has {', '.join(sorted(map(str, unknown)))}, "
+            f"{owner} keeps {', '.join(kept)}"
+        )
+    if found and (missing := set(kept) - found):
+        raise ValueError(f"{owner}: the state dict is another optimizer's: it lacks {', '.join(sorted(missing))}")
+    for name in kept:
+        if name in found and state[name].shape != param.shape:
             raise ValueError(
-                f"{owner}: the state dict is another optimizer's: it has {', '.join(sorted(map(str, unknown)))}, "
-                f"{owner} keeps {', '.join(optimizer.names)}"
+                f"{owner}: the state dict's {name} has shape {tuple(state[name].shape)} where the parameter has "
+                f"{tuple(param.shape)}; it was saved with other parameters, or in another order"
             )
-        if state and (missing := set(optimizer.names) - set(state)):
-            raise ValueError(f"{owner}: the state dict is another optimizer's: it lacks {', '.join(sorted(missing))}")
-        for name in optimizer.names:
-            if name in state and state[name].shape != param.shape:
-                raise ValueError(
-                    f"{owner}: the state dict's {name} has shape {tuple(state[name].shape)} where the parameter has "
-                    f"{tuple(param.shape)}; it was saved with other parameters, or in another order"
-                )
-    for group, old in zip(groups, saved, strict=True):
-        check_group(optimizer, {**group, **{k: v for k, v in old.items() if k != "params"}})

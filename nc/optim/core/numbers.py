@@ -1,6 +1,7 @@
 """The hyperparameters of an optimizer where the kernels read them: in memory of the parameters' devices."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,15 +10,32 @@ from ncollapse.kernels.update.reference import Hyper
 from ncollapse.kernels.update.table import HYPERS, HyperTable
 
 
-class Numbers:
-    """The numbers `HYPERS` of every param group, on every device.
+@dataclass(frozen=True)
+class HyperSet:
+    """The hyperparameters of a param group, or of one kind of its parameters, as the update kernel takes them.
 
     Attributes:
-        host: `[G, 6]` float64 on the CPU; those that are tensors of the user's are 0 here.
-        values: the same for each device; on the CPU the same tensor.
-        read: tensors of the user's, read by the kernel, and their places in `values`.
-        copied: tensors of the user's on the CPU, for parameters that are elsewhere, and their places.
-        codes: for each group, the code of the rule of each of its runs.
+        numbers: a value for each name in `HYPERS`.
+        codes: for each stacked run, the kernel's code of its rule and flags.
+        states: names of the state tensors that the kernel updates.
+        counts_steps: whether the kernel counts steps.
+    """
+
+    numbers: dict[str, Hyper]
+    codes: list[int]
+    states: tuple[str, ...] = ()
+    counts_steps: bool = False
+
+
+class Numbers:
+    """The numbers `HYPERS` of every set of hyperparameters, on every device.
+
+    Attributes:
+        host: `[G, 6]` float64 on the CPU; 0 where the user gave a tensor.
+        values: the same on each device; on the CPU the same tensor.
+        read: the user's tensors that the kernel reads itself, and their places in `values`.
+        copied: the user's CPU tensors for parameters on other devices, and their places.
+        codes: for each set, the code of each run.
     """
 
     def __init__(self) -> None:
@@ -30,45 +48,43 @@ class Numbers:
         self.codes: list[list[int]] = []
         self._dirty = False
 
-    def fill(
-        self, groups: Sequence[dict[str, Hyper]], codes: list[list[int]], devices: Sequence[torch.device]
-    ) -> dict[torch.device, HyperTable]:
-        """Take the numbers of all groups, and make each device's table of them."""
-        self.codes = codes
-        rows = [[0.0 if isinstance(n := numbers[name], Tensor) else n for name in HYPERS] for numbers in groups]
+    def fill(self, sets: Sequence[HyperSet], devices: Sequence[torch.device]) -> dict[torch.device, HyperTable]:
+        """Take the numbers of all sets, and make a table of them for each device."""
+        self.codes = [each.codes for each in sets]
+        rows = [[0.0 if isinstance(n := each.numbers[name], Tensor) else n for name in HYPERS] for each in sets]
         self.host = torch.tensor(rows, dtype=torch.float64).view(-1, len(HYPERS))
-        # In the tensors that there are, if they fit: a CUDA graph may have their addresses.
+        # Reuse the existing tensors if they fit: a CUDA graph may hold their addresses.
         old = {v.device: v for v in self.values if v.shape == self.host.shape and v.device.type != "cpu"}
         self.values = [old.get(d, self.host.to(d)) if d.type != "cpu" else self.host for d in devices]
         self.flush()
         tensors = [
             (len(HYPERS) * row + column, value)
-            for row, numbers in enumerate(groups)
+            for row, each in enumerate(sets)
             for column, name in enumerate(HYPERS)
-            if isinstance(value := numbers[name], Tensor)
+            if isinstance(value := each.numbers[name], Tensor)
         ]
         read = [(place, t) for place, t in tensors if t.device in devices]
         copied = [(place, t) for place, t in tensors if t.device not in devices]
         self.read, self.read_places = [t for _, t in read], [place for place, _ in read]
         self.copied, self.copied_places = [t for _, t in copied], [place for place, _ in copied]
-        return {v.device: HyperTable(v, self.read, self.read_places, codes) for v in self.values}
+        return {v.device: HyperTable(v, self.read, self.read_places, self.codes) for v in self.values}
 
     def write(self, row: int, numbers: dict[str, Hyper]) -> None:
-        """Take a group's plain numbers, on the CPU so far."""
+        """Take a set's plain numbers, on the CPU only; `flush` sends them to the devices."""
         for column, name in enumerate(HYPERS):
             if not isinstance(number := numbers[name], Tensor):
                 self.host[row, column] = number
         self._dirty = True
 
     def flush(self) -> None:
-        """Bring the numbers to the devices, without waiting for them."""
+        """Send the numbers to the devices, without synchronising."""
         self._dirty = False
         for values in self.values:
             if values.device.type != "cpu":
                 values.copy_(self.host.pin_memory() if values.is_cuda else self.host, non_blocking=True)
 
     def refresh(self) -> None:
-        """Before a step: flush what was written, and tensors on the CPU that were changed in place."""
+        """Before a step: send the numbers that were written, and CPU tensors that were changed in place."""
         flat = self.host.view(-1)
         for place, tensor in zip(self.copied_places, self.copied, strict=True):
             if flat[place] != tensor:

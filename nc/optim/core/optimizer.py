@@ -1,4 +1,4 @@
-"""What the optimizers share: the way from param groups to one launch of the update kernel."""
+"""The base of the optimizers: from param groups to one launch of the update kernel. Also their names."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, overload
@@ -8,16 +8,21 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ncollapse.kernels.update.reference import Hyper
-from ncollapse.optim.core.checks import check_group, check_param, check_state_dict
+from ncollapse.kernels.update.table import code
+from ncollapse.optim.core.checks import check_group, check_param, check_state
 from ncollapse.optim.core.groups import Group
+from ncollapse.optim.core.numbers import HyperSet
 from ncollapse.optim.core.observe import Observed, observed
+from ncollapse.optim.core.rule import Rule
 from ncollapse.optim.core.stepper import Plan, placed
 
 _NUMBERS = {"lr", "weight_decay", "coupling", "momentum", "betas", "eps", "dampening"}
 _STRUCTURE = {"params", "nesterov", "maximize", "rules"}
-# A write into a param group goes to the GPU at once, so that a graph captured next finds it there. With more groups
-# than this the next step brings all of them together.
+# A write into a param group is copied to the GPU at once, so that a graph captured next finds it there. With more
+# groups than this, the next step copies all of them together.
 _EAGER_GROUPS = 32
+#: Name in lower case -> class.
+_classes: dict[str, type["Optimizer"]] = {}
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -27,42 +32,68 @@ class Optimizer(torch.optim.Optimizer):
     also from a CUDA graph), or a tensor `[R]`, which says that each parameter of the group is R stacked runs `[R, …]`.
     """
 
+    #: The update rule.
+    rule: ClassVar[Rule]
     #: The coupling that a class uses when none is given.
     default_coupling: ClassVar[float] = 1.0
-    #: A name of `ncollapse.kernels.update.reference.RULES`.
-    rule: ClassVar[str]
-    #: What `torch.optim` calls the states, V or m, and v.
-    names: tuple[str, ...] = ("momentum_buffer",)
-    #: Whether steps are counted.
-    counts: bool = False
     # Whether `_numbers` makes tensors of plain numbers.
     _derived: ClassVar[bool] = False
     # torch.amp.GradScaler then leaves the scale, and a step that is to be skipped, to the kernel.
     _step_supports_amp_scaling = True
 
+    def __init_subclass__(cls, aliases: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "rule"):
+            return
+        for name in (cls.__name__.lower(), *aliases):
+            known = _classes.get(name)
+            # The first class of a name keeps it; the same class defined again, as in a notebook, replaces itself.
+            if known is None or (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__):
+                _classes[name] = cls
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any], coupling: Hyper | None, **unsupported: bool) -> None:
         for name in (name for name, wanted in unsupported.items() if wanted):
             raise ValueError(f"{type(self).__name__} does not support {name}; use torch.optim's class for that")
-        self._plan = Plan(self)
+        self._plan = self._new_plan()
         defaults["coupling"] = self.default_coupling if coupling is None else coupling
         super().__init__(params, defaults)
 
-    # What a subclass may say of its rule.
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the states that parameters may have, `step` included."""
+        return self.rule.states + ("step",) * self.rule.counts_steps
+
+    # Hooks for subclasses.
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Hyper]:
-        """The numbers `HYPERS` of a group."""
-        beta1, beta2 = group["betas"] if "betas" in group else (group["momentum"], group.get("dampening", 0.0))
+        """A value for each name in `HYPERS`."""
+        beta1, beta2 = group.get("betas", (group.get("momentum", 0.0), group.get("dampening", 0.0)))
         common = {name: group[name] for name in ("lr", "weight_decay", "coupling")}
         return {**common, "beta1": beta1, "beta2": beta2, "eps": group.get("eps", 0.0)}
 
-    def _rules(self, group: dict[str, Any]) -> list[str]:
-        """The rule of each stacked run of a group."""
-        return [self.rule] * max(n.numel() if isinstance(n, Tensor) else 1 for n in self._numbers(group).values())
+    def _sets(self, group: dict[str, Any]) -> list[HyperSet]:
+        """The sets of hyperparameters of a group: one, or one for each kind of its parameters."""
+        numbers, momentum = self._numbers(group), group.get("momentum", 1.0)
+        runs = max(n.numel() if isinstance(n, Tensor) else 1 for n in numbers.values())
+        number = code(self.rule.name, maximize=group["maximize"], nesterov=group.get("nesterov", False))
+        # With a momentum for each run the parameters have state, though all may be 0.
+        keeps = isinstance(momentum, Tensor) or momentum != 0
+        return [HyperSet(numbers, [number] * runs, self.rule.states if keeps else (), self.rule.counts_steps)]
 
-    def _has_state(self, group: dict[str, Any]) -> bool:
-        """Whether the parameters of a group keep state; with a momentum for each run they do, though it may be 0."""
-        momentum = group.get("momentum", 1.0)
-        return isinstance(momentum, Tensor) or momentum != 0
+    def _new_plan(self) -> Plan:
+        return Plan(self)
+
+    def _set_of(self, param: Tensor, group: dict[str, Any]) -> int:
+        """Which of the group's sets a parameter belongs to."""
+        return 0
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Raise ValueError for a setting that is not allowed."""
+        check_group(type(self).__name__, group)
+
+    def _states_of(self, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
+        """Names of the states that a parameter may have, `step` included."""
+        return self.state_names
 
     # Param groups and state.
 
@@ -72,28 +103,29 @@ class Optimizer(torch.optim.Optimizer):
             param_group["params"] = list(param_group["params"])  # may be a generator
         if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
             group = {**self.defaults, **param_group}
-            check_group(self, group)
+            self._check_group(group)
             params = group["params"]
             # A named parameter comes as (name, tensor).
             params = [params] if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
-            group["params"] = [p for p in params if isinstance(p, Tensor)]  # torch.optim has the words for the others
-            for param in group["params"]:
-                check_param(self, param, self._numbers(group))
+            group["params"] = [p for p in params if isinstance(p, Tensor)]  # torch.optim reports the others
+            for hypers in self._sets(group):
+                for param in group["params"]:
+                    check_param(type(self).__name__, param, hypers.numbers)
         super().add_param_group(param_group)
         self.param_groups[-1] = Group(self.param_groups[-1], self, len(self.param_groups) - 1)
         self._plan.stale = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in `torch.optim`, whose state dicts are taken too; half-precision parameters keep their float32 states.
+        """Load a state dict, also one of torch.optim's class; half-precision parameters keep their float32 states.
 
         Raises:
-            ValueError: the state dict is not of these parameters, or of another optimizer; nothing has changed then.
+            ValueError: the state dict is of other parameters or of another optimizer; nothing has changed then.
         """
         final: list[dict[str, Any]] = []
         before = {param: dict(state) for param, state in self.state.items()}
 
-        def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:  # comes after the user's own hooks
-            check_state_dict(self, state_dict)
+        def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:  # runs after the user's hooks
+            self._check_state_dict(state_dict)
             final.append(state_dict)
 
         handle = self.register_load_state_dict_pre_hook(check)
@@ -101,8 +133,8 @@ class Optimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        # torch.optim has cast the states to the parameters' dtype: take them again from where they came, into the
-        # tensors that there are, which a CUDA graph may use.
+        # torch.optim has cast the states to the parameters' dtype: take them from the state dict again, and copy them
+        # into the existing tensors, which a CUDA graph may use.
         flat = [p for g in self.param_groups for p in g["params"]]
         saved = [i for g in final[0]["param_groups"] for i in g["params"]]
         for param, i in zip(flat, saved, strict=True):
@@ -115,28 +147,39 @@ class Optimizer(torch.optim.Optimizer):
         if self._plan.live:
             self._plan.prepare_again(self)
 
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups, saved = self.param_groups, state_dict["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved]:
+            return  # torch.optim reports that
+        for group, old in zip(groups, saved, strict=True):
+            for param, i in zip(group["params"], old["params"], strict=True):
+                state = state_dict["state"].get(i, {})
+                check_state(type(self).__name__, param, state, self._states_of(param, group))
+            self._check_group({**group, **{name: value for name, value in old.items() if name != "params"}})
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A copy or a pickle has no plan; load_state_dict goes on with the one that there is.
-        self._plan = self.__dict__.get("_plan") or Plan(self)
+        # A copy or a pickle has no plan; load_state_dict keeps the existing one.
+        if "_plan" not in self.__dict__:
+            self._plan = self._new_plan()
         self._plan.stale = True
         # A state dict of torch.optim has no coupling; one of an older version may lack other keys.
         groups = [{**self.defaults, **_coupling_of(group), **group} for group in self.param_groups]
         self.param_groups = [Group(group, self, row) for row, group in enumerate(groups)]
 
     def _written(self, group: Group, key: str, before: Any) -> None:
-        """Of a write into a param group: a number goes to the device; anything else makes the next step start over."""
+        """After a write into a param group: send a number to the device; for anything else, mark the plan stale."""
         plan, after = self._plan, group.get(key)
         if plan.stale or key not in _NUMBERS:
             plan.stale |= key in _STRUCTURE
             return
-        numbers = self._numbers(group)
-        derived = self._derived and any(isinstance(n, Tensor) for n in numbers.values())
         switched = key == "momentum" and _plain(before) and (before == 0) != (after == 0)
-        if derived or switched or not (_plain(before) and _plain(after)):
+        if self._derived or switched or not (_plain(before) and _plain(after)):
             plan.stale = True
             return
-        plan.numbers.write(group.row, numbers)
+        sets = self._sets(group)
+        for i, hypers in enumerate(sets):
+            plan.numbers.write(group.row * len(sets) + i, hypers.numbers)
         if plan.live or len(self.param_groups) <= _EAGER_GROUPS:
             plan.numbers.flush()
 
@@ -160,15 +203,15 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def observe(self, *, head: Tensor | None = None, norms: bool = False, bf16: bool = False) -> Observed:
-        """Have every step from now on also give, without a pass of its own, what is asked for.
+        """Have every later step also compute what is asked for, in the same pass over the parameters.
 
         Args:
             head: the classifier's weight `[K, d]`, one of the parameters: its row sum Wᵀ1 and NC0.
-            norms: the global norms of the gradient and of the change.
+            norms: the global norms of the gradient and of the update.
             bf16: a bfloat16 copy of each parameter, for the next forward pass.
 
         Raises:
-            ValueError: the head is no parameter of this optimizer, or norms of several devices.
+            ValueError: the head is no parameter of this optimizer, or norms are asked for on several devices.
 
         Example:
             >>> model = torch.nn.Linear(5, 3)
@@ -177,7 +220,7 @@ class Optimizer(torch.optim.Optimizer):
             >>> seen.nc0, seen.grad_norm
         """
         params = [p for group in self.param_groups for p in group["params"]]
-        runs = {len(self._rules(group)) for group in self.param_groups}
+        runs = {len(hypers.codes) for group in self.param_groups for hypers in self._sets(group)}
         if len(runs) > 1:
             raise ValueError(f"{type(self).__name__}: all groups must have the same number of stacked runs; got {runs}")
         self._plan.observed = observed(type(self).__name__, params, runs.pop(), head, norms, bf16)
@@ -186,11 +229,22 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def _coupling_of(group: dict[str, Any]) -> dict[str, float]:
-    """What a param group of torch.optim.Adam says of its decay."""
+    """The coupling that a param group of torch.optim.Adam or AdamW implies."""
     decoupled = group.get("decoupled_weight_decay")
     return {} if decoupled is None else {"coupling": 0.0 if decoupled else 1.0}
 
 
 def _plain(value: Any) -> bool:
-    """Whether a hyperparameter is a number, or two."""
+    """Whether a hyperparameter is a number or a pair of numbers."""
     return all(isinstance(v, (int, float)) for v in (value if isinstance(value, (tuple, list)) else (value,)))
+
+
+def by_name(name: str) -> type[Optimizer]:
+    """The optimizer class of a name in lower case, such as "adamw"; classes derived from `Optimizer` are included.
+
+    Raises:
+        ValueError: there is no class of that name.
+    """
+    if name not in _classes:
+        raise ValueError(f"unknown optimizer {name!r}; there are {', '.join(sorted(_classes))}")
+    return _classes[name]

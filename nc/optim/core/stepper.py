@@ -1,59 +1,69 @@
-"""A step of an optimizer: what is worked out once, and the launch."""
+"""A step of an optimizer: the tables that are prepared once, and the launch."""
 
 import operator
+from collections import defaultdict
 from itertools import chain, count
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from ncollapse.kernels.operators import compile_time_constant
 from ncollapse.kernels.update.launch import Update
 from ncollapse.kernels.update.op import parts, update_op
 from ncollapse.kernels.update.reference import Slot, compute_dtype
-from ncollapse.kernels.update.table import Extras, Lists, code
+from ncollapse.kernels.update.table import Extras, Lists
 from ncollapse.optim.core.checks import check_grad
-from ncollapse.optim.core.groups import Group
-from ncollapse.optim.core.numbers import Numbers
+from ncollapse.optim.core.groups import Group, Listener
+from ncollapse.optim.core.numbers import HyperSet, Numbers
 from ncollapse.optim.core.observe import Observed
 
-if TYPE_CHECKING:
-    from ncollapse.optim.core.optimizer import Optimizer
+
+class Stepped(Listener, Protocol):
+    """What a plan reads of its optimizer."""
+
+    param_groups: list[dict[str, Any]]
+    state: defaultdict[Tensor, Any]
+    _plan: "Plan"
+
+    def _sets(self, group: dict[str, Any]) -> list[HyperSet]: ...
+    def _set_of(self, param: Tensor, group: dict[str, Any]) -> int: ...
 
 
-_numbers = count()
-_traced: "WeakValueDictionary[str, Optimizer]" = WeakValueDictionary()
+_names = count()
+_traced: WeakValueDictionary[str, Stepped] = WeakValueDictionary()
 
 
 class Plan:
-    """States, tables and lists for the steps of one optimizer, made anew when more than a number or an address changed.
+    """States, tables and lists for the steps of one optimizer, prepared again if more than values or addresses change.
 
-    An object of its own, not attributes of the optimizer: torch.compile drops what a traced step writes into those.
+    A separate object, not attributes of the optimizer: torch.compile drops what a traced step writes into those.
     """
 
-    def __init__(self, optimizer: "Optimizer") -> None:
-        #: The optimizer's, for `_prepare_for_trace`. A number would be made symbolic when a second optimizer comes.
-        self.name = str(next(_numbers))
+    def __init__(self, optimizer: Stepped) -> None:
+        #: Key in `_traced`. A string: Dynamo would make a number symbolic when a second optimizer comes.
+        self.name = str(next(_names))
         _traced[self.name] = optimizer
-        #: Whether the next step must work it out again.
+        #: Whether the next step must prepare again.
         self.stale = True
-        #: Whether the next step is a first one, unlike the second: dampening does not apply to it.
+        #: Whether the next step is a first one with dampening, which applies only from the second on.
         self.fresh = False
-        #: Whether a CUDA graph or compiled code reads the numbers on the device, so that nobody calls `step`.
+        #: Whether a CUDA graph or compiled code reads the numbers on the device, so that `step` may not be called.
         self.live = False
         self.observed: Observed | None = None
         self.numbers = Numbers()
         self._params: list[Tensor] = []  # of all groups
-        self._present: list[bool] = []  # which of them are in the lists
+        self._present: list[bool] = []  # which of them have gradients
         self._lists = Lists([], [], [])
         self._active: list[Tensor] = []  # the parameters in the lists
         self._sharded = False
         self._update = Update({})
-        self._held: list[Any] = []  # what was in the states
-        self._graphs: list[Any] = []  # what CUDA graphs have the addresses of
+        self._held: list[Any] = []  # all values in the optimizer's state
+        self._graphs: list[Any] = []  # keeps alive what CUDA graphs hold addresses of
 
-    def _holds(self, optimizer: "Optimizer", params: list[Tensor], present: list[bool]) -> bool:
-        # Somebody may have put other tensors into the groups or the states.
+    def _holds(self, optimizer: Stepped, params: list[Tensor], present: list[bool]) -> bool:
+        # The user may have put other tensors into the groups or the states.
         return (
             not self.stale
             and present == self._present
@@ -61,50 +71,54 @@ class Plan:
             and _same(_held(optimizer), self._held)
         )
 
-    def prepare(self, optimizer: "Optimizer", params: list[Tensor], present: list[bool]) -> None:
-        """Work it out, for those of all parameters that are present."""
+    def prepare(self, optimizer: Stepped, params: list[Tensor], present: list[bool]) -> None:
+        """Make states, tables and lists for those of all parameters that are present."""
+        owner = type(optimizer).__name__
         if _capturing(params):
             raise RuntimeError(
-                f"{type(optimizer).__name__} must take a step with the same parameters and settings before one is "
-                "captured in a CUDA graph: what is made in a capture is made anew at every replay"
+                f"{owner} must take a step with the same parameters and settings before one is captured in a CUDA "
+                "graph: a replay would initialise again what the captured step initialises"
             )
-        self._params, self._present = params, present
+        self._params, self._present, self.stale = params, present, True  # until all of it has succeeded
         groups = optimizer.param_groups
         for row, group in enumerate(groups):
             if isinstance(group, Group):
                 group.row = row
             else:  # the user's own dict
                 groups[row] = Group(group, optimizer, row)
-        sets = [row for row, group in enumerate(groups) for _ in group["params"]]
-        active = [(p, row) for p, row, here in zip(params, sets, present, strict=True) if here]
-        if len({id(p) for p, _ in active}) < len(active):
-            raise ValueError(f"{type(optimizer).__name__}: a parameter stands twice in the param groups; give it once")
-        for param, _ in active:
+        rows = [row for row, group in enumerate(groups) for _ in group["params"]]
+        active = [(p, row) for p, row, has_grad in zip(params, rows, present, strict=True) if has_grad]
+        self._active = [p for p, _ in active]
+        if len(set(map(id, self._active))) < len(active):
+            raise ValueError(f"{owner}: a parameter stands twice in the param groups; give it once")
+        for param in self._active:
             if param.grad is not None:
-                check_grad(optimizer, param, param.grad)
-        slots = [_slot(optimizer, param, groups[row]) for param, row in active]
-        extras = self.observed.extras([p for p, _ in active]) if self.observed else Extras()
+                check_grad(owner, param, param.grad, optimizer.state.get(param, {}))
+        each = [optimizer._sets(group) for group in groups]
+        sets = [one for group in each for one in group]
+        places = [row * len(each[0]) + optimizer._set_of(p, groups[row]) for p, row in active]
+        slots = [_slot(optimizer, p, groups[row], sets[i]) for (p, row), i in zip(active, places, strict=True)]
+        extras = self.observed.extras(self._active) if self.observed else Extras()
         self._sharded = any(map(is_sharded, params))
         if self._sharded and self.observed:
-            raise RuntimeError(f"{type(optimizer).__name__}: a step of DTensor parameters cannot be observed")
-        self._active = [p for p, _ in active]
-        self._lists = Lists([shard(p) for p in self._active], slots, [row for _, row in active], extras)
+            raise RuntimeError(f"{owner}: a step of DTensor parameters cannot be observed")
+        self._lists = Lists([shard(p) for p in self._active], slots, places, extras)
         self._held = _held(optimizer)
-        codes = [
-            [code(rule, maximize=g["maximize"], nesterov=g.get("nesterov", False)) for rule in optimizer._rules(g)]
-            for g in groups
-        ]
-        devices = list(dict.fromkeys(p.device for p, _ in active))
-        self._update = Update(self.numbers.fill([optimizer._numbers(g) for g in groups], codes, devices))
+        devices = list(dict.fromkeys(p.device for p in self._active))
+        self._update = Update(self.numbers.fill(sets, devices))
         self.fresh = any(slot.fresh for slot in slots)
         self.stale = False
 
-    def prepare_again(self, optimizer: "Optimizer") -> None:
-        """Work it out for the parameters of the last step."""
+    def prepare_again(self, optimizer: Stepped) -> None:
+        """Prepare for the parameters of the last step."""
         self.prepare(optimizer, self._params, self._present)
 
-    def step(self, optimizer: "Optimizer") -> None:
-        """Take a step with the gradients that there are."""
+    def directions(self, optimizer: Stepped, grads: list[Tensor]) -> list[Tensor]:
+        """What the update kernel takes as the gradients of the active parameters; a subclass may transform them."""
+        return grads
+
+    def step(self, optimizer: Stepped) -> None:
+        """Take a step for the parameters that have gradients."""
         if any(type(group) is not Group for group in optimizer.param_groups):
             self.stale = True
         params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -116,34 +130,34 @@ class Plan:
             return
         if _capturing(self._lists.params):
             self.live = True
-            self._graphs.append((self._update, self.numbers.values, self.numbers.read, self._lists))
+            self._graphs.append((self._update, self.numbers.values, self.numbers.read, self._lists, self._held))
         self.numbers.refresh()
-        here = [g for g in grads if g is not None]
+        taken = self.directions(optimizer, [g for g in grads if g is not None])
         if self._sharded:
             self._lists.params = [shard(p) for p in self._active]
-            here = [shard(g, like=p) for g, p in zip(here, self._active, strict=True)]
+            taken = [shard(g, like=p) for g, p in zip(taken, self._active, strict=True)]
         scale, inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
         if self.fresh and inf is not None and inf.item() != 0:
-            # Left out: those first steps are still to come. Only a first step with dampening waits for the device.
+            # The step is skipped, so the first one is still to come. Only a first step with dampening synchronises.
             for param, slot in zip(self._active, self._lists.slots, strict=True):
                 if slot.fresh:
                     del optimizer.state[param]
             self.stale = True
             return
         try:
-            self._update.step(self._lists.params, here, lambda: self._lists, scale, inf)
+            self._update.step(self._lists.params, taken, lambda: self._lists, scale, inf)
         except (RuntimeError, NotImplementedError):
-            for param, grad in zip(self._lists.params, here, strict=True):
-                check_grad(optimizer, param, grad)
+            for param, grad in zip(self._lists.params, taken, strict=True):
+                check_grad(type(optimizer).__name__, param, grad, optimizer.state.get(param, {}))
             raise
         self.stale = self.fresh
 
-    def traced_step(self, optimizer: "Optimizer") -> None:
-        """The same for torch.compile, which puts `update_op` into its graph."""
+    def traced_step(self, optimizer: Stepped) -> None:
+        """Take a step while torch.compile traces: put `update_op` into its graph."""
         _prepare_for_trace(self.name)
         if self._sharded:
             raise RuntimeError("a step of DTensor parameters cannot be compiled; call it outside of torch.compile")
-        assert not self.stale  # and a guard: what makes it stale later has the step traced anew
+        assert not self.stale  # also a guard for Dynamo: when the plan becomes stale, the step is traced again
         lists, extras, numbers = self._lists, self._lists.extras, self.numbers
         params: list[Tensor] = []
         grads, slots, sets, copies, head = [], [], [], [], -1
@@ -185,13 +199,14 @@ class Plan:
             self.stale = True
 
 
-# Runs when a compiler traces a step, not when the compiled step runs. It takes a name, since the Dynamo of torch 2.11
-# can give it constants only.
+# Runs when a step is traced, not when the compiled step runs. Takes a name, since Dynamo of torch 2.11 passes constants
+# only.
+@compile_time_constant
 def _prepare_for_trace(name: str) -> None:
     optimizer = _traced[name]
     plan = optimizer._plan
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    # A gradient may only come to be inside of what is traced.
+    # The traced code itself may create a gradient.
     present = [p.requires_grad or p.grad is not None for p in params]
     if not plan._holds(optimizer, params, present):
         plan.prepare(optimizer, params, present)
@@ -201,47 +216,43 @@ def _prepare_for_trace(name: str) -> None:
             torch._dynamo.mark_static_address(held)
 
 
-# What `torch.compiler.assume_constant_result` does, without loading the compiler: that takes as long as torch itself.
-_prepare_for_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _slot(optimizer: "Optimizer", param: Tensor, group: dict[str, Any]) -> Slot:
-    """A parameter's state, made where there is none yet."""
-    if not optimizer._has_state(group):
+def _slot(optimizer: Stepped, param: Tensor, group: dict[str, Any], hypers: HyperSet) -> Slot:
+    """A parameter's state tensors, created if they are missing."""
+    if not hypers.states and not hypers.counts_steps:
         return Slot()
-    state, names = optimizer.state[param], optimizer.names
-    fresh = state.get(names[0]) is None and group.get("dampening", 0) != 0
+    state, names = optimizer.state[param], hypers.states
+    fresh = group.get("dampening", 0) != 0 and any(state.get(name) is None for name in names)
     for name in names:
         if state.get(name) is None:
             state[name] = torch.zeros_like(param, dtype=compute_dtype(param), memory_format=torch.preserve_format)
-    if optimizer.counts:
+    if hypers.counts_steps:
         step = torch.as_tensor(state.get("step", 0), dtype=torch.float32)  # a number in old state dicts
         state["step"] = step if step.device == param.device else placed(step, "step", param)
-    first, second = (*(shard(state[name]) for name in names), None)[:2]
-    return Slot(first, second, state["step"] if optimizer.counts else None, fresh)
+    first, second = (*(shard(state[name]) for name in names), None, None)[:2]
+    return Slot(first, second, state["step"] if hypers.counts_steps else None, fresh)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, of which this process has a part (FSDP2, tensor parallelism)."""
+    """Whether a tensor is a DTensor, of which this process holds a shard (FSDP2, tensor parallelism)."""
     return hasattr(tensor, "to_local")
 
 
 def shard(tensor: Any, like: Any = None) -> Tensor:
-    """This process's part of a DTensor, placed as `like` is, since updates work by element; else the tensor itself."""
+    """This process's shard of a DTensor, with the placements of `like` if given; other tensors as they are."""
     if not is_sharded(tensor):
         return tensor
     return (tensor if like is None else tensor.redistribute(placements=like.placements)).to_local()
 
 
 def placed(value: Tensor, name: str, param: Tensor) -> Tensor:
-    """A state tensor of its own on the parameter's device, in its layout and the dtype of the computation."""
+    """A copy of a state tensor on the parameter's device, in its layout and in the dtype of the computation."""
     if name == "step":
         return value.detach().to(param.device, torch.float32, copy=True)
     like = torch.empty_like(param, dtype=compute_dtype(param), memory_format=torch.preserve_format)
     return like.detach().copy_(value)
 
 
-def _held(optimizer: "Optimizer") -> list[Any]:
+def _held(optimizer: Stepped) -> list[Any]:
     return list(chain.from_iterable(map(dict.values, optimizer.state.values())))
 
 
