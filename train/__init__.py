@@ -1,6 +1,6 @@
 """The trainer: data, models, the training loop, grids, the store, the report and the command line.
 
-What a results folder holds, as DataFrames, finished or not:
+Load a results folder, finished or not, as DataFrames:
 
     from ncollapse.train import load_metrics, load_runs
     runs, epochs = load_runs("results/demo"), load_metrics("results/demo")
@@ -16,7 +16,7 @@ __all__ = ["load_layers", "load_metrics", "load_runs"]
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: `ncollapse --help` must not wait for pandas.
+    # Loaded on first use, so that `ncollapse --help` does not wait for pandas.
     if name in __all__:
         return getattr(import_module("ncollapse.train.results.reader"), name)
     raise AttributeError(f"module 'ncollapse.train' has no attribute {name!r}")

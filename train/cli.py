@@ -1,4 +1,4 @@
-"""The command `ncollapse`. Heavy libraries are imported where a command needs them."""
+"""The command `ncollapse`: a class for each subcommand. Heavy libraries are imported where a command needs them."""
 
 import dataclasses
 import functools
@@ -32,21 +32,24 @@ class Demo(Place, Options, Selection):
         from ncollapse.train.grid import load_grid
 
         _sweep(load_grid("demo"), self, self, self, console)
-        me = "ncollapse" if shutil.which("ncollapse") else sys.argv[0]
-        console.print(f"Next: {me} sweep coupling (Adam to AdamW in steps), or {me} run --help for a run of your own.")
+        name = "ncollapse" if shutil.which("ncollapse") else sys.argv[0]
+        console.print(
+            f"Next: {name} sweep coupling (Adam to AdamW in steps), or {name} run --help for a run of your own."
+        )
 
 
 def _settings(name: str, several: bool) -> Any:
-    """A class with an argument for each field of `RunConfig`, one value or several; None where it is not given.
+    """Make a class with an argument for each field of `RunConfig`, of one value or several; None where it is not given.
 
-    Types alone are checked here, values later, by `make_run`, whose messages name the grid and the key.
+    Only types are checked by it. `make_run` checks values later; its messages name the grid and the key.
     """
 
     def field(f: dataclasses.Field[Any]) -> tuple[str, Any, Any]:
         kind = tuple[f.type, ...] if several else f.type  # type: ignore[name-defined]
-        own = "" if f.default is None else f"(default: {f.default})"
-        about = tyro.conf.arg(help=DESCRIPTIONS[f.name], help_behavior_hint="(default: the grid's)" if several else own)
-        return f.name, Annotated[kind | None, about], None  # type: ignore[operator]
+        default = "" if f.default is None else f"(default: {f.default})"
+        hint = "(default: the grid's)" if several else default
+        argument = tyro.conf.arg(help=DESCRIPTIONS[f.name], help_behavior_hint=hint)
+        return f.name, Annotated[kind | None, argument], None  # type: ignore[operator]
 
     return dataclasses.make_dataclass(name, [field(f) for f in FIELDS], kw_only=True, frozen=True)
 
@@ -60,7 +63,7 @@ class Run(Place, Keeping):
     """Train one run and show its metrics."""
 
     preset: Annotated[str | None, told] = None
-    """A preset (paper), or a grid's file, whose settings for a single run stand in for the defaults below."""
+    """A preset (paper) or a grid file; its settings for a single run replace the defaults below."""
     settings: _Settings = dataclasses.field(default_factory=_Settings)  # type: ignore[valid-type]
     """The run's settings."""
 
@@ -78,13 +81,13 @@ class Run(Place, Keeping):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep(Place, Options, Selection):
-    """Train every run of a grid; the same command continues where it was stopped."""
+    """Train every run of a grid; the same command continues a sweep that was stopped."""
 
     grid: Annotated[
         tyro.conf.Positional[str], tyro.conf.arg(help=f"A TOML file, or a preset: {', '.join(preset_names())}.")
     ]
     axes: _Axes = dataclasses.field(default_factory=_Axes)  # type: ignore[valid-type]
-    """Values in the place of the grid's."""
+    """Values that replace those of the grid."""
 
     def main(self, console: Console) -> None:
         from ncollapse.train.grid import load_grid
@@ -95,7 +98,7 @@ class Sweep(Place, Options, Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report(Selection):
-    """Tables, figures and one HTML page from a results folder, finished or not."""
+    """Write tables, figures and one HTML page from a results folder, finished or not."""
 
     folder: tyro.conf.Positional[Path]
     """The results folder."""
@@ -106,7 +109,7 @@ class Report(Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
-    """How far a sweep is, from another terminal while it runs, or after it has stopped."""
+    """Show the progress of a sweep, from another terminal while it runs or after it has stopped."""
 
     folder: tyro.conf.Positional[Path]
     """The results folder."""
@@ -119,12 +122,12 @@ class Status:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write every run, every evaluated epoch and what the columns mean as files for other programs."""
+    """Write every run, every evaluated epoch and the meaning of the columns as files for other programs."""
 
     folder: tyro.conf.Positional[Path]
     """The results folder, finished or not."""
     format: Literal["parquet", "csv"] = "parquet"
-    """parquet keeps types and missing values, and needs pyarrow; csv needs nothing."""
+    """parquet keeps types and missing values and needs pyarrow; csv needs no package."""
     out: Annotated[Path | None, told] = None
     """Folder for the files; by default export in the results folder."""
 
@@ -137,7 +140,7 @@ class Export:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Theory(Setting):
-    """NC0 under every optimizer in the unconstrained features model: simulated, and as theory predicts it."""
+    """Simulate NC0 under every optimizer in the unconstrained features model, and compare it with theory."""
 
     out: Path = Path("results/theory")
     """Folder for the figure, theory.png and theory.svg."""
@@ -150,7 +153,7 @@ class Theory(Setting):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """What this machine has: torch, Triton, GPU, data sets; what will be fast and what falls back."""
+    """Show what this machine has: torch, Triton, GPU, data sets; what runs in fast kernels and what falls back."""
 
     data_dir: Annotated[Path | None, told] = None
     """Folder of the data sets; by default $NCOLLAPSE_DATA, else ./data."""
@@ -158,21 +161,21 @@ class Doctor:
     def main(self, console: Console) -> None:
         from rich.table import Table
 
-        from ncollapse.train.commands.doctor import findings
+        from ncollapse.train.commands.doctor import inspect_machine
 
         table = Table(show_header=False, box=None)
-        for what, finding in findings(self.data_dir):
-            table.add_row(f"[bold]{what}", finding)
+        for subject, finding in inspect_machine(self.data_dir):
+            table.add_row(f"[bold]{subject}", finding)
         console.print(table)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point: exits with 0, 1 for an error that the message explains, 130 after Ctrl-C, 2 for bad arguments."""
+    """Run the command line; exit with 0, 1 after a `UserError`, 2 for bad arguments, 130 after Ctrl-C."""
     args = sys.argv[1:] if args is None else args
     if args in (["--version"], ["-V"]):
         print(f"ncollapse {ncollapse.__version__}")
         return
-    # Batch systems end a job with SIGTERM: treated as Ctrl-C, which keeps and reports what is finished.
+    # Batch systems end a job with SIGTERM: handle it as Ctrl-C, which keeps and reports the finished runs.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
     try:
@@ -190,7 +193,7 @@ def main(args: list[str] | None = None) -> None:
         )
         command.main(console)
     except UserError as error:
-        # markup off: a message may hold brackets, as in [[grid]]
+        # markup is off, since a message may contain brackets, as in [[grid]]
         Console(stderr=True).print(f"ncollapse: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
         sys.exit(130 if isinstance(error, InterruptError) else 1)
     except KeyboardInterrupt:
@@ -198,7 +201,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _train(grid: "Grid", place: Place, options: Options, console: Console) -> Path:
-    """Train what is not finished of a grid; returns the results folder."""
+    """Train the unfinished runs of a grid and return the results folder."""
     from ncollapse.train.data.sets import load
     from ncollapse.train.sweep.scheduler import sweep
 
@@ -229,7 +232,7 @@ def _device(name: str | None, engine: str) -> Any:
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if engine == "local":  # a cluster may have GPUs where this machine has none; it says so itself
+        if engine == "local":  # a cluster checks this itself: it may have GPUs where this machine has none
             torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None

@@ -1,4 +1,4 @@
-"""One run's settings, checked, and the hash of them that is the run's identity everywhere."""
+"""The settings of one run, checked, and their hash, which is the id of the run everywhere."""
 
 import dataclasses
 import difflib
@@ -23,7 +23,7 @@ Data = Literal["digits", "mnist", "fashion-mnist", "cifar10", "imagefolder"]
 Precision = Literal["fp32", "tf32", "bf16"]
 Augment = Literal["none", "flip", "crop", "flip-crop"]
 Layers = Literal["head", "all"]
-#: Models whose runs do not train as one program: their layers have no form for many runs in `stacked_layers`.
+#: Models whose runs train one by one: `stacked_layers` has no stacked form of their layers.
 ALONE = ("vit", "densenet")
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -39,8 +39,8 @@ class RunConfig:
     model: Model = "mlp"
     """The network."""
     width: Count | None = None
-    """Its width; by default its own: the channels of the first convolution (resnet9, vgg9: 64, cnn: 16), the hidden
-    units of an mlp (64), a vit's tokens (192), the growth rate of a densenet (12)."""
+    """Width of the network: channels of the first convolution (resnet9, vgg9: 64 by default, cnn: 16), hidden units of
+    an mlp (64), length of a vit's tokens (192), growth rate of a densenet (12)."""
     data: Data = "digits"
     """The data set; imagefolder reads train/CLASS/* and test/CLASS/* under the data folder."""
     optimizer: Optimizer = "sgd"
@@ -48,13 +48,13 @@ class RunConfig:
     lr: Positive = 0.1
     """Learning rate η before its drops."""
     momentum: BelowOne = 0.9
-    """Momentum β; β₁ of the rules that have two."""
+    """Momentum β; β₁ of optimizers with two betas."""
     weight_decay: NonNegative = 5e-4
     """Weight decay λ."""
     coupling: Annotated[float, Field(ge=0, le=1)] | None = None
     """Share of the decay added to the gradient; by default 1, and 0 for the names ending in w."""
     beta2: BelowOne = 0.999
-    """β₂ of the rules that have two, also of the Adam that updates the vectors of a model beside its matrices."""
+    """β₂ of optimizers with two betas, also of the Adam that updates the vectors beside an optimizer of matrices."""
     eps: NonNegative = 1e-8
     """ε of Adam."""
     epochs: Count = 200
@@ -64,18 +64,18 @@ class RunConfig:
     lr_drops: Annotated[int, Field(ge=0)] = 2
     """Number n of learning-rate drops, after ⌊i·epochs/(n + 1)⌋ epochs, i = 1 … n; none before the first epoch."""
     lr_drop_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """What each drop multiplies the learning rate by."""
+    """Factor by which each drop multiplies the learning rate."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights and the order of the samples."""
     limit: Count | None = None
     """Train on the first LIMIT samples only."""
     precision: Precision = "fp32"
-    """fp32; tf32: products of rounded factors, on GPUs that have them; bf16: maps and products in bfloat16, weights,
-    their updates and the last layer in float32."""
+    """fp32; tf32: matrix products round their factors, on GPUs that have TF32; bf16: activations and matrix products in
+    bfloat16; weights, their updates and the last layer in float32."""
     augment: Augment = "none"
-    """Flips of half of the images, crops after padding by 4, drawn anew for each epoch."""
+    """Flip half of the images, crop them after padding by 4 pixels; drawn again for each epoch."""
     layers: Layers = "head"
-    """Whose NC1 and NC2 to measure: of the last layer's input alone, or also of the output of every block."""
+    """Layers to measure NC1 and NC2 at: the input of the last layer (head), or also the output of every block (all)."""
     eval_every: Count = 5
     """Epochs between evaluations; the start and the last epoch are always evaluated."""
 
@@ -85,12 +85,12 @@ class RunConfig:
 
     @property
     def family(self) -> str:
-        """The update rule, whatever its coupling: a name of `ncollapse.optim` in lower case."""
+        """The update rule without its coupling: a name of `ncollapse.optim` in lower case."""
         return TABLE[self.optimizer].family
 
     @property
     def decay_coupling(self) -> float:
-        """The coupling, which is always set once the run is made."""
+        """The coupling in [0, 1]; it is set in every run."""
         assert self.coupling is not None
         return self.coupling
 
@@ -98,41 +98,42 @@ class RunConfig:
     def id(self) -> str:
         """12 hexadecimal digits, the same for the same settings on every machine.
 
-        Settings at their default take no part, so that a setting added later leaves old identities as they are.
+        Settings at their default are left out, so that a setting added later does not change the ids of older runs.
         """
         settings = {f.name: v for f in FIELDS if (v := getattr(self, f.name)) != f.default}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings by name."""
+        """Return the settings by name."""
         return {f.name: getattr(self, f.name) for f in FIELDS}
 
     def describe(self) -> str:
-        """The run in a line: what differs between the runs of most grids."""
-        own = "" if self.coupling == TABLE[self.optimizer].coupling else f", c={self.coupling:g}"
-        return f"{self.optimizer} lr={self.lr:g} β={self.momentum:g} λ={self.weight_decay:g}{own}"
+        """Describe the run in one line, by the settings that differ in most grids."""
+        coupling = "" if self.coupling == TABLE[self.optimizer].coupling else f", c={self.coupling:g}"
+        return f"{self.optimizer} lr={self.lr:g} β={self.momentum:g} λ={self.weight_decay:g}{coupling}"
 
     def steps_per_epoch(self, samples: int) -> int:
-        """Steps in an epoch over so many training samples; the last, smaller batch counts."""
+        """Return the number of steps in an epoch over `samples` training samples; the last, smaller batch counts."""
         return -(-samples // self.batch_size)
 
     def lr_factor(self, epoch: int) -> float:
-        """What the learning rate is multiplied by in an epoch, counted from 0."""
+        """Return the factor of the learning rate in an epoch, counted from 0."""
         pieces = self.lr_drops + 1
         drops = [self.epochs * i // pieces for i in range(1, pieces)]
         return self.lr_drop_factor ** sum(epoch >= drop > 0 for drop in drops)
 
 
 FIELDS = dataclasses.fields(RunConfig)
-#: What each setting is, for the command line's help.
+#: Setting -> description, for the help of the command line.
 DESCRIPTIONS = {name: str(info.description) for name, info in RunConfig.__pydantic_fields__.items()}  # type: ignore[attr-defined]
 
 
 def make_run(settings: dict[str, Any], where: str) -> RunConfig:
-    """A checked run from settings by name.
+    """Make a run from settings by name, and check them.
 
     Raises:
-        UserError: naming `where`, every key that is unknown or whose value is not allowed, and what is.
+        UserError: a key is unknown or its value not allowed; the message names `where`, all such keys and what is
+            allowed.
     """
     try:
         return RunConfig(**settings)
@@ -148,7 +149,11 @@ def _explain(error: Any) -> str:
 
 
 def unknown_key(key: str, also: tuple[str, ...] = ()) -> str:
-    """What to say of a key that no setting has."""
+    """Return the message for a key that is no setting.
+
+    Args:
+        also: further keys that are allowed there.
+    """
     names = [f.name for f in FIELDS] + list(also)
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(names)}")

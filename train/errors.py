@@ -1,16 +1,16 @@
-"""The exceptions that end a command with a message instead of a traceback."""
+"""Exceptions that end a command with a message instead of a traceback."""
 
 
 class UserError(Exception):
-    """Something the user can mend; the message says what is wrong, where, and what to do."""
+    """An error that the user can correct; the message says what is wrong, where, and what to do."""
 
 
 class InterruptError(UserError):
-    """Stopped by the user; the message says what is kept."""
+    """The user has stopped the command; the message says what is kept."""
 
 
 class NoResultsError(UserError):
-    """A folder holds no results: none were made there, or a sweep is just starting."""
+    """A folder holds no results: no sweep has run there, or one is just starting."""
 
 
 class CheckpointError(UserError):

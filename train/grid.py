@@ -1,10 +1,10 @@
-"""A grid: the runs of a sweep, from a small TOML file, all checked before the first one starts.
+"""A grid: the runs of a sweep, read from a small TOML file and all checked before the first one starts.
 
     name = "demo"
     model = "mlp"                     # a value: the same in every run
     epochs = 200
 
-    [[grid]]                          # each table is a full product of its lists, with the values above as defaults
+    [[grid]]                          # each table is the full product of its lists; values above are its defaults
     optimizer = ["sgd", "sgdw"]
     lr = [0.03, 0.1]
     weight_decay = [5e-4, 5e-3]
@@ -13,10 +13,10 @@
     optimizer = ["adam", "adamw"]
     lr = [1e-3, 3e-3]
 
-    [run]                             # what a single run of it has (`ncollapse run --preset`), instead of the lists
+    [run]                             # settings of a single run (`ncollapse run --preset`), in place of the lists
     weight_decay = 5e-4
 
-    [run.adam]                        # and of one optimizer
+    [run.adam]                        # the same for one optimizer
     lr = 1e-3
 
 The keys are the fields of `RunConfig`. Without a `[[grid]]` table the top level itself is the product.
@@ -46,20 +46,20 @@ class Grid:
     description: str = ""
 
     def __post_init__(self) -> None:
-        twice = [run.describe() for run, n in Counter(self.runs).items() if n > 1]
-        if twice:
-            raise UserError(f"grid {self.name!r}: the same run is asked for more than once: {'; '.join(twice[:5])}")
+        repeated = [run.describe() for run, n in Counter(self.runs).items() if n > 1]
+        if repeated:
+            raise UserError(f"grid {self.name!r}: the same run occurs more than once: {'; '.join(repeated[:5])}")
         if not self.runs:
             raise UserError(f"grid {self.name!r} has no runs")
 
 
 def presets() -> dict[str, str]:
-    """The grids that come with the package: name -> TOML text."""
+    """Return the grids that come with the package: name -> TOML text."""
     return {name: (_FOLDER / f"{name}.toml").read_text("utf-8") for name in preset_names()}
 
 
 def preset_names() -> list[str]:
-    """The names of the grids that come with the package."""
+    """Return the names of the grids that come with the package."""
     return sorted(file.name.removesuffix(".toml") for file in _FOLDER.iterdir() if file.name.endswith(".toml"))
 
 
@@ -78,30 +78,28 @@ def load_grid(source: str, overrides: dict[str, list[Any]] | None = None) -> Gri
 
 
 def run_settings(source: str, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a single run of a grid: its values that are no lists, then `[run]`, then those given.
+    """Return the settings of a single run: the grid's values that are no lists, then `[run]`, then those given.
 
     Args:
-        source: as for `load_grid`.
-        given: settings by name.
+        source: as in `load_grid`.
+        given: settings by name; they take precedence.
 
     Raises:
-        UserError: see `load_grid`; a grid without `[run]`.
+        UserError: as in `load_grid`; the grid has no `[run]`.
     """
     tree, where = _read(source)
-    own = tree.get("run")
-    if not isinstance(own, dict):
+    table = tree.get("run")
+    if not isinstance(table, dict):
         with_run = ", ".join(name for name, text in sorted(presets().items()) if "run" in tomllib.loads(text))
-        raise UserError(
-            f"{where} does not say what a single run of it is: it has no [run]; presets that do: {with_run}"
-        )
+        raise UserError(f"{where} does not say what its single run is: it has no [run]; presets that do: {with_run}")
     shared = {key: value for key, value in tree.items() if key not in _TOP_LEVEL and not isinstance(value, list)}
-    mine = {key: value for key, value in own.items() if not isinstance(value, dict)}
-    optimizer = given.get("optimizer") or mine.get("optimizer") or shared.get("optimizer") or RunConfig().optimizer
-    return {**shared, **mine, **own.get(optimizer, {}), **given}
+    settings = {key: value for key, value in table.items() if not isinstance(value, dict)}
+    optimizer = given.get("optimizer") or settings.get("optimizer") or shared.get("optimizer") or RunConfig().optimizer
+    return {**shared, **settings, **table.get(optimizer, {}), **given}
 
 
 def _read(source: str) -> tuple[dict[str, Any], str]:
-    """The TOML tree of a file or a preset, and what to call it."""
+    """Return the TOML tree of a file or a preset, and its name for messages."""
     known = presets()
     if source in known:
         where, text = f"preset {source}", known[source]
@@ -121,7 +119,7 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
 
 
 def parse_grid(tree: dict[str, Any], where: str, overrides: dict[str, list[Any]]) -> Grid:
-    """The grid that a TOML tree describes; see `load_grid`."""
+    """Make the grid that a TOML tree describes; see `load_grid`."""
     shared = {key: value for key, value in tree.items() if key not in _TOP_LEVEL}
     tables = tree.get("grid", [{}])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
@@ -131,7 +129,7 @@ def parse_grid(tree: dict[str, Any], where: str, overrides: dict[str, list[Any]]
         place = f"{where}, [[grid]] {number}" if "grid" in tree else where
         runs += _product({**shared, **table, **overrides}, place)
     name = str(tree.get("name", Path(where).stem))
-    # An override may make runs of several tables the same: those are meant once.
+    # An override can make runs of several tables equal: each is trained once.
     return Grid(name, tuple(dict.fromkeys(runs)) if overrides else tuple(runs), str(tree.get("description", "")))
 
 

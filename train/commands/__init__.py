@@ -1,1 +1,1 @@
-"""What the command line does beside training."""
+"""The commands beside training: status, doctor, theory."""

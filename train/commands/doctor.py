@@ -1,4 +1,4 @@
-"""`ncollapse doctor`: what this machine has, and what will be fast or fall back."""
+"""`ncollapse doctor`: what this machine has, what runs in fast kernels and what falls back to plain PyTorch."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,8 +13,12 @@ from ncollapse.train.data.sets import DATA_SETS, data_folder, find
 from ncollapse.train.results.provenance import device_name, package_version
 
 
-def findings(data_dir: Path | None) -> Iterator[tuple[str, str]]:
-    """Pairs (what, finding) for a table."""
+def inspect_machine(data_dir: Path | None) -> Iterator[tuple[str, str]]:
+    """Yield pairs (subject, finding) for a table.
+
+    Args:
+        data_dir: folder of the data sets; None: $NCOLLAPSE_DATA, else ./data.
+    """
     yield "ncollapse", package_version("ncollapse") or "not installed"
     yield "torch", torch.__version__
     yield "processor", f"{device_name('cpu')}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
@@ -33,9 +37,9 @@ def findings(data_dir: Path | None) -> Iterator[tuple[str, str]]:
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         if kind == "cuda":
             kernels.append(("batch norm", operators.why_no_kernel, "fused with ReLU and pooling"))
-        for what, why_not, fused in kernels:
+        for part, why_not, fused in kernels:
             reason = why_not(torch.device(kind))
-            yield f"{what} on {kind}", fused if reason is None else f"plain PyTorch, slowly: {reason}"
+            yield f"{part} on {kind}", fused if reason is None else f"plain PyTorch, slowly: {reason}"
     yield "data folder", str(data_folder(data_dir).resolve())
     for name in DATA_SETS:
         yield f"data {name}", find(name, data_folder(data_dir))

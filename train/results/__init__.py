@@ -1,1 +1,1 @@
-"""What a run is when it is done, and the folder that keeps it."""
+"""The results of runs: the record of an evaluation, and the folder that keeps them."""

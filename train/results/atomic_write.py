@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens while they are written."""
+"""Write files atomically: after a crash a file is complete, or as it was before."""
 
 import contextlib
 import os
@@ -8,10 +8,12 @@ from ncollapse.train.errors import UserError
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash or a loss of power it is there as it was before, or as it is after.
+    """Write a file so that after a crash or a loss of power it has its old content or the new one, never a part.
+
+    Folders that are missing are made.
 
     Raises:
-        UserError: it cannot be written; nothing is left of it.
+        UserError: the file cannot be written; no partial file is left.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -21,7 +23,7 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-        if hasattr(os, "O_DIRECTORY"):  # the new name, too, has to reach the disk
+        if hasattr(os, "O_DIRECTORY"):  # the new name has to reach the disk too
             folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 os.fsync(folder)
@@ -34,7 +36,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """What to tell the user."""
+    """Return the error that tells the user why a file was not written and what to do."""
     return UserError(
         f"cannot write to {path.resolve()}: {error}. Every finished run is kept; make room or make the folder "
         "writable, then give the same command again"

@@ -1,4 +1,4 @@
-"""The results as files for other programs: a table of runs, one of epochs, and what their columns mean."""
+"""Export results as files for other programs: a table of runs, one of epochs, and the meaning of their columns."""
 
 import io
 from pathlib import Path
@@ -16,21 +16,22 @@ Format = Literal["parquet", "csv"]
 
 
 def export_results(folder: Path, format: Format, out: Path | None = None) -> list[Path]:
-    """Write `runs` (a row per run), `epochs` (a row per run and evaluated epoch) and `columns.csv` (what they mean).
+    """Write the tables `runs` (a row per run) and `epochs` (a row per run and evaluated epoch), and `columns.csv`.
 
-    Where runs have `layers` = "all" also `layers` (a row per run, evaluated epoch and block).
+    If there are runs with `layers` = "all", also write `layers` (a row per run, evaluated epoch and block).
+    `columns.csv` has a row per column of these tables: table, column, meaning.
 
     Args:
         folder: a results folder, finished or not.
-        format: of the tables. Missing values are null in parquet, empty in csv.
+        format: of the tables; missing values are null in parquet, empty in csv.
         out: folder for the files, made if missing; by default `export` in the results folder.
 
     Returns:
         The paths of the files.
 
     Raises:
-        UserError: no results there; parquet without pyarrow; the files cannot be written. Each file is whole or as it
-            was before.
+        UserError: no results there; parquet without pyarrow; a file cannot be written, and then each file is complete
+            or as it was before.
     """
     import pandas as pd
 
@@ -56,7 +57,7 @@ def _parquet(frame: "pd.DataFrame") -> bytes:
     buffer = io.BytesIO()
     try:
         frame.to_parquet(buffer, engine="pyarrow", index=False)
-    except ImportError as error:  # missing, or older than pandas asks for
+    except ImportError as error:  # pyarrow is missing, or older than pandas requires
         raise UserError(
             f"--format parquet needs pyarrow ({str(error).splitlines()[0]}): pip install 'ncollapse[parquet]', or give "
             "--format csv"

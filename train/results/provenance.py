@@ -11,7 +11,14 @@ _PACKAGES = ("ncollapse", "torch", "triton", "torchvision", "numpy", "scikit-lea
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Versions, the source's commit if it is a git checkout, and the device's name, as JSON-ready values."""
+    """Return what a sweep runs on, as values for JSON.
+
+    Args:
+        device: the name of the device, see `device_name`.
+
+    Returns:
+        commit (None outside a git checkout), versions (package -> version or None), device, threads, platform.
+    """
     import torch
 
     return {
@@ -24,7 +31,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """The installed version of a package, None where it is missing."""
+    """Return the installed version of a package; None where it is missing."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -32,7 +39,11 @@ def package_version(name: str) -> str | None:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the processor's."""
+    """Return the name of the GPU or of the processor.
+
+    Args:
+        device: "cpu" or "cuda:0" ….
+    """
     import torch
 
     if device.startswith("cuda"):
@@ -50,7 +61,7 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        # An installed copy may lie inside somebody's own repository, whose commit would say nothing.
+        # An installed copy may lie inside another repository, whose commit has nothing to do with it.
         git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):

@@ -1,7 +1,7 @@
-"""Metrics for TensorBoard: a folder per run, written as they come.
+"""Write metrics for TensorBoard, a folder per run, at every evaluation.
 
-A run's record is appended to its file, which is closed again. SummaryWriter would keep a thread for each run in flight,
-write minutes later, and take five times as long: too much for stacks of hundreds of runs.
+The file of a run is opened, appended to and closed each time. SummaryWriter would keep a thread for each run in
+training, write minutes later, and take five times as long: too much for stacks of hundreds of runs.
 """
 
 import io
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Logs:
-    """The folder `tensorboard` of a results folder.
+    """The logs of all runs, in the folder `tensorboard` of a results folder.
 
     Args:
         folder: the results folder.
@@ -40,29 +40,30 @@ class Logs:
                 "pip install 'ncollapse[tensorboard]', or leave the option out"
             ) from None
         self._folder = folder / "tensorboard"
-        # TensorBoard reads a run's files in the order of their names: one for each start of the sweep.
+        # TensorBoard reads the files of a run in the order of their names: one for each start of the sweep.
         self._name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-        self._last: dict[str, int] = {}  # run -> the epoch recorded last since this start
+        self._last: dict[str, int] = {}  # run -> last epoch recorded since this start
 
     def evaluated(self, runs: Sequence[RunConfig], evaluation: "Evaluation", finished: Collection[str]) -> None:
         """Record an evaluation of a stack.
 
         Args:
-            runs: of the stack.
-            finished: runs (identities) that had ended before; trained again for their company only, they stay.
+            runs: the runs of the stack.
+            finished: ids of runs that had ended before. They train again only so that the stack stays the same; their
+                logs are left as they are.
         """
         for n, i in enumerate(evaluation.rows):
             if runs[i].id not in finished:
                 values = {name: each[n] for name, each in evaluation.values.items()}
-                for layer, own in evaluation.layers.items():
-                    values |= {f"{layer}/{name}": each[n] for name, each in own.items()}
+                for layer, metrics in evaluation.layers.items():
+                    values |= {f"{layer}/{name}": each[n] for name, each in metrics.items()}
                 self.record(runs[i], evaluation.epoch, values)
 
     def record(self, run: RunConfig, epoch: int, values: dict[str, float]) -> None:
-        """Record a run's metrics at an epoch, each as a scalar.
+        """Record the metrics of a run at an epoch, each as a scalar.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the file cannot be written.
         """
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -71,7 +72,7 @@ class Logs:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         events = [Event(wall_time=now, step=epoch, summary=Summary(value=scalars))]
         if epoch <= self._last.get(run.id, epoch):
-            # The stack has started, perhaps anew or from a checkpoint: what the file has from this epoch on is void.
+            # The stack has started, perhaps again or from a checkpoint: TensorBoard drops what it has from here on.
             start = SessionLog(status=SessionLog.START)
             events.insert(0, Event(wall_time=now, step=epoch, session_log=start))
             events.insert(0, Event(wall_time=now, file_version="brain.Event:2"))
@@ -93,6 +94,6 @@ class Logs:
 
 
 def folder_name(run: RunConfig) -> str:
-    """What TensorBoard calls a run: what it is, in letters that any file system takes, and its identity."""
+    """Return the name of a run in TensorBoard: its settings, in letters that any file system takes, and its id."""
     settings = run.describe().replace("β", "momentum").replace("λ", "decay")
     return re.sub(r"[^A-Za-z0-9=.+-]+", "_", f"{run.model}-{run.data} {settings}") + f"-{run.id}"

@@ -1,7 +1,7 @@
-"""The store: one SQLite file per results folder, written as runs go, in transactions; `reader` reads it.
+"""The store: one SQLite file per results folder, written in transactions while runs train; `reader` reads it.
 
-Checkpoints of long stacks are files beside it, known to the table `stacks`: a checkpoint counts once its row is
-committed, and then its file is whole.
+Checkpoints of stacks are files beside it, named in the table `stacks`. The row of a checkpoint is committed after its
+file is complete; a file without a row does not count.
 """
 
 import dataclasses
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from ncollapse.train.results.record import Evaluation
 
 LOCK = ".lock"
-#: Seconds between transactions that say only how far stacks are.
+#: Seconds between transactions that only record the progress of stacks.
 _PROGRESS_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedStack:
-    """Runs that train as one program, in order; `checkpoint` is where they go on, if there is one."""
+    """Runs that train as one program, in order; they continue from `checkpoint` if there is one."""
 
     id: int
     runs: tuple[RunConfig, ...]
@@ -55,19 +55,20 @@ class Store:
     """The runs of one grid in one folder; a context manager that holds the folder's lock.
 
     Args:
-        folder: made if missing.
-        grid: what the folder is for.
+        folder: made if missing. A database of an older version gets the columns that it lacks.
+        grid: the runs of the folder.
 
     Raises:
-        UserError: the folder holds another grid (the message names the differences), is in use by another process, was
-            written by another version, or cannot be written. Every method raises it where the disk is full.
+        UserError: the folder holds another grid (the message names the differences) or settings that this version does
+            not have, is in use by another process, has another format, or cannot be written. Every method raises it
+            where the disk is full.
     """
 
     def __init__(self, folder: Path, grid: Grid) -> None:
         self.folder, self.grid = folder, grid
-        self._progress: dict[int, int] = {}  # stack -> epoch, not written yet
+        self._progress: dict[int, int] = {}  # stack -> epoch; not written yet
         self._written = time.monotonic()
-        with self._telling():
+        with self._user_errors():
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(folder / LOCK)
             try:
@@ -78,7 +79,7 @@ class Store:
                 ) from None
         with ExitStack() as undo:
             undo.callback(self._lock.release)
-            with self._telling():
+            with self._user_errors():
                 self._db = connect(folder, create=True)
                 undo.callback(self._db.close)
                 self._open_or_create()
@@ -120,7 +121,7 @@ class Store:
         self._db.executemany(f"INSERT INTO {table} ({quoted(columns)}) VALUES ({places})", rows)
 
     def _tidy(self) -> None:
-        """Remove what a sweep that was killed could not: files not committed any more, checkpoints of no use."""
+        """Remove what a killed sweep has left: files without a row, checkpoints of stacks whose runs have all ended."""
         with self._transaction():
             self._db.execute(
                 "UPDATE stacks SET checkpoint = NULL, checkpoint_epoch = NULL WHERE checkpoint IS NOT NULL "
@@ -132,9 +133,9 @@ class Store:
                 path.unlink()
 
     def begin_session(self, command: str, provenance: Mapping[str, Any]) -> int:
-        """Record the start of a sweep; returns the session's number, for `begin`.
+        """Record the start of a sweep and return the number of the session, for `begin`.
 
-        What a sweep that was killed left undone is pending again.
+        Runs that a killed sweep left running are pending again.
         """
         with self._transaction():
             self._db.execute("UPDATE runs SET status = 'pending' WHERE status = 'running'")
@@ -144,7 +145,11 @@ class Store:
         return cursor.lastrowid
 
     def check_data(self, name: str, fingerprint: str) -> None:
-        """Raise UserError unless the data set is the one that the folder's earlier runs were trained on."""
+        """Check that the earlier runs of the folder were trained on the same data set.
+
+        Raises:
+            UserError: its fingerprint differs.
+        """
         with self._transaction():
             self._db.execute("INSERT OR IGNORE INTO meta (key, value) VALUES (?, ?)", (f"data {name}", fingerprint))
         known = self._db.execute("SELECT value FROM meta WHERE key = ?", (f"data {name}",)).fetchone()[0]
@@ -155,13 +160,13 @@ class Store:
             )
 
     def finished(self) -> dict[str, str]:
-        """Identity -> status of the runs that have ended."""
+        """Return id -> status of the runs that have ended."""
         return dict(self._db.execute(f"SELECT id, status FROM runs WHERE status IN ({ENDED})"))
 
-    # The plan: which runs train together. A run's numbers depend on it in their last digits, so that it is kept.
+    # The plan: which runs train together. It is kept, since the last digits of a run's numbers depend on it.
 
     def stacks(self) -> list[PlannedStack]:
-        """The stacks with runs that have not ended, in order; empty before there is a plan."""
+        """Return the stacks with runs that have not ended, in order; empty before there is a plan."""
         members: dict[int, list[RunConfig]] = {}
         by_id = {run.id: run for run in self.grid.runs}
         for run, stack in self._db.execute("SELECT id, stack FROM runs WHERE stack IS NOT NULL ORDER BY stack, id"):
@@ -175,17 +180,17 @@ class Store:
         ]
 
     def begun(self) -> set[int]:
-        """Stacks that cannot be planned anew without losing something: with a run that has ended, or a checkpoint."""
+        """Return the stacks whose plan has to stay: those with a run that has ended, or with a checkpoint."""
         rows = self._db.execute(
             f"SELECT stack FROM runs WHERE status IN ({ENDED}) UNION SELECT id FROM stacks WHERE checkpoint IS NOT NULL"
         )
         return {row[0] for row in rows}
 
     def set_plan(self, stacks: Sequence[Sequence[RunConfig]], engine: Mapping[str, Any] | None = None) -> list[int]:
-        """Put runs into new stacks, instead of those that they were in; returns the numbers of the stacks.
+        """Move runs into new stacks and return the numbers of the stacks.
 
         Args:
-            engine: how and why, kept as meta "engine".
+            engine: how the runs are trained and why, as values for JSON; kept as meta "engine".
         """
         ids = []
         with self._transaction():
@@ -203,16 +208,21 @@ class Store:
         return [i for i in ids if i is not None]
 
     def engine(self) -> dict[str, Any] | None:
-        """What `set_plan` was told of how the runs are trained."""
+        """Return what the last `set_plan` kept of how the runs are trained; None before there is a plan."""
         row = self._db.execute("SELECT value FROM meta WHERE key = 'engine'").fetchone()
         return json.loads(row[0]) if row else None
 
-    # What comes in while a stack trains.
+    # The events of a stack in training.
 
     def begin(self, stack: PlannedStack, session: int, train_samples: int, *, resume: bool) -> int:
-        """A stack starts, from its checkpoint or anew; returns the epoch at which it does.
+        """Record that a stack starts and return the epoch at which it does.
 
-        What its unfinished runs have beyond that is forgotten.
+        Evaluations of its unfinished runs after that epoch are deleted.
+
+        Args:
+            session: the number that `begin_session` returned.
+            train_samples: number of training samples.
+            resume: start from the checkpoint, else from epoch 0.
         """
         where = f"run IN (SELECT id FROM runs WHERE stack = ? AND status NOT IN ({ENDED}))"
         with self._transaction():
@@ -232,16 +242,16 @@ class Store:
         return max(epoch, 0)
 
     def record(self, stack: PlannedStack, evaluation: "Evaluation") -> dict[str, str]:
-        """Add an evaluated epoch of a stack's runs, and end those that have ended; returns their identity -> status.
+        """Add an evaluated epoch of the runs of a stack; return id -> status of the runs that end with it.
 
-        A run that had already ended is left as it is: a stack that starts anew trains its finished runs again, so that
-        the others keep their company. NaN is stored as NULL.
+        A run that had already ended is left as it is: a stack that starts again trains its finished runs too, so that
+        it stays the same program. NaN is stored as NULL.
         """
         finished = self.finished().keys()
         new = [(n, i) for n, i in enumerate(evaluation.rows) if stack.runs[i].id not in finished]
         ended = [(i, evaluation.ended[i]) for _, i in new if i in evaluation.ended]
         for i, _ in ended:
-            if i in evaluation.weights:  # before the run counts as ended
+            if i in evaluation.weights:  # before the row says that the run has ended
                 write_whole(self.folder / "weights" / f"{stack.runs[i].id}.pt", evaluation.weights[i])
         keys = [(n, (stack.runs[i].id, evaluation.epoch)) for n, i in new]
         rows = [(*key, *(evaluation.values[name][n] for name in METRICS)) for n, key in keys]
@@ -262,7 +272,7 @@ class Store:
         return {stack.runs[i].id: end.status for i, end in ended}
 
     def progress(self, stack: PlannedStack, epoch: int) -> None:
-        """A stack has trained so many epochs; written now and then, for whoever looks on."""
+        """Record the progress of a stack, in epochs; written once a second, so that `ncollapse status` can show it."""
         self._progress[stack.id] = epoch
         if time.monotonic() - self._written > _PROGRESS_SECONDS:
             with self._transaction():
@@ -277,13 +287,13 @@ class Store:
         self._written = time.monotonic()
 
     def save_checkpoint(self, stack: PlannedStack, epoch: int, content: bytes) -> None:
-        """Keep a checkpoint, which replaces the stack's last one; all evaluations up to its epoch are recorded."""
+        """Replace the checkpoint of a stack; all evaluations up to its epoch must be recorded."""
         name = f"{stack.id}-{epoch}.pt"
         write_whole(self._checkpoints / name, content)
         self._set_checkpoint(stack.id, name, epoch)
 
     def end(self, stack: PlannedStack) -> None:
-        """All runs of a stack have ended: its checkpoint is not needed any more."""
+        """Delete the checkpoint of a stack, whose runs have all ended."""
         self._set_checkpoint(stack.id, None, None)
 
     def _set_checkpoint(self, stack: int, name: str | None, epoch: int | None) -> None:
@@ -303,7 +313,7 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._telling():
+        with self._user_errors():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -314,7 +324,7 @@ class Store:
                 raise
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
+    def _user_errors(self) -> Iterator[None]:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
