@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ncollapse.train.report.selection import Selection
-from ncollapse.train.report.tables.main import main_table
+from ncollapse.train.report.tables.best import main_table
 from ncollapse.train.results.reader import load_runs
 
 FIGURE = Path(__file__).parents[1] / "docs" / "nc0.png"

@@ -24,7 +24,7 @@ import psutil
 from bench.record import Record, recording
 from ncollapse.train.grid import Grid, load_grid
 from ncollapse.train.report.page.write import draw, parts_of, render
-from ncollapse.train.report.read import read
+from ncollapse.train.report.queries import read_results
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.provenance import describe_machine, device_name
@@ -87,7 +87,7 @@ def phases(folder: Path) -> dict[str, float]:
         seconds[name] += now - started
         started = now
 
-    results = read(folder)
+    results = read_results(folder)
     lap("load")
     for kind in ("figures", "tables"):
         (folder / kind).mkdir(exist_ok=True)

@@ -69,7 +69,7 @@ class Run(Place, Keeping):
 
     def main(self, console: Console) -> None:
         from ncollapse.train.grid import Grid, run_settings
-        from ncollapse.train.report.run import print_run
+        from ncollapse.train.report.terminal import print_run
 
         given = {name: value for name, value in vars(self.settings).items() if value is not None}
         run = make_run(given if self.preset is None else run_settings(self.preset, given), "run")

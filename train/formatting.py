@@ -67,3 +67,18 @@ def setting_value(value: Any) -> str:
     if value is None:
         return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def short_number(value: float, digits: int = 2) -> str:
+    """Format a number with `digits` significant digits in few characters: 0.0005 is 5e-4; a dash if not finite."""
+    if not math.isfinite(value):
+        return DASH
+    if value == 0 or 1e-2 <= abs(value) < 1e4:
+        return f"{value:.{digits}g}" if abs(value) < 99 else f"{value:.0f}"
+    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def superscript(exponent: int) -> str:
+    """Format an integer in superscript digits."""
+    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))

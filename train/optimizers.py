@@ -20,6 +20,8 @@ class OptimizerRow:
         in_paper: whether arXiv 2602.16642 compares it.
         colour, dark_colour: of its family, on light and dark ground (after Okabe & Ito, safe for the colour-blind).
         dashed: whether figures draw it with a dashed line.
+        theory_width: width of its line in the figure of `ncollapse theory`, in points. Where theory has two families on
+            one curve, the later one is narrower, so that both are visible.
         theorem: what is proven of NC0, with its theorem in arXiv 2602.16642.
         takes: those of the settings momentum, beta2 and eps that its update uses.
         own_stack: its step is not that of the other rules, so that it trains in stacks of its own.
@@ -33,30 +35,32 @@ class OptimizerRow:
     colour: str
     dark_colour: str
     dashed: bool
+    theory_width: float
     theorem: str
     takes: tuple[str, ...]
     own_stack: bool
 
 
 def _rows() -> Iterator[OptimizerRow]:
-    # family, label, in the paper, colours, what it takes, theorems of the coupled and the decoupled form
+    # family, label, in the paper, colours, width of the line, what it takes,
+    # theorems of the coupled and the decoupled form
     families = (
-        ("sgd", "SGD", True, ("#0072b2", "#4fa9e6"), ("momentum",),
+        ("sgd", "SGD", True, ("#0072b2", "#4fa9e6"), 3.0, ("momentum",),
          ("→ 0 in any network (3.1)", "→ 0 in any network (3.2)")),
-        ("signum", "Signum", True, ("#009e73", "#2cc294"), ("momentum",),
+        ("signum", "Signum", True, ("#009e73", "#2cc294"), 3.0, ("momentum",),
          ("rises, → 0 as η decays (3.4)", "rises to K(K − 2)²/λ² (3.3)")),
-        ("adam", "Adam", True, ("#d55e00", "#f5894a"), ("momentum", "beta2", "eps"),
+        ("adam", "Adam", True, ("#d55e00", "#f5894a"), 1.8, ("momentum", "beta2", "eps"),
          ("Signum idealises it", "SignumW idealises it")),
-        ("lion", "Lion", False, ("#cc79a7", "#e39bc6"), ("momentum", "beta2"),
+        ("lion", "Lion", False, ("#cc79a7", "#e39bc6"), 1.3, ("momentum", "beta2"),
          ("–", "as SignumW")),
-        ("muon", "Muon", False, ("#e69f00", "#f0b73c"), ("momentum", "beta2", "eps"),
+        ("muon", "Muon", False, ("#e69f00", "#f0b73c"), 1.3, ("momentum", "beta2", "eps"),
          ("–", "as SGDW, any network")),
     )  # fmt: skip
-    for family, label, in_paper, colours, takes, theorems in families:
+    for family, label, in_paper, colours, width, takes, theorems in families:
         for suffix, coupling, theorem in zip(("", "w"), (1.0, 0.0), theorems, strict=True):
             yield OptimizerRow(
                 f"{family}{suffix}", f"{label}{suffix.upper()}", family, coupling, in_paper, *colours,
-                dashed=coupling == 0, theorem=theorem, takes=takes, own_stack=family == "muon",
+                dashed=coupling == 0, theory_width=width, theorem=theorem, takes=takes, own_stack=family == "muon",
             )  # fmt: skip
 
 

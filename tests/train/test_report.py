@@ -16,15 +16,15 @@ from rich.console import Console
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.errors import UserError
+from ncollapse.train.formatting import change, duration, number
 from ncollapse.train.grid import Grid
 from ncollapse.train.optimizers import LABELS, OPTIMIZERS
-from ncollapse.train.report import text
 from ncollapse.train.report.page.write import parts_of, write_report
-from ncollapse.train.report.read import read
-from ncollapse.train.report.run import print_run
+from ncollapse.train.report.queries import read_results
 from ncollapse.train.report.selection import Selection
-from ncollapse.train.report.tables import main as tables
-from ncollapse.train.report.text import View, change, duration, number
+from ncollapse.train.report.tables.best import best_runs, main_table
+from ncollapse.train.report.tables.view import View, metric_column, optimizer_column
+from ncollapse.train.report.terminal import print_across, print_run
 from ncollapse.train.results.reader import load_metrics, load_runs
 from ncollapse.train.results.schema import FILE
 
@@ -117,7 +117,7 @@ def test_figures_and_tables_are_files_too(reported: Path) -> None:
         assert (reported / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (reported / "figures" / f"{name}.svg").read_text("utf-8").startswith("<?xml")
     table = pd.read_csv(reported / "tables" / f"best-{slug}.csv")
-    expected = tables.main_table(load_runs(reported), ALL)
+    expected = main_table(load_runs(reported), ALL)
     pd.testing.assert_frame_equal(table, expected, check_dtype=False, rtol=1e-12)
     assert {path.suffix for path in (reported / "tables").iterdir()} == {".csv"}
 
@@ -127,7 +127,7 @@ def test_the_same_results_give_the_same_page(reported: Path, folder: Path, quiet
 
 
 def test_prediction_agrees_for_sgd_and_is_not_made_up_for_others(folder: Path) -> None:
-    table = tables.main_table(load_runs(folder), ALL).set_index("optimizer")
+    table = main_table(load_runs(folder), ALL).set_index("optimizer")
     for name in ("sgd", "sgdw"):
         assert table.nc0_predicted[name] == pytest.approx(table.nc0[name], rel=1e-3)
     assert table.nc0_predicted[["signum", "signumw", "adam", "adamw"]].isna().all()
@@ -136,11 +136,11 @@ def test_prediction_agrees_for_sgd_and_is_not_made_up_for_others(folder: Path) -
 def test_best_is_the_smallest_of_the_eligible(folder: Path) -> None:
     runs = load_runs(folder)
     for metric in ("nc0", "nc1", "nc2", "nc3"):
-        best = tables.best_runs(runs, Selection(threshold=0.0, best_by=metric))
+        best = best_runs(runs, Selection(threshold=0.0, best_by=metric))
         assert list(best.optimizer) == ["sgd", "sgdw", "signum", "signumw", "adam", "adamw"]
         for _, row in best.iterrows():
             assert row[metric] == runs[runs.optimizer == row.optimizer][metric].min()
-    table = tables.main_table(runs, Selection(threshold=1.0))
+    table = main_table(runs, Selection(threshold=1.0))
     assert len(table) == 6
     assert table.nc0.isna().all()
     assert (table.eligible == 0).all()
@@ -148,9 +148,9 @@ def test_best_is_the_smallest_of_the_eligible(folder: Path) -> None:
 
 @pytest.mark.parametrize("status", ["diverged", "degenerate", "running", "pending"])
 def test_a_run_that_did_not_end_well_is_never_the_best(folder: Path, status: str) -> None:
-    best = tables.best_runs(load_runs(folder), ALL).set_index("optimizer").id
+    best = best_runs(load_runs(folder), ALL).set_index("optimizer").id
     alter(folder, f"UPDATE runs SET status = '{status}' WHERE id = '{best.sgd}'")
-    assert tables.best_runs(load_runs(folder), ALL).set_index("optimizer").id.sgd != best.sgd
+    assert best_runs(load_runs(folder), ALL).set_index("optimizer").id.sgd != best.sgd
 
 
 def test_a_partial_sweep_has_a_report_that_says_so(folder: Path, quiet: Console) -> None:
@@ -183,8 +183,8 @@ def test_a_single_run_has_a_report(run_sweep: Callable[..., int], tmp_path: Path
     run_sweep(Grid("one", (RunConfig(epochs=1, limit=100),)), tmp_path)
     text = write_report(tmp_path, ALL, quiet).read_text("utf-8")
     assert "No optimizer has finished runs that differ in weight decay, learning rate or momentum." in text
-    assert "No 3 finished runs differ in the coupled share of their weight decay alone" in text
-    assert "differ in momentum alone." in text
+    assert "No 3 finished runs differ only in the coupled share of their weight decay" in text
+    assert "differ only in momentum." in text
     drawn = {path.stem.removesuffix("-mlp-digits") for path in (tmp_path / "figures").iterdir()}
     assert drawn == {"nc0", "nc123", "partial"}
 
@@ -229,9 +229,9 @@ def test_what_comes_from_outside_is_escaped(folder: Path, quiet: Console) -> Non
 
 
 def test_names_from_the_store_do_not_lead_out_of_the_folder(folder: Path) -> None:
-    assert [part.slug for part in parts_of(read(folder), ALL)] == ["mlp-digits"]
+    assert [part.slug for part in parts_of(read_results(folder), ALL)] == ["mlp-digits"]
     alter(folder, "UPDATE runs SET model = '../../<x y>'")
-    assert [part.slug for part in parts_of(read(folder), ALL)] == ["x-y-digits"]
+    assert [part.slug for part in parts_of(read_results(folder), ALL)] == ["x-y-digits"]
 
 
 def test_several_models_have_a_section_each(run_sweep: Callable[..., int], tmp_path: Path, quiet: Console) -> None:
@@ -243,9 +243,9 @@ def test_several_models_have_a_section_each(run_sweep: Callable[..., int], tmp_p
 
 def test_the_terminal_shows_all_optimizers_in_80_columns() -> None:
     frame = pd.DataFrame({"optimizer": OPTIMIZERS, "nc0": range(len(OPTIMIZERS))})
-    view = View("x", "a caption", (text.optimizer(), text.measured("nc0")), frame)
+    view = View("x", "a caption", (optimizer_column(), metric_column("nc0")), frame)
     console = Console(record=True, width=80, file=io.StringIO())
-    text.print_across(console, view, "a title")
+    print_across(console, view, "a title")
     shown = console.export_text()
     assert all(LABELS[name] in shown for name in OPTIMIZERS)
     assert shown.count("a title") == shown.count("a caption") == 1

@@ -10,11 +10,15 @@ import pandas as pd
 import pytest
 
 from ncollapse.train.config import RunConfig
-from ncollapse.train.report.read import Results, read
+from ncollapse.train.report.queries import Results, read_results
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.report.settings import alike, described, varying
-from ncollapse.train.report.tables import comparisons as compare
-from ncollapse.train.report.tables.main import what_was_run
+from ncollapse.train.report.tables.accuracy import rank_correlations
+from ncollapse.train.report.tables.coupling import interpolations
+from ncollapse.train.report.tables.heat_map import cells
+from ncollapse.train.report.tables.inventory import what_was_run
+from ncollapse.train.report.tables.momentum import at_equal_loss, momentum_steps
+from ncollapse.train.report.tables.partial import partial_collapse
 from ncollapse.train.results.columns import METRICS, RUN_COLUMNS, dtypes
 from ncollapse.train.results.reader import load_metrics, load_runs
 from ncollapse.train.results.schema import FILE, SCHEMA_VERSION
@@ -52,7 +56,7 @@ class Epochs(Results):
 @pytest.fixture
 def results(swept: Path, tmp_path: Path) -> Results:
     shutil.copy(swept / FILE, tmp_path)
-    return read(tmp_path)
+    return read_results(tmp_path)
 
 
 def test_runs_are_read_as_load_runs_reads_them(results: Results) -> None:
@@ -60,7 +64,7 @@ def test_runs_are_read_as_load_runs_reads_them(results: Results) -> None:
     with sqlite3.connect(results.folder / FILE) as db:
         db.execute("DELETE FROM metrics WHERE run IN (SELECT id FROM runs WHERE position < 3)")
         db.execute("UPDATE metrics SET nc1 = NULL WHERE epoch = 4")
-    pd.testing.assert_frame_equal(read(results.folder).runs, load_runs(results.folder))
+    pd.testing.assert_frame_equal(read_results(results.folder).runs, load_runs(results.folder))
 
 
 def test_histories_are_those_of_load_metrics(results: Results) -> None:
@@ -89,15 +93,15 @@ def test_the_first_epoch_at_a_loss(results: Results) -> None:
 def test_settings_that_vary_and_runs_that_are_alike() -> None:
     runs = runs_of({"lr": 0.1}, {"lr": 0.2}, {"lr": 0.1, "limit": 5}, {"lr": 0.2, "limit": 5})
     assert set(varying(runs)) == {"lr", "limit"}
-    assert list(alike(runs, but=("lr",))) == [0, 0, 1, 1]
-    assert list(alike(runs, but=("lr", "limit"))) == [0, 0, 0, 0]
+    assert list(alike(runs, ignore=("lr",))) == [0, 0, 1, 1]
+    assert list(alike(runs, ignore=("lr", "limit"))) == [0, 0, 0, 0]
     assert list(described(runs)) == [
         "lr=0.1 β=0.9 λ=0.0005 limit=none",
         "lr=0.2 β=0.9 λ=0.0005 limit=none",
         "lr=0.1 β=0.9 λ=0.0005 limit=5",
         "lr=0.2 β=0.9 λ=0.0005 limit=5",
     ]
-    assert list(described(runs[:2], but=("lr",))) == ["β=0.9 λ=0.0005"] * 2
+    assert list(described(runs[:2], ignore=("lr",))) == ["β=0.9 λ=0.0005"] * 2
 
 
 def test_a_coupling_is_named_where_it_is_not_the_optimizers_own() -> None:
@@ -113,26 +117,26 @@ def test_interpolations_go_by_the_rule_and_not_by_its_name() -> None:
         {"optimizer": "adam"},
     ]
     other = [{"optimizer": "sgd"}, {"optimizer": "sgdw"}, {"optimizer": "adam", "lr": 0.5}]
-    found = compare.interpolations(runs_of(*shares, *other), HALF)
+    found = interpolations(runs_of(*shares, *other), HALF)
     assert list(found.coupling) == [0.0, 0.5, 1.0]
     assert list(found.id) == ["run0", "run1", "run2"]
     assert set(found.optimizer) == {"adam"}
     assert list(found.reached) == [True, False, True]
-    assert compare.interpolations(runs_of(*shares[:1], *shares[2:], *other), HALF).empty
+    assert interpolations(runs_of(*shares[:1], *shares[2:], *other), HALF).empty
 
 
 @pytest.mark.parametrize("status", ["diverged", "degenerate", "running"])
 def test_interpolations_are_of_runs_that_ended_well(status: str) -> None:
     runs = runs_of(*({"optimizer": "adam", "coupling": c} for c in (0.0, 0.5, 1.0)))
     runs.loc[1, "status"] = status
-    assert compare.interpolations(runs, HALF).empty
+    assert interpolations(runs, HALF).empty
 
 
 def test_momenta_are_read_at_the_lowest_loss_that_all_reach(tmp_path: Path) -> None:
     runs = runs_of({"momentum": 0.7}, {"momentum": 0.9}, {"momentum": 0.9, "lr": 0.5}, {"momentum": 0.0})
     runs.loc[3, "train_accuracy"] = 0.1  # missed the threshold, or its loss would decide
     losses = {"run0": [2.0, 1.0, 0.5, 0.6], "run1": [2.0, 0.4, 0.1, 0.7], "run2": [0.0], "run3": [3.0]}
-    found = compare.at_equal_loss(runs, Epochs(runs, tmp_path, losses), HALF)
+    found = at_equal_loss(runs, Epochs(runs, tmp_path, losses), HALF)
     assert list(found.run) == ["run0", "run1"]
     assert list(found.momentum) == [0.7, 0.9]
     assert list(found.loss) == [0.5, 0.5]
@@ -140,7 +144,7 @@ def test_momenta_are_read_at_the_lowest_loss_that_all_reach(tmp_path: Path) -> N
     assert list(found.train_loss) == [0.5, 0.4]
     assert list(found.nc3) == [2.0, 1.0]
     assert list(found.settings) == ["lr=0.1 λ=0.0005", "lr=0.1 λ=0.0005"]
-    steps = compare.momentum_steps(found)
+    steps = momentum_steps(found)
     assert steps[["optimizer", "lower", "higher", "pairs"]].to_numpy().tolist() == [["sgd", 0.7, 0.9, 1]]
     assert steps.nc0.tolist() == [0.5]
 
@@ -148,23 +152,23 @@ def test_momenta_are_read_at_the_lowest_loss_that_all_reach(tmp_path: Path) -> N
 def test_steps_of_momentum_stay_within_a_group(tmp_path: Path) -> None:
     runs = runs_of(*({"momentum": m, "lr": lr} for lr in (0.1, 0.2) for m in (0.5, 0.7, 0.9)))
     losses = {f"run{i}": [1.0] * i + [0.5] for i in range(6)}
-    steps = compare.momentum_steps(compare.at_equal_loss(runs, Epochs(runs, tmp_path, losses), HALF))
+    steps = momentum_steps(at_equal_loss(runs, Epochs(runs, tmp_path, losses), HALF))
     assert list(zip(steps.lower, steps.higher, steps.pairs, strict=True)) == [(0.5, 0.7, 2), (0.7, 0.9, 2)]
     assert steps.nc1[1] == pytest.approx(np.median([2 / 1, 5 / 4]))
 
 
 def test_no_momenta_to_compare(tmp_path: Path) -> None:
     runs = runs_of({"lr": 0.1}, {"lr": 0.2})
-    found = compare.at_equal_loss(runs, Epochs(runs, tmp_path, {}), HALF)
+    found = at_equal_loss(runs, Epochs(runs, tmp_path, {}), HALF)
     assert found.empty
     assert {"nc0", "train_loss", "loss"} <= set(found.columns)
-    assert compare.momentum_steps(found).empty
+    assert momentum_steps(found).empty
 
 
 def test_rank_correlations() -> None:
     values = [0.1, 10.0, 3.0, 0.5]
     rows = [{"nc0": v, "nc1": 1 / v, "val_accuracy": -1 / v, "seed": i} for i, v in enumerate(values)]
-    frame = compare.rank_correlations(runs_of(*rows, {"nc0": 99.0, "val_accuracy": -9.0, "train_accuracy": 0.0}), HALF)
+    frame = rank_correlations(runs_of(*rows, {"nc0": 99.0, "val_accuracy": -9.0, "train_accuracy": 0.0}), HALF)
     table = frame.set_index(["optimizer", "metric"]).correlation
     assert table["all", "nc0"] == pytest.approx(1)
     assert table["sgd", "nc1"] == pytest.approx(-1)
@@ -179,7 +183,7 @@ def test_partial_collapse() -> None:
     rows = [{**whole, "optimizer": "sgd"}, {**part, "optimizer": "adamw"}]
     rows += [{**bad, "optimizer": "sgd", "lr": lr} for lr in (0.2, 0.3)]
     missed = {"nc1": 0.0, "optimizer": "sgd", "train_accuracy": 0.0}
-    table = compare.partial_collapse(runs_of(*rows, missed), HALF).set_index("optimizer")
+    table = partial_collapse(runs_of(*rows, missed), HALF).set_index("optimizer")
     assert table.good.to_dict() == {"sgd": 1, "adamw": 1}
     assert table.partial.to_dict() == {"sgd": 0, "adamw": 1}
     assert table.run.to_dict() == {"sgd": "run0", "adamw": "run1"}
@@ -195,7 +199,7 @@ def test_cells_hold_the_smallest_of_the_runs_that_reached_the_threshold() -> Non
         {"weight_decay": 1.0, "nc0": 9.0, "status": "diverged"},
         {"weight_decay": 2.0, "status": "pending"},
     )
-    table = compare.cells(runs, "lr", HALF).set_index("weight_decay")
+    table = cells(runs, "lr", HALF).set_index("weight_decay")
     assert sorted(table.index) == [0.0, 0.0005, 1.0]
     assert table.nc0[0.0005] == 2.0
     assert table.nc0[0.0] == 7.0

@@ -14,11 +14,12 @@ from rich.console import Console
 
 from ncollapse.train import load_layers
 from ncollapse.train.config import RunConfig
+from ncollapse.train.formatting import short_number, superscript
 from ncollapse.train.grid import Grid
 from ncollapse.train.optimizers import FAMILY_COLOURS, LABELS, OPTIMIZERS, TABLE
-from ncollapse.train.report.figures import heat_map as heat
-from ncollapse.train.report.figures import scatter
 from ncollapse.train.report.figures.epochs import nc0_over_epochs
+from ncollapse.train.report.figures.heat_map import heat_maps
+from ncollapse.train.report.figures.scatter import accuracy_against_collapse
 from ncollapse.train.report.figures.style import (
     COLOURS,
     Drawing,
@@ -27,17 +28,16 @@ from ncollapse.train.report.figures.style import (
     marker,
     panels,
     scale,
-    short,
     spans_decades,
     styled,
-    superscript,
 )
 from ncollapse.train.report.page.inline_svg import inline
 from ncollapse.train.report.page.write import parts_of, write_report
-from ncollapse.train.report.read import read
-from ncollapse.train.report.selection import Selection
-from ncollapse.train.report.tables import comparisons as compare
-from ncollapse.train.report.tables import main as tables
+from ncollapse.train.report.queries import read_results
+from ncollapse.train.report.selection import NC, Selection
+from ncollapse.train.report.tables.best import best_runs
+from ncollapse.train.report.tables.heat_map import cells
+from ncollapse.train.report.tables.prediction import predicted_nc0
 
 ALL = Selection(threshold=0.0)
 
@@ -131,7 +131,7 @@ def test_axes_are_logarithmic_where_values_span_decades(values: list[float], log
     ],
 )
 def test_short_numbers(value: float, digits: int, text: str) -> None:
-    assert short(value, digits) == text
+    assert short_number(value, digits) == text
 
 
 def test_exponents() -> None:
@@ -149,8 +149,8 @@ def test_points_that_cannot_be_drawn_are_left_out() -> None:
 
 
 def test_points_on_the_page_are_tied_to_their_runs(swept: Path) -> None:
-    runs = read(swept).runs
-    drawing = scatter.accuracy_against_collapse("x", runs, ALL, ["nc1"])
+    runs = read_results(swept).runs
+    drawing = accuracy_against_collapse("x", runs, ALL, ["nc1"])
     assert not spans_decades(runs.nc1)  # an axis whose places are the values but for their scale
     number = {run: i for i, run in enumerate(runs.id)}
     svg = inline(encode(drawing.figure)[1], "x", "", {g: [number[r] for r in own] for g, own in drawing.runs.items()})
@@ -166,8 +166,8 @@ def test_points_on_the_page_are_tied_to_their_runs(swept: Path) -> None:
 
 
 def test_a_figure_on_the_page_is_shorter_and_takes_the_pages_colours(swept: Path) -> None:
-    results = read(swept)
-    best = tables.best_runs(results.runs, ALL)
+    results = read_results(swept)
+    best = best_runs(results.runs, ALL)
     drawing = nc0_over_epochs("x", best, results.histories(best.id))
     svg = encode(drawing.figure)[1]
     element = inline(svg, "nc0-x", 'a "caption" <here>', {})
@@ -186,8 +186,8 @@ def test_a_figure_on_the_page_is_shorter_and_takes_the_pages_colours(swept: Path
 
 
 def test_lines_are_drawn_through_the_stores_values_and_circles_through_the_prediction(swept: Path) -> None:
-    results = read(swept)
-    best = tables.best_runs(results.runs, ALL)
+    results = read_results(swept)
+    best = best_runs(results.runs, ALL)
     axes = nc0_over_epochs("x", best, results.histories(best.id)).figure.axes[0]
     drawn = [np.asarray(artist.get_xydata()) for artist in axes.lines if len(artist.get_xydata())]
     for (_, run), xy in zip(best.iterrows(), drawn, strict=False):
@@ -196,29 +196,29 @@ def test_lines_are_drawn_through_the_stores_values_and_circles_through_the_predi
     circles = drawn[len(best) :]
     assert len(circles) == 2  # SGD and SGDW
     for (_, run), xy in zip(best.iterrows(), circles, strict=False):
-        prediction = tables.predicted_nc0(run)
+        prediction = predicted_nc0(run)
         assert prediction is not None
         np.testing.assert_array_equal(xy[:, 1], prediction[xy[:, 0].astype(int)])
 
 
 def test_a_heat_map_has_the_colours_of_its_cells(swept: Path) -> None:
-    cells = compare.cells(read(swept).runs, "lr", ALL)
-    figure = heat.heat_maps("x", cells, "lr", "0 %").figure
+    table = cells(read_results(swept).runs, "lr", ALL)
+    figure = heat_maps("x", table, "lr", "0 %").figure
     assert [axes.get_title(loc="left") for axes in figure.axes[4:]] == ["NC0", "NC1", "NC2", "NC3"]
-    for axes, metric in zip(figure.axes[:4], compare.NC, strict=True):
+    for axes, metric in zip(figure.axes[:4], NC, strict=True):
         shown = np.concatenate([mesh.get_array().ravel() for mesh in axes.collections])
-        np.testing.assert_array_equal(np.sort(shown), np.sort(cells[metric]))
-        assert {mesh.norm.vmax for mesh in axes.collections} == {cells[metric].max()}
-        assert len(axes.texts) >= len(cells)
+        np.testing.assert_array_equal(np.sort(shown), np.sort(table[metric]))
+        assert {mesh.norm.vmax for mesh in axes.collections} == {table[metric].max()}
+        assert len(axes.texts) >= len(table)
 
 
 def test_cells_whose_runs_missed_the_threshold_are_hatched(swept: Path) -> None:
-    runs = read(swept).runs
+    runs = read_results(swept).runs
     half = Selection(threshold=float(runs.train_accuracy.median()))
-    cells = compare.cells(runs, "lr", half)
-    missed = int((cells.reached == 0).sum())
-    assert 0 < missed < len(cells)
-    axes = heat.heat_maps("x", cells, "lr", "50 %").figure.axes[0]
+    table = cells(runs, "lr", half)
+    missed = int((table.reached == 0).sum())
+    assert 0 < missed < len(table)
+    axes = heat_maps("x", table, "lr", "50 %").figure.axes[0]
     hatched = [part for part in axes.collections if part.get_hatch()]
     assert sum(part.get_array().count() for part in hatched) == missed
 
@@ -232,7 +232,7 @@ def test_blocks_are_shown_where_they_were_measured(tmp_path: Path, run_sweep: Ca
         ),
     )
     run_sweep(grid, tmp_path, workers=1)
-    results = read(tmp_path)
+    results = read_results(tmp_path)
     part = parts_of(results, ALL)[0]
     *_, section = part.sections()
     assert section.title == "Collapse through the layers"
@@ -255,5 +255,5 @@ def test_blocks_are_shown_where_they_were_measured(tmp_path: Path, run_sweep: Ca
 
 
 def test_blocks_are_not_missed_where_nobody_asked_for_them(swept: Path) -> None:
-    titles = [section.title for section in parts_of(read(swept), ALL)[0].sections()]
+    titles = [section.title for section in parts_of(read_results(swept), ALL)[0].sections()]
     assert "Collapse through the layers" not in titles

@@ -1,6 +1,6 @@
 """`ncollapse theory`: NC0 under every optimizer in the unconstrained features model, simulated and predicted.
 
-Nothing heavy is imported until it is computed: the command line names `Setting`.
+Heavy libraries are imported inside functions, since the command line imports `Setting`.
 """
 
 import dataclasses
@@ -14,13 +14,12 @@ from rich.table import Table
 
 from ncollapse.train.errors import UserError
 from ncollapse.train.optimizers import OPTIMIZERS, TABLE
+from ncollapse.train.report.tables.trajectory import Trajectory
 from ncollapse.train.sweep.options import told
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-    from ncollapse.train.report.figures.theory import Trajectory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,7 @@ class Setting:
     lr: float = 0.03
     """Learning rate η before its drops."""
     momentum: float = 0.5
-    """Momentum β, β₁ of the rules that have two; the bound on sign descent widens with it."""
+    """Momentum β, β₁ of optimizers with two betas; the bound on sign descent grows with it."""
     weight_decay: float = 0.05
     """Weight decay λ."""
     seed: int = 0
@@ -52,9 +51,9 @@ class Setting:
             ("momentum", 0 <= self.momentum < 1, "lie in [0, 1)"),
             ("weight-decay", 0 <= self.weight_decay < math.inf, "be at least 0"),
         )
-        for name, good, wanted in bounds:
-            if not good:
-                raise UserError(f"--{name} must {wanted}; got {getattr(self, name.replace('-', '_'))}")
+        for name, valid, requirement in bounds:
+            if not valid:
+                raise UserError(f"--{name} must {requirement}; got {getattr(self, name.replace('-', '_'))}")
 
     @property
     def d(self) -> int:
@@ -63,18 +62,17 @@ class Setting:
 
     @property
     def lrs(self) -> "NDArray[np.float64]":
-        """η of each step."""
+        """Learning rate η of each step, `[steps]`."""
         import numpy as np
 
         return self.lr * np.power(0.1, 3 * np.arange(self.steps) // self.steps, dtype=np.float64)
 
 
-def trajectories(setting: Setting) -> "list[Trajectory]":
-    """Every optimizer from the same start, in the order of `OPTIMIZERS`."""
+def trajectories(setting: Setting) -> list[Trajectory]:
+    """Simulate every optimizer from the same initial weights; in the order of `OPTIMIZERS`."""
     import torch
 
     from ncollapse import ufm
-    from ncollapse.train.report.figures.theory import Trajectory
 
     shared: dict[str, Any] = {"lr": setting.lrs, "steps": setting.steps, "momentum": setting.momentum}
     shared |= {"weight_decay": setting.weight_decay}
@@ -95,7 +93,10 @@ def trajectories(setting: Setting) -> "list[Trajectory]":
 
 
 def print_theory(setting: Setting, out: Path, console: Console) -> None:
-    """A table on the terminal, and theory.png and theory.svg in a folder.
+    """Print a table, and write theory.png and theory.svg into a folder.
+
+    Args:
+        out: the folder, made if missing.
 
     Raises:
         UserError: the folder cannot be written to.

@@ -1,1 +1,1 @@
-"""The figures of the report, a file for each kind."""
+"""The figures of the report, a file per kind."""

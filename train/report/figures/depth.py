@@ -1,32 +1,26 @@
-"""Figure of collapse through the layers: NC1 and NC2 of every block's output, of each optimizer's best run."""
+"""Collapse through the layers: NC1 and NC2 of every block's output, of each optimizer's best run."""
 
 import pandas as pd
 
 from ncollapse.train.report.figures.style import Drawing, line, lines_legend, one_legend, panels, scale, styled
-
-NAMES = ("nc1", "nc2")
-
-
-def at_the_end(best: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
-    """A row per run and block at the run's last evaluation, and one for the head's input, with the run's optimizer."""
-    head = best[["id", *NAMES]].rename(columns={"id": "run"})
-    head = head.assign(position=layers.groupby("run").position.max().reindex(head.run).to_numpy() + 1, layer="head")
-    rows = pd.concat([layers[["run", "position", "layer", *NAMES]], head[["run", "position", "layer", *NAMES]]])
-    rows = rows[rows.run.isin(layers.run)]
-    rows.insert(0, "optimizer", rows.run.map(best.set_index("id").optimizer))
-    return rows.sort_values(["optimizer", "run", "position"]).reset_index(drop=True)
+from ncollapse.train.report.tables.depth import BLOCK_METRICS
 
 
-def through_the_layers(slug: str, best: pd.DataFrame, rows: pd.DataFrame) -> Drawing:
-    """NC1 and NC2 by block; `rows` are those of `at_the_end`."""
+def metrics_over_depth(slug: str, best: pd.DataFrame, rows: pd.DataFrame) -> Drawing:
+    """Draw NC1 and NC2 over the blocks, a line per run.
+
+    Args:
+        best: the runs, as rows of `load_runs`.
+        rows: from `tables.depth.blocks_at_the_end`.
+    """
     last = int(rows.position.max())
     with styled():
         figure, grid = panels(1, 2, (7.6, 3.4))
-        for axes, name in zip(grid[0], NAMES, strict=True):
+        for axes, name in zip(grid[0], BLOCK_METRICS, strict=True):
             scale(axes, "y", rows[name])
             for _, run in best.iterrows():
-                own = rows[rows.run == run["id"]].dropna(subset=[name])
-                axes.plot(own.position, own[name], marker="o", **line(run.optimizer, run.coupling))
+                blocks = rows[rows.run == run["id"]].dropna(subset=[name])
+                axes.plot(blocks.position, blocks[name], marker="o", **line(run.optimizer, run.coupling))
             axes.set_title(name.upper())
             axes.set_xlabel("block")
             axes.set_xticks(range(last + 1), [*(str(i + 1) for i in range(last)), "head"])

@@ -1,4 +1,4 @@
-"""Figures over epochs: NC0 with its exact prediction, and NC1–NC3, of each optimizer's best run."""
+"""Metrics over epochs of each optimizer's best run: NC0 with its exact prediction, and NC1–NC3."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,35 +17,42 @@ from ncollapse.train.report.figures.style import (
     scale,
     styled,
 )
-from ncollapse.train.report.tables.main import predicted_nc0
+from ncollapse.train.report.tables.prediction import predicted_nc0
 
 if TYPE_CHECKING:
     from ncollapse.train.report.figures.style import Axes
 
-#: Of names one above the other, as a share of the axes' height.
-_APART = 0.055
+#: Least distance between two labels at the ends of the lines, as a share of the axes' height.
+_LABEL_DISTANCE = 0.055
+#: Circles along a prediction, about.
+_CIRCLES = 14
 _STYLES = "Solid: weight decay coupled into the gradient; dashed: decoupled."
 
 
 def nc0_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame) -> Drawing:
-    """NC0 over epochs of each optimizer's best run, with the exact prediction for SGD and SGDW."""
+    """Draw NC0 over epochs, a line per run, with the exact prediction for SGD and SGDW as circles.
+
+    Args:
+        best: the runs, as rows of `load_runs`.
+        histories: their evaluated epochs, as rows of `load_metrics`.
+    """
     with styled():
         figure, grid = panels(1, 1, (7.6, 4.2), margins=(0.65, 0.85, 0.5, 0.1))
         axes: Axes = grid[0, 0]
         scale(axes, "y", histories.nc0)
+        measured = [histories[histories.run == run].dropna(subset=["nc0"]) for run in best.id]
         ends: list[tuple[float, str]] = []
-        predicted = False
-        for _, run in best.iterrows():
-            history = histories[histories.run == run["id"]].dropna(subset=["nc0"])
+        for (_, run), history in zip(best.iterrows(), measured, strict=True):
             axes.plot(history.epoch, history.nc0, **line(run.optimizer, run.coupling))
             ends += [(float(value), run.optimizer) for value in history.nc0.tail(1)]
-        axes.set_ylim(axes.get_ylim())  # of what is measured: a prediction may go where float32 cannot
-        for _, run in best.iterrows():
-            history = histories[histories.run == run["id"]].dropna(subset=["nc0"])
+        # Fix the range before the predictions are drawn: they may be smaller than float32 can measure.
+        axes.set_ylim(axes.get_ylim())
+        predicted = False
+        for (_, run), history in zip(best.iterrows(), measured, strict=True):
             prediction = predicted_nc0(run)
             if prediction is not None and len(history):
-                # At evaluated epochs, where the line is measured and not drawn through.
-                at = history.epoch.to_numpy()[:: max(1, len(history) // 14)]
+                # At evaluated epochs only, since the line between them is not measured.
+                at = history.epoch.to_numpy()[:: max(1, len(history) // _CIRCLES)]
                 axes.plot(at, prediction[at], "o", mfc=GROUND, mec=COLOURS[run.optimizer])
                 predicted = True
         axes.set_xlabel("epoch")
@@ -54,7 +61,7 @@ def nc0_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame) -> D
         _label_ends(axes, ends)
         lines_legend(axes, zip(best.optimizer, best.coupling, strict=True), predicted=predicted)
         one_legend(figure, axes, 7)
-    circles = " Circles: the exact recursion of the row sum under SGD and SGDW, from the run's own start."
+    circles = " Circles: the exact recursion of the row sum under SGD and SGDW, from the run's measured start."
     caption = (
         "NC0 = ‖Wᵀ1‖², the squared row sum of the last layer's weights, over epochs of each optimizer's best run. "
         f"Collapse needs NC0 → 0. {_STYLES}{circles if predicted else ''}"
@@ -63,22 +70,27 @@ def nc0_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame) -> D
 
 
 def _label_ends(axes: "Axes", ends: list[tuple[float, str]]) -> None:
-    """Names at the right end of the lines, pushed apart where they would overlap."""
+    """Write the optimizers' names at the right ends of their lines, moved apart where they would overlap."""
     to_axes = axes.transData + axes.transAxes.inverted()
     shown = sorted((value, name) for value, name in ends if value > 0 or axes.get_yscale() != "log")
     heights = [float(to_axes.transform((0, value))[1]) for value, _ in shown]
     for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + _APART)
+        heights[i] = max(heights[i], heights[i - 1] + _LABEL_DISTANCE)
     top = 1.0
     for i in reversed(range(len(heights))):
         heights[i] = min(heights[i], top)
-        top = heights[i] - _APART
+        top = heights[i] - _LABEL_DISTANCE
     for height, (_, name) in zip(heights, shown, strict=True):
         axes.text(1.01, height, LABELS[name], color=COLOURS[name], transform=axes.transAxes, va="center", weight="bold")
 
 
 def nc123_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame, names: Sequence[str]) -> Drawing:
-    """NC1, NC2 and NC3, or those of them that are named, over epochs of each optimizer's best run."""
+    """Draw the metrics in `names`, of NC1, NC2 and NC3, over epochs: a panel per metric, a line per run.
+
+    Args:
+        best: the runs, as rows of `load_runs`.
+        histories: their evaluated epochs, as rows of `load_metrics`.
+    """
     with styled():
         figure, grid = panels(1, len(names), (max(4.8, 3.2 * len(names)), 3.4))
         for axes, name in zip(grid[0], names, strict=True):
@@ -92,7 +104,7 @@ def nc123_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame, na
         lines_legend(grid[0, 0], zip(best.optimizer, best.coupling, strict=True))
         one_legend(figure, grid[0, 0], 8 if len(names) > 1 else 4)
     caption = (
-        "NC1 = tr(Σ_W Σ_B⁺)/K, the spread within classes over that between them; NC2 and NC3, the distances of the "
-        f"class means and of the classifier against them from a simplex; over epochs of the same runs. {_STYLES}"
+        "NC1 = tr(Σ_W Σ_B⁺)/K, the scatter within classes relative to that between them; NC2 and NC3, the distances "
+        f"of the class means M and of the product W·Mᵀ from a simplex; over epochs of the same runs. {_STYLES}"
     )
     return Drawing(f"nc123-{slug}", caption, figure)

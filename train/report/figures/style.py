@@ -1,4 +1,4 @@
-"""What all figures share: palette, style, axes, PNG and SVG. matplotlib is imported here alone, inside functions."""
+"""What all figures share: palette, style, axes, legends, PNG and SVG. The only module that imports matplotlib."""
 
 import dataclasses
 import io
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ncollapse.train.formatting import superscript
 from ncollapse.train.optimizers import LABELS, TABLE
 
 if TYPE_CHECKING:
@@ -15,13 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-    __all__ = ["Axes", "Axis", "Figure"]  # types for the files that draw, which import no matplotlib of their own
+    __all__ = ["Axes", "Axis", "Figure"]  # types for the files that draw, which do not import matplotlib
 
-#: Optimizer -> colour, one per family; to name a colour needs no matplotlib.
+#: Optimizer -> colour of its family.
 COLOURS = {name: row.colour for name, row in TABLE.items()}
-#: Text and axes, what is said aside, the lines of the grid, the ground: the page has its own for light and dark.
+#: Text, axes and notes, grid lines, background. The page replaces them by its own, for light and dark.
 INK, QUIET, GRID, GROUND = "#1b1b1b", "#5b6066", "#e4e6e8", "#fdfdfd"
-#: Numbers and marks on coloured cells, dark and light ones: the same whatever the page's ground.
+#: Numbers and marks on dark and on light cells. The page keeps them, since the cells' colours stay the same.
 ON_DARK, ON_LIGHT = "#ffffff", "#101010"
 
 STYLE: Any = {
@@ -38,7 +39,7 @@ STYLE: Any = {
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.titley": 1.0,  # or every title is placed by what lies about it, which is measured anew
+    "axes.titley": 1.0,  # otherwise matplotlib measures the surroundings of every title to place it
     "axes.facecolor": "none",
     "grid.color": GRID,
     "grid.linewidth": 0.8,
@@ -60,11 +61,11 @@ STYLE: Any = {
 
 @dataclasses.dataclass
 class Drawing:
-    """A figure with what is said of it.
+    """A figure with its caption.
 
     Attributes:
-        name: of its files, without the ending.
-        runs: group of points, as named in the SVG -> the run of each point, in the order in which they are drawn.
+        name: the stem of its files.
+        runs: id of a group of points in the SVG -> the run of each point, in the order in which they are drawn.
     """
 
     name: str
@@ -73,19 +74,19 @@ class Drawing:
     runs: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     def points(self, axes: "Axes", x: Any, y: Any, runs: Iterable[str], **style: Any) -> None:
-        """Draw a run a point; points that are not finite, or not positive on a logarithmic axis, are left out."""
+        """Draw a point per run; leave out points that are not finite, or not positive on a logarithmic axis."""
         at = np.asarray([x, y], dtype=float)
         shown = np.isfinite(at).all(0)
         for values, scale in zip(at, (axes.get_xscale(), axes.get_yscale()), strict=True):
             shown &= (values > 0) | (scale != "log")
         if shown.any():
             group = f"runs-{len(self.runs)}"
-            self.runs[group] = [run for run, there in zip(runs, shown, strict=True) if there]
+            self.runs[group] = [run for run, is_shown in zip(runs, shown, strict=True) if is_shown]
             axes.plot(*at[:, shown], linestyle="", gid=group, **style)
 
 
 def styled() -> Any:
-    """The context in which figures are made and saved."""
+    """Return the context in which figures are made and saved."""
     import matplotlib as mpl
 
     return mpl.rc_context(STYLE)
@@ -100,15 +101,15 @@ def panels(
     gaps: tuple[float, float] = (0.55, 0.45),
     **options: Any,
 ) -> "tuple[Figure, np.ndarray[Any, np.dtype[Any]]]":
-    """An empty figure, and its axes as an array `[rows, columns]`. Lengths are in inches.
+    """Return an empty figure, and its axes as an array `[rows, columns]`. Lengths are in inches.
 
-    What lies about the axes is of known size: to measure it, as matplotlib's layouts do, takes as long as to draw it.
+    Margins are given, because measuring labels and titles, as matplotlib's layouts do, takes as long as drawing them.
 
     Args:
-        margins: left, right, bottom, top; `one_legend` makes room for itself.
-        gaps: across and down between axes.
+        margins: left, right, bottom, top; `one_legend` adds its own height to the top.
+        gaps: horizontal and vertical, between axes.
     """
-    # The object interface draws off screen whatever backend the user's matplotlib is set to.
+    # The object interface draws off screen, whatever backend the user has configured.
     from matplotlib.figure import Figure
 
     (width, height), (left, right, bottom, top) = size, margins
@@ -126,12 +127,12 @@ def panels(
 
 
 def encode(figure: "Figure") -> tuple[bytes, str]:
-    """The figure as a PNG and as an SVG file."""
+    """Return the figure as the bytes of a PNG file and the text of an SVG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     image, vectors = io.BytesIO(), io.StringIO()
-    # Not `savefig`, which draws everything twice.
+    # `savefig` would draw everything twice.
     with styled():
         figure.set_dpi(160)
         FigureCanvasAgg(figure).print_png(image, pil_kwargs={"compress_level": 4})
@@ -140,35 +141,39 @@ def encode(figure: "Figure") -> tuple[bytes, str]:
 
 
 def line(optimizer: str, coupling: float) -> dict[str, Any]:
-    """The colour of the family; solid where decay is coupled, wholly or in part, dashed where it is decoupled."""
+    """Return the style of a line: the family's colour; solid where decay is coupled, even in part, dashed where not."""
     return {"color": COLOURS[optimizer], "linestyle": "-" if coupling > 0 else (0, (3.2, 1.6))}
 
 
 def marker(optimizer: str, coupling: float, *, reached: bool) -> dict[str, Any]:
-    """A disc where decay is coupled, a diamond where it is decoupled; hollow where the run missed the threshold."""
+    """Return the style of a point: a disc where decay is coupled, otherwise a diamond; hollow below the threshold."""
     colour = COLOURS[optimizer]
     shape = {"marker": "o", "markersize": 4.5} if coupling > 0 else {"marker": "D", "markersize": 4.0}
     return shape | {"mec": colour, "mfc": colour if reached else GROUND, "mew": 0.8, "alpha": 0.75 if reached else 0.6}
 
 
 def spans_decades(values: Any) -> bool:
-    """Whether values are told apart on a logarithmic axis alone: the positive ones span a factor of 30 or more."""
-    positive = np.asarray(values, dtype=float)
-    positive = positive[np.isfinite(positive) & (positive > 0)]
+    """Return whether values need a logarithmic axis: the positive ones span a factor of more than 30."""
+    positive = _positive(values)
     return bool(len(positive) and positive.max() > 30 * positive.min())
 
 
 def scale(axes: "Axes", which: str, values: Any) -> None:
-    """Make an axis, "x" or "y", logarithmic where its values span decades, with ticks that can be read."""
+    """Make an axis, "x" or "y", logarithmic if its values span decades."""
     if spans_decades(values):
-        positive = np.asarray(values, dtype=float)
-        positive = positive[np.isfinite(positive) & (positive > 0)]
+        positive = _positive(values)
         getattr(axes, f"set_{which}scale")("log")
         ticks(getattr(axes, f"{which}axis"), float(positive.min()), float(positive.max()))
 
 
+def _positive(values: Any) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    """Return the finite positive values."""
+    array = np.asarray(values, dtype=float)
+    return array[np.isfinite(array) & (array > 0)]
+
+
 def ticks(axis: "Axis", low: float, high: float) -> None:
-    """Ticks of a logarithmic axis: powers of ten, and 2 and 5 between them where there are few; no small ones."""
+    """Set the ticks of a logarithmic axis: powers of ten, also 2 and 5 times them where there are few."""
     plain = low >= 1e-3 and high < 1e5
     axis.set_major_formatter(_formatter(plain))
     if high < 300 * low:
@@ -188,28 +193,14 @@ def _formatter(plain: bool) -> Callable[[float, float], str]:
     def text(value: float, _: float) -> str:
         if plain or value <= 0:
             return f"{value:.6g}"
+        # matplotlib's own mathematics would take more time than the rest of a figure.
         return f"10{superscript(round(math.log10(value)))}"
 
     return text
 
 
-def superscript(exponent: int) -> str:
-    """An integer in raised digits: matplotlib's own mathematics costs more time than the rest of a figure."""
-    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
-def short(value: float, digits: int = 2) -> str:
-    """So many digits in as few characters as can be: 0.0005 is 5e-4."""
-    if not math.isfinite(value):
-        return "–"
-    if value == 0 or 1e-2 <= abs(value) < 1e4:
-        return f"{value:.{digits}g}" if abs(value) < 99 else f"{value:.0f}"
-    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
-
-
 def lines_legend(axes: "Axes", optimizers: Iterable[tuple[str, float]], *, predicted: bool = False) -> None:
-    """Entries for the legend of a figure of lines: optimizers with their coupling."""
+    """Add the legend's entries to a figure of lines: pairs of an optimizer and its coupling."""
     for optimizer, coupling in optimizers:
         axes.plot([], [], label=LABELS[optimizer], **line(optimizer, coupling))
     if predicted:
@@ -217,7 +208,7 @@ def lines_legend(axes: "Axes", optimizers: Iterable[tuple[str, float]], *, predi
 
 
 def points_legend(axes: "Axes", optimizers: Iterable[tuple[str, float]], *, missed: bool = False) -> None:
-    """Entries for the legend of a figure of points."""
+    """Add the legend's entries to a figure of points: pairs of an optimizer and its coupling."""
     for optimizer, coupling in optimizers:
         axes.plot(
             [], [], linestyle="", label=LABELS[optimizer], **marker(optimizer, coupling, reached=True) | {"alpha": 1}
@@ -227,7 +218,7 @@ def points_legend(axes: "Axes", optimizers: Iterable[tuple[str, float]], *, miss
 
 
 def one_legend(figure: "Figure", axes: "Axes", columns: int) -> None:
-    """One legend over the whole figure, of the labelled entries of one of its axes."""
+    """Draw one legend above the whole figure, with the labelled entries of one of its axes."""
     handles, labels = axes.get_legend_handles_labels()
     rows = -(-len(labels) // columns)
     height = figure.get_figheight()

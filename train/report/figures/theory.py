@@ -1,12 +1,11 @@
-"""NC0 over steps in the unconstrained features model, with what theory predicts."""
+"""NC0 over steps in the unconstrained features model, with its prediction."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ncollapse.train.optimizers import FAMILY, FAMILY_COLOURS
+from ncollapse.train.optimizers import TABLE
 from ncollapse.train.report.figures.style import (
     INK,
     QUIET,
@@ -18,49 +17,29 @@ from ncollapse.train.report.figures.style import (
     styled,
     ticks,
 )
+from ncollapse.train.report.tables.trajectory import Trajectory
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from ncollapse.train.report.figures.style import Axes, Figure
-    from ncollapse.ufm import Prediction
 
 _DOTTED: dict[str, Any] = {
     "exact": {"color": INK, "lw": 1.0, "ls": ":"},
     "bound": {"color": QUIET, "lw": 1.0, "ls": (0, (1, 4))},
 }
-# Where theory has two optimizers go the same way, the second is drawn narrower, on the first.
-_WIDTHS = (3.0, 3.0, 1.8, 1.3, 1.3)
-# The axis ends so far below the start: Adam, without noise, goes on to the rounding of float64.
+#: The axis ends at this share of the start: without noise, Adam goes on to the rounding errors of float64.
 _SHOWN = 1e-10
 
 
-@dataclasses.dataclass(frozen=True)
-class Trajectory:
-    """NC0 under one optimizer.
-
-    Attributes:
-        steps: `[T]`, the recorded steps.
-        nc0: `[T]`, simulated.
-        prediction: at every step; None where theory has none.
-    """
-
-    optimizer: str
-    coupling: float
-    steps: "NDArray[np.int64]"
-    nc0: "NDArray[np.float64]"
-    prediction: "Prediction | None"
-
-
 def nc0_over_steps(found: Sequence[Trajectory]) -> "Figure":
-    """NC0 of every optimizer over steps, with its prediction: dotted in black if exact, in grey if a bound."""
+    """Draw NC0 of every optimizer over steps, with its prediction: dotted in black if exact, in grey if a bound."""
     with styled():
         figure, grid = panels(1, 1, (8.0, 4.8))
         axes: Axes = grid[0, 0]
         axes.set_xscale("log")
         scale(axes, "y", np.concatenate([one.nc0 for one in found]))
         for one in found:
-            width = _WIDTHS[list(FAMILY_COLOURS).index(FAMILY[one.optimizer])]
+            # Optimizers with the same theory have the same curve: the later one is narrower, so both are visible.
+            width = TABLE[one.optimizer].theory_width
             axes.plot(one.steps[1:], one.nc0[1:], **line(one.optimizer, one.coupling) | {"lw": width})
         for one in found:
             if one.prediction is not None:

@@ -1,1 +1,1 @@
-"""The tables of the report."""
+"""The tables of the report: a file per section has its data and its columns."""

@@ -1,6 +1,7 @@
-"""What the report reads of a results folder: ends of runs, and the histories of a few, without the other epochs.
+"""What the report reads of a results folder: the ends of all runs, and the histories of a few.
 
-A large sweep has a million rows of metrics. SQLite finds the few that are wanted by their key; pandas would hold all.
+The metrics of a large sweep have a million rows. SQLite finds the few that are needed by their key, whereas pandas
+would have to load them all.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ class Results:
     """A results folder, finished or not.
 
     Attributes:
-        runs: a row per run, as `ncollapse.train.results.reader.load_runs` has it.
-        meta: the grid's name and description, and how it is trained.
+        runs: a row per run, as returned by `ncollapse.train.results.reader.load_runs`.
+        meta: the grid's name and description, the fingerprints of the data, and how the runs are grouped and trained.
         sessions: each start of the sweep, oldest first.
     """
 
@@ -29,11 +30,11 @@ class Results:
     sessions: list[dict[str, Any]]
 
     def histories(self, runs: Iterable[str]) -> pd.DataFrame:
-        """The evaluated epochs of these runs, as `ncollapse.train.results.reader.load_metrics` has them."""
+        """Return the evaluated epochs of these runs, in the columns of `load_metrics`."""
         return select_metrics(self.folder, f"SELECT * FROM metrics WHERE run IN ({_listed(runs)}) ORDER BY run, epoch")
 
     def last_layers(self, runs: Iterable[str]) -> pd.DataFrame:
-        """The blocks of these runs at their last evaluated epochs, as `load_layers` has them."""
+        """Return the blocks of these runs at their last evaluated epochs, in the columns of `load_layers`."""
         sql = (
             f"SELECT * FROM layers WHERE run IN ({_listed(runs)}) "
             "AND epoch = (SELECT MAX(epoch) FROM layers AS all_layers WHERE all_layers.run = layers.run) "
@@ -42,14 +43,14 @@ class Results:
         return select_layers(self.folder, sql)
 
     def lowest_loss(self, runs: Iterable[str]) -> "pd.Series[float]":
-        """Run -> the smallest training loss of its evaluated epochs."""
+        """Return the smallest training loss over the evaluated epochs, indexed by run."""
         sql = f"SELECT run, MIN(train_loss) AS loss FROM metrics WHERE run IN ({_listed(runs)}) GROUP BY run"
         return query(self.folder, sql).set_index("run").loss.astype(float)
 
     def first_at(self, losses: Mapping[str, float]) -> pd.DataFrame:
-        """The first evaluated epoch of each run whose training loss is not above the run's entry in `losses`."""
+        """Return, for each run in `losses`, its first evaluated epoch with a training loss of at most `losses[run]`."""
         wanted = ", ".join(f"({_quoted(run)}, {float(loss)!r})" for run, loss in losses.items())
-        # Beside MIN(), SQLite takes the other columns from the row that has the minimum.
+        # With MIN(), SQLite takes the other columns from the row that holds the minimum.
         found = (
             f"WITH wanted(run, loss) AS (VALUES {wanted}) SELECT metrics.*, MIN(epoch) AS first FROM wanted "
             "JOIN metrics ON metrics.run = wanted.run AND train_loss <= loss GROUP BY metrics.run"
@@ -57,11 +58,11 @@ class Results:
         return select_metrics(self.folder, found if losses else "SELECT * FROM metrics WHERE 0")
 
 
-def read(folder: Path) -> Results:
+def read_results(folder: Path) -> Results:
     """Read a results folder.
 
     Raises:
-        UserError: no results there, or results of another version.
+        UserError: the folder holds no results, or results in a format that cannot be read.
     """
     return Results(folder, load_runs(folder), load_meta(folder), load_sessions(folder))
 

@@ -1,0 +1,109 @@
+"""The best run of each optimizer, and NC0 by weight decay: the paper's table."""
+
+import math
+
+import pandas as pd
+
+from ncollapse.train.report.selection import Selection
+from ncollapse.train.report.settings import described, in_order, tried
+from ncollapse.train.report.tables.prediction import predicted_nc0
+from ncollapse.train.report.tables.view import (
+    Cell,
+    Column,
+    View,
+    count_column,
+    metric_column,
+    optimizer_column,
+    setting_column,
+    share_column,
+    text_column,
+)
+from ncollapse.train.results.schema import FINISHED
+
+#: Metrics shown with their change from initialisation.
+CHANGES = ("nc0", "nc1", "nc2", "nc3", "nc3_difference", "nc4")
+
+
+def best_runs(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
+    """Return the best eligible run of each optimizer, in the order of the table of optimizers."""
+    eligible = selection.eligible(runs).dropna(subset=[selection.best_by])
+    best = eligible.loc[eligible.groupby("optimizer")[selection.best_by].idxmin()]
+    return in_order(best)
+
+
+def main_table(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
+    """Return a row per optimizer: metrics of its best run, their change in percent, predicted NC0, settings.
+
+    An optimizer without an eligible run has a row with NaN.
+    """
+    best = {run.optimizer: run for _, run in best_runs(runs, selection).iterrows()}
+    settings = described(runs).set_axis(runs.id)
+    rows = []
+    for optimizer in tried(runs):
+        part = runs[runs.optimizer == optimizer]
+        row: dict[str, object] = {
+            "optimizer": optimizer,
+            "eligible": len(selection.eligible(part)),
+            "runs": int(part.status.isin(FINISHED).sum()),
+        }
+        if optimizer in best:
+            run = best[optimizer]
+            for name in CHANGES:
+                start = run[f"{name}_start"]
+                row[name] = run[name]
+                row[f"{name}_change"] = 100 * (run[name] / start - 1) if start else math.nan
+            prediction = predicted_nc0(run)
+            row["nc0_predicted"] = math.nan if prediction is None else prediction[-1]
+            row |= {name: run[name] for name in ("train_accuracy", "val_accuracy")}
+            row["settings"] = settings[run["id"]]
+            row["run"] = run["id"]
+        rows.append(row)
+    columns = ["optimizer", "nc0", "nc0_change", "nc0_predicted"]
+    columns += [name for metric in CHANGES[1:] for name in (metric, f"{metric}_change")]
+    columns += ["train_accuracy", "val_accuracy", "settings", "eligible", "runs", "run"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def main_view(slug: str, runs: pd.DataFrame, selection: Selection) -> View:
+    """Show `main_table`."""
+    caption = (
+        f"Best = smallest {selection.best_by.upper()} of the runs that reached {selection.percent} training accuracy "
+        "(reached: how many did). Below each metric: its change from initialisation. NC0 predicted: the exact "
+        "recursion of SGD and SGDW. NC3 diff.: ‖W/‖W‖ − M/‖M‖‖; its size at initialisation suggests that the paper calls "
+        "this one NC3."
+    )
+    columns = (
+        optimizer_column(),
+        metric_column("nc0", best=True),
+        metric_column("nc0_predicted", "NC0 predicted"),
+        *(metric_column(name, best=True) for name in ("nc1", "nc2", "nc3")),
+        metric_column("nc3_difference", "NC3 diff.", best=True),
+        metric_column("nc4"),
+        share_column("train_accuracy", "train acc."),
+        share_column("val_accuracy", "val. acc."),
+        text_column("settings", missing="no run reached the threshold"),
+        Column("reached", lambda row: Cell(f"{row.eligible} of {row.runs}")),
+    )
+    return View(f"best-{slug}", caption, columns, main_table(runs, selection))
+
+
+def nc0_by_decay(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
+    """Return smallest and largest NC0 over its start of the eligible runs, by optimizer, weight decay and coupling."""
+    eligible = selection.eligible(runs)
+    keys = [eligible[name] for name in ("optimizer", "weight_decay", "coupling")]
+    frame = (eligible.nc0 / eligible.nc0_start).groupby(keys).agg(smallest="min", largest="max", runs="count")
+    return in_order(frame.reset_index())
+
+
+def decay_view(slug: str, runs: pd.DataFrame, selection: Selection) -> View:
+    """Show `nc0_by_decay`."""
+    caption = f"Final NC0 as a multiple of its start, over the runs that reached {selection.percent} training accuracy."
+    columns = (
+        optimizer_column(),
+        setting_column("weight_decay"),
+        setting_column("coupling"),
+        metric_column("smallest", "smallest NC0 / start"),
+        metric_column("largest", "largest NC0 / start"),
+        count_column("runs"),
+    )
+    return View(f"decay-{slug}", caption, columns, nc0_by_decay(runs, selection))

@@ -1,0 +1,69 @@
+"""What was run: runs by optimizer and by how they ended, and the values of every setting."""
+
+from typing import Any
+
+import pandas as pd
+
+from ncollapse.train.config import DESCRIPTIONS, FIELDS
+from ncollapse.train.formatting import duration
+from ncollapse.train.report.selection import Selection
+from ncollapse.train.report.settings import in_order, written
+from ncollapse.train.report.tables.view import Cell, Column, View, count_column, optimizer_column, text_column
+from ncollapse.train.results.schema import FINISHED
+
+#: Values of a setting beyond which only their number, the first and the last are shown.
+_LISTED = 12
+
+
+def status_counts(runs: pd.DataFrame) -> dict[str, int]:
+    """Return how many runs have each status."""
+    return {str(status): int(count) for status, count in runs.status.value_counts().items()}
+
+
+def what_was_run(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
+    """Return a row per model, data set and optimizer: runs by status, runs that reached the threshold, seconds."""
+    runs = runs.assign(reached=runs.id.isin(selection.eligible(runs).id))
+    for status in FINISHED:
+        runs[status] = runs.status == status
+    runs["unfinished"] = ~runs.status.isin(FINISHED)
+    counted = ["reached", *FINISHED, "unfinished"]
+    groups = runs.groupby(["model", "data", "optimizer"], sort=False)
+    frame = groups[counted].sum().assign(runs=groups.size(), seconds=groups.seconds.sum()).reset_index()
+    frame["place"] = frame.groupby(["model", "data"], sort=False).ngroup()
+    frame = in_order(frame).sort_values("place", kind="stable")
+    return frame[["model", "data", "optimizer", "runs", *FINISHED, "unfinished", "reached", "seconds"]]
+
+
+def runs_view(runs: pd.DataFrame, selection: Selection) -> View:
+    """Show `what_was_run`."""
+    columns = (
+        text_column("model"),
+        text_column("data"),
+        optimizer_column(),
+        *(count_column(name) for name in ("runs", *FINISHED, "unfinished")),
+        count_column("reached", "reached the threshold"),
+        Column("time", lambda row: Cell(duration(row.seconds), value=float(row.seconds))),
+    )
+    caption = (
+        "Diverged: the loss was not finite. Degenerate: features or weights vanished. The threshold is "
+        f"{selection.percent} training accuracy. Time: training and evaluation, each run's share of its stack's time."
+    )
+    return View("runs-by-optimizer", caption, columns, what_was_run(runs, selection))
+
+
+def settings_view(runs: pd.DataFrame) -> View:
+    """Show every setting with its values in these runs and its meaning."""
+    rows = [(f.name, _values(runs[f.name]), DESCRIPTIONS[f.name]) for f in FIELDS if f.name in runs]
+    frame = pd.DataFrame(rows, columns=["setting", "values", "meaning"])
+    columns = (text_column("setting"), text_column("values"), text_column("meaning", "what it is"))
+    return View("grid", "Every setting with the values that it took.", columns, frame)
+
+
+def _values(column: "pd.Series[Any]") -> str:
+    values = list(column.dropna().unique())
+    if pd.api.types.is_numeric_dtype(column.dtype):
+        values.sort()
+    texts = [written(v) for v in values] + ["none"] * bool(column.isna().any())
+    if len(texts) <= _LISTED:
+        return ", ".join(texts)
+    return f"{len(texts)} values, {texts[0]} … {texts[-1]}"

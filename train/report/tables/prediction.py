@@ -1,0 +1,44 @@
+"""NC0 after each epoch of a run as theory predicts it."""
+
+import functools
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from ncollapse import ufm
+from ncollapse.train.config import FIELDS, RunConfig, make_run
+
+
+def predicted_nc0(row: "pd.Series[Any]") -> NDArray[np.float64] | None:
+    """Return NC0 after each epoch by the exact recursion of the row sum under SGD and SGDW, `[epochs + 1]`.
+
+    Args:
+        row: a run, as a row of `load_runs`; its NC0 before the first step is where the recursion starts.
+
+    Returns:
+        float64, or None for all other optimizers.
+    """
+    config = run_config(row)
+    if config.family != "sgd":
+        return None
+    return np.asarray(row.nc0_start * _factor(config, int(row.train_samples)) ** 2)
+
+
+def run_config(row: "pd.Series[Any]") -> RunConfig:
+    """Return the settings of a row of `load_runs`."""
+    values: dict[str, Any] = {field.name: row[field.name] for field in FIELDS}
+    return make_run({name: None if pd.isna(value) else value for name, value in values.items()}, "the store")
+
+
+@functools.lru_cache(maxsize=64)  # a table and a figure ask for the same runs
+def _factor(config: RunConfig, samples: int) -> NDArray[np.float64]:
+    steps = config.steps_per_epoch(samples)
+    factor = ufm.row_sum_factor(
+        [config.lr * config.lr_factor(epoch) for epoch in range(config.epochs) for _ in range(steps)],
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        coupling=config.decay_coupling,
+    )
+    return factor[::steps]

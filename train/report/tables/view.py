@@ -1,0 +1,104 @@
+"""Tables as the page and the terminal show them: the text of every cell from a DataFrame and a list of columns."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+
+from ncollapse.train import formatting
+from ncollapse.train.optimizers import LABELS
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """The content of a cell.
+
+    Attributes:
+        small: a second, smaller line below the text.
+        value: the sort key of the cell, NaN last; None: sort by the text.
+        optimizer: the optimizer whose line (colour, dashes) is drawn beside the text.
+        best: whether the value is the smallest of its column; set only in columns that mark it.
+    """
+
+    text: str
+    small: str = ""
+    value: float | None = None
+    optimizer: str = ""
+    best: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of a table.
+
+    Attributes:
+        cell: makes the cell from a row of the DataFrame.
+        best: whether the smallest number is marked.
+        words: whether the column holds text, which is aligned to the left.
+    """
+
+    title: str
+    cell: Callable[["pd.Series[Any]"], Cell]
+    best: bool = False
+    words: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A table of the page; `name` is the stem of its CSV file, which holds `frame`."""
+
+    name: str
+    caption: str
+    columns: Sequence[Column]
+    frame: pd.DataFrame
+
+    def rows(self) -> list[list[Cell]]:
+        """Return the cells, row by row."""
+        table = [[column.cell(row) for column in self.columns] for _, row in self.frame.iterrows()]
+        for i, column in enumerate(self.columns):
+            numbers = [v for row in table if (v := row[i].value) is not None and not math.isnan(v)]
+            if column.best and len(numbers) > 1:
+                for row in table:
+                    row[i] = dataclasses.replace(row[i], best=row[i].value == min(numbers))
+        return table
+
+
+def metric_column(name: str, title: str = "", *, best: bool = False) -> Column:
+    """Show a number, with its change in percent below it where the table has a column `NAME_change`."""
+
+    def cell(row: "pd.Series[Any]") -> Cell:
+        change = formatting.change(row.get(f"{name}_change", math.nan))
+        return Cell(formatting.number(row[name]), change, float(row[name]))
+
+    return Column(title or name.upper(), cell, best)
+
+
+def share_column(name: str, title: str) -> Column:
+    """Show a share in [0, 1] in percent."""
+    return Column(title, lambda row: Cell(formatting.percentage(row[name]), value=float(row[name])))
+
+
+def count_column(name: str, title: str = "") -> Column:
+    """Show an integer."""
+    return Column(title or name, lambda row: Cell(f"{row[name]:,}", value=float(row[name])))
+
+
+def setting_column(name: str, title: str = "") -> Column:
+    """Show the value of a numeric setting."""
+    return Column(title or name.replace("_", " "), lambda row: Cell(f"{row[name]:g}", value=float(row[name])))
+
+
+def text_column(name: str, title: str = "", *, missing: str = "") -> Column:
+    """Show text, or `missing` where the table has none."""
+    return Column(title or name, lambda row: Cell(missing if pd.isna(row[name]) else str(row[name])), words=True)
+
+
+def optimizer_column() -> Column:
+    """Show the optimizer's label, beside its line."""
+    return Column(
+        "optimizer",
+        lambda row: Cell(LABELS.get(row.optimizer, row.optimizer), optimizer=row.optimizer),
+        words=True,
+    )

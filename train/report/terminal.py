@@ -1,0 +1,68 @@
+"""The report on the terminal: its tables, and the one table of `ncollapse run`."""
+
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ncollapse.train.formatting import number
+from ncollapse.train.report.tables.prediction import predicted_nc0
+from ncollapse.train.report.tables.view import View
+from ncollapse.train.results.columns import METRICS
+from ncollapse.train.results.reader import load_runs
+
+
+def print_across(console: Console, view: View, title: str, width: int = 6) -> None:
+    """Print a table transposed, `width` rows side by side: six optimizers fit in 80 characters."""
+    rows = view.rows()
+    for start in range(0, max(1, len(rows)), width):
+        shown, last = rows[start : start + width], start + width >= len(rows)
+        table = _empty_table(title if start == 0 else "", view.caption if last else None)
+        table.add_column("")
+        for row in shown:
+            table.add_column(row[0].text, justify="right")
+        for i, column in list(enumerate(view.columns))[1:]:
+            lines = ("\n[dim]".join(part for part in (row[i].text, row[i].small) if part) for row in shown)
+            table.add_row(column.title, *lines)
+        console.print(table)
+
+
+def print_down(console: Console, view: View, title: str) -> None:
+    """Print a table row by row."""
+    table = _empty_table(title)
+    for column in view.columns:
+        table.add_column(column.title, justify="left" if column.words else "right")
+    for row in view.rows():
+        table.add_row(*(cell.text for cell in row))
+    console.print(table)
+
+
+def print_run(folder: Path, console: Console) -> None:
+    """Print every metric of the folder's only run, at its start and its end."""
+    run = load_runs(folder).iloc[0]
+    table = Table(
+        "metric", "start", "end", header_style="bold", title=f"{run.model} on {run.data}, {run.epochs} epochs"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in METRICS:
+        table.add_row(name, number(run[f"{name}_start"]), number(run[name]))
+    prediction = predicted_nc0(run)
+    if prediction is not None:
+        table.add_row("nc0 predicted", number(prediction[0]), number(prediction[-1]))
+    console.print(table)
+    ended = f"{run.status} (first seen at epoch {run.diverged_epoch:.0f})" if run.status == "diverged" else run.status
+    console.print(f"{ended}, {run.seconds:.1f} s; results in {folder}", soft_wrap=True)
+
+
+def _empty_table(title: str, caption: str | None = None) -> Table:
+    return Table(
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
