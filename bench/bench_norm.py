@@ -29,8 +29,8 @@ from bench.record import Record, first_line, recording
 from bench.timing import Step, Yardstick, captured, compared, gpu, wall_cuda
 from ncollapse.kernels.batch_norm import batch_norm_relu
 from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
-from ncollapse.kernels.cross_entropy import cross_entropy_slope
-from ncollapse.kernels.cross_entropy.reference import cross_entropy_slope_reference
+from ncollapse.kernels.cross_entropy import cross_entropy_grad
+from ncollapse.kernels.cross_entropy.reference import cross_entropy_grad_reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: Of `difference`. In bfloat16 a value is rounded by up to 2⁻⁹ of itself, twice where a residual is added. In float32
@@ -166,8 +166,8 @@ def cross_entropy(seconds: float) -> dict[str, Any]:
 
 def slopes(shape: tuple[int, int, int], seconds: float) -> dict[str, Any]:
     logits, labels = torch.randn(shape, device="cuda"), torch.randint(shape[2], shape[:2], device="cuda")
-    ways = {"nc": cross_entropy_slope, BASELINE: cross_entropy_slope_reference}
-    exact = cross_entropy_slope_reference(logits.double(), labels)
+    ways = {"nc": cross_entropy_grad, BASELINE: cross_entropy_grad_reference}
+    exact = cross_entropy_grad_reference(logits.double(), labels)
     for name, way in ways.items():
         apart = float((way(logits, labels).double() - exact).norm() / exact.norm())
         assert apart <= 1e-6, f"{name} is {apart:.1e} from float64"

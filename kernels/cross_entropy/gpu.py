@@ -1,7 +1,6 @@
 """The gradient of a mean cross-entropy as one Triton kernel.
 
-A program takes whole rows of logits, about a thousand of them together: eight a thread. They are few beside everything
-else in a step: what is saved is launches. Not yet measured on a GPU.
+The logits are small compared with everything else in a training step: the kernel saves launches, not memory traffic.
 """
 
 import torch
@@ -9,49 +8,61 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Logits of a program: the classes of one row at the most.
+#: Logits per program, eight per thread; so also the most classes that a row may have.
 BLOCK = 1024
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit(do_not_specialize=["rows", "batch"])
-def _slope_kernel(
+def _cross_entropy_grad_kernel(
     logits_ptr, stride_run, stride_sample, stride_class, labels_ptr, label_stride_run, label_stride_sample,
-    rows, batch, classes,
-    out_ptr,  # [R, B, K], dense
-    ROWS: tl.constexpr, CLASSES: tl.constexpr,
+    rows, batch, classes, out_ptr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
+    """(softmax(logits) − one-hot(labels)) / batch.
+
+    A program computes ROWS whole rows, a row being one sample of one run.
+
+    Args:
+        logits_ptr: `[R, B, K]` float32, with the strides given.
+        labels_ptr: `[R, B]` int64, with the strides given.
+        rows, batch, classes: R·B, B, K.
+        out_ptr: `[R, B, K]` float32, contiguous.
+        CLASSES: the power of two that holds K.
+    """
+    # 1. Load the logits and the labels.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, CLASSES)
     run, sample = (row // batch).to(tl.int64), (row % batch).to(tl.int64)
     inside = (row < rows)[:, None] & (k < classes)[None, :]
     label = tl.load(labels_ptr + run * label_stride_run + sample * label_stride_sample, mask=row < rows, other=0)
-    place = (run * stride_run + sample * stride_sample)[:, None] + k.to(tl.int64)[None, :] * stride_class
-    x = tl.load(logits_ptr + place, mask=inside, other=-float("inf"))
-    # max passes NaN over, exp and the sum do not: one makes the whole row NaN, as does an infinite logit.
+    offset = (run * stride_run + sample * stride_sample)[:, None] + k.to(tl.int64)[None, :] * stride_class
+    x = tl.load(logits_ptr + offset, mask=inside, other=-float("inf"))
+    # 2. Compute the softmax. max ignores NaN, exp and the sum do not: a NaN or an infinity makes the whole row NaN.
     e = tl.exp(x - tl.max(x, 1)[:, None])
-    mine = k[None, :] == label[:, None]
-    others = tl.where(mine, 0.0, e / tl.sum(e, 1)[:, None])
-    # Minus the sum of the others, not p − 1: once p is nearly 1 that is rounding, and a row sum that is not zero.
-    slope = tl.where(mine, -tl.sum(others, 1)[:, None], others)
+    is_label = k[None, :] == label[:, None]
+    others = tl.where(is_label, 0.0, e / tl.sum(e, 1)[:, None])
+    # 3. Set the label's entry to minus the sum of the others, not p − 1: for p near 1 that is only rounding error, and
+    # the row sum is not zero.
+    grad = tl.where(is_label, -tl.sum(others, 1)[:, None], others)
+    # 4. Store the mean's gradient.
     out = out_ptr + row.to(tl.int64)[:, None] * classes + k[None, :]
-    tl.store(out, slope / batch.to(tl.float32), mask=inside)
+    tl.store(out, grad / batch.to(tl.float32), mask=inside)
 
 
-def classes_at_once(classes: int) -> int:
-    """The power of two that holds them."""
+def padded_classes(classes: int) -> int:
+    """The smallest power of two that holds the classes."""
     return 1 << (classes - 1).bit_length()
 
 
-def slope(logits: Tensor, labels: Tensor, out: Tensor) -> None:
-    """The gradient into `out` `[R, B, K]`, dense; labels `[R, B]`."""
+def launch_cross_entropy_grad(logits: Tensor, labels: Tensor, out: Tensor) -> None:
+    """Write the gradient into `out`, contiguous, like the logits `[R, B, K]` float32; labels `[R, B]` int64."""
     runs, batch, classes = logits.shape
     if not logits.numel():
         return
-    at_once = classes_at_once(classes)
-    rows = BLOCK // at_once
+    padded = padded_classes(classes)
+    rows = BLOCK // padded
     with torch.cuda.device_of(logits):  # Triton launches on the current device
-        _slope_kernel[(-(-runs * batch // rows),)](
+        _cross_entropy_grad_kernel[(-(-runs * batch // rows),)](
             logits, *logits.stride(), labels, *labels.stride(), runs * batch, batch, classes, out,
-            rows, at_once, **OPTIONS,
+            rows, padded, **OPTIONS,
         )  # fmt: skip

@@ -1,52 +1,53 @@
-"""`cross_entropy_slope`, and the operator of torch that it is where there is a kernel."""
+"""`cross_entropy_grad`, and the torch operator that it calls where there is a kernel."""
 
 import torch
 from torch import Tensor
 
 from ncollapse.kernels import operators
-from ncollapse.kernels.cross_entropy.reference import cross_entropy_slope_reference
+from ncollapse.kernels.cross_entropy.reference import cross_entropy_grad_reference
 
 _MOST_CLASSES = 1024  # `BLOCK` of `gpu`, which needs Triton
 
 
-def cross_entropy_slope(logits: Tensor, labels: Tensor) -> Tensor:
+def cross_entropy_grad(logits: Tensor, labels: Tensor) -> Tensor:
     """(softmax(logits) − one-hot(labels)) / B: the gradient of each run's mean cross-entropy by its logits.
 
-    Over the classes it adds up to zero but for float32's rounding, on which the exact theory of the classifier's row
-    sum rests. Nothing flows back through it.
+    Its sum over the classes is zero up to float32's rounding, as the exact theory of the classifier's row sum assumes.
+    Not differentiable.
 
     Args:
         logits: `[R, B, K]` in any layout; on a GPU float32 with K ≤ 1,024, for the kernel. A row with a NaN or an
             infinite logit gives NaN.
-        labels: int64 in [0, K), `[B]` for all runs or `[R, B]`. They are trusted: whoever loads the data checks them,
-            once, and nobody waits for a GPU at every step. On a GPU a wrong one counts as none.
+        labels: int64 in [0, K), `[B]` for all runs or `[R, B]`. They are not checked, since that would synchronise
+            with the GPU at every step: check them once when loading the data. On a GPU a label out of range counts as
+            none.
 
     Returns:
         `[R, B, K]`, in the logits' dtype.
 
     Raises:
-        ValueError: shapes or devices that do not belong together, or labels that are not int64.
+        ValueError: shapes or devices that do not match, or labels that are not int64.
 
     Warns:
-        UserWarning: (on a GPU, once for each reason) plain PyTorch does it, and why.
+        UserWarning: (on a GPU, once for each reason) plain PyTorch computes it, and why.
     """
     if logits.dim() != 3 or labels.shape not in (logits.shape[:2], logits.shape[1:2]) or labels.dtype != torch.int64:
         raise ValueError(
-            "cross_entropy_slope takes logits [R, B, K] and int64 labels [B] or [R, B], "
+            "cross_entropy_grad takes logits [R, B, K] and int64 labels [B] or [R, B], "
             f"not {tuple(logits.shape)} and {labels.dtype} {tuple(labels.shape)}"
         )
     if labels.device != logits.device:
         raise ValueError(f"logits are on {logits.device}, labels on {labels.device}")
     if logits.device.type == "cpu":
-        return cross_entropy_slope_reference(logits, labels)
+        return cross_entropy_grad_reference(logits, labels)
     if reason := why_no_kernel(logits):
-        operators.warn_once("takes the slope of the cross-entropy", reason)
-        return cross_entropy_slope_reference(logits, labels)
-    return slope_op(logits.detach(), labels)
+        operators.warn_once("computes the gradient of the cross-entropy", reason)
+        return cross_entropy_grad_reference(logits, labels)
+    return grad_op(logits.detach(), labels)
 
 
 def why_no_kernel(logits: Tensor) -> str | None:
-    """Why these logits, off the CPU, go to the reference; None if they don't."""
+    """The reason why the reference takes these logits, on a device other than the CPU; None if the kernel does."""
     if reason := operators.why_no_kernel(logits.device):
         return reason
     if logits.dtype != torch.float32:
@@ -54,11 +55,11 @@ def why_no_kernel(logits: Tensor) -> str | None:
     return f"there are more than {_MOST_CLASSES} classes" if logits.shape[-1] > _MOST_CLASSES else None
 
 
-def _slope(logits: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy_grad(logits: Tensor, labels: Tensor) -> Tensor:
     from ncollapse.kernels.cross_entropy import gpu
 
     out = _result(logits, labels)
-    gpu.slope(logits, labels.expand(logits.shape[:2]), out)
+    gpu.launch_cross_entropy_grad(logits, labels.expand(logits.shape[:2]), out)
     return out
 
 
@@ -66,4 +67,6 @@ def _result(logits: Tensor, labels: Tensor) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
-slope_op = operators.register_operator("cross_entropy_slope(Tensor logits, Tensor labels) -> Tensor", _slope, _result)
+grad_op = operators.register_operator(
+    "cross_entropy_grad(Tensor logits, Tensor labels) -> Tensor", _cross_entropy_grad, _result
+)

@@ -1,13 +1,13 @@
-"""The gradient of a mean cross-entropy: plain-PyTorch reference, and what CPUs use."""
+"""The gradient of a mean cross-entropy: plain-PyTorch reference, which also runs on CPUs."""
 
 import torch
 from torch import Tensor
 
 
 @torch.no_grad()
-def cross_entropy_slope_reference(logits: Tensor, labels: Tensor) -> Tensor:
-    """As `cross_entropy_slope`, of any floating dtype."""
+def cross_entropy_grad_reference(logits: Tensor, labels: Tensor) -> Tensor:
+    """As `cross_entropy_grad`, for any floating dtype."""
     label = labels.expand(logits.shape[:2]).unsqueeze(-1)
     others = logits.softmax(-1).scatter_(-1, label, 0.0)
-    # Minus the sum of the others, not p − 1: once p is nearly 1 that is rounding, and a row sum that is not zero.
+    # Minus the sum of the others, not p − 1: for p near 1 that is only rounding error, and the row sum is not zero.
     return others.scatter_(-1, label, -others.sum(-1, keepdim=True)) / logits.shape[1]

@@ -172,9 +172,9 @@ def batch_norm(arch: int) -> Iterator[dict[str, Any]]:
 def cross_entropies(arch: int) -> Iterator[dict[str, Any]]:
     """Logits as a layer gives them, dense: of ten and of a thousand classes."""
     for classes in (10, 1000):
-        at_once = cross_entropy.classes_at_once(classes)
+        at_once = cross_entropy.padded_classes(classes)
         yield {"kernel": "cross_entropy", "classes": classes} | compiled(
-            cross_entropy._slope_kernel, arch,
+            cross_entropy._cross_entropy_grad_kernel, arch,
             {"logits_ptr": "*fp32", "labels_ptr": "*i64", "out_ptr": "*fp32"},
             {"stride_class": 1, "ROWS": cross_entropy.BLOCK // at_once, "CLASSES": at_once},
             **cross_entropy.OPTIONS,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ncollapse.kernels.cross_entropy import cross_entropy_slope
+from ncollapse.kernels.cross_entropy import cross_entropy_grad
 from ncollapse.kernels.update.table import same_layout
 from ncollapse.train.data.augment import padded, take
 from ncollapse.train.data.sets import Dataset
@@ -59,7 +59,7 @@ class Step:
         images = take(self._images, batch, views, self._data.size)
         _, logits = self._stack(images, train=True)
         # The gradient of each run's mean cross-entropy is all that training needs of it.
-        slope = cross_entropy_slope(logits.detach(), self._data.train_y[batch])
+        slope = cross_entropy_grad(logits.detach(), self._data.train_y[batch])
         for param, grad in zip(self._params, torch.autograd.grad(logits, self._leaves, slope), strict=True):
             # The layout of the parameters, which the fused update needs.
             param.grad = grad if same_layout(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
