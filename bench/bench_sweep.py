@@ -30,11 +30,12 @@ from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset, load
 from ncollapse.train.networks.models import build
 from ncollapse.train.results.record import Evaluation
-from ncollapse.train.sweep import this_machine as local
-from ncollapse.train.sweep.grouping import plan
-from ncollapse.train.sweep.messages import Engine, Failed, How, Job
-from ncollapse.train.sweep.stack_size import Work
-from ncollapse.train.sweep.throughput import Facts
+from ncollapse.train.results.writer import PlannedStack
+from ncollapse.train.sweep.grouping import make_stacks
+from ncollapse.train.sweep.messages import Engine, Failed, WorkerSettings
+from ncollapse.train.sweep.stack_size import StackPolicy
+from ncollapse.train.sweep.this_machine import ThisMachine
+from ncollapse.train.sweep.throughput import DataFacts
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 #: Runs that the loops train one after the other; what more of them take is a matter of multiplication.
@@ -112,12 +113,12 @@ def sequential(
 
 def engine_run(engine: Engine, stacks: list[list[RunConfig]]) -> dict[str, dict[str, float]]:
     """Train stacks on an engine that has been started; run -> its last metrics."""
-    jobs = iter([Job(n, tuple(runs)) for n, runs in enumerate(stacks)])
+    planned = iter([PlannedStack(n, tuple(runs)) for n, runs in enumerate(stacks)])
     found: dict[str, dict[str, float]] = {}
-    for job, message in engine.run(lambda: next(jobs, None)):
+    for stack, message in engine.run(lambda: next(planned, None)):
         if isinstance(message, Evaluation):
             for place, i in enumerate(message.rows):
-                found[job.runs[i].id] = {name: each[place] for name, each in message.values.items()}
+                found[stack.runs[i].id] = {name: each[place] for name, each in message.values.items()}
         elif isinstance(message, Failed):
             raise RuntimeError(f"the engine failed: {message}")
     return found
@@ -145,13 +146,13 @@ def case(model: str, count: int, epochs: int, device: torch.device, samples: int
     load_data = functools.partial(images, samples=samples)
     data = load_data("digits", device)
     runs, threads = runs_of(model, count, epochs), torch.get_num_threads()
-    how = How(load_data, math.inf, False)
-    facts = {"digits": Facts.of(data)}
+    facts = {"digits": DataFacts.of(data)}
     began = time.perf_counter()
-    choice, engine = local.choose(Work(_much(runs), facts, "auto"), "auto", device, how)
-    chosen = time.perf_counter() - began
+    engine = ThisMachine(device, WorkerSettings(load_data, math.inf, keep_weights=False))
     try:
-        stacks = plan(runs, choice.sizes.__getitem__, choice.workers)
+        plan = StackPolicy(_much(runs), facts).choose(engine)
+        chosen = time.perf_counter() - began
+        stacks = make_stacks(runs, plan.sizes.__getitem__, plan.workers)
         check(engine_run(engine, stacks), runs[:ALONE], data, device)
         few, part = runs[:ALONE], count / ALONE
         steps: dict[str, timing.Step] = {
@@ -174,7 +175,7 @@ def case(model: str, count: int, epochs: int, device: torch.device, samples: int
     group: dict[str, Any] = {
         "runs": count,
         "epochs": epochs,
-        "chosen": choice.as_dict(),
+        "chosen": plan.as_dict(),
         "seconds_to_choose_and_start": round(chosen, 2),
         "best_sequential": best,
         "speed_against_plain": round(per_run["plain"] / per_run["engine"], 2),

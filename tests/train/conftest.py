@@ -1,6 +1,7 @@
 """Small grids and stores that the trainer's tests share."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,19 @@ from rich.console import Console
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset, load
 from ncollapse.train.grid import Grid
+from ncollapse.train.sweep import stack_size
 from ncollapse.train.sweep.options import Options
 from ncollapse.train.sweep.scheduler import sweep
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_measurement() -> Iterator[None]:
+    """Stacks have their usual sizes, so that no test depends on how fast the machine is at the moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stack_size, "WORTH_MEASURING", math.inf)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +39,10 @@ def quiet() -> Console:
 
 @pytest.fixture(scope="session")
 def run_sweep(digits: Dataset, quiet: Console) -> Callable[..., int]:
-    """sweep(grid, out, **options) on digits, on the CPU, without output."""
+    """sweep(grid, out, **options) on digits, on the CPU, in this process unless `workers` says more, without output."""
 
     def run(grid: Grid, out: Path, **options: Any) -> int:
-        return sweep(grid, out, lambda name, device: digits, CPU, Options(**options), quiet)
+        return sweep(grid, out, lambda name, device: digits, CPU, Options(**{"workers": 1} | options), quiet)
 
     return run
 

@@ -19,14 +19,14 @@ from ncollapse.train.data.sets import Dataset
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.reader import load_runs
-from ncollapse.train.results.writer import Store
-from ncollapse.train.sweep import ray_connect as connect
-from ncollapse.train.sweep.messages import How, Job
+from ncollapse.train.results.writer import PlannedStack, Store
+from ncollapse.train.sweep import ray_connect, stack_size
+from ncollapse.train.sweep.messages import WorkerSettings
 from ncollapse.train.sweep.options import Options
 from ncollapse.train.sweep.ray_cluster import Cluster
 from ncollapse.train.sweep.scheduler import sweep
-from ncollapse.train.sweep.stack_size import Choice, Work
-from ncollapse.train.sweep.throughput import Facts
+from ncollapse.train.sweep.stack_size import Plan, StackPolicy
+from ncollapse.train.sweep.throughput import DataFacts
 from sweep_results import assert_same
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def cluster(nodes: Any) -> Any:
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     # What is set there stays in the environment, and nodes that start later need more patience.
-    monkeypatch.setattr(connect, "_PATIENCE", {})
+    monkeypatch.setattr(ray_connect, "_PATIENCE", {})
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +87,8 @@ def on(cluster: Any, **options: Any) -> Options:
     return Options(engine="ray", ray_address=cluster.address, stack=3, **options)
 
 
-def how(data: Dataset) -> How:
-    return How(lambda name, device: data, 60.0, keep_weights=False)
+def settings(data: Dataset) -> WorkerSettings:
+    return WorkerSettings(lambda name, device: data, 60.0, keep_weights=False)
 
 
 def test_a_cluster_gives_the_results_of_one_process(
@@ -126,14 +126,14 @@ def test_a_lost_node_costs_only_its_stack(
 
 def test_a_node_that_joins_is_used(cluster: Any, digits: Dataset) -> None:
     cluster.remove_node(next(iter(cluster.worker_nodes)))
-    jobs = iter([Job(i, (RunConfig(epochs=100_000, seed=i),)) for i in range(2)])
-    trainer = Cluster(cluster.address, 1, CPU, how(digits))
+    stacks = iter([PlannedStack(i, (RunConfig(epochs=100_000, seed=i),)) for i in range(2)])
+    trainer = Cluster(cluster.address, CPU, settings(digits))
     try:
         heard = set()
-        for job, _ in trainer.run(lambda: next(jobs, None)):
+        for stack, _ in trainer.run(lambda: next(stacks, None)):
             if not heard:
                 cluster.add_node(num_cpus=1)
-            heard.add(job.stack)
+            heard.add(stack.id)
             if len(heard) == 2:  # one core each: the second can train nowhere but on the new node
                 break
     finally:
@@ -149,14 +149,15 @@ def gpu_node(nodes: Any) -> Iterator[None]:
 
 
 def test_stacks_share_a_gpu(nodes: Any, gpu_node: None, digits: Dataset) -> None:
-    jobs = iter([Job(i, (RunConfig(epochs=100_000, seed=i),)) for i in range(2)])
-    trainer = Cluster(nodes.address, 1, torch.device("cuda"), how(digits), per_gpu=2)
+    stacks = iter([PlannedStack(i, (RunConfig(epochs=100_000, seed=i),)) for i in range(2)])
+    trainer = Cluster(nodes.address, torch.device("cuda"), settings(digits))
+    trainer.use(2, 1, per_gpu=2)
     trainer._device = CPU  # Ray counts the GPU, nobody computes on it
     try:
         assert "1 GPUs" in trainer.device
         heard = set()
-        for job, _ in trainer.run(lambda: next(jobs, None)):
-            heard.add(job.stack)
+        for stack, _ in trainer.run(lambda: next(stacks, None)):
+            heard.add(stack.id)
             if len(heard) == 2:
                 break
     finally:
@@ -167,19 +168,22 @@ def test_the_machine_of_the_command_needs_no_gpu() -> None:
     assert cli._device("cuda:0", "ray") == torch.device("cuda:0")
 
 
-def test_how_many_share_a_gpu_is_measured(nodes: Any, gpu_node: None, digits: Dataset) -> None:
+def test_how_many_share_a_gpu_is_measured(
+    nodes: Any, gpu_node: None, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stack_size, "WORTH_MEASURING", 0.0)
     runs = [RunConfig(epochs=100_000, seed=seed) for seed in range(4)]
-    trainer = Cluster(nodes.address, 1, torch.device("cuda"), how(digits))
+    trainer = Cluster(nodes.address, torch.device("cuda"), settings(digits))
     trainer._device = CPU
     try:
-        choice = trainer.choose(Work(runs, {"digits": Facts.of(digits)}, 2))
+        plan = StackPolicy(runs, {"digits": DataFacts.of(digits)}, stack=2).choose(trainer)
     finally:
         trainer.close()
-    rates = {one["workers"]: one["steps_per_second"] for one in choice.measured}
+    rates = {one["workers"]: one["steps_per_second"] for one in plan.measured}
     assert set(rates) == {1, 2}  # four do not fit beside two cores
-    assert choice.per_gpu == choice.workers == max(rates, key=rates.__getitem__)
-    assert list(choice.sizes.values()) == [2]
-    assert Choice.from_dict(choice.as_dict()) == choice
+    assert plan.per_gpu == plan.workers == max(rates, key=rates.__getitem__)
+    assert list(plan.sizes.values()) == [2]
+    assert Plan.from_dict(plan.as_dict()) == plan
 
 
 def test_a_bug_in_a_task_is_shown(cluster: Any, grid: Grid, digits: Dataset, quiet: Console, tmp_path: Path) -> None:
@@ -191,7 +195,7 @@ def test_a_bug_in_a_task_is_shown(cluster: Any, grid: Grid, digits: Dataset, qui
 
 def test_a_cluster_without_the_device_is_refused(cluster: Any, digits: Dataset) -> None:
     with pytest.raises(UserError, match="has no GPU to train on: give another --device, or start nodes"):
-        Cluster(cluster.address, 1, torch.device("cuda"), how(digits))
+        Cluster(cluster.address, torch.device("cuda"), settings(digits))
 
 
 @pytest.mark.parametrize("given", ["--ray-address", "RAY_ADDRESS"])
@@ -209,11 +213,11 @@ def test_an_address_that_does_not_answer_is_said_soon(
         with pytest.raises(
             UserError, match=rf"(no connection to a Ray cluster at|is HOST:PORT, as in .*got) {address}"
         ):
-            Cluster(address if given == "--ray-address" else None, 1, CPU, how(digits))
+            Cluster(address if given == "--ray-address" else None, CPU, settings(digits))
         assert time.monotonic() - begun < 15
 
 
 def test_without_ray_the_extra_is_named(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"--engine ray needs Ray .*: pip install 'ncollapse\[ray\]'"):
-        Cluster(None, 1, CPU, how(digits))
+        Cluster(None, CPU, settings(digits))

@@ -24,8 +24,7 @@ from ncollapse.train.grid import Grid
 from ncollapse.train.results.reader import load_metrics, load_runs
 from ncollapse.train.results.schema import FILE
 from ncollapse.train.results.writer import Store
-from ncollapse.train.sweep import messages as work
-from ncollapse.train.sweep import processes
+from ncollapse.train.sweep import messages, processes
 from ncollapse.train.sweep.options import Options
 from ncollapse.train.sweep.scheduler import sweep
 from ncollapse.train.training import loop
@@ -75,13 +74,13 @@ def test_other_data_in_the_folder_are_refused(
     def interrupt(*args: object) -> object:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(processes, "train", interrupt)
+    monkeypatch.setattr(processes, "train_stack", interrupt)
     with pytest.raises(InterruptError):
         run_sweep(small_grid, tmp_path)
     monkeypatch.undo()
     other = dataclasses.replace(digits, fingerprint="0")
     with pytest.raises(UserError, match="digits is not the one that its earlier runs were trained on"):
-        sweep(small_grid, tmp_path, lambda name, device: other, CPU, Options(), quiet)
+        sweep(small_grid, tmp_path, lambda name, device: other, CPU, Options(workers=1), quiet)
 
 
 def test_a_second_process_is_refused(small_grid: Grid, tmp_path: Path) -> None:
@@ -204,7 +203,7 @@ def exhausting(most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             raise torch.OutOfMemoryError("no room for so many")
         return real(runs, *args, **options)
 
-    monkeypatch.setattr(work, "Training", limited)
+    monkeypatch.setattr(messages, "Training", limited)
     return tried
 
 
@@ -213,7 +212,7 @@ def test_a_stack_that_does_not_fit_is_halved_and_said(
 ) -> None:
     tried = exhausting(3, monkeypatch)
     console = Console(record=True, width=200, file=io.StringIO())
-    assert sweep(small_grid, tmp_path, lambda name, device: digits, CPU, Options(stack=6), console) == 12
+    assert sweep(small_grid, tmp_path, lambda name, device: digits, CPU, Options(stack=6, workers=1), console) == 12
     assert tried == [6, 3, 3, 3, 3]  # the second stack of six is not even tried
     assert "6 runs at once do not fit (no room for so many); going on with stacks of 3" in console.export_text()
     assert_same(swept, tmp_path, but="stack")
@@ -222,13 +221,13 @@ def test_a_stack_that_does_not_fit_is_halved_and_said(
 def test_a_stack_that_is_lost_after_its_last_run_has_ended_is_done(
     run_sweep: Callable[..., int], swept: Path, small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = processes.train
+    real = processes.train_stack
 
-    def lost_at_the_end(*args: Any) -> Iterator[work.Message]:
+    def lost_at_the_end(*args: Any) -> Iterator[messages.Message]:
         for message in real(*args):
-            yield work.Failed("lost", "killed") if isinstance(message, work.Finished) else message
+            yield messages.Failed("lost", "killed") if isinstance(message, messages.Finished) else message
 
-    monkeypatch.setattr(processes, "train", lost_at_the_end)
+    monkeypatch.setattr(processes, "train_stack", lost_at_the_end)
     run_sweep(small_grid, tmp_path, checkpoint_minutes=0)
     assert_same(swept, tmp_path)
     assert not list((tmp_path / "checkpoints").glob("*"))
@@ -244,7 +243,7 @@ def test_runs_that_do_not_fit_alone_are_named_and_stop_nobody(
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
         return real(runs, *args, **options)
 
-    monkeypatch.setattr(work, "Training", no_adam)
+    monkeypatch.setattr(messages, "Training", no_adam)
     with pytest.raises(UserError, match="4 runs could not be trained, since there is no memory for even one of them"):
         run_sweep(small_grid, tmp_path, stack=2)
     frame = load_runs(tmp_path)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fake_engine import FakeEngine
 from ncollapse import measure, ufm
 from ncollapse.train import load_layers
 from ncollapse.train.config import ALONE, RunConfig
@@ -20,9 +21,9 @@ from ncollapse.train.networks.models import MODELS, Alone, build
 from ncollapse.train.results.columns import LAYER_METRICS
 from ncollapse.train.results.export import export_results
 from ncollapse.train.results.record import Evaluation
-from ncollapse.train.sweep.grouping import Shape, plan
-from ncollapse.train.sweep.stack_size import Work
-from ncollapse.train.sweep.throughput import Facts
+from ncollapse.train.sweep.grouping import StackKey, make_stacks
+from ncollapse.train.sweep.stack_size import Plan, StackPolicy
+from ncollapse.train.sweep.throughput import DataFacts
 from ncollapse.train.training.loop import Training
 
 CPU = torch.device("cpu")
@@ -67,11 +68,11 @@ def test_a_transformer_refuses_what_its_patches_do_not_cover(digits: Dataset) ->
 
 def test_they_are_planned_one_by_one() -> None:
     runs = [RunConfig(model="vit", seed=seed) for seed in range(4)]
-    facts = {"digits": Facts(1, 8, 10, 1437, "")}
-    work, shape = Work(runs, facts, "auto"), Shape.of(runs[0])
-    assert work.unmeasured(1, {shape: 100}).sizes == {shape: 1}
-    assert work.measured(lambda *_: 10.0, 1, 1, {shape: 100}).sizes == {shape: 1}
-    assert dataclasses.replace(work, stack=4).unmeasured(1, {shape: 100}).sizes == {shape: 1}
+    policy = StackPolicy(runs, {"digits": DataFacts(1, 8, 10, 1437, "")})
+    engine, key = FakeEngine({1: 10.0}), StackKey.of(runs[0])
+    assert policy.usual(engine, Plan(1, 1)).sizes == {key: 1}
+    assert policy.grown(engine, Plan(1, 1)).sizes == {key: 1}
+    assert dataclasses.replace(policy, stack=4).usual(engine, Plan(1, 1)).sizes == {key: 1}
 
 
 @pytest.mark.parametrize(("model", "width"), [("mlp", 16), ("cnn", 10), ("resnet9", 10), ("vit", 16), ("densenet", 6)])
@@ -149,5 +150,5 @@ def test_decoupled_muon_moves_the_row_sum_by_its_decay_alone(digits: Dataset) ->
 
 def test_muons_have_stacks_of_their_own() -> None:
     runs = [RunConfig(optimizer=name, seed=s) for s in range(3) for name in ("sgd", "lionw", "muon", "muonw")]  # type: ignore[arg-type]
-    kinds = [{run.family == "muon" for run in stack} for stack in plan(runs, lambda shape: 100)]
+    kinds = [{run.family == "muon" for run in stack} for stack in make_stacks(runs, lambda key: 100)]
     assert sorted(kinds, key=str) == [{False}, {True}]

@@ -22,20 +22,20 @@ from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.networks.models import Classifier
 from ncollapse.train.results.reader import load_meta, load_runs
-from ncollapse.train.sweep import processes
-from ncollapse.train.sweep import this_machine as local
-from ncollapse.train.sweep.grouping import Shape
-from ncollapse.train.sweep.messages import How, Job, Message
+from ncollapse.train.results.writer import PlannedStack
+from ncollapse.train.sweep import processes, stack_size, this_machine
+from ncollapse.train.sweep.grouping import StackKey
+from ncollapse.train.sweep.messages import Message, WorkerSettings
 from ncollapse.train.sweep.options import Options
 from ncollapse.train.sweep.scheduler import sweep
-from ncollapse.train.sweep.stack_size import Choice, Work
-from ncollapse.train.sweep.throughput import Facts, bytes_per_run, measure
+from ncollapse.train.sweep.this_machine import ThisMachine
+from ncollapse.train.sweep.throughput import DataFacts, bytes_per_run, measure_rate
 from ncollapse.train.training.stack import Stack
 from sweep_results import assert_same, count
 
 CPU = torch.device("cpu")
-DIGITS = Facts(1, 8, 10, 1437, "")
-MLP = Shape("mlp", "digits", None, 128)
+DIGITS = DataFacts(1, 8, 10, 1437, "")
+MLP = StackKey("mlp", "digits", None, 128)
 LOAD = functools.partial(load, data_dir=None, download=False)
 
 
@@ -48,17 +48,19 @@ def test_side_by_side_and_killed_the_results_are_those_of_one_process(
 ) -> None:
     """A worker that is killed costs nothing but the time since its last checkpoint."""
     run_sweep(small_grid, tmp_path / "one", stack=3, save_weights=True)
-    real, killed = processes.Processes.run, []
+    real, killed = processes.ProcessPool.run, []
 
-    def killing(self: processes.Processes, take: Callable[[], Job | None]) -> Iterator[tuple[Job, Message]]:
-        for number, item in enumerate(real(self, take)):
+    def killing(
+        self: processes.ProcessPool, next_stack: Callable[[], PlannedStack | None]
+    ) -> Iterator[tuple[PlannedStack, Message]]:
+        for number, item in enumerate(real(self, next_stack)):
             yield item
             if number in (6, 15):  # in the middle of a stack, or between two
                 victim = self._workers[number % 2].process
                 victim.kill()
                 killed.append(victim)
 
-    monkeypatch.setattr(processes.Processes, "run", killing)
+    monkeypatch.setattr(processes.ProcessPool, "run", killing)
     pooled(small_grid, tmp_path / "two", quiet, stack=3, save_weights=True, checkpoint_minutes=0)
     assert len(killed) == 2
     assert_same(tmp_path / "one", tmp_path / "two")
@@ -143,86 +145,80 @@ def until(found: Callable[[], list[object]], at_least: int) -> list[object]:
     return result
 
 
-# The choice.
-
-
-def measured_as(rates: dict[int, float | None]) -> Callable[[Shape, Facts, int], float | None]:
-    return lambda shape, facts, size: rates[max(known for known in rates if known <= size)]
-
-
-@pytest.mark.parametrize(
-    ("rates", "runs", "size"),
-    [
-        ({1: 100, 4: 300, 16: 900, 64: 950}, 200, 64),
-        ({1: 100, 4: 300, 16: 900, 64: 910}, 200, 16),  # hardly faster: a smaller stack loses less
-        ({1: 100, 2: 90, 4: 80}, 200, 1),  # stacking does not pay
-        ({1: 100, 4: 200, 8: 300, 16: 290}, 200, 8),  # found between the large steps
-        ({1: 100, 4: 300, 16: 900, 32: 1200, 64: None}, 200, 32),  # no room for more
-        ({1: None}, 200, 1),
-        ({1: 100, 4: 300, 8: 900}, 10, 10),
-    ],
-)
-def test_the_size_is_chosen_by_measurement(rates: dict[int, float | None], runs: int, size: int) -> None:
-    work = Work([RunConfig(lr=0.1 + i) for i in range(runs)], {"digits": DIGITS}, "auto")
-    choice = work.measured(measured_as(rates), 1, 1, {MLP: 1000})
-    assert choice.sizes == {MLP: size}
-    assert len({one["size"] for one in choice.measured}) == len(choice.measured)
-
-
-def test_what_the_user_says_is_done() -> None:
-    work = Work([RunConfig(lr=0.1 + i) for i in range(50)], {"digits": DIGITS}, 7)
-    assert work.measured(measured_as({1: 10}), 2, 1, {MLP: 1000}).sizes == {MLP: 7}
-    assert work.unmeasured(1, {MLP: 1000}).sizes == {MLP: 7}
-    assert work.unmeasured(1, {MLP: 5}).sizes == {MLP: 5}  # no room for more
-
-
 def test_a_sweep_with_much_to_do_measures_and_records_its_choice(
     tmp_path: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "WORTH_MEASURING", 0.0)
-    monkeypatch.setattr(local, "_WORTH_PROCESSES", 0.0)
-    monkeypatch.setattr(local, "_cores", lambda: 2)
+    monkeypatch.setattr(stack_size, "WORTH_MEASURING", 0.0)
+    monkeypatch.setattr(stack_size, "WORTH_PROCESSES", 0.0)
+    monkeypatch.setattr(this_machine, "_cores", lambda: 2)
     grid = Grid("many", tuple(RunConfig(lr=0.01 * lr, epochs=1, limit=150) for lr in range(1, 9)))
     console = Console(record=True, width=200, file=io.StringIO())
     assert sweep(grid, tmp_path, LOAD, CPU, Options(), console) == 8
     engine = json.loads(load_meta(tmp_path)["engine"])
     assert engine["engine"] == "local"
-    assert engine["threads"] == 1
+    assert (engine["workers"], engine["threads"]) == (2, 1)
     assert {one["size"] for one in engine["measured"]} >= {1, 4}
     assert all(one["steps_per_second"] > 0 for one in engine["measured"])
     assert "training steps/s)" in console.export_text()
 
 
 def test_measuring_says_what_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (measure(MLP, DIGITS, 2, CPU, quick=True) or 0) > 0
+    assert (measure_rate(MLP, DIGITS, 2, CPU, quick=True) or 0) > 0
 
     def exhausted(*args: object) -> object:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
 
     monkeypatch.setattr(Stack, "of", exhausted)
-    assert measure(MLP, DIGITS, 2, CPU) is None
+    assert measure_rate(MLP, DIGITS, 2, CPU) is None
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "resnet9"])
 def test_the_estimate_of_memory_grows_with_the_model(model: str) -> None:
     """For ResNet9 on 28 × 28: 6.57 M weights, a gradient and two states each, and about 190 MB of activations."""
-    size = bytes_per_run(Shape(model, "mnist", None, 128), Facts(1, 28, 10, 60_000, ""))
+    size = bytes_per_run(StackKey(model, "mnist", None, 128), DataFacts(1, 28, 10, 60_000, ""))
     low, high = {"mlp": (1e7, 1e8), "cnn": (1e7, 3e8), "resnet9": (2e8, 1.2e9)}[model]
     assert low < size < high
 
 
-def test_choices_are_told_in_a_line_each() -> None:
-    choice = Choice(2, 1, {MLP: 36}, {MLP: 9064.2})
-    assert list(choice.describe()) == [
-        "mlp on digits, batches of 128: stacks of up to 36 runs in 2 processes with one thread "
-        "(measured: 9,064 training steps/s)"
-    ]
-    assert next(Choice(4, 1, {MLP: 1}, per_gpu=2).describe()).endswith("in 4 processes with one thread, 2 on each GPU")
-
-
 def test_one_process_trains_with_the_threads_that_the_sweep_began_with(digits: Dataset) -> None:
     before = torch.get_num_threads()
-    engine = local.start(1, before + 1, torch.device("cpu"), How(lambda name, device: digits, 60.0, False))
+    engine = ThisMachine(CPU, WorkerSettings(lambda name, device: digits, 60.0, keep_weights=False))
+    engine.use(1, before + 1)
     assert torch.get_num_threads() == before + 1
     engine.close()
     assert torch.get_num_threads() == before
+
+
+def test_what_cannot_be_sent_to_other_processes_trains_in_this_one(
+    digits: Dataset, small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the clock says: it is found out before anything is measured."""
+    monkeypatch.setattr(stack_size, "WORTH_MEASURING", 0.0)
+    monkeypatch.setattr(stack_size, "WORTH_PROCESSES", 0.0)
+    monkeypatch.setattr(this_machine, "_cores", lambda: 2)
+    monkeypatch.setattr(ThisMachine, "measure_rate", lambda *args, **options: 1e-3)
+    console = Console(record=True, width=500, file=io.StringIO())
+    grid = Grid("few", small_grid.runs[:2])
+    assert sweep(grid, tmp_path, lambda name, device: digits, CPU, Options(), console) == 2
+    assert json.loads(load_meta(tmp_path)["engine"])["workers"] == 1
+    (line,) = (line for line in console.export_text().splitlines() if "cannot be sent" in line)
+    assert "so this process trains all stacks; give a function that is defined in a module" in line
+
+
+def test_a_plan_for_several_processes_goes_on_in_one_where_it_must(
+    digits: Dataset, small_grid: Grid, tmp_path: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(ThisMachine, "run", lambda *args: iter(()))
+        assert pooled(small_grid, tmp_path, quiet, stack=6) == 12  # trains nothing, but plans
+    assert json.loads(load_meta(tmp_path)["engine"])["workers"] == 2
+    assert set(load_runs(tmp_path).status) == {"pending"}
+    sweep(small_grid, tmp_path, lambda name, device: digits, CPU, Options(), quiet)
+    assert set(load_runs(tmp_path).status) == {"done"}
+
+
+def test_several_workers_that_cannot_start_are_refused(
+    digits: Dataset, small_grid: Grid, tmp_path: Path, quiet: Console
+) -> None:
+    with pytest.raises(UserError, match=r"2 workers need a load_data that can be sent .*, or workers=1"):
+        sweep(small_grid, tmp_path, lambda name, device: digits, CPU, Options(workers=2), quiet)

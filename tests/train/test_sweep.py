@@ -20,8 +20,7 @@ from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.reader import load_meta, load_metrics, load_runs, load_sessions
 from ncollapse.train.results.schema import FILE
 from ncollapse.train.sweep import processes
-from ncollapse.train.sweep.grouping import Shape, plan
-from ncollapse.train.sweep.progress_bar import rate
+from ncollapse.train.sweep.grouping import StackKey, make_stacks
 from sweep_results import assert_same, count
 
 CPU = torch.device("cpu")
@@ -34,10 +33,10 @@ def test_plan_groups_what_can_train_together() -> None:
         for optimizer in PAPER_OPTIMIZERS
         for decay in range(9)
     ]
-    stacks = plan(runs, lambda shape: 24 if shape.model == "mlp" else 7)
+    stacks = make_stacks(runs, lambda key: 24 if key.model == "mlp" else 7)
     assert sorted(run.id for members in stacks for run in members) == sorted(run.id for run in runs)
     for members in stacks:
-        assert len({Shape.of(run) for run in members}) == 1
+        assert len({StackKey.of(run) for run in members}) == 1
         assert len(members) <= (24 if members[0].model == "mlp" else 7)
         assert {run.optimizer for run in members} == set(PAPER_OPTIMIZERS)
     assert {members[0].model for members in stacks[:3]} == {"mlp", "cnn"}  # they take turns
@@ -46,7 +45,7 @@ def test_plan_groups_what_can_train_together() -> None:
 @pytest.mark.parametrize("size", [1, 6, 36])
 def test_any_beginning_of_a_plan_is_a_fair_sample(size: int) -> None:
     runs = load_grid("paper").runs
-    stacks = plan(runs, lambda shape: size)
+    stacks = make_stacks(runs, lambda key: size)
     early = [run for members in stacks[: -(-432 // size)] for run in members]
     for axis in ("optimizer", "model", "data", "momentum"):
         whole, part = (pd.Series([getattr(run, axis) for run in some]).value_counts() for some in (runs, early))
@@ -57,12 +56,12 @@ def test_any_beginning_of_a_plan_is_a_fair_sample(size: int) -> None:
 
 def test_stacks_are_even_and_divide_among_workers() -> None:
     runs = [RunConfig(lr=lr / 100) for lr in range(1, 14)]
-    assert [len(members) for members in plan(runs, lambda shape: 12)] == [6, 7]
-    assert [len(members) for members in plan(runs, lambda shape: 13, workers=3)] == [4, 4, 5]
-    assert [len(members) for members in plan(runs[:2], lambda shape: 13, workers=3)] == [1, 1]
+    assert [len(members) for members in make_stacks(runs, lambda key: 12)] == [6, 7]
+    assert [len(members) for members in make_stacks(runs, lambda key: 13, workers=3)] == [4, 4, 5]
+    assert [len(members) for members in make_stacks(runs[:2], lambda key: 13, workers=3)] == [1, 1]
     mixed = [RunConfig(seed=seed, epochs=epochs) for seed in range(3) for epochs in (1, 2)]
-    assert len(plan(mixed, lambda shape: 6)) == 1
-    assert len(plan([RunConfig(batch_size=size) for size in (1, 2, 3)], lambda shape: 6)) == 3
+    assert len(make_stacks(mixed, lambda key: 6)) == 1
+    assert len(make_stacks([RunConfig(batch_size=size) for size in (1, 2, 3)], lambda key: 6)) == 3
 
 
 def test_a_sweep_is_stored_as_it_goes(swept: Path, small_grid: Grid) -> None:
@@ -85,14 +84,14 @@ def test_the_same_command_again_trains_nothing(
     run_sweep: Callable[..., int], small_grid: Grid, swept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (swept / FILE).read_bytes()
-    monkeypatch.setattr(processes, "train", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(processes, "train_stack", lambda *args: pytest.fail("trained again"))
     assert run_sweep(small_grid, swept) == 0
     assert (swept / FILE).read_bytes() == before
 
 
 def interrupt_after(events: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C after so many of the messages of training."""
-    real, left = processes.train, events
+    real, left = processes.train_stack, events
 
     def interrupted(*args: Any) -> object:
         nonlocal left
@@ -102,7 +101,7 @@ def interrupt_after(events: int, monkeypatch: pytest.MonkeyPatch) -> None:
             left -= 1
             yield event
 
-    monkeypatch.setattr(processes, "train", interrupted)
+    monkeypatch.setattr(processes, "train_stack", interrupted)
 
 
 @pytest.mark.parametrize("events", [0, 3, 8, 9, 13, 20])
@@ -147,14 +146,6 @@ def test_killed_outright_it_continues_to_the_same_results(run_sweep: Callable[..
     again = subprocess.run(command, check=True, capture_output=True, text=True)
     assert f"Trained {6 - done} of 6 runs" in again.stdout
     assert_same(tmp_path / "whole", tmp_path / "cut")
-
-
-@pytest.mark.parametrize(
-    ("runs", "seconds", "text"),
-    [(0, 5.0, "… runs/min"), (96, 60.0, "96 runs/min"), (119, 3600.0, "119 runs/h"), (0.5, 3600.0, "0.5 runs/h")],
-)
-def test_the_rate_is_in_plain_numbers(runs: float, seconds: float, text: str) -> None:
-    assert rate(runs, seconds) == text
 
 
 def test_another_size_of_stacks_replans_what_is_not_begun(

@@ -57,7 +57,7 @@ def test_a_sweep_that_goes_on_has_no_point_twice(
 ) -> None:
     """The second session starts the stack anew, and trains the run that had ended again, for the others' company."""
     grid = Grid("few", (dataclasses.replace(small_grid.runs[0], epochs=2), *small_grid.runs[1:3]))
-    real = work.train
+    real = work.train_stack
 
     def interrupted(*args: Any) -> Any:
         for message in real(*args):
@@ -65,10 +65,10 @@ def test_a_sweep_that_goes_on_has_no_point_twice(
                 raise KeyboardInterrupt
             yield message
 
-    monkeypatch.setattr("ncollapse.train.sweep.processes.train", interrupted)
+    monkeypatch.setattr("ncollapse.train.sweep.processes.train_stack", interrupted)
     with pytest.raises(InterruptError):
         run_sweep(grid, tmp_path, tensorboard=True)
-    monkeypatch.setattr("ncollapse.train.sweep.processes.train", real)
+    monkeypatch.setattr("ncollapse.train.sweep.processes.train_stack", real)
     assert (load_runs(tmp_path).status == "done").tolist() == [True, False, False]
     assert run_sweep(grid, tmp_path, tensorboard=True) == 2
     assert_shows_the_store(tmp_path)

@@ -1,9 +1,9 @@
-"""Which runs train together, and in which order the sweep visits them."""
+"""Which runs train together in a stack, and in which order the sweep visits the stacks."""
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from ncollapse.train.config import ALONE, RunConfig
 from ncollapse.train.optimizers import TABLE
@@ -12,8 +12,12 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-    """The settings that the runs of a stack have in common; in all others they may differ."""
+class StackKey:
+    """The settings that all runs of a stack have in common; they may differ in all others.
+
+    Attributes:
+        own_family: the family of the runs' optimizers, if it trains in stacks of its own; else None.
+    """
 
     model: str
     data: str
@@ -23,62 +27,79 @@ class Shape:
     precision: str = "fp32"
     augment: str = "none"
     layers: str = "head"
-    muon: bool = False  # whose step is not that of the other rules
+    own_family: str | None = None
 
     @staticmethod
-    def of(run: RunConfig) -> "Shape":
-        """The shape of a run."""
-        own = {field.name: getattr(run, field.name) for field in dataclasses.fields(Shape) if field.name != "muon"}
-        return Shape(**own, muon=TABLE[run.optimizer].own_stack)
+    def of(run: RunConfig) -> "StackKey":
+        """Return the key of a run."""
+        row = TABLE[run.optimizer]
+        settings = {name: getattr(run, name) for name in _FIELDS if name != "own_family"}
+        return StackKey(**settings, own_family=row.family if row.own_stack else None)
+
+    @staticmethod
+    def from_dict(stored: Mapping[str, Any]) -> "StackKey":
+        """Return the key that a store has kept; fields that it lacks have their defaults, unknown ones are ignored."""
+        settings = {name: stored[name] for name in _FIELDS if name in stored}
+        if "own_family" not in stored:  # format 3 has a flag named after the family instead
+            flags = [row.family for row in TABLE.values() if row.own_stack and stored.get(row.family)]
+            settings["own_family"] = flags[0] if flags else None
+        return StackKey(**settings)
 
     @property
-    def most(self) -> int | None:
-        """The most runs that train as one program; None: any number."""
+    def max_runs(self) -> int | None:
+        """The largest number of runs that can train as one program; None: any number."""
         return 1 if self.model in ALONE else None
 
     def __str__(self) -> str:
         parts = [f"{self.model} on {self.data}", f"batches of {self.batch_size}"]
-        others = {
-            f"width {self.width}": self.width,
-            f"first {self.limit} samples": self.limit,
-            self.precision: self.precision != "fp32",
-            self.augment: self.augment != "none",
-            "all layers": self.layers == "all",
-            "muon": self.muon,
-        }
-        return ", ".join(parts + [text for text, there in others.items() if there])
+        if self.width:
+            parts.append(f"width {self.width}")
+        if self.limit:
+            parts.append(f"first {self.limit} samples")
+        if self.precision != "fp32":
+            parts.append(self.precision)
+        if self.augment != "none":
+            parts.append(self.augment)
+        if self.layers == "all":
+            parts.append("all layers")
+        if self.own_family:
+            parts.append(self.own_family)
+        return ", ".join(parts)
 
 
-def by_shape(runs: Iterable[RunConfig]) -> dict[Shape, list[RunConfig]]:
-    """The runs of each shape, in order."""
-    groups: dict[Shape, list[RunConfig]] = {}
+_FIELDS = tuple(field.name for field in dataclasses.fields(StackKey))
+
+
+def runs_by_key(runs: Iterable[RunConfig]) -> dict[StackKey, list[RunConfig]]:
+    """Group runs by their key, in order."""
+    groups: dict[StackKey, list[RunConfig]] = {}
     for run in runs:
-        groups.setdefault(Shape.of(run), []).append(run)
+        groups.setdefault(StackKey.of(run), []).append(run)
     return groups
 
 
-def plan(runs: Iterable[RunConfig], size: Callable[[Shape], int], workers: int = 1) -> list[list[RunConfig]]:
-    """Stacks of at most `size(shape)` runs, in an order in which any beginning is a fair sample of the grid.
+def make_stacks(runs: Iterable[RunConfig], size: Callable[[StackKey], int], workers: int = 1) -> list[list[RunConfig]]:
+    """Divide runs into stacks of at most `size(key)`, ordered so that any first part is a fair sample of the grid.
 
-    Every stack has its share of each optimizer, settings are drawn at random (by the runs' identities: the same way on
-    every machine), and models and data sets take turns. Where the runs allow it, the stacks of a shape divide evenly
-    among `workers`.
+    Every stack has its share of each optimizer, settings are in random order (that of the runs' ids: the same on every
+    machine), and models and data sets alternate. Where there are enough runs, the number of stacks of each key is a
+    multiple of `workers`.
     """
     stacks = []
-    for shape, members in by_shape(runs).items():
+    for key, members in runs_by_key(runs).items():
         ordered = _spread(sorted(members, key=lambda run: run.id), lambda run: run.optimizer)
-        count = -(-len(ordered) // size(shape))
+        count = -(-len(ordered) // size(key))
         count = min(-(-count // workers) * workers, len(ordered))
         # Even sizes: 13 runs in stacks of at most 12 are 7 and 6.
         bounds = [len(ordered) * i // count for i in range(count + 1)]
         stacks += [ordered[a:b] for a, b in itertools.pairwise(bounds)]
-    return _spread(stacks, lambda stack: Shape.of(stack[0]))
+    return _spread(stacks, lambda stack: StackKey.of(stack[0]))
 
 
 def _spread(items: Sequence[T], kind: Callable[[T], Hashable]) -> list[T]:
-    """The items with those of each kind evenly spread, in their order."""
+    """Reorder items so that those of each kind are evenly spread; within a kind they keep their order."""
     kinds: dict[Hashable, list[T]] = {}
     for item in items:
         kinds.setdefault(kind(item), []).append(item)
-    placed = [((i + 0.5) / len(own), item) for own in kinds.values() for i, item in enumerate(own)]
+    placed = [((i + 0.5) / len(group), item) for group in kinds.values() for i, item in enumerate(group)]
     return [item for _, item in sorted(placed, key=lambda pair: pair[0])]

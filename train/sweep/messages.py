@@ -1,9 +1,9 @@
-"""What an engine is given to do and what it tells while it does it; the same for a process, a GPU or a cluster."""
+"""What an engine is, and the messages that it sends while stacks train; the same for a process, a GPU or a cluster."""
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, Protocol
 
 import torch
 
@@ -11,28 +11,22 @@ from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.errors import CheckpointError, UserError
 from ncollapse.train.results.record import Evaluation
+from ncollapse.train.results.writer import PlannedStack
+from ncollapse.train.sweep.grouping import StackKey
+from ncollapse.train.sweep.throughput import DataFacts, out_of_memory
 from ncollapse.train.training.loop import Training
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """A stack to train: the number that it has in the store, its runs, and the checkpoint where it goes on."""
-
-    stack: int
-    runs: tuple[RunConfig, ...]
-    checkpoint: bytes | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Progress:
-    """So many epochs of a stack are trained."""
+    """A stack has trained `epoch` epochs."""
 
     epoch: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """A checkpoint after so many epochs."""
+    """A checkpoint of a stack after `epoch` epochs."""
 
     epoch: int
     content: bytes
@@ -45,11 +39,12 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """The stack is not trained further.
+    """The training of the stack has stopped.
 
     Attributes:
-        kind: "memory": it does not fit. "lost": its process or node is gone. "checkpoint": it cannot go on from its
-            checkpoint. "refused": the user has to mend something.
+        kind: "memory": it does not fit. "lost": its process or node is gone. "checkpoint": its checkpoint cannot be
+            used. "refused": the user has to change something.
+        text: the reason, for the user.
     """
 
     kind: Literal["memory", "lost", "checkpoint", "refused"]
@@ -57,52 +52,83 @@ class Failed:
 
 
 Message = Evaluation | Progress | Saved | Finished | Failed
-#: Gives the next stack to train, None when there is none (there may be again, after a failure).
-Take = Callable[[], Job | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class How:
-    """What workers have to know besides the runs.
+class WorkerSettings:
+    """What every worker of a sweep has to know, whatever it trains.
 
     Attributes:
-        loaded: data sets that were read already, on the CPU; not sent to other processes.
+        load_data: loads a data set by its name onto a device.
+        checkpoint_seconds: time between checkpoints of a stack.
+        keep_weights: send the final weights of each run.
     """
 
     load_data: Callable[[str, torch.device], Dataset]
     checkpoint_seconds: float
     keep_weights: bool
-    loaded: dict[str, Dataset] = dataclasses.field(default_factory=dict, compare=False, repr=False)
-
-    def __reduce__(self) -> tuple[type["How"], tuple[Any, ...]]:
-        return How, (self.load_data, self.checkpoint_seconds, self.keep_weights)
 
 
 class Engine(Protocol):
-    """Trains stacks somewhere."""
+    """Trains stacks side by side, and tells the policy (`stack_size.py`) what it has to train them with."""
 
     @property
     def device(self) -> str:
-        """What trains, by name."""
+        """The name of the hardware, for the user."""
 
-    def run(self, take: Take) -> Iterator[tuple[Job, Message]]:
-        """Train what `take` gives until it gives nothing more; each stack ends with Finished or Failed."""
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it trains on; 0: it trains on CPU cores."""
+
+    @property
+    def in_process(self) -> bool:
+        """Whether a single worker is this process, so that none has to be started."""
+
+    def slots(self, per_gpu: int) -> int:
+        """How many workers there is hardware for: one on each core, or `per_gpu` on each GPU."""
+
+    def threads(self, workers: int) -> int:
+        """How many CPU threads each of `workers` workers may have."""
+
+    def use(self, workers: int, threads: int, per_gpu: int = 1) -> None:
+        """Measure and train with `workers` workers of `threads` threads, `per_gpu` on each GPU, from now on."""
+
+    def room(self, key: StackKey, facts: DataFacts) -> int | None:
+        """How many runs fit into the memory of each worker, at least 1; None: not known before a measurement."""
+
+    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> float | None:
+        """Training steps per second, summed over all runs, with a stack of `size` runs in every worker at once.
+
+        None where that does not fit in memory. `quick`: time a single step.
+        """
+
+    def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
+        """Train what `next_stack` returns until it returns None and nothing is in training.
+
+        The messages of each stack end with Finished or Failed; after that `next_stack` may have a stack again.
+        """
 
     def close(self) -> None:
-        """Let go of everything, at once: stacks in flight are given up."""
+        """Release everything at once; stacks in training are abandoned."""
 
 
-def train(job: Job, data: Dataset, device: torch.device, how: How) -> Iterator[Message]:
-    """Train a stack here; ends with Finished or Failed."""
+def train_stack(
+    runs: Sequence[RunConfig],
+    data: Dataset,
+    device: torch.device,
+    settings: WorkerSettings,
+    checkpoint: bytes | None = None,
+) -> Iterator[Message]:
+    """Train a stack in this process, from a checkpoint if there is one; ends with Finished or Failed."""
     try:
-        training = Training(job.runs, data, device, checkpoint=job.checkpoint, keep_weights=how.keep_weights)
+        training = Training(runs, data, device, checkpoint=checkpoint, keep_weights=settings.keep_weights)
         saved = time.monotonic()
         for event in training:
             if isinstance(event, Evaluation):
                 yield event
                 continue
             yield Progress(event)
-            if time.monotonic() - saved >= how.checkpoint_seconds:
+            if time.monotonic() - saved >= settings.checkpoint_seconds:
                 yield Saved(event, training.checkpoint())
                 saved = time.monotonic()
         yield Finished()
@@ -114,8 +140,3 @@ def train(job: Job, data: Dataset, device: torch.device, how: How) -> Iterator[M
         if not out_of_memory(error):
             raise
         yield Failed("memory", str(error).splitlines()[0] if str(error) else "out of memory")
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is used up; on the CPU torch says it in words only."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

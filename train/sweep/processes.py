@@ -1,4 +1,4 @@
-"""Stacks trained here: in this process, or in several side by side, each with a device and a share of the cores."""
+"""Worker processes of this machine, which train stacks side by side, each with a device and a share of the cores."""
 
 import contextlib
 import ctypes
@@ -9,8 +9,7 @@ import pickle
 import signal
 import threading
 import traceback
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -18,59 +17,47 @@ from typing import Any
 import torch
 
 from ncollapse.train.data.sets import Dataset
-from ncollapse.train.results.provenance import device_name
-from ncollapse.train.sweep.grouping import Shape
-from ncollapse.train.sweep.messages import Failed, Finished, How, Job, Message, Take, train
-from ncollapse.train.sweep.throughput import Facts, measure
+from ncollapse.train.results.writer import PlannedStack
+from ncollapse.train.sweep.grouping import StackKey
+from ncollapse.train.sweep.messages import Failed, Finished, Message, WorkerSettings, train_stack
+from ncollapse.train.sweep.throughput import DataFacts, measure_rate
 
 
 class Trainer:
-    """What a process trains with: a device, and the data sets that it has loaded."""
+    """Trains stacks in the process that it is made in, and keeps the data sets that they need on its device.
 
-    def __init__(self, device: torch.device, how: How) -> None:
-        self.device, self._how = device, how
-        self._data: dict[str, Dataset] = {}  # all are kept: stacks of different data sets take turns
+    Args:
+        loaded: data sets by name that were read already; taken out when they are needed.
+    """
+
+    def __init__(
+        self, device: torch.device, settings: WorkerSettings, loaded: dict[str, Dataset] | None = None
+    ) -> None:
+        self.device, self._settings, self._loaded = device, settings, loaded or {}
+        self._data: dict[str, Dataset] = {}  # all of them, since stacks of different data sets alternate
         keep_memory()
         if device.type == "cuda":
             torch.cuda.set_device(device)
 
-    def data(self, name: str) -> Dataset:
-        """A data set on the device."""
+    def _data_set(self, name: str) -> Dataset:
         if name not in self._data:
-            read = self._how.loaded.pop(name, None)
-            self._data[name] = self._how.load_data(name, self.device) if read is None else read.to(self.device)
+            read = self._loaded.pop(name, None)
+            self._data[name] = self._settings.load_data(name, self.device) if read is None else read.to(self.device)
         return self._data[name]
 
-    def train(self, job: Job) -> Iterator[Message]:
-        """Train a stack; see `ncollapse.train.sweep.messages.train`."""
-        return train(job, self.data(job.runs[0].data), self.device, self._how)
-
-
-class InProcess:
-    """Trains one stack after the other in this process, with so many threads until it is closed."""
-
-    def __init__(self, device: torch.device, how: How, threads: int) -> None:
-        self.trainer = Trainer(device, how)
-        self.device = device_name(str(device))
-        self._before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-
-    def run(self, take: Take) -> Iterator[tuple[Job, Message]]:
-        """See `ncollapse.train.sweep.messages.Engine`."""
-        while (job := take()) is not None:
-            for message in self.trainer.train(job):
-                yield job, message
-
-    def close(self) -> None:
-        """See `ncollapse.train.sweep.messages.Engine`."""
-        torch.set_num_threads(self._before)
+    def train(self, stack: PlannedStack) -> Iterator[Message]:
+        """Train a stack; see `ncollapse.train.sweep.messages.train_stack`."""
+        data = self._data_set(stack.runs[0].data)
+        checkpoint = None if stack.checkpoint is None else stack.checkpoint.read_bytes()
+        return train_stack(stack.runs, data, self.device, self._settings, checkpoint)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Measure:
-    shape: Shape
-    facts: Facts
+    key: StackKey
+    facts: DataFacts
     size: int
+    quick: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,17 +66,22 @@ class _Crashed:
 
 
 class _Worker:
-    """A process that trains what it is sent, and this end of the pipe to it."""
+    """A process that trains the stacks it is sent, and this end of the pipe to it."""
 
-    def __init__(self, device: str, threads: int, how: How) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would take torch's threads and the GPU's state along
-        self.connection, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_serve, args=(theirs, device, threads, how), daemon=True)
+    def __init__(self, device: str, threads: int, settings: WorkerSettings) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads and the state of the GPU
+        self.connection, child_end = context.Pipe()
+        arguments = (child_end, device, threads, settings)
+        self.process: BaseProcess = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
-        theirs.close()
+        child_end.close()
 
     def receive(self) -> Any:
-        """The next message; Failed where the process is gone."""
+        """Wait for the next message; Failed where the process has ended.
+
+        Raises:
+            RuntimeError: an exception in the process, with its traceback.
+        """
         try:
             message = self.connection.recv()
         except (EOFError, OSError, pickle.UnpicklingError):  # it may have been killed in the middle of a message
@@ -105,52 +97,54 @@ class _Worker:
         self.connection.close()
 
 
-class Processes:
-    """Trains stacks side by side in processes of this machine.
+class ProcessPool:
+    """Processes that train stacks side by side.
 
     Args:
-        devices: for each process the device that it trains on.
-        threads: of each process.
-        how: must be picklable.
+        devices: the names of the devices on which the processes train, in turn.
+        threads: CPU threads of each process.
+        settings: must be picklable.
     """
 
-    def __init__(self, devices: Sequence[str], threads: int, how: How) -> None:
-        self._threads, self._how = threads, how
-        self._devices = list(devices)
-        how.loaded.clear()  # each has its own
-        self._workers = [_Worker(device, threads, how) for device in devices]
+    def __init__(self, devices: Sequence[str], threads: int, settings: WorkerSettings) -> None:
+        self.threads, self._devices, self._settings = threads, devices, settings
+        self._workers: list[_Worker] = []
 
-    @property
-    def device(self) -> str:
+    def resize(self, count: int) -> None:
+        """Start workers, or terminate all but the first `count`."""
+        for worker in self._workers[count:]:
+            worker.kill()
+        self._workers = self._workers[:count]
+        while len(self._workers) < count:
+            self._workers.append(self._start(len(self._workers)))
+
+    def _start(self, i: int) -> _Worker:
+        return _Worker(self._devices[i % len(self._devices)], self.threads, self._settings)
+
+    def _replace(self, i: int) -> None:
+        self._workers[i].kill()
+        self._workers[i] = self._start(i)
+
+    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, quick: bool) -> float | None:
         """See `ncollapse.train.sweep.messages.Engine`."""
-        counts = Counter(device_name(device) for device in dict.fromkeys(self._devices))
-        return ", ".join(f"{count} × {name}" if count > 1 else name for name, count in counts.items())
-
-    def measure(self, shape: Shape, facts: Facts, size: int) -> float | None:
-        """Training steps a second of all runs, each process with a stack of `size` at once; None: no room for it."""
         for worker in self._workers:
-            worker.connection.send(_Measure(shape, facts, size))
+            with contextlib.suppress(OSError):  # it has ended: `receive` says so
+                worker.connection.send(_Measure(key, facts, size, quick))
         answers = [worker.receive() for worker in self._workers]
         lost = [i for i, answer in enumerate(answers) if isinstance(answer, Failed)]
         for i in lost:
             self._replace(i)
         return None if lost or None in answers else sum(answers)
 
-    def keep(self, count: int) -> None:
-        """Let all but so many processes go."""
-        for worker in self._workers[count:]:
-            worker.kill()
-        self._workers, self._devices = self._workers[:count], self._devices[:count]
-
-    def run(self, take: Take) -> Iterator[tuple[Job, Message]]:
+    def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
         """See `ncollapse.train.sweep.messages.Engine`."""
-        busy: dict[int, Job] = {}  # index of the worker -> what it trains
+        busy: dict[int, PlannedStack] = {}  # index of the worker -> what it trains
         while True:
             for i, worker in enumerate(self._workers):
-                if i not in busy and (job := take()) is not None:
-                    busy[i] = job
-                    with contextlib.suppress(OSError):  # gone while it was idle: `receive` says so
-                        worker.connection.send(job)
+                if i not in busy and (stack := next_stack()) is not None:
+                    busy[i] = stack
+                    with contextlib.suppress(OSError):  # it ended while it was idle: `receive` says so
+                        worker.connection.send(stack)
             if not busy:
                 return
             indices = {self._workers[i].connection: i for i in busy}
@@ -158,45 +152,37 @@ class Processes:
                 assert isinstance(connection, Connection)
                 i = indices[connection]
                 message = self._workers[i].receive()
-                job = busy[i]
+                stack = busy[i]
                 if isinstance(message, Failed) and message.kind == "lost":
                     self._replace(i)
                 if isinstance(message, (Finished, Failed)):
                     del busy[i]
-                yield job, message
-
-    def _replace(self, i: int) -> None:
-        self._workers[i].kill()
-        self._workers[i] = _Worker(self._devices[i], self._threads, self._how)
-
-    def close(self) -> None:
-        """See `ncollapse.train.sweep.messages.Engine`."""
-        for worker in self._workers:
-            worker.kill()
+                yield stack, message
 
 
-def _serve(connection: Connection, device: str, threads: int, how: How) -> None:
-    """The life of a worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
+def _serve(connection: Connection, device: str, threads: int, settings: WorkerSettings) -> None:
+    """Answer requests in a worker process until the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which terminates its workers
     _end_with_parent()
     torch.set_num_threads(threads)
     try:
-        trainer = Trainer(torch.device(device), how)
+        trainer = Trainer(torch.device(device), settings)
         while True:
             request = connection.recv()
             if isinstance(request, _Measure):
-                connection.send(measure(request.shape, request.facts, request.size, trainer.device))
+                rate = measure_rate(request.key, request.facts, request.size, trainer.device, quick=request.quick)
+                connection.send(rate)
                 continue
             for message in trainer.train(request):
                 connection.send(message)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent is gone
+        return  # the parent has ended
     except Exception:
         connection.send(_Crashed(traceback.format_exc()))
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed cannot end its workers: they look out for it, also in the middle of a long epoch."""
+    """End this process when its parent ends, also in the middle of a long epoch: a killed parent cannot do it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         sentinel = parent.sentinel
@@ -211,8 +197,8 @@ def _end_with_parent() -> None:
 def keep_memory() -> None:
     """Have the C library keep freed memory for the next step.
 
-    By default glibc gives large blocks back to the system at once, and a step of a stack then takes a thousand page
-    faults to get the same memory again: a quarter of a small CNN's step on a CPU.
+    By default glibc returns large blocks to the system at once, and a step of a stack then causes a thousand page
+    faults to get the same memory again: a quarter of the time of a small CNN's step on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:

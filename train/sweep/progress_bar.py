@@ -7,16 +7,9 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from ncollapse.train.config import RunConfig
+from ncollapse.train.formatting import rate
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.writer import PlannedStack
-
-
-def rate(runs: float, seconds: float) -> str:
-    """Runs per minute, or per hour where they are few; `runs` may be a fraction."""
-    if seconds <= 0 or runs <= 0:
-        return "… runs/min"
-    per_minute = 60 * runs / seconds
-    return f"{per_minute:.0f} runs/min" if per_minute >= 2 else f"{60 * per_minute:.3g} runs/h"
 
 
 class _Rate(ProgressColumn):

@@ -6,133 +6,152 @@ Two machines, with the same ncollapse, Ray and Python on both::
     ray start --address HOST:6379                             # on every other one, now or later
     ncollapse sweep paper --engine ray --out results/paper    # on the first
 
-The command may run on any machine of the cluster; it alone reads the data sets and writes the results folder. Without a
-cluster, Ray starts one on this machine for the time of the sweep. A cluster that asks for a token (Ray makes one where
-`~/.ray/auth_token` exists) needs that file and RAY_AUTH_MODE=token on every machine.
+The command may run on any machine of the cluster; only that machine reads the data sets and writes the results folder.
+Without a cluster, Ray starts one on this machine for the time of the sweep. A cluster that requires a token (Ray makes
+one where `~/.ray/auth_token` exists) needs that file and RAY_AUTH_MODE=token on every machine.
 """
 
 import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.errors import UserError
-from ncollapse.train.sweep.grouping import Shape
-from ncollapse.train.sweep.messages import Engine, Failed, Finished, How, Job, Message, Take, train
+from ncollapse.train.results.writer import PlannedStack
+from ncollapse.train.sweep.grouping import StackKey
+from ncollapse.train.sweep.messages import Failed, Finished, Message, WorkerSettings, train_stack
 from ncollapse.train.sweep.processes import keep_memory
 from ncollapse.train.sweep.ray_connect import connect
-from ncollapse.train.sweep.stack_size import Choice, Work
-from ncollapse.train.sweep.this_machine import PER_GPU, WORTH_MEASURING, room_for
-from ncollapse.train.sweep.throughput import Facts, measure
+from ncollapse.train.sweep.this_machine import room_on
+from ncollapse.train.sweep.throughput import DataFacts, measure_rate
 
-#: Of each task. Tasks share a machine's cores among them, as the processes of the local engine do.
+#: Threads of each task. Tasks share a machine's cores among them, as the processes of the local engine do.
 _THREADS = 1
-#: Seconds between looks at the size of the cluster.
-_LOOK = 2.0
+#: Seconds between two queries of the cluster's size.
+_QUERY_SECONDS = 2.0
 
 
-def choose_cluster(work: Work, ray_address: str | None, device: torch.device, how: How) -> tuple[Choice, Engine]:
-    """Choose the size of stacks by measurement on the cluster, and start the engine.
+class Cluster:
+    """Trains stacks as tasks on a Ray cluster (`messages.Engine`): one on each core, or some on each GPU.
 
     Args:
         ray_address: HOST:PORT; by default $RAY_ADDRESS, a cluster on this machine, or else a new one here.
         device: "cpu" for the cluster's cores, "cuda" for its GPUs.
-
-    Raises:
-        UserError: see `Cluster`.
-    """
-    engine = Cluster(ray_address, _THREADS, device, how)
-    try:
-        return engine.choose(work), engine
-    except BaseException:
-        engine.close()
-        raise
-
-
-class Cluster:
-    """Trains stacks as tasks on a Ray cluster: one on `threads` cores each, or `per_gpu` on each GPU.
-
-    Args:
-        ray_address, device: see `choose_cluster`.
+        loaded: data sets by name, on the CPU, that were read already; emptied as they are used.
 
     Raises:
         UserError: Ray is not installed, the cluster does not answer, or it has nothing of the kind of `device`.
     """
 
-    def __init__(self, ray_address: str | None, threads: int, device: torch.device, how: How, per_gpu: int = 1) -> None:
+    in_process = False
+
+    def __init__(
+        self,
+        ray_address: str | None,
+        device: torch.device,
+        settings: WorkerSettings,
+        loaded: dict[str, Dataset] | None = None,
+    ) -> None:
         self._ray = connect(ray_address)
         self._errors = self._ray.exceptions
-        self._given, self._how = how, self._ray.put(how)
-        self._threads, self._gpu, self._per_gpu = threads, device.type == "cuda", per_gpu
-        self._device = torch.device("cuda", 0) if self._gpu else device  # Ray shows a task its own GPU alone
+        self._settings, self._settings_ref = settings, self._ray.put(settings)
+        self._loaded = {} if loaded is None else loaded
+        self._on_gpus = device.type == "cuda"
+        self._device = torch.device("cuda", 0) if self._on_gpus else device  # Ray shows a task only its own GPU
+        self._workers, self._threads, self._per_gpu = 1, _THREADS, 1
         self._data: dict[str, Any] = {}  # name -> reference to the data set in the cluster
-        self._flying: dict[Any, Job] = {}  # the messages of a task -> what it trains
-        if self._room() == 0:
+        self._in_flight: dict[Any, PlannedStack] = {}  # the messages of a task -> the stack that it trains
+        self._probes: list[Any] = []  # actors that measure, with the bundle of resources that they share on a GPU
+        self._bundle: Any = None
+        if self.slots(1) == 0:
             self.close()
             raise UserError(
-                f"the Ray cluster has no {'GPU' if self._gpu else 'CPU'} to train on: give another --device, or start "
-                "nodes that have some with `ray start --address HOST:6379`"
+                f"the Ray cluster has no {'GPU' if self._on_gpus else 'CPU'} to train on: give another --device, or "
+                "start nodes that have some with `ray start --address HOST:6379`"
             )
-
-    def _remote(self, what: Callable[..., Any], **options: Any) -> Any:
-        return self._ray.remote(num_cpus=self._threads, num_gpus=1 / self._per_gpu if self._gpu else 0, **options)(what)
-
-    def _room(self, resources: Mapping[str, float] | None = None) -> int:
-        """How many stacks the whole cluster trains side by side, or these resources of it."""
-        resources = self._ray.cluster_resources() if resources is None else resources
-        cores = int(resources.get("CPU", 0) // self._threads)
-        return min(cores, int(resources.get("GPU", 0)) * self._per_gpu) if self._gpu else cores
 
     @property
     def device(self) -> str:
-        """See `ncollapse.train.sweep.messages.Engine`."""
+        """See `Engine`."""
         resources = self._ray.cluster_resources()
-        if not self._gpu:
+        if not self._on_gpus:
             kind = f"{resources.get('CPU', 0):g} cores"
         else:
             prefix = "accelerator_type:"
             models = ", ".join(sorted(name.removeprefix(prefix) for name in resources if name.startswith(prefix)))
             kind = f"{resources.get('GPU', 0):g} GPUs" + (f" ({models})" if models else "")
-        nodes = sum(node["Alive"] for node in self._ray.nodes())
+        nodes = len(self._nodes())
         return f"Ray cluster, {nodes} machine{'s' if nodes != 1 else ''}, {kind}"
 
-    def run(self, take: Take) -> Iterator[tuple[Job, Message]]:
-        """See `ncollapse.train.sweep.messages.Engine`."""
-        # Ray must not try again by itself: it would start with the first checkpoint, and give every message twice. The
-        # sweep does, from the last checkpoint. For each task on a GPU Ray starts a new process, as an idle one would
-        # keep the GPU's memory.
+    def _nodes(self) -> list[dict[str, Any]]:
+        return [node for node in self._ray.nodes() if node["Alive"]]
+
+    @property
+    def gpus(self) -> int:
+        """See `Engine`."""
+        return int(self._ray.cluster_resources().get("GPU", 0)) if self._on_gpus else 0
+
+    def slots(self, per_gpu: int) -> int:
+        """See `Engine`; each worker on a GPU also needs a core of the same machine."""
+        return sum(self._slots_of(node["Resources"], per_gpu) for node in self._nodes())
+
+    def _slots_of(self, resources: Mapping[str, float], per_gpu: int) -> int:
+        cores = int(resources.get("CPU", 0) // self._threads)
+        return min(cores, int(resources.get("GPU", 0)) * per_gpu) if self._on_gpus else cores
+
+    def threads(self, workers: int) -> int:
+        """See `Engine`."""
+        return _THREADS
+
+    def use(self, workers: int, threads: int, per_gpu: int = 1) -> None:
+        """See `Engine`; `run` uses all slots of the cluster, since nodes come and go."""
+        if (workers, threads, per_gpu) != (self._workers, self._threads, self._per_gpu):
+            self._close_probes()
+        self._workers, self._threads, self._per_gpu = workers, threads, per_gpu
+
+    def _remote(self, function: Callable[..., Any], **options: Any) -> Any:
+        gpus = 1 / self._per_gpu if self._on_gpus else 0
+        return self._ray.remote(num_cpus=self._threads, num_gpus=gpus, **options)(function)
+
+    def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
+        """See `Engine`."""
+        self._close_probes()
+        # Ray must not retry by itself: it would start from the first checkpoint, and send every message twice. The
+        # sweep retries from the last checkpoint. For each task on a GPU Ray starts a new process, since an idle one
+        # would keep the GPU's memory.
         task = self._remote(_train, num_returns="streaming", max_retries=0)
-        room, looked = self._room(), time.monotonic()
+        slots, queried = self.slots(self._per_gpu), time.monotonic()
         while True:
             # One task waits even where no node is left: for nodes that come back, or that an autoscaler starts for it.
-            while len(self._flying) < max(room, 1) and (job := take()) is not None:
-                messages = task.remote(job, [self._data_set(job)], self._how, self._threads, self._device)
-                self._flying[messages] = job
-            if not self._flying:
+            while len(self._in_flight) < max(slots, 1) and (stack := next_stack()) is not None:
+                checkpoint = None if stack.checkpoint is None else stack.checkpoint.read_bytes()
+                data = [self._data_set(stack.runs[0].data)]
+                messages = task.remote(stack.runs, data, self._device, self._settings_ref, checkpoint, self._threads)
+                self._in_flight[messages] = stack
+            if not self._in_flight:
                 return
-            self._ray.wait(list(self._flying), timeout=_LOOK)
-            # Not the first that is ready alone: stacks that talk much would keep the others from being heard.
-            ready, _ = self._ray.wait(list(self._flying), num_returns=len(self._flying), timeout=0)
+            self._ray.wait(list(self._in_flight), timeout=_QUERY_SECONDS)
+            # Take a message of every task that has one: a stack with many messages would hold up those of the others.
+            ready, _ = self._ray.wait(list(self._in_flight), num_returns=len(self._in_flight), timeout=0)
             for messages in ready:
-                job, message = self._flying[messages], self._receive(messages)
+                stack, message = self._in_flight[messages], self._receive(messages)
                 if isinstance(message, (Finished, Failed)):
-                    del self._flying[messages]
-                yield job, message
-            if time.monotonic() - looked > _LOOK:  # nodes come and go
-                room, looked = self._room(), time.monotonic()
+                    del self._in_flight[messages]
+                yield stack, message
+            if time.monotonic() - queried > _QUERY_SECONDS:  # nodes come and go
+                slots, queried = self.slots(self._per_gpu), time.monotonic()
 
-    def _data_set(self, job: Job) -> Any:
-        """The data set of a stack, put into the cluster when it is first needed: its machines need no data folder."""
-        name = job.runs[0].data
+    def _data_set(self, name: str) -> Any:
+        """A reference to a data set, put into the cluster at its first use: its machines need no data folder."""
         if name not in self._data:
-            data = self._given.loaded.pop(name, None) or self._given.load_data(name, torch.device("cpu"))
+            data = self._loaded.pop(name, None) or self._settings.load_data(name, torch.device("cpu"))
             self._data[name] = self._ray.put(_packed(data))
         return self._data[name]
 
@@ -147,89 +166,61 @@ class Cluster:
         except lost as error:
             return Failed("lost", _first_line(error))
 
-    def choose(self, work: Work) -> Choice:
-        """The best size of stacks, with as many side by side as the cluster has room for, and how many share a GPU."""
-        if len(work.runs) == 1 or (work.stack != "auto" and not self._gpu):  # too large, and the sweep halves it
-            choice = work.unmeasured(self._threads, {shape: len(own) for shape, own in work.shapes.items()})
-            return dataclasses.replace(choice, workers=min(self._room(), len(work.runs)))
-        choices = []
-        for per_gpu in self._packings():
-            self._per_gpu = per_gpu
-            choices.append(self._measured(work))
-            if not choices[0].rates:  # too little to do
-                return choices[0]
-        best = min(choices, key=lambda choice: work.seconds(choice.rates))
-        self._per_gpu = best.per_gpu
-        return dataclasses.replace(best, measured=tuple(one for choice in choices for one in choice.measured))
+    def room(self, key: StackKey, facts: DataFacts) -> int | None:
+        """See `Engine`; known once probes are there."""
+        if not self._probes:
+            return None
+        # Stacks on one machine share its memory, those on one GPU the GPU's.
+        sharing = {
+            node["NodeID"]: self._per_gpu if self._on_gpus else self._slots_of(node["Resources"], 1)
+            for node in self._nodes()
+        }
+        fits = self._ask("room", key, facts)
+        return max(1, min(fit // max(1, min(sharing[node], self._workers)) for node, fit in fits))
 
-    def _packings(self) -> list[int]:
-        """How many stacks may share a GPU: as many as it has cores beside it."""
-        if not self._gpu:
-            return [1]
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
-        cores = max(node.get("CPU", 0) / node["GPU"] for node in nodes)
-        return [count for count in PER_GPU if count == 1 or count * self._threads <= cores]
-
-    def _measured(self, work: Work) -> Choice:
-        """The best size of stacks by measurement; an unmeasured one where there is too little to do."""
-        workers = min(self._room(), len(work.runs))
-        with self._probes(workers) as (count, ask):
-
-            def rate(shape: Shape, facts: Facts, size: int, quick: bool = False) -> float | None:
-                try:
-                    rates = ask("measure", shape, facts, size, quick)
-                except (self._errors.RayActorError, self._errors.OutOfMemoryError):  # killed for the memory it took
-                    return None
-                return None if None in rates else sum(rates) * workers / count
-
-            shapes = {shape: work.facts[shape.data] for shape in work.shapes}
-            fits = ask("room", shapes)
-            # Stacks on one machine share its memory, those on one GPU the GPU's.
-            nodes = self._ray.nodes()
-            beside = {node["NodeID"]: self._per_gpu if self._gpu else self._room(node["Resources"]) for node in nodes}
-            room = {s: min(fit[s] // max(1, min(beside[node], workers)) for node, fit in fits) for s in shapes}
-            room = {shape: max(1, fit) for shape, fit in room.items()}
-            if self._per_gpu == 1:
-                choice = dataclasses.replace(work.unmeasured(self._threads, room), workers=workers)
-                quick = {s: rate(s, shapes[s], size, quick=True) for s, size in choice.sizes.items()}
-                if work.seconds({shape: rate for shape, rate in quick.items() if rate}) < WORTH_MEASURING:
-                    return choice
-            return dataclasses.replace(work.measured(rate, workers, self._threads, room), per_gpu=self._per_gpu)
-
-    @contextmanager
-    def _probes(self, workers: int) -> Iterator[tuple[int, Callable[..., list[Any]]]]:
-        """Processes that measure at once, as those that train would: how many, and what asks all of them."""
-        if self._gpu:  # GPUs share nothing: those that share one, in a bundle of resources that has one
-            count = min(self._per_gpu, workers)
-            bundle = {"GPU": 1.0, "CPU": float(self._threads * count)}
-            group = self._ray.util.placement_group([bundle])
-            within = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group)
-            probe = self._remote(_Probe, scheduling_strategy=within)
-        else:  # cores share caches and memory
-            count = max(1, min(workers, self._room(self._ray.available_resources())))
-            group, probe = None, self._remote(_Probe)
-        probes = [probe.remote(self._threads, self._device) for _ in range(count)]
-
-        def ask(method: str, *args: Any) -> list[Any]:
-            answers: list[Any] = self._ray.get([getattr(one, method).remote(*args) for one in probes])
-            return answers
-
+    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> float | None:
+        """See `Engine`; measured by as many probes as compete for something, for all workers."""
+        if not self._probes:
+            self._open_probes()
         try:
-            yield count, ask
-        finally:
-            for one in probes:
-                self._ray.kill(one)
-            if group is not None:
-                self._ray.util.remove_placement_group(group)
+            rates = self._ask("measure_rate", key, facts, size, quick)
+        except (self._errors.RayActorError, self._errors.OutOfMemoryError):  # killed for the memory it took
+            self._close_probes()
+            return None
+        return None if None in rates else sum(rates) * self._workers / len(rates)
+
+    def _ask(self, method: str, *arguments: Any) -> list[Any]:
+        answers: list[Any] = self._ray.get([getattr(probe, method).remote(*arguments) for probe in self._probes])
+        return answers
+
+    def _open_probes(self) -> None:
+        """Start processes that measure at once, under the conditions of those that will train."""
+        if self._on_gpus:  # GPUs share nothing, so the workers of one GPU are enough, in a bundle of resources with it
+            count = min(self._per_gpu, self._workers)
+            self._bundle = self._ray.util.placement_group([{"GPU": 1.0, "CPU": float(self._threads * count)}])
+            strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(self._bundle)
+            probe = self._remote(_Probe, scheduling_strategy=strategy)
+        else:  # cores share caches and memory
+            count = max(1, min(self._workers, self._slots_of(self._ray.available_resources(), 1)))
+            probe = self._remote(_Probe)
+        self._probes = [probe.remote(self._threads, self._device) for _ in range(count)]
+
+    def _close_probes(self) -> None:
+        for probe in self._probes:
+            self._ray.kill(probe)
+        if self._bundle is not None:
+            self._ray.util.remove_placement_group(self._bundle)
+        self._probes, self._bundle = [], None
 
     def close(self) -> None:
-        """See `ncollapse.train.sweep.messages.Engine`: a cluster that was there before stays."""
-        for messages in self._flying:
+        """See `Engine`; a cluster that was running before keeps running."""
+        self._close_probes()
+        for messages in self._in_flight:
             self._ray.cancel(messages, force=True)
         self._ray.shutdown()
 
 
-# What follows runs in processes of the cluster.
+# The rest runs in processes of the cluster.
 
 
 class _Probe:
@@ -237,25 +228,31 @@ class _Probe:
         _set_up(threads)
         self._device = device
 
-    def room(self, shapes: dict[Shape, Facts]) -> tuple[str, dict[Shape, int]]:
-        """The node, and how many runs of each shape fit into its memory."""
+    def room(self, key: StackKey, facts: DataFacts) -> tuple[str, int]:
+        """The id of the node, and how many runs fit into its memory."""
         import ray
 
-        fits = {shape: room_for(shape, facts, self._device) for shape, facts in shapes.items()}
-        return ray.get_runtime_context().get_node_id(), fits
+        return ray.get_runtime_context().get_node_id(), room_on(self._device, key, facts)
 
-    def measure(self, shape: Shape, facts: Facts, size: int, quick: bool) -> float | None:
-        return measure(shape, facts, size, self._device, quick=quick)
+    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, quick: bool) -> float | None:
+        return measure_rate(key, facts, size, self._device, quick=quick)
 
 
-def _train(job: Job, data: list[Any], how: How, threads: int, device: torch.device) -> Iterator[Message]:
+def _train(
+    runs: Sequence[RunConfig],
+    data: list[Any],
+    device: torch.device,
+    settings: WorkerSettings,
+    checkpoint: bytes | None,
+    threads: int,
+) -> Iterator[Message]:
     """The task: train a stack.
 
     Args:
-        data: holds the reference to the data set; a bare one Ray would replace by a new copy for every task.
+        data: holds the reference to the data set; Ray would replace a bare one by a new copy for every task.
     """
     _set_up(threads)
-    yield from train(job, _data_set(data[0], device), device, how)
+    yield from train_stack(runs, _data_set(data[0], device), device, settings, checkpoint)
 
 
 @functools.cache
@@ -264,12 +261,12 @@ def _set_up(threads: int) -> None:
     keep_memory()
 
 
-@functools.cache  # a process trains stack after stack; all data sets stay, since they take turns
+@functools.cache  # a process trains stack after stack; all data sets stay, since they alternate
 def _data_set(reference: Any, device: torch.device) -> Dataset:
     import ray
 
     with warnings.catch_warnings():
-        # torch warns that such arrays cannot be written to; nobody writes to a data set.
+        # torch warns that such arrays cannot be written to; nothing writes to a data set.
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         parts: dict[str, Any] = {
             name: torch.from_numpy(part).to(device) if isinstance(part, np.ndarray) else part
@@ -279,7 +276,7 @@ def _data_set(reference: Any, device: torch.device) -> Dataset:
 
 
 def _packed(data: Dataset) -> dict[str, Any]:
-    """A data set with arrays for tensors: the processes of a machine share the memory of arrays that Ray holds."""
+    """A data set with arrays instead of tensors: processes of a machine share the memory of arrays that Ray holds."""
     parts = {field.name: getattr(data, field.name) for field in dataclasses.fields(Dataset)}
     return {name: part.numpy() if isinstance(part, torch.Tensor) else part for name, part in parts.items()}
 

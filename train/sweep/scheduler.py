@@ -1,6 +1,6 @@
-"""`sweep`: groups a grid's runs into stacks, has an engine train what is not finished, and stores it as it comes in."""
+"""`sweep`: group a grid's runs into stacks, have an engine train the unfinished ones, and store each message."""
 
-import contextlib
+import dataclasses
 import shlex
 import sys
 from collections import Counter, deque
@@ -18,16 +18,16 @@ from ncollapse.train.results.provenance import describe_machine
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.tensorboard import Logs
 from ncollapse.train.results.writer import PlannedStack, Store
-from ncollapse.train.sweep import this_machine as local
-from ncollapse.train.sweep.grouping import Shape, plan
-from ncollapse.train.sweep.messages import Engine, Failed, Finished, How, Job, Message, Progress, Saved
+from ncollapse.train.sweep.grouping import StackKey, make_stacks
+from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, Progress, Saved, WorkerSettings
 from ncollapse.train.sweep.options import Options
 from ncollapse.train.sweep.progress_bar import SweepProgress
-from ncollapse.train.sweep.stack_size import Choice, Work
-from ncollapse.train.sweep.throughput import Facts
+from ncollapse.train.sweep.stack_size import Plan, StackPolicy
+from ncollapse.train.sweep.this_machine import ThisMachine
+from ncollapse.train.sweep.throughput import DataFacts
 
-#: How often a stack is tried whose process or node is lost each time; then it is halved, since a process that takes too
-#: much memory may be killed without a word.
+#: How often a stack is tried whose process or node is lost each time; then it is halved, since the system may have
+#: killed a process for the memory it took.
 _TRIES = 2
 
 
@@ -42,7 +42,8 @@ def sweep(
     """Train every run of the grid that is not finished in `out`.
 
     Args:
-        load_data: a data set by its name, on a device.
+        load_data: loads a data set by its name onto a device. Several workers of the local engine need one that can be
+            pickled; with any other, `workers="auto"` trains in this process.
         device: "cpu" for all cores, "cuda" for all GPUs, or one GPU.
 
     Returns:
@@ -58,14 +59,16 @@ def sweep(
         if not left:
             return 0
         logs = Logs(out) if options.tensorboard else None
-        how = How(load_data, 60 * options.checkpoint_minutes, options.save_weights)
-        facts: dict[str, Facts] = {}
+        loaded: dict[str, Dataset] = {}
+        facts: dict[str, DataFacts] = {}
         for name in dict.fromkeys(run.data for run in left):
-            how.loaded[name] = load_data(name, torch.device("cpu"))
-            facts[name] = Facts.of(how.loaded[name])
+            loaded[name] = load_data(name, torch.device("cpu"))
+            facts[name] = DataFacts.of(loaded[name])
             store.check_data(name, facts[name].fingerprint)
-        engine = _prepare(store, Work(left, facts, options.stack), options, device, how, console)
+        settings = WorkerSettings(load_data, 60 * options.checkpoint_minutes, options.save_weights)
+        engine, workers = _make_engine(options, device, settings, loaded, console)
         try:
+            _prepare(store, StackPolicy(left, facts, options.stack, workers), options, engine, console)
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
             session = store.begin_session(command, describe_machine(engine.device))
             _Sweep(store, session, facts, console, logs).train(engine)
@@ -79,49 +82,58 @@ def sweep(
         return len(left)
 
 
-def _prepare(store: Store, work: Work, options: Options, device: torch.device, how: How, console: Console) -> Engine:
-    """The engine; the plan of who trains with whom is in the store then.
+def _make_engine(
+    options: Options, device: torch.device, settings: WorkerSettings, loaded: dict[str, Dataset], console: Console
+) -> tuple[Engine, int | str]:
+    """Make the engine, and say how many workers it may have: a number or "auto"."""
+    if options.engine == "ray":
+        from ncollapse.train.sweep.ray_cluster import Cluster
 
-    A run's last digits depend on its company and on the threads, so that the plan of an earlier session stays, unless
-    another size of stacks is asked for.
+        return Cluster(options.ray_address, device, settings, loaded), options.workers
+    engine = ThisMachine(device, settings, loaded)
+    if options.workers == "auto" and engine.unpicklable:
+        _say(
+            console,
+            f"load_data cannot be sent to other processes ({engine.unpicklable}), so this process trains all stacks; "
+            "give a function that is defined in a module to use several",
+        )
+        return engine, 1
+    return engine, options.workers
+
+
+def _prepare(store: Store, policy: StackPolicy, options: Options, engine: Engine, console: Console) -> None:
+    """Have the engine use a plan, and the store keep it with the stacks.
+
+    The last digits of a run depend on the other runs of its stack and on the number of threads. So the plan of an
+    earlier session stays, unless the user asks for another size of stacks.
     """
     before = store.engine()
     if before and options.stack in ("auto", before["stack"]) and options.engine == before["engine"]:
-        known = Choice.from_dict(before)
-        if options.engine == "ray":
-            from ncollapse.train.sweep.ray_cluster import Cluster
+        known = Plan.from_dict(before)
+        workers = policy.workers if isinstance(policy.workers, int) else known.workers
+        engine.use(workers, known.threads, known.per_gpu)
+        return
+    plan = policy.choose(engine)
+    begun = store.begun()
+    fixed = {run.id for stack in store.stacks() if stack.id in begun for run in stack.runs}
+    stacks = make_stacks([run for run in policy.runs if run.id not in fixed], plan.sizes.__getitem__, plan.workers)
+    store.set_plan(stacks, {"engine": options.engine, "stack": options.stack, **plan.as_dict()})
+    for line in plan.describe():
+        console.print(line, highlight=False)
 
-            return Cluster(options.ray_address, known.threads, device, how, known.per_gpu)
-        workers = known.workers if options.workers == "auto" else options.workers
-        return local.start(workers, known.threads, device, how)
-    if options.engine == "ray":
-        from ncollapse.train.sweep.ray_cluster import choose_cluster
 
-        choice, engine = choose_cluster(work, options.ray_address, device, how)
-    else:
-        choice, engine = local.choose(work, options.workers, device, how)
-    try:
-        begun = store.begun()
-        fixed = {run.id for stack in store.stacks() if stack.id in begun for run in stack.runs}
-        stacks = plan([run for run in work.runs if run.id not in fixed], choice.sizes.__getitem__, choice.workers)
-        store.set_plan(stacks, {"engine": options.engine, "stack": options.stack, **choice.as_dict()})
-        for line in choice.describe():
-            console.print(line, highlight=False)
-    except BaseException:
-        engine.close()
-        raise
-    return engine
+def _say(console: Console, text: str) -> None:
+    console.print(f"ncollapse: {text}", style="yellow", highlight=False, markup=False)
 
 
 class _Sweep:
-    """The stacks that are left, and what becomes of what an engine tells of them."""
+    """The stacks that are left to train; handles the messages that an engine sends about them."""
 
     def __init__(
-        self, store: Store, session: int, facts: dict[str, Facts], console: Console, logs: Logs | None
+        self, store: Store, session: int, facts: dict[str, DataFacts], console: Console, logs: Logs | None
     ) -> None:
         self._store, self._session, self._facts, self._console = store, session, facts, console
         self._queue = deque(store.stacks())
-        self._stacks: dict[int, PlannedStack] = {}  # those in flight
         self._lost: Counter[int] = Counter()
         self._too_large: list[tuple[RunConfig, str]] = []
         self._bar = SweepProgress(store.grid, store.finished(), console)
@@ -131,11 +143,11 @@ class _Sweep:
         """Have an engine train all of them.
 
         Raises:
-            UserError: at the end, of runs that do not fit in memory even alone; at once, of what the user has to mend.
+            UserError: at the end, runs that do not fit in memory even alone; at once, what the user has to change.
         """
         with self._bar:
-            for job, message in engine.run(self._take):
-                self._handle(self._stacks[job.stack], message)
+            for stack, message in engine.run(self._next):
+                self._handle(stack, message)
         if self._too_large:
             names = "; ".join(run.describe() for run, _ in self._too_large[:3])
             raise UserError(
@@ -145,23 +157,18 @@ class _Sweep:
                 "other runs are finished and kept"
             )
 
-    def _take(self) -> Job | None:
+    def _next(self) -> PlannedStack | None:
+        """The next stack to train; the store has begun it."""
         if not self._queue:
             return None
         stack = self._queue.popleft()
-        content = None
-        if stack.checkpoint is not None:
-            with contextlib.suppress(FileNotFoundError):
-                content = stack.checkpoint.read_bytes()
-        return self._begin(stack, content)
-
-    def _begin(self, stack: PlannedStack, content: bytes | None) -> Job:
-        shape = Shape.of(stack.runs[0])
-        samples = self._facts[shape.data].samples_of(shape)
-        epoch = self._store.begin(stack, self._session, samples, resume=content is not None)
-        self._stacks[stack.id] = stack
+        if stack.checkpoint is not None and not stack.checkpoint.is_file():
+            stack = dataclasses.replace(stack, checkpoint=None)
+        key = StackKey.of(stack.runs[0])
+        samples = self._facts[key.data].samples_of(key)
+        epoch = self._store.begin(stack, self._session, samples, resume=stack.checkpoint is not None)
         self._bar.resume(stack, epoch)
-        return Job(stack.id, stack.runs, content)
+        return stack
 
     def _handle(self, stack: PlannedStack, message: Message) -> None:
         if isinstance(message, Evaluation):
@@ -179,13 +186,13 @@ class _Sweep:
         elif message.kind == "checkpoint":
             self._say(f"{message.text}; stack {stack.id} starts from its beginning")
             self._store.end(stack)
-            self._queue.appendleft(self._again(stack))
+            self._queue.appendleft(self._reloaded(stack))
         elif message.kind == "refused":
             raise UserError(message.text)
         elif message.kind == "lost" and self._lost[stack.id] + 1 < _TRIES:
             self._lost[stack.id] += 1
             self._say(f"stack {stack.id} was lost: {message.text}; it starts again from its last checkpoint")
-            self._queue.appendleft(self._again(stack))
+            self._queue.appendleft(self._reloaded(stack))
         else:
             self._halve(stack, message)
 
@@ -194,12 +201,12 @@ class _Sweep:
         finished = self._store.finished()
         return [run for run in stack.runs if run.id not in finished]
 
-    def _again(self, stack: PlannedStack) -> PlannedStack:
-        """A stack as the store has it now: with its last checkpoint."""
+    def _reloaded(self, stack: PlannedStack) -> PlannedStack:
+        """The stack as the store has it now, with its last checkpoint."""
         return next(one for one in self._store.stacks() if one.id == stack.id)
 
     def _halve(self, stack: PlannedStack, failure: Failed) -> None:
-        """Go on with stacks of at most half the size, also of those of its shape that are still to come."""
+        """Cut a stack, and the larger ones of its key in the queue, into stacks of at most half its size."""
         half = len(self._left(stack)) // 2
         self._store.end(stack)
         if half == 0:
@@ -209,7 +216,9 @@ class _Sweep:
         alike = [stack] + [
             one
             for one in self._queue
-            if Shape.of(one.runs[0]) == Shape.of(stack.runs[0]) and len(one.runs) > half and one.checkpoint is None
+            if StackKey.of(one.runs[0]) == StackKey.of(stack.runs[0])
+            and len(one.runs) > half
+            and one.checkpoint is None
         ]
         parts = [part for one in alike for part in _cut(self._left(one), half)]
         numbers = self._store.set_plan(parts)
@@ -217,7 +226,7 @@ class _Sweep:
         self._queue = deque([PlannedStack(n, tuple(runs)) for n, runs in zip(numbers, parts, strict=True)] + rest)
 
     def _say(self, text: str) -> None:
-        self._console.print(f"ncollapse: {text}", style="yellow", highlight=False, markup=False)
+        _say(self._console, text)
 
 
 def _cut(runs: Sequence[RunConfig], size: int) -> list[Sequence[RunConfig]]:

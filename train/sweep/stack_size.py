@@ -1,51 +1,59 @@
-"""How a sweep is trained: the size of its stacks, and how many of them side by side, by measurement."""
+"""How many runs train in a stack, and how many stacks side by side: the policy, the same for every engine.
+
+An engine (`messages.Engine`) offers what it has: slots for stacks, room in memory and measured rates. What follows from
+them is decided here.
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ncollapse.train.config import RunConfig
-from ncollapse.train.sweep.grouping import Shape, by_shape
+from ncollapse.train.sweep.grouping import StackKey, runs_by_key
 
-if TYPE_CHECKING:  # `ncollapse status` reads choices, and must not wait for torch
-    from ncollapse.train.sweep.throughput import Facts
+if TYPE_CHECKING:  # `ncollapse status` reads plans, and must not wait for torch
+    from ncollapse.train.sweep.messages import Engine
+    from ncollapse.train.sweep.throughput import DataFacts
 
-#: Runs per stack where there is too little work to measure. On a CPU linear layers gain the more the larger the stack,
-#: convolutions up to a few runs (`bench/NOTES.md`).
+#: Seconds of training below which a measurement costs more than it gains.
+WORTH_MEASURING = 5.0
+#: Seconds of training below which starting processes costs more than it gains: each takes seconds to import torch.
+WORTH_PROCESSES = 12.0
+#: Numbers of stacks that share a GPU: those that are tried.
+PER_GPU = (1, 2, 4)
+#: model -> runs per stack where there is too little work to measure. On a CPU linear layers gain the more the larger
+#: the stack, convolutions only up to a few runs (`bench/NOTES.md`).
 _USUAL = {"mlp": 32, "cnn": 4}
-#: A larger stack has to be this much faster, since a failure costs the stacks that are in flight.
+#: A larger stack has to be faster by this factor, since a failure costs the work of the whole stack.
 _FASTER = 1.03
-
-#: Training steps a second, of all processes and runs, with stacks of a size; None where that does not fit in memory.
-Measure = Callable[[Shape, "Facts", int], float | None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-    """How a sweep is trained, and what that was chosen by.
+class Plan:
+    """How a sweep is trained, and the measurements behind it.
 
     Attributes:
-        workers: stacks that train side by side.
-        threads: of each of them.
+        workers: number of stacks that train side by side.
+        threads: CPU threads of each worker.
         sizes: runs in a stack, at most.
-        rates: training steps a second of all runs together; missing where it was not measured.
+        rates: training steps per second, summed over all runs in training; without the keys that were not measured.
         measured: every measurement.
-        per_gpu: stacks that share each GPU of a cluster.
+        per_gpu: number of stacks that share a GPU.
     """
 
     workers: int
     threads: int
-    sizes: dict[Shape, int]
-    rates: dict[Shape, float] = dataclasses.field(default_factory=dict)
+    sizes: dict[StackKey, int] = dataclasses.field(default_factory=dict)
+    rates: dict[StackKey, float] = dataclasses.field(default_factory=dict)
     measured: tuple[dict[str, Any], ...] = ()
     per_gpu: int = 1
 
     def as_dict(self) -> dict[str, Any]:
-        """What the store keeps."""
+        """Return what the store keeps."""
         sizes = [
-            {**dataclasses.asdict(shape), "size": size, "steps_per_second": self.rates.get(shape)}
-            for shape, size in self.sizes.items()
+            {**dataclasses.asdict(key), "size": size, "steps_per_second": self.rates.get(key)}
+            for key, size in self.sizes.items()
         ]
         return {
             "workers": self.workers,
@@ -56,104 +64,142 @@ class Choice:
         }
 
     @classmethod
-    def from_dict(cls, kept: Mapping[str, Any]) -> "Choice":
-        """The choice that the store has kept."""
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Plan":
+        """Return the plan that a store has kept, also one of another version: fields that it lacks have defaults."""
         sizes, rates = {}, {}
-        for stack in kept["stacks"]:
-            shape = Shape(**{field.name: stack[field.name] for field in dataclasses.fields(Shape)})
-            sizes[shape] = stack["size"]
-            if stack["steps_per_second"] is not None:
-                rates[shape] = stack["steps_per_second"]
-        return cls(kept["workers"], kept["threads"], sizes, rates, tuple(kept["measured"]), kept.get("per_gpu", 1))
+        for stack in stored.get("stacks", ()):
+            key = StackKey.from_dict(stack)
+            sizes[key] = stack["size"]
+            if stack.get("steps_per_second") is not None:
+                rates[key] = stack["steps_per_second"]
+        measured = tuple(stored.get("measured", ()))
+        return cls(stored["workers"], stored.get("threads", 1), sizes, rates, measured, stored.get("per_gpu", 1))
 
     def describe(self) -> Iterator[str]:
-        """What to tell the user, a line for each shape."""
+        """Yield a line for the user for each key."""
         workers = "one process" if self.workers == 1 else f"{self.workers} processes"
         threads = "one thread" if self.threads == 1 else f"{self.threads} threads"
         if self.per_gpu > 1:
             threads += f", {self.per_gpu} on each GPU"
-        for shape, size in self.sizes.items():
+        for key, size in self.sizes.items():
             stacks = "one run at a time" if size == 1 else f"stacks of up to {size} runs"
-            measured = f" (measured: {self.rates[shape]:,.0f} training steps/s)" if shape in self.rates else ""
-            yield f"{shape}: {stacks} in {workers} with {threads}{measured}"
+            measured = f" (measured: {self.rates[key]:,.0f} training steps/s)" if key in self.rates else ""
+            yield f"{key}: {stacks} in {workers} with {threads}{measured}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
-    """Runs that are to be trained.
+class StackPolicy:
+    """Chooses the plan for some runs.
 
     Attributes:
-        stack: runs per stack if the user says so, else "auto".
-        facts: of each data set.
+        runs: the runs to train.
+        facts: by the name of a data set.
+        stack: runs per stack as the user asks for, or "auto".
+        workers: stacks side by side as the user asks for, or "auto".
     """
 
     runs: Sequence[RunConfig]
-    facts: Mapping[str, "Facts"]
-    stack: int | str
+    facts: "Mapping[str, DataFacts]"
+    stack: int | str = "auto"
+    workers: int | str = "auto"
 
-    @property
-    def shapes(self) -> dict[Shape, list[RunConfig]]:
-        """The runs of each shape."""
-        return by_shape(self.runs)
+    def choose(self, engine: "Engine") -> Plan:
+        """Choose by measurement where that pays, and have the engine use the plan.
 
-    def seconds(self, rates: Mapping[Shape, float]) -> float:
-        """What all training steps take at these rates; infinite where one is missing."""
+        The cheapest number of workers is tried first: one step of each kind of stack tells whether the work is worth
+        measuring. Then stacks grow for each number of workers, in ascending order, until too little work is left to be
+        worth starting more processes.
+        """
+        counts = self._worker_counts(engine)
+        usual = self.usual(engine, self._without_sizes(engine, counts[0], counts[-1]))
+        if len(self.runs) == 1 or (isinstance(self.stack, int) and len(counts) == 1):
+            return usual  # nothing to choose
+        sizes = usual.sizes.items()
+        seconds = self.seconds({k: engine.measure_rate(k, self.facts[k.data], size, quick=True) for k, size in sizes})
+        if seconds < WORTH_MEASURING:
+            return usual
+        if not engine.gpus and seconds >= WORTH_PROCESSES:
+            counts = counts[-1:]  # on a CPU with much to do, one process per core is the fastest in any case
+        plans: list[Plan] = []
+        for count in counts:
+            plans.append(self.grown(engine, self._without_sizes(engine, count, counts[-1])))
+            if self.seconds(plans[-1].rates) < WORTH_PROCESSES:
+                break
+        best = min(plans, key=lambda plan: self.seconds(plan.rates))
+        engine.use(best.workers, best.threads, best.per_gpu)
+        return dataclasses.replace(best, measured=tuple(one for plan in plans for one in plan.measured))
+
+    def _worker_counts(self, engine: "Engine") -> list[int]:
+        """The numbers of workers to try, ascending."""
+        if isinstance(self.workers, int):
+            return [self.workers]
+        counts = {min(engine.slots(per_gpu), len(self.runs)) for per_gpu in PER_GPU}
+        return sorted(counts | {1} if engine.in_process else counts)
+
+    def _without_sizes(self, engine: "Engine", workers: int, most: int) -> Plan:
+        """A plan with so many workers, before sizes are chosen; `most` is the largest number of workers to try."""
+        per_gpu = -(-workers // engine.gpus) if engine.gpus else 1
+        return Plan(workers, engine.threads(1 if workers == 1 else most), per_gpu=per_gpu)
+
+    def seconds(self, rates: Mapping[StackKey, float | None]) -> float:
+        """Return how long all training steps take at these rates; infinite where a rate is missing."""
         total = 0.0
-        for shape, own in self.shapes.items():
-            samples = self.facts[shape.data].samples_of(shape)
-            steps = sum(run.epochs * run.steps_per_epoch(samples) for run in own)
-            total += steps / rates[shape] if rates.get(shape) else math.inf
+        for key, members in runs_by_key(self.runs).items():
+            samples = self.facts[key.data].samples_of(key)
+            steps = sum(run.epochs * run.steps_per_epoch(samples) for run in members)
+            rate = rates.get(key)
+            total += steps / rate if rate else math.inf
         return total
 
-    def unmeasured(self, threads: int, room: Mapping[Shape, int]) -> Choice:
-        """One stack at a time, as large as is usual for the model, or as the user says.
-
-        Args:
-            room: how many runs fit in memory.
-        """
+    def usual(self, engine: "Engine", plan: Plan) -> Plan:
+        """Return the plan with the usual sizes for the models, or the user's, as far as they are known to fit."""
+        engine.use(plan.workers, plan.threads, plan.per_gpu)
         sizes = {}
-        for shape, own in self.shapes.items():
-            usual = self.stack if isinstance(self.stack, int) else _USUAL.get(shape.model, 1)
-            sizes[shape] = min(usual, room[shape], shape.most or len(own), len(own))
-        return Choice(1, threads, sizes)
+        for key, members in runs_by_key(self.runs).items():
+            size = self.stack if isinstance(self.stack, int) else _USUAL.get(key.model, 1)
+            sizes[key] = min(size, self._most(engine, key, len(members)))
+        return dataclasses.replace(plan, sizes=sizes)
 
-    def measured(self, measure: Measure, workers: int, threads: int, room: Mapping[Shape, int]) -> Choice:
-        """The best size for each shape with so many stacks side by side: stacks grow as long as that pays.
-
-        Args:
-            room: how many runs fit in memory.
-        """
-        sizes: dict[Shape, int] = {}
-        rates: dict[Shape, float] = {}
+    def grown(self, engine: "Engine", plan: Plan) -> Plan:
+        """Return the plan with the best measured size for each key: stacks grow as long as that pays."""
+        engine.use(plan.workers, plan.threads, plan.per_gpu)
+        sizes: dict[StackKey, int] = {}
+        rates: dict[StackKey, float] = {}
         measured = []
-        for shape, own in self.shapes.items():
-            most = max(1, min(room[shape], shape.most or len(own), -(-len(own) // workers)))
+        for key, members in runs_by_key(self.runs).items():
+            most = self._most(engine, key, -(-len(members) // plan.workers))
             # Where even that does not fit by the measurement, training tries, says so and halves it.
-            sizes[shape] = min(self.stack, most) if isinstance(self.stack, int) else 1
+            sizes[key] = min(self.stack, most) if isinstance(self.stack, int) else 1
             tried = set()
-            for step in (4, 2):  # growing in large steps first, then looking about in small ones
-                for size in self._candidates(sizes[shape], most, step):
+            for factor in (4, 2):  # first grow in large steps, then try the sizes next to the best
+                for size in self._candidates(sizes[key], most, factor):
                     if size in tried:
                         continue
                     tried.add(size)
-                    rate = measure(shape, self.facts[shape.data], size)
-                    one = {"workers": workers, "threads": threads, "size": size, "steps_per_second": rate}
-                    measured.append({"shape": str(shape), **one})
+                    rate = engine.measure_rate(key, self.facts[key.data], size)
+                    one = {"workers": plan.workers, "threads": plan.threads, "size": size, "steps_per_second": rate}
+                    measured.append({"shape": str(key), **one})
                     if rate is None:
                         break
-                    better = _FASTER if size > sizes[shape] else 1 / _FASTER
-                    if shape not in rates or rate > better * rates[shape]:
-                        sizes[shape], rates[shape] = size, rate
-                    elif step == 4:
+                    better = _FASTER if size > sizes[key] else 1 / _FASTER
+                    if key not in rates or rate > better * rates[key]:
+                        sizes[key], rates[key] = size, rate
+                    elif factor == 4:
                         break
-        return Choice(workers, threads, sizes, rates, tuple(measured))
+        return dataclasses.replace(plan, sizes=sizes, rates=rates, measured=tuple(measured))
 
-    def _candidates(self, best: int, most: int, step: int) -> list[int]:
+    def _most(self, engine: "Engine", key: StackKey, runs: int) -> int:
+        """The largest possible stack of `runs` runs."""
+        most = min(runs, key.max_runs or runs)
+        room = engine.room(key, self.facts[key.data]) if most > 1 else None
+        return most if room is None else max(1, min(most, room))
+
+    def _candidates(self, best: int, most: int, factor: int) -> list[int]:
         if isinstance(self.stack, int):
             return [min(self.stack, most)]
-        if step == 2:
+        if factor == 2:
             return [size for size in (max(1, best // 2), min(2 * best, most)) if size != best]
         sizes = [1]
-        while sizes[-1] * step < most:
-            sizes.append(sizes[-1] * step)
+        while sizes[-1] * factor < most:
+            sizes.append(sizes[-1] * factor)
         return sizes if sizes[-1] == most else [*sizes, most]

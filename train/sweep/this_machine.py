@@ -1,122 +1,144 @@
-"""The local engine: all cores or GPUs of this machine, used as a measurement says."""
+"""The local engine: the cores or GPUs of this machine, used by this process or by several worker processes."""
 
-import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
 
 import torch
 
-from ncollapse.train.sweep.grouping import Shape
-from ncollapse.train.sweep.messages import Engine, How
-from ncollapse.train.sweep.processes import InProcess, Processes
-from ncollapse.train.sweep.stack_size import Choice, Measure, Work
-from ncollapse.train.sweep.throughput import Facts, bytes_per_run, measure
+from ncollapse.train.data.sets import Dataset
+from ncollapse.train.errors import UserError
+from ncollapse.train.results.provenance import device_name
+from ncollapse.train.results.writer import PlannedStack
+from ncollapse.train.sweep.grouping import StackKey
+from ncollapse.train.sweep.messages import Message, WorkerSettings
+from ncollapse.train.sweep.processes import ProcessPool, Trainer
+from ncollapse.train.sweep.throughput import DataFacts, bytes_per_run, measure_rate
 
-#: With less work than this, in seconds, a measurement costs more than it gains.
-WORTH_MEASURING = 5.0
-#: With less work than this, in seconds, starting processes does: they take some seconds to load torch.
-_WORTH_PROCESSES = 12.0
-#: Stacks that share a GPU, each with a process: what is tried.
-PER_GPU = (1, 2, 4)
 #: Share of the free memory that stacks may take by the estimate.
 _MEMORY = 0.7
 
 
-def start(workers: int, threads: int, device: torch.device, how: How) -> Engine:
-    """An engine with so many processes; one trains in this process."""
-    if workers == 1:
-        return InProcess(_devices(device)[0], how, threads)
-    return Processes(_side_by_side(device, workers), threads, how)
-
-
-def choose(work: Work, workers: int | str, device: torch.device, how: How) -> tuple[Choice, Engine]:
-    """Choose by measurement, and start the engine that was chosen.
+class ThisMachine:
+    """Trains one stack at a time in this process, or several in as many processes (`messages.Engine`).
 
     Args:
-        workers: how many processes if the user says so, else "auto".
         device: "cpu" for all cores, "cuda" for all GPUs, or one GPU.
+        loaded: data sets by name, on the CPU, that were read already; emptied as they are used.
+
+    Attributes:
+        unpicklable: why `settings` cannot be sent to worker processes; empty if they can.
     """
-    first = _devices(device)[0]
-    room = {shape: room_for(shape, work.facts[shape.data], first) for shape in work.shapes}
-    choice = work.unmeasured(torch.get_num_threads(), room)
-    if workers in ("auto", 1):
-        here = start(1, choice.threads, device, how)
-        if len(work.runs) == 1 or (workers == 1 and work.stack != "auto"):
-            return choice, here
-        quick = {s: measure(s, work.facts[s.data], size, first, quick=True) for s, size in choice.sizes.items()}
-        seconds = work.seconds({shape: rate for shape, rate in quick.items() if rate})
-        if seconds < WORTH_MEASURING:
-            return choice, here
-        # On a CPU with much to do a process for each core is the fastest in any case.
-        if workers == 1 or seconds < _WORTH_PROCESSES or device.type != "cpu":
-            choice = work.measured(_here(first), 1, choice.threads, room)
-        if workers == 1 or (choice.rates and work.seconds(choice.rates) < _WORTH_PROCESSES):
-            return choice, here
-    counts = _counts(device, len(work.runs)) if workers == "auto" else [int(workers)]
-    if counts == [1]:
-        here = start(1, choice.threads, device, how)
-        return choice if choice.rates else work.measured(_here(first), 1, choice.threads, room), here
-    return _choose_processes(work, choice, counts, room, device, how)
+
+    in_process = True
+
+    def __init__(
+        self, device: torch.device, settings: WorkerSettings, loaded: dict[str, Dataset] | None = None
+    ) -> None:
+        every = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+        self._devices = every if device.type == "cuda" and device.index is None else [device]
+        self._settings, self._loaded = settings, {} if loaded is None else loaded
+        self._threads_before = torch.get_num_threads()
+        self._workers = 1
+        self._trainer: Trainer | None = None
+        self._pool: ProcessPool | None = None
+        self.unpicklable = _why_unpicklable(settings)
+
+    @property
+    def device(self) -> str:
+        """See `Engine`."""
+        used = self._devices[: self._workers]
+        counts = Counter(device_name(str(device)) for device in used)
+        return ", ".join(f"{count} × {name}" if count > 1 else name for name, count in counts.items())
+
+    @property
+    def gpus(self) -> int:
+        """See `Engine`."""
+        return len(self._devices) if self._devices[0].type == "cuda" else 0
+
+    def slots(self, per_gpu: int) -> int:
+        """See `Engine`."""
+        return self.gpus * per_gpu or _cores()
+
+    def threads(self, workers: int) -> int:
+        """See `Engine`."""
+        return self._threads_before if workers == 1 else max(1, _cores() // workers)
+
+    def use(self, workers: int, threads: int, per_gpu: int = 1) -> None:
+        """See `Engine`; here `per_gpu` follows from the number of workers.
+
+        Raises:
+            UserError: several workers, and settings that cannot be pickled.
+        """
+        self._workers = workers
+        if self._pool is not None and (workers == 1 or self._pool.threads != threads):
+            self._close_pool()
+        if workers == 1:
+            torch.set_num_threads(threads)
+            self._trainer = self._trainer or Trainer(self._devices[0], self._settings, self._loaded)
+            return
+        if self.unpicklable:
+            raise UserError(
+                f"{workers} workers need a load_data that can be sent to other processes ({self.unpicklable}): give a "
+                "function that is defined in a module, or workers=1"
+            )
+        self._loaded.clear()  # each process loads its own
+        if self._pool is None:
+            self._pool = ProcessPool([str(device) for device in self._devices], threads, self._settings)
+        self._pool.resize(workers)
+
+    def room(self, key: StackKey, facts: DataFacts) -> int:
+        """See `Engine`; by an estimate."""
+        return max(1, room_on(self._devices[0], key, facts) * len(self._devices) // self._workers)
+
+    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> float | None:
+        """See `Engine`."""
+        if self._pool is not None:
+            return self._pool.measure_rate(key, facts, size, quick)
+        return measure_rate(key, facts, size, self._devices[0], quick=quick)
+
+    def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
+        """See `Engine`."""
+        if self._pool is not None:
+            yield from self._pool.run(next_stack)
+            return
+        assert self._trainer is not None, "call `use` first"
+        while (stack := next_stack()) is not None:
+            for message in self._trainer.train(stack):
+                yield stack, message
+
+    def close(self) -> None:
+        """See `Engine`."""
+        self._close_pool()
+        torch.set_num_threads(self._threads_before)
+
+    def _close_pool(self) -> None:
+        if self._pool is not None:
+            self._pool.resize(0)
+            self._pool = None
 
 
-def _here(device: torch.device) -> Measure:
-    return lambda shape, facts, size: measure(shape, facts, size, device)
-
-
-def _choose_processes(
-    work: Work, alone: Choice, counts: Sequence[int], room: Mapping[Shape, int], device: torch.device, how: How
-) -> tuple[Choice, Engine]:
-    """The fastest of so many processes, and of one alone if that was measured."""
-    most = max(counts)
-    threads = max(1, _cores() // most)
-    pool = Processes(_side_by_side(device, most), threads, how)
+def _why_unpicklable(settings: WorkerSettings) -> str:
     try:
-        choices = [alone] if alone.rates else []
-        # The most first: processes that are let go do not come back.
-        for count in sorted(counts, reverse=True):
-            pool.keep(count)
-            shared = {shape: max(1, fit * len(_devices(device)) // count) for shape, fit in room.items()}
-            choices.append(work.measured(pool.measure, count, threads, shared))
-        best = min(choices, key=lambda choice: work.seconds(choice.rates))
-        best = dataclasses.replace(best, measured=tuple(one for choice in choices for one in choice.measured))
-        if best.workers == count:
-            return best, pool
-        pool.close()
-        return best, start(best.workers, best.threads, device, how)
-    except BaseException:
-        pool.close()
-        raise
-
-
-def _counts(device: torch.device, runs: int) -> list[int]:
-    """How many processes to try."""
-    gpus = len(_devices(device))
-    counts = [gpus * n for n in PER_GPU] if device.type == "cuda" else [_cores()]
-    return sorted({min(count, runs) for count in counts})
+        ForkingPickler.dumps(settings)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        return str(error)
+    return ""
 
 
 def _cores() -> int:
-    # Those that this process may use: a batch system gives it a part of the machine.
+    # The cores that this process may use: a batch system assigns it a part of the machine.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _devices(device: torch.device) -> list[torch.device]:
-    if device.type == "cuda" and device.index is None:
-        return [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    return [device]
-
-
-def _side_by_side(device: torch.device, workers: int) -> list[str]:
-    devices = _devices(device)
-    return [str(devices[i % len(devices)]) for i in range(workers)]
-
-
-def room_for(shape: Shape, facts: Facts, device: torch.device) -> int:
-    """How many runs fit into the free memory, by an estimate; at least one, which training tries in any case."""
+def room_on(device: torch.device, key: StackKey, facts: DataFacts) -> int:
+    """Estimate how many runs fit into the free memory of a device; at least 1, which training tries in any case."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         import psutil
 
         free = psutil.virtual_memory().available
-    return max(1, int(_MEMORY * free / bytes_per_run(shape, facts)))
+    return max(1, int(_MEMORY * free / bytes_per_run(key, facts)))

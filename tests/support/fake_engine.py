@@ -1,0 +1,59 @@
+"""An engine that trains nothing: for tests of what the policy makes of measurements."""
+
+from collections.abc import Callable, Iterator
+
+from ncollapse.train.results.writer import PlannedStack
+from ncollapse.train.sweep.grouping import StackKey
+from ncollapse.train.sweep.messages import Message
+from ncollapse.train.sweep.throughput import DataFacts
+
+
+class FakeEngine:
+    """An engine with these rates.
+
+    Args:
+        rates: of stacks from a size on; or a function of the number of workers that gives them.
+        room: runs that fit into memory.
+        cores, gpus: to train on.
+        in_process: see `Engine`.
+    """
+
+    device = "fake"
+
+    def __init__(
+        self,
+        rates: dict[int, float | None] | Callable[[int], dict[int, float | None]],
+        *,
+        room: int | None = 1000,
+        cores: int = 1,
+        gpus: int = 0,
+        in_process: bool = True,
+    ) -> None:
+        self._rates, self._room, self._cores = rates, room, cores
+        self.gpus, self.in_process = gpus, in_process
+        self.used: list[tuple[int, int, int]] = []
+        self.measured: list[tuple[int, int, bool]] = []  # workers, size, quick
+
+    def slots(self, per_gpu: int) -> int:
+        return min(self._cores, self.gpus * per_gpu) if self.gpus else self._cores
+
+    def threads(self, workers: int) -> int:
+        return max(1, self._cores // workers)
+
+    def use(self, workers: int, threads: int, per_gpu: int = 1) -> None:
+        self.used.append((workers, threads, per_gpu))
+
+    def room(self, key: StackKey, facts: DataFacts) -> int | None:
+        return self._room
+
+    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> float | None:
+        workers = self.used[-1][0]
+        self.measured.append((workers, size, quick))
+        rates = self._rates(workers) if callable(self._rates) else self._rates
+        return rates[max(known for known in rates if known <= size)]
+
+    def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass

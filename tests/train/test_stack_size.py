@@ -1,0 +1,154 @@
+"""The policy of stack sizes, over an engine whose rates, room and counts are given."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import pytest
+
+from fake_engine import FakeEngine
+from ncollapse.train.config import RunConfig
+from ncollapse.train.optimizers import TABLE
+from ncollapse.train.sweep import stack_size
+from ncollapse.train.sweep.grouping import StackKey
+from ncollapse.train.sweep.stack_size import Plan, StackPolicy
+from ncollapse.train.sweep.throughput import DataFacts
+
+DIGITS = DataFacts(1, 8, 10, 1437, "")
+MLP = StackKey("mlp", "digits", None, 128)
+Rates = dict[int, float | None]
+
+
+def policy_for(runs: int, epochs: int = 200, **options: int | str) -> StackPolicy:
+    return StackPolicy([RunConfig(lr=0.1 + i, epochs=epochs) for i in range(runs)], {"digits": DIGITS}, **options)
+
+
+@pytest.fixture
+def thresholds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stack_size, "WORTH_MEASURING", 5.0)
+
+
+@pytest.mark.parametrize(
+    ("rates", "runs", "size"),
+    [
+        ({1: 100, 4: 300, 16: 900, 64: 950}, 200, 64),
+        ({1: 100, 4: 300, 16: 900, 64: 910}, 200, 16),  # hardly faster: a smaller stack loses less
+        ({1: 100, 2: 90, 4: 80}, 200, 1),  # stacking does not pay
+        ({1: 100, 4: 200, 8: 300, 16: 290}, 200, 8),  # found between the large steps
+        ({1: 100, 4: 300, 16: 900, 32: 1200, 64: None}, 200, 32),  # no room for more
+        ({1: None}, 200, 1),
+        ({1: 100, 4: 300, 8: 900}, 10, 10),
+    ],
+)
+def test_the_size_is_chosen_by_measurement(rates: Rates, runs: int, size: int) -> None:
+    plan = policy_for(runs).grown(FakeEngine(rates), Plan(1, 1))
+    assert plan.sizes == {MLP: size}
+    assert len({one["size"] for one in plan.measured}) == len(plan.measured)
+
+
+def test_what_the_user_says_is_done() -> None:
+    policy = policy_for(50, stack=7)
+    assert policy.grown(FakeEngine({1: 10}), Plan(2, 1)).sizes == {MLP: 7}
+    assert policy.usual(FakeEngine({1: 10}), Plan(1, 1)).sizes == {MLP: 7}
+    assert policy.usual(FakeEngine({1: 10}, room=5), Plan(1, 1)).sizes == {MLP: 5}  # no room for more
+    assert policy.usual(FakeEngine({1: 10}, room=None), Plan(1, 1)).sizes == {MLP: 7}
+
+
+@pytest.mark.parametrize(
+    ("options", "runs", "engine"),
+    [
+        ({}, 1, FakeEngine({1: 1e-9}, cores=8)),
+        ({"stack": 4, "workers": 2}, 8, FakeEngine({1: 1e-9}, cores=8)),
+        ({"stack": 4}, 8, FakeEngine({1: 1e-9}, cores=8, in_process=False)),
+    ],
+    ids=["one run", "all said", "stack said, one count"],
+)
+def test_nothing_is_measured_where_there_is_nothing_to_choose(
+    options: dict[str, int], runs: int, engine: FakeEngine
+) -> None:
+    plan = policy_for(runs, **options).choose(engine)
+    assert engine.measured == []
+    assert plan.sizes == {MLP: options.get("stack", 1)}
+    assert engine.used == [(plan.workers, plan.threads, plan.per_gpu)]
+    assert plan.workers == options.get("workers", min(runs, 8))
+
+
+@pytest.mark.usefixtures("thresholds")
+@pytest.mark.parametrize(
+    ("seconds", "workers"),
+    [(4.0, [1]), (8.0, [1]), (13.0, [4])],
+    ids=["not worth measuring", "not worth processes", "much to do"],
+)
+def test_on_a_cpu_the_amount_of_work_decides(seconds: float, workers: list[int]) -> None:
+    policy = policy_for(8)
+    steps = policy.seconds({MLP: 1.0})
+    engine = FakeEngine({1: steps / seconds}, cores=4)
+    plan = policy.choose(engine)
+    assert plan.workers == workers[-1]
+    assert {count for count, _, quick in engine.measured if quick} == {1}
+    assert list(dict.fromkeys(c for c, _, quick in engine.measured if not quick)) == ([] if seconds < 5 else workers)
+    assert engine.used[-1] == (plan.workers, 4 if plan.workers == 1 else 1, 1)
+
+
+@pytest.mark.usefixtures("thresholds")
+@pytest.mark.parametrize("in_process", [True, False])
+def test_packings_of_gpus_are_measured(in_process: bool) -> None:
+    """On two GPUs, with cores for four workers: one, two or four workers, of which two on a GPU are the fastest."""
+
+    def rates(workers: int) -> Rates:
+        return {1: 0.1 * workers}
+
+    engine = FakeEngine(rates, cores=4, gpus=2, in_process=in_process)
+    plan = policy_for(8, stack=2).choose(engine)
+    assert (plan.workers, plan.threads, plan.per_gpu) == engine.used[-1] == (4, 1, 2)
+    assert list(dict.fromkeys(one["workers"] for one in plan.measured)) == ([1, 2, 4] if in_process else [2, 4])
+    assert plan.rates == {MLP: pytest.approx(0.4)}
+
+
+@pytest.mark.usefixtures("thresholds")
+def test_what_does_not_fit_is_measured_all_the_same() -> None:
+    plan = policy_for(8).choose(FakeEngine({1: None}, in_process=False))
+    assert plan.sizes == {MLP: 1}
+    assert plan.rates == {}
+
+
+def test_work_without_a_rate_never_ends() -> None:
+    assert policy_for(2, epochs=3).seconds({MLP: 2.0}) == 2 * 3 * 12 / 2
+    assert policy_for(2).seconds({MLP: None}) == policy_for(2).seconds({}) == math.inf
+
+
+def test_plans_are_told_in_a_line_for_each_key() -> None:
+    plan = Plan(2, 1, {MLP: 36}, {MLP: 9064.2})
+    assert list(plan.describe()) == [
+        "mlp on digits, batches of 128: stacks of up to 36 runs in 2 processes with one thread "
+        "(measured: 9,064 training steps/s)"
+    ]
+    assert next(Plan(4, 1, {MLP: 1}, per_gpu=2).describe()).endswith("in 4 processes with one thread, 2 on each GPU")
+
+
+def test_a_stored_plan_is_read() -> None:
+    other = dataclasses.replace(MLP, own_family=next(row.family for row in TABLE.values() if row.own_stack), limit=9)
+    plan = Plan(2, 1, {MLP: 36, other: 1}, {MLP: 9064.2}, ({"size": 36},), 2)
+    assert Plan.from_dict(plan.as_dict()) == plan
+
+
+@pytest.mark.parametrize("change", [lambda stored: stored, lambda stored: {"racks": 2, **stored}])
+def test_a_plan_of_format_3_is_read(change: Callable[[dict[str, object]], dict[str, object]]) -> None:
+    stored = {
+        "engine": "local",
+        "stack": "auto",
+        "workers": 2,
+        "threads": 1,
+        "measured": [],
+        "stacks": [
+            {"model": "mlp", "data": "digits", "limit": 200, "batch_size": 128, "muon": flag, "size": size}
+            for flag, size in ((False, 4), (True, 2))
+        ],
+    }
+    plan = Plan.from_dict(change(stored))
+    assert (plan.workers, plan.threads, plan.per_gpu, plan.rates) == (2, 1, 1, {})
+    assert {str(key).removeprefix("mlp on digits, "): size for key, size in plan.sizes.items()} == {
+        "batches of 128, first 200 samples": 4,
+        "batches of 128, first 200 samples, muon": 2,
+    }
+    assert plan.sizes[StackKey.of(RunConfig(optimizer="muonw", limit=200))] == 2
