@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -194,12 +195,40 @@ def test_an_added_setting_and_metric(tmp_path: Path, grid: Grid, monkeypatch: py
     assert stored(folder, 'SELECT DISTINCT "metrics"."nc5" FROM metrics') == [(None,)]
 
 
+def test_a_reader_that_is_at_work_while_a_sweep_adds_columns(tmp_path: Path, grid: Grid) -> None:
+    folder = copy_of_fixture(tmp_path)
+    alter(folder, "ALTER TABLE runs DROP COLUMN augment")
+    with closing(schema.connect(folder, create=False)) as reader:
+        schema.show_missing_columns(reader)
+        before = reader.execute("SELECT * FROM runs")
+        names, rows = [column[0] for column in before.description], before.fetchall()
+        with Store(folder, grid):
+            pass
+        after = reader.execute("SELECT * FROM runs")
+        assert [column[0] for column in after.description] == names
+        assert after.fetchall() == rows
+
+
 def test_another_grid_leaves_an_older_folder_as_it_is(tmp_path: Path, grid: Grid) -> None:
     folder = copy_of_fixture(tmp_path)
     alter(folder, *LACKING)
     with pytest.raises(UserError, match=r"was made by another grid \(6 runs there, 6 now\): width was none, is 4\."):
         Store(folder, grid)
     assert "augment" not in {row[1] for row in stored(folder, "PRAGMA table_info(runs)")}
+
+
+def test_a_folder_that_cannot_be_written_to_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy_of_fixture(tmp_path)
+    alter(folder, *LACKING)
+    real = sqlite3.connect
+
+    def read_only(name: str, **options: Any) -> sqlite3.Connection:
+        return real(name.replace("mode=rw", "mode=ro"), **options)
+
+    monkeypatch.setattr(sqlite3, "connect", read_only)
+    assert set(load_runs(folder).augment) == {"none"}
+    assert load_metrics(folder).nc3_difference.isna().all()
+    assert read_status(folder).finished == 4
 
 
 @pytest.mark.parametrize("version", [2, 4])

@@ -156,9 +156,12 @@ def add_missing_columns(connection: sqlite3.Connection) -> None:
 def show_missing_columns(connection: sqlite3.Connection) -> None:
     """Let the connection's queries see the columns that `add_missing_columns` would add; the file stays as it is."""
     for table, missing in _missing_columns(connection):
-        added = ", ".join(f"{_default(TABLES[table][name])} AS {quoted([name])}" for name in missing)
-        # A temporary view goes before the table of the same name.
-        connection.execute(f"CREATE TEMP VIEW {table} AS SELECT *, {added} FROM main.{table}")
+        columns = [
+            f"{_default(declaration) if name in missing else quoted([name], table)} AS {quoted([name])}"
+            for name, declaration in TABLES[table].items()
+        ]
+        # A temporary view hides the table of its name. It names the columns, since a sweep may add them meanwhile.
+        connection.execute(f"CREATE TEMP VIEW {table} AS SELECT {', '.join(columns)} FROM main.{table}")
 
 
 def _missing_columns(connection: sqlite3.Connection) -> list[tuple[str, list[str]]]:
