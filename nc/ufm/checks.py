@@ -1,4 +1,4 @@
-"""What the simulator and the predictions ask of their arguments."""
+"""Checks of the arguments that `simulate` and `predict` share."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -11,7 +11,7 @@ Features = Literal["fixed", "etf", "free"]
 
 
 def check_shape(K: int, d: int, features: str | None) -> None:
-    """Raise ValueError for classes and features that no model has."""
+    """Raise ValueError for numbers of classes and features that do not make a model."""
     if K < 2 or d < 1:
         raise ValueError(f"the model needs K ≥ 2 classes and d ≥ 1 features; got K = {K} and d = {d}")
     if features is not None and features not in get_args(Features):
@@ -23,10 +23,10 @@ def check_shape(K: int, d: int, features: str | None) -> None:
 
 
 def learning_rates(lr: ArrayLike, steps: int, lead: Sequence[int] = ()) -> NDArray[np.float64]:
-    """η of every step, `[*, steps]`, where `*` is `lead`.
+    """The learning rate of every step, `[*lead, steps]`.
 
     Raises:
-        ValueError: no steps, rates that are not positive and finite, or that do not broadcast to that shape.
+        ValueError: steps < 1, or `lr` is not positive and finite, or does not broadcast to that shape.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}")

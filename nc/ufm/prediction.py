@@ -1,9 +1,9 @@
-"""What theory predicts about NC0 = ‖s‖², s = Wᵀ1, step by step (arXiv 2602.16642).
+"""Predictions of NC0 = ‖s‖², s = Wᵀ1, step by step (arXiv 2602.16642).
 
-All of it rests on one identity: the row sum of the cross-entropy gradient is zero, 1ᵀ∇L = 0, since the softmax and the
-one-hot target both sum to one. It holds for every network and batch, with or without a bias, and passes to whatever is
-linear in ∇L, such as momentum, and to the Newton–Schulz polynomial X·p(XᵀX) of Muon; not to a sign, nor to Adam's
-division by √v. η is the learning rate, β the momentum, λ the decay, c its coupled share.
+All of them follow from one identity: the row sum of the cross-entropy gradient is zero, 1ᵀ∇L = 0, since the softmax and
+the one-hot target both sum to one. It holds for every network and batch, with or without a bias. It carries over to
+everything linear in ∇L, such as momentum, and to an odd matrix polynomial X·p(XᵀX) as in Newton–Schulz; not to a sign,
+nor to Adam's division by √v. η is the learning rate, β the momentum, λ the decay, c its coupled share.
 """
 
 import math
@@ -21,12 +21,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Prediction:
-    """NC0 as theory has it.
+    """A prediction of NC0.
 
     Attributes:
-        kind: "exact": NC0 itself, which a run leaves by rounding alone. "bound": what NC0 never exceeds.
+        kind: "exact": NC0 itself, from which a run deviates only by rounding. "bound": an upper bound of NC0.
         nc0: `[T + 1]` float64, before the first step and after each.
-        limit: where `nc0` goes as η → 0 with Ση = ∞.
+        limit: the limit of `nc0` as η → 0 with Ση = ∞.
     """
 
     kind: Literal["exact", "bound"]
@@ -35,11 +35,11 @@ class Prediction:
 
 
 def row_sum_factor(lrs: Iterable[float], *, momentum: float = 0.0, weight_decay: float, coupling: float) -> Floats:
-    """The last layer's row sum under SGD or SGDW, as a multiple of its start: s_t = factor[t] · s_0.
+    """The last layer's row sum under SGD or SGDW, as a multiple of its initial value: s_t = factor[t] · s_0.
 
-    Decay and momentum alone move s: v ← βv + cλs, then s ← (1 − η(1 − c)λ)s − ηv, a linear recursion that holds for
+    Only decay and momentum change s: v ← βv + cλs, then s ← (1 − η(1 − c)λ)s − ηv, a linear recursion that holds for
     every network and data set (arXiv 2602.16642, Theorems 3.1 and 3.2). NC0 is its square: NC0_t = factor[t]² · NC0_0.
-    It leaves a real run only by the rounding of its arithmetic.
+    A real run deviates from it only by rounding.
 
     Args:
         lrs: η_t of each step, T of them.
@@ -72,46 +72,46 @@ def predict(
     coupling: float | None = None,
     features: Features | None = None,
 ) -> Prediction | None:
-    """NC0 over the steps of a run; None where theory has no answer.
+    """NC0 over the steps of a run; None where no prediction is known.
 
-    | optimizer | any network | the model with fixed features |
-    | --- | --- | --- |
-    | SGD, any coupling | exact, → 0 (`row_sum_factor`) | the same |
-    | Muon, decoupled | exact, → 0: s ← (1 − ηλ)s, whatever its momentum | the same |
-    | Signum and Lion, decoupled | bound, → d(K − 2)²/λ² | exact, → K(K − 2)²/λ² |
-    | Signum, coupled | none | bound, → 0 |
-    | Adam and AdamW, and all else | none | none |
+    The optimizer's rule decides (`ncollapse.optim.Rule.law`, `law_if_coupled`):
 
-    Signum without momentum, SignGD, idealises Adam and AdamW: it is what they become for β₁, β₂, ε → 0.
+    | law | decay | any network | the model with fixed features |
+    | --- | --- | --- | --- |
+    | "linear" | decoupled | exact, → 0: s ← (1 − ηλ)s, for every momentum | the same |
+    | "linear" | coupled, with heavy-ball momentum | exact, → 0 (`row_sum_factor`) | the same |
+    | "sign" | decoupled | bound, → d(K − 2)²/λ² | exact, → K(K − 2)²/λ² |
+    | "sign" | coupled, with heavy-ball momentum | none | bound, → 0 |
+    | None, as Adam's | any | none | none |
 
-    What holds in any network needs its last layer to be trained by that rule alone, and a loss whose gradient has row
-    sum zero; no matter what features, bias, momentum and batches do. The last column holds for the features e_k and all
-    classes in every batch: a sign depends on the axes, and features that move turn them. Rounding is no part of it:
-    Newton–Schulz in bfloat16, as in torch.optim.Muon, leaves the law by factors.
+    Sign descent without momentum idealises Adam and AdamW: they become it for β₁, β₂, ε → 0.
+
+    A prediction for any network requires that this rule alone trains the last layer and that the gradient of the loss
+    has row sum zero; features, bias, momentum and batches do not matter. The last column requires the features e_k and
+    all classes in every batch: a sign depends on the axes, and features that move rotate them. Rounding is not
+    modelled: Newton–Schulz in bfloat16, as in torch.optim, deviates from the law by large factors.
 
     Args:
-        optimizer: "sgd", "sgdw", "signum", "signumw", "adam", "adamw", "lion", "lionw", "muon" or "muonw".
-        K, d: classes and features.
-        start: W_0 `[K, d]`; or NC0_0 alone, which is enough for what holds in any network.
+        optimizer: its name, as in `ncollapse.optim.by_name`.
+        K, d: numbers of classes and features.
+        start: W_0 `[K, d]`; or only NC0_0, which is enough for any network.
         lr: η, a number or `[steps]`.
         steps: T.
-        momentum: β of SGD and Signum, without dampening or Nesterov.
+        momentum: β of heavy-ball momentum, without dampening or Nesterov.
         weight_decay: λ.
-        coupling: c; by default as in `ncollapse.optim`: 0 for Lion, Muon and the names ending in w, else 1.
-        features: as in `simulate`. "fixed" asks for the last column; by default any network.
+        coupling: c; by default the optimizer's own.
+        features: as in `simulate`. "fixed" selects the last column; by default any network.
 
     Raises:
-        ValueError: another optimizer, numbers out of range, arrays of the wrong shape, or NC0_0 where W_0 is needed.
+        ValueError: an unknown optimizer, numbers out of range, arrays of the wrong shape, or NC0_0 where W_0 is needed.
     """
-    family = optimizer.removesuffix("w")
-    if family not in ("sgd", "signum", "adam", "lion", "muon"):
-        raise ValueError(
-            f"unknown optimizer {optimizer!r}; there are sgd, signum, adam, lion and muon, also ending in w"
-        )
+    from ncollapse.optim import by_name  # here, since it imports torch
+
+    cls = by_name(optimizer)
     check_shape(K, d, features)
     lrs = learning_rates(lr, steps).tolist()
     if coupling is None:
-        coupling = 0.0 if optimizer.endswith("w") or family in ("lion", "muon") else 1.0
+        coupling = cls.default_coupling
     if not (0 <= momentum < 1 and 0 <= weight_decay < math.inf and 0 <= coupling <= 1):
         raise ValueError(
             "momentum lies in [0, 1), weight_decay in [0, ∞), coupling in [0, 1]; "
@@ -126,12 +126,11 @@ def predict(
     if not 0 <= nc0 < math.inf:
         raise ValueError(f"start: NC0 must be at least 0 and finite; got {nc0:g}")
 
-    if family == "sgd" or (family == "muon" and coupling == 0):
-        beta = momentum if family == "sgd" else 0.0
-        factor = row_sum_factor(lrs, momentum=beta, weight_decay=weight_decay, coupling=coupling)
+    law = cls.rule.law if coupling == 0 or cls.rule.law_if_coupled else None
+    if law == "linear":
+        factor = row_sum_factor(lrs, momentum=momentum, weight_decay=weight_decay, coupling=coupling)
         return Prediction("exact", nc0 * factor**2, 0.0 if weight_decay else nc0)
-    signs = family == "signum" or (family == "lion" and coupling == 0)
-    if not signs or (features != "fixed" and coupling > 0) or 0 < coupling < 1:
+    if law is None or (features != "fixed" and coupling > 0) or 0 < coupling < 1:
         return None
     if features != "fixed":
         return _sign_decoupled_bound(K, d, nc0, lrs, weight_decay)
@@ -143,29 +142,29 @@ def predict(
 
 
 def _sign_decoupled(weight: Floats, lrs: list[float], weight_decay: float) -> Prediction:
-    """Signum and Lion with decoupled decay on the features e_k, exactly, for any W_0, momentum and schedule.
+    """Exact NC0 of sign descent with decoupled decay on the features e_k, for any W_0, momentum and schedule.
 
-    Column k of ∇L is p_k − e_k over K: negative in row k, positive elsewhere, wherever W is, and zero for k > K. So
-    sign(V) = S = [11ᵀ − 2I, 0] at every step and W ← (1 − ηλ)W − ηS, whose solution is W_t = Π_t W_0 − a_t S with
-    Π = ∏(1 − ηλ) and a ← (1 − ηλ)a + η, that is a = (1 − Π)/λ. With 1ᵀS = (K − 2)[1, 0] the row sum goes to
-    −(K − 2)/λ in K places: NC0 → K(K − 2)²/λ² (arXiv 2602.16642, Theorem 3.3, for SignGD).
+    Column k of ∇L is p_k − e_k over K: for every W negative in row k and positive elsewhere, and zero for k > K. So
+    sign(V) = S = [11ᵀ − 2I, 0] at every step and W ← (1 − ηλ)W − ηS, with the solution W_t = Π_t W_0 − a_t S,
+    Π = ∏(1 − ηλ) and a ← (1 − ηλ)a + η, that is a = (1 − Π)/λ. With 1ᵀS = (K − 2)[1, 0], K entries of the row sum go to
+    −(K − 2)/λ: NC0 → K(K − 2)²/λ² (arXiv 2602.16642, Theorem 3.3, for SignGD).
     """
     K = len(weight)
     product, pull = _decay_and_pull(lrs, weight_decay, abs_factor=False)
     s = weight.sum(0)
     middle = s[:K].mean()
-    # Around the mean: no two large numbers are subtracted that the row sum itself does not subtract.
+    # Sum around the mean, which avoids cancellation beyond that of the row sum itself.
     spread = np.square(s[:K] - middle).sum() + np.square(s[K:]).sum()
     nc0 = K * (product * middle - (K - 2) * pull) ** 2 + product**2 * spread
     return Prediction("exact", nc0, _limit(K, K, float(nc0[0]), weight_decay))
 
 
 def _sign_decoupled_bound(K: int, d: int, nc0: float, lrs: list[float], weight_decay: float) -> Prediction:
-    """Signum and Lion with decoupled decay, in any network: ‖s_t‖ ≤ Π_t‖s_0‖ + √d(K − 2)(1 − Π_t)/λ.
+    """Bound of sign descent with decoupled decay in any network: ‖s_t‖ ≤ Π_t‖s_0‖ + √d(K − 2)(1 − Π_t)/λ.
 
-    V is a sum of gradients, so that each of its columns adds up to zero: it has both signs or is zero, and its signs
-    add up to K − 2 at most, in absolute value. Hence ‖s‖ ← at most |1 − ηλ|‖s‖ + η√d(K − 2). With d = K this is where
-    Theorem 3.3 of arXiv 2602.16642 has NC0 go. A gradient that is zero but for rounding has no such columns.
+    V is a sum of gradients, so each of its columns sums to zero: it has entries of both signs or is zero, and its signs
+    sum to K − 2 at most, in absolute value. Hence the new ‖s‖ is at most |1 − ηλ|‖s‖ + η√d(K − 2). With d = K its limit
+    is that of Theorem 3.3 of arXiv 2602.16642. A gradient that consists of rounding errors has no such columns.
     """
     product, pull = _decay_and_pull(lrs, weight_decay, abs_factor=True)
     bound = (product * math.sqrt(nc0) + math.sqrt(d) * (K - 2) * pull) ** 2
@@ -173,32 +172,33 @@ def _sign_decoupled_bound(K: int, d: int, nc0: float, lrs: list[float], weight_d
 
 
 def _sign_coupled_bound(weight: Floats, lrs: list[float], momentum: float, weight_decay: float) -> Prediction:
-    """Signum with coupled decay on the features e_k: for each column w of W the smaller of two bounds on its sum s.
+    """Bound of sign descent with momentum and coupled decay on the features e_k.
 
-    The rise. A step moves s by Kη at most. Without momentum 1ᵀ(∇L + λw) = λs: where all signs of the column agree the
-    step goes towards s = 0, else they add up to K − 2 at most. So |s| ← at most max(|s| + (K − 2)η, Kη): from W_0 = 0
-    that is what s does until the decay outweighs a gradient.
+    For each column w of W, the smaller of two bounds on its sum s.
 
-    The fall. Each column is a problem of its own, sign descent on F = L_k/K + λ‖w‖²/2: λ-strongly convex, with a
-    minimiser of sum zero, since 1ᵀ∇F = λs, so that s² ≤ (2K/λ)(F − F*). A step of entries up to η adds Mη²/2 at most to
-    the first-order change of F and changes ∇F by Mη at most in the 1-norm, M = 1/K + λK (a softmax's variance of z is
-    max z² at most). With ‖∇F‖₁ ≥ ‖∇F‖₂ ≥ √(2λ(F − F*)), and with E the most by which momentum, as a weighted mean of
-    gradients, is off in the 1-norm,
+    1. The rise. A step changes s by at most Kη. Without momentum 1ᵀ(∇L + λw) = λs: if all signs of the column agree,
+       the step moves s towards 0; else they sum to K − 2 at most. So the new |s| is at most max(|s| + (K − 2)η, Kη).
+       From W_0 = 0 this bound is reached until the decay outweighs a gradient.
+    2. The fall. Each column is a separate problem, sign descent on F = L_k/K + λ‖w‖²/2: λ-strongly convex, with a
+       minimiser of sum zero, since 1ᵀ∇F = λs, so that s² ≤ (2K/λ)(F − F*). A step with entries up to η adds at most
+       Mη²/2 to the first-order change of F and changes ∇F by at most Mη in the 1-norm, M = 1/K + λK (a softmax's
+       variance of z is at most max z²). We have ‖∇F‖₁ ≥ ‖∇F‖₂ ≥ √(2λ(F − F*)). Let E bound the error, in the 1-norm, of
+       momentum as a weighted mean of gradients. Then the new values are at most
 
-        F − F* ← at most F − F* − η√(2λ(F − F*)) + 2ηE + Mη²/2,   E ← β(E + Mη).
+        F − F* ← F − F* − η√(2λ(F − F*)) + 2ηE + Mη²/2,   E ← β(E + Mη).
 
-    With η → 0 and Ση = ∞ this goes to zero, and NC0 with it (Theorem 3.4 of arXiv 2602.16642, for SignGD); under a
-    constant η it stays, of the order η².
+    With η → 0 and Ση = ∞ this goes to zero, and NC0 with it (Theorem 3.4 of arXiv 2602.16642, for SignGD); with a
+    constant η it stays at the order η².
     """
     K, d = weight.shape
-    used = np.arange(d) < K  # the other columns have no gradient but the decay's
+    used = np.arange(d) < K  # the gradient of the other columns is the decay alone
     smooth = used / K + weight_decay * K
     gap = np.maximum(_objectives(weight, weight_decay) - used * _least_objective(K, weight_decay), 0.0)
     rise, error = np.abs(weight.sum(0)), np.zeros(d)
     bounds = [np.square(rise).sum()]
     for lr in lrs:
         rise = np.maximum(rise + (K - 2) * lr, K * lr) if momentum == 0 else rise + K * lr
-        # Convex in F − F*, and so largest at an end of what that may be: 0, or its own bound.
+        # Convex in F − F*, so the maximum is at an end of its interval: 0, or its own bound.
         gap = np.maximum(gap - lr * np.sqrt(2 * weight_decay * gap), 0.0) + 2 * lr * error + smooth * lr**2 / 2
         error = momentum * (error + smooth * lr)
         bounds.append(np.minimum(np.square(rise), 2 * K / weight_decay * gap).sum())
@@ -213,20 +213,20 @@ def _objectives(weight: Floats, weight_decay: float) -> Floats:
 
 
 def _least_objective(K: int, weight_decay: float) -> float:
-    """F* of a column with a gradient, reached at w = g(e_k − 1/K): strict convexity gives it the classes' symmetry.
+    """F* of a column with a gradient. By symmetry and strict convexity the minimiser is w = g(e_k − 1/K).
 
-    There ∇F = 0 reads λg = e^{−g}/(1 + (K − 1)e^{−g}), whose left side rises with g and whose right side falls.
+    There ∇F = 0 reads λg = e^{−g}/(1 + (K − 1)e^{−g}): the left side increases with g, the right side decreases.
     """
     low, high = 0.0, 1 / (weight_decay * K)
     for _ in range(100):
         g = (low + high) / 2
         low, high = (g, high) if weight_decay * g < math.exp(-g) / (1 + (K - 1) * math.exp(-g)) else (low, g)
-    # From below, so that the bound holds.
+    # Rounded down, so that the bound holds.
     return math.log1p((K - 1) * math.exp(-high)) / K + weight_decay / 2 * low**2 * (1 - 1 / K)
 
 
 def _decay_and_pull(lrs: list[float], weight_decay: float, *, abs_factor: bool) -> tuple[Floats, Floats]:
-    """Π and a, `[T + 1]` each, of Π ← (1 − ηλ)Π and a ← (1 − ηλ)a + η, from 1 and 0; or with |1 − ηλ|."""
+    """Π ← (1 − ηλ)Π from 1 and a ← (1 − ηλ)a + η from 0, `[T + 1]` each; with |1 − ηλ| if `abs_factor`."""
     product, pull = [1.0], [0.0]
     for lr in lrs:
         factor = abs(1 - lr * weight_decay) if abs_factor else 1 - lr * weight_decay
@@ -236,7 +236,7 @@ def _decay_and_pull(lrs: list[float], weight_decay: float, *, abs_factor: bool) 
 
 
 def _limit(K: int, columns: int, nc0: float, weight_decay: float) -> float:
-    """Where NC0 goes when `columns` entries of s go to (K − 2)/λ."""
+    """The limit of NC0 when `columns` entries of s go to (K − 2)/λ in absolute value and the others to 0."""
     if weight_decay == 0:
         return math.inf if K > 2 else nc0
     return columns * ((K - 2) / weight_decay) ** 2

@@ -155,7 +155,7 @@ def test_no_prediction_where_theory_has_none(optimizer: str, options: dict[str, 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"optimizer": "rmsprop"}, "unknown optimizer 'rmsprop'; there are sgd"),
+        ({"optimizer": "rmsprop"}, "unknown optimizer 'rmsprop'; there are adam"),
         ({"K": 1}, "K ≥ 2 classes"),
         ({"d": 0}, "d ≥ 1 features"),
         ({"features": "frozen"}, "features is 'fixed', 'etf', 'free'; got 'frozen'"),

@@ -18,7 +18,7 @@ class Rule:
         law: what makes the row sum of the last layer predictable (`ncollapse.ufm.predict`). "linear": the row sum of
             the direction is linear in that of the gradient, which is zero. "sign": each element of the direction is
             the sign of a sum of gradients. None: nothing is known.
-        law_if_coupled: whether the law also holds with coupled decay.
+        law_if_coupled: whether the law also holds with coupled decay; momentum must then be heavy-ball.
     """
 
     name: str
