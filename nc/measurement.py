@@ -64,7 +64,6 @@ class Measurement:
 
     Attributes:
         stats: the statistics of the head's features.
-        means: `[*, K, d]` float64, the class means; set by `end_pass`.
         samples: how many were added in the first pass.
 
     Example:
@@ -94,12 +93,14 @@ class Measurement:
         self._nan_policy, self._dtype = nan_policy, dtype
         self.stats = self._statistics(weight.shape[-1], name, weight.device)
         self._layers: dict[str, ClassStats] = {}
-        self.means: Tensor | None = None
+        self._first_pass = True
+        self._means: Tensor | None = None  # for NC4, once the first pass has ended
         self.samples = self._compared = 0
         runs = weight.shape[:-2]
         self._correct = torch.zeros(runs, dtype=torch.int64, device=weight.device)
         self._differ = torch.zeros_like(self._correct)
-        # Batches are compared with these means at once; without them their features and predictions are kept, if so.
+        # For NC4, a batch is compared with `_centres` at once if there are any; else it goes into `_kept` if that is a
+        # list; else NC4 is left to the second pass.
         self._centres = previous.to(weight.device) if previous is not None and "nc4" in names else None
         self._kept: list[tuple[Tensor, Tensor]] | None = None
         if self._centres is None and "nc4" in names and moment == "full" and keep_bytes > 0:
@@ -120,21 +121,21 @@ class Measurement:
         Raises:
             ValueError, TypeError: what `ClassStats.update` refuses.
         """
-        first_pass = self.means is None
-        if first_pass or self._moment == "projected":
+        needs_logits = not {"nc4", "train_accuracy"}.isdisjoint(self._names)
+        if needs_logits and logits is None:
+            raise ValueError("Measurement.add: NC4 and the accuracy need logits")
+        if self._first_pass or self._moment == "projected":
             self.stats.update(features, labels.to(features.device))
             for name, h in (layers or {}).items():
                 if name not in self._layers:
                     self._layers[name] = self._statistics(h.shape[-1], name, h.device)
                 self._layers[name].update(h, labels.to(h.device))
-        if first_pass:
+        if self._first_pass:
             self.samples += len(labels)
-        if not {"nc4", "train_accuracy"} & set(self._names):
+        if logits is None or not needs_logits:
             return
-        if logits is None:
-            raise ValueError("Measurement.add: NC4 and the accuracy need logits")
         predicted = logits.argmax(-1)
-        if first_pass:
+        if self._first_pass:
             self._correct += (predicted == labels.to(predicted.device)).sum(-1)
         if self._centres is not None:
             self._compare(features, predicted, self._centres)
@@ -144,13 +145,14 @@ class Measurement:
     def end_pass(self) -> bool:
         """End the first pass over the data; return whether a second is needed, in which the same batches are added."""
         kept, compared = self._kept, self._centres is not None
-        self._kept = self._centres = None
-        self.means = self.stats.means
-        if kept is not None:
-            for features, predicted in _joined(kept):
-                self._compare(features, predicted, self.means)
-        elif "nc4" in self._names and not compared:
-            self._centres = self.means
+        self._first_pass, self._kept, self._centres = False, None, None
+        if "nc4" in self._names:
+            self._means = self.stats.means
+            if kept is not None:
+                for features, predicted in _joined(kept):
+                    self._compare(features, predicted, self._means)
+            elif not compared:
+                self._centres = self._means
         if self._moment == "projected":
             self.stats = self.stats.projected()
             self._layers = {name: stats.projected() for name, stats in self._layers.items()}
@@ -166,13 +168,12 @@ class Measurement:
         Raises:
             ValueError: samples of fewer than two classes, batches that were refused.
         """
-        if self.means is None:
+        if self._first_pass:
             self.end_pass()
         values = {name: of(self.stats) for name, of in _OF_LAYER.items() if name in self._names}
         values |= {name: of(self._weight, self.stats) for name, of in _OF_HEAD.items() if name in self._names}
-        if "nc4" in self._names:
-            assert self.means is not None
-            finite = self.means[..., self.stats.present, :].isfinite().flatten(-2).all(-1)  # else nothing is near
+        if self._means is not None:
+            finite = self._means[..., self.stats.present, :].isfinite().flatten(-2).all(-1)  # else nothing is near
             values["nc4"] = (self._differ.double() / self._compared).masked_fill(~finite, float("nan"))
         if "train_accuracy" in self._names:
             values["train_accuracy"] = self._correct.double() / self.samples
@@ -189,7 +190,8 @@ class Measurement:
 
     def _keep(self, features: Tensor, predicted: Tensor) -> None:
         assert self._kept is not None
-        # A view, such as the first token of a sequence, would keep the whole memory that it looks into.
+        features = features.detach()
+        # A view, such as the first token of a sequence, would keep the whole tensor alive.
         if features.untyped_storage().nbytes() > features.nbytes:
             features = features.clone()
         self._bytes_left -= features.nbytes
@@ -336,12 +338,11 @@ def measure(
                 add_all()
         values, of_layers = measurement.finish()
     numbers = _numbers(values)
-    assert measurement.means is not None
     return NCResult(
         **{name: value for name, value in numbers.items() if name != "degenerate"},
         degenerate=bool(numbers["degenerate"]),
         layers={name: LayerResult(**_numbers(of_layer)) for name, of_layer in of_layers.items()},
-        means=measurement.means.cpu(),
+        means=measurement.stats.means.cpu(),
     )
 
 

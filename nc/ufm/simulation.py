@@ -79,8 +79,8 @@ def simulate(
 
     Example:
         >>> setting = {"lr": 0.01, "steps": 1000, "weight_decay": 0.1, "features": "fixed"}
-        >>> run = simulate("signumw", 10, 10, **setting)
-        >>> theory = predict("signumw", 10, 10, start=run.start, **setting)
+        >>> run = simulate("sgdw", 10, 10, **setting)
+        >>> theory = predict("sgdw", 10, 10, start=run.start, **setting)
         >>> run.nc0, theory.nc0[run.steps]
     """
     check_shape(K, d, features)

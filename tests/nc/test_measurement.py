@@ -1,0 +1,108 @@
+"""`Measurement`: one evaluator for one model or stacked runs, in one pass or two."""
+
+import math
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from ncollapse import metrics
+from ncollapse.measurement import HEAD_METRICS, Measurement
+from ncollapse.stats import ClassStats
+
+R, K, D, N = 3, 4, 9, 120
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W [R, K, d], features [R, N, d], logits [R, N, K], labels [N]."""
+    labels = torch.arange(N) % K
+    features = torch.randn(R, N, D) + 2 * torch.eye(K, D)[labels]
+    weight = torch.randn(R, K, D)
+    return weight, features, features @ weight.mT, labels
+
+
+def add(measurement: Measurement, features: Tensor, logits: Tensor, labels: Tensor) -> None:
+    parts = zip(features.split(32, -2), logits.split(32, -2), labels.split(32), strict=True)
+    for h, z, y in parts:
+        measurement.add(h, z, y, {"block": 2 * h})
+
+
+def test_stacked_runs_have_the_metrics_of_each_run(batch: tuple[Tensor, ...]) -> None:
+    weight, features, logits, labels = batch
+    stacked = Measurement(weight)
+    add(stacked, features, logits, labels)
+    values, blocks = stacked.finish()
+    assert set(values) == set(HEAD_METRICS)
+    stats = ClassStats(K, D, runs=R)
+    stats.update(features, labels)
+    assert values["nc4"].tolist() == metrics.nc4(features, logits, stats).tolist()
+    for i in range(R):
+        alone = Measurement(weight[i])
+        add(alone, features[i], logits[i], labels)
+        of_run, of_blocks = alone.finish()
+        assert {name: float(value) for name, value in of_run.items()} == pytest.approx(
+            {name: float(value[i]) for name, value in values.items()}, rel=1e-5
+        )
+        assert float(of_blocks["block"]["nc2"]) == pytest.approx(float(blocks["block"]["nc2"][i]), rel=1e-5)
+
+
+@pytest.mark.parametrize("moment", ["full", "projected"])
+def test_features_beyond_the_bound_take_a_second_pass(
+    moment: Literal["full", "projected"], batch: tuple[Tensor, ...]
+) -> None:
+    weight, features, logits, labels = batch
+    kept = Measurement(weight, keep_bytes=features[0].nbytes)
+    add(kept, features, logits, labels)
+    assert not kept.end_pass()
+    expected, _ = kept.finish()
+    bounded = Measurement(weight, keep_bytes=features[0].nbytes - 1, moment=moment)
+    add(bounded, features, logits, labels)
+    assert bounded.end_pass()
+    add(bounded, features, logits, labels)
+    values, _ = bounded.finish()
+    assert bounded.samples == N
+    for name, value in expected.items():
+        torch.testing.assert_close(values[name].double(), value.double(), rtol=1e-5, atol=0)
+
+
+def test_nc4_is_nan_without_the_second_pass_and_of_a_run_that_is_not_finite(batch: tuple[Tensor, ...]) -> None:
+    weight, features, logits, labels = batch
+    measurement = Measurement(weight, keep_bytes=0)
+    add(measurement, features, logits, labels)
+    values, _ = measurement.finish()
+    assert values["nc4"].isnan().all()
+    features = features.clone()
+    features[1, 0, 0] = torch.inf
+    measurement = Measurement(weight, nan_policy="propagate")
+    add(measurement, features, logits, labels)
+    values, _ = measurement.finish()
+    assert values["nc4"].isnan().tolist() == [False, True, False]
+
+
+def test_only_the_named_metrics_are_computed_and_without_logits(batch: tuple[Tensor, ...]) -> None:
+    weight, features, _, labels = batch
+    measurement = Measurement(weight.double(), ("nc0", "nc3"), dtype=torch.float64)
+    measurement.add(features.double(), None, labels)
+    values, _ = measurement.finish()
+    assert set(values) == {"nc0", "nc3"}
+    with pytest.raises(ValueError, match="need logits"):
+        Measurement(weight).add(features, None, labels)
+    with pytest.raises(ValueError, match="got nc9"):
+        Measurement(weight, ("nc9",))
+
+
+def test_kept_features_hold_neither_a_graph_nor_the_tensor_that_they_are_a_view_of() -> None:
+    tokens = torch.randn(40, 50, D, requires_grad=True)
+    labels = torch.arange(40) % K
+    weight = torch.randn(K, D, requires_grad=True)
+    measurement = Measurement(weight, keep_bytes=40 * D * 4)
+    features = tokens[:, 0]
+    measurement.add(features, features @ weight.T, labels)
+    with torch.no_grad():
+        tokens.fill_(math.nan)  # what was kept is a copy
+    assert not measurement.end_pass()
+    values, _ = measurement.finish()
+    assert not any(value.requires_grad for value in values.values())
+    assert not values["nc4"].isnan()
