@@ -1,4 +1,4 @@
-"""Class statistics as operators of torch, on whatever there is for the CPU."""
+"""Class statistics as torch operators, with the CPU's kernel or reference."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ CHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("runs", [None, 2])
-def test_the_operator_says_all_that_it_changes(runs: int | None, moment: str) -> None:
-    """And changes what it says: the schema, the fake tensors and the tracing are checked by torch."""
+def test_the_operator_declares_all_that_it_changes(runs: int | None, moment: str) -> None:
+    """And changes all that it declares. torch checks the schema, the fake tensors and the tracing."""
     features, labels = batch(20, 3, 6, runs=runs)
     state = empty(3, 6, moment, runs=runs)
     result = torch.library.opcheck(class_stats_op, (features, labels, *state, False), test_utils=CHECKS)
@@ -38,14 +38,14 @@ def test_the_operator_of_projections(runs: int | None) -> None:
     arguments = features, labels, shifts, axes
     assert set(torch.library.opcheck(project_op, arguments, test_utils=CHECKS).values()) == {"SUCCESS"}
     torch.testing.assert_close(project_op(*arguments), project_reference(*arguments), rtol=1e-5, atol=1e-4)
-    # Whatever their strides.
+    # With any strides.
     strided = project_op(features.mT.contiguous().mT, labels.repeat_interleave(2)[::2], shifts, axes.mT.contiguous().mT)
     torch.testing.assert_close(strided, project_reference(*arguments), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_in_a_compiled_function(moment: str) -> None:
-    """One graph, also for batches of another size, and the same bits."""
+    """One graph for batches of any size, with the bits of the eager function."""
 
     @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
     def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

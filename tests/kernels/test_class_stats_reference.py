@@ -1,4 +1,4 @@
-"""The reference of class statistics against its definition, a sample at a time in NumPy; merging, other shifts."""
+"""The reference of class statistics against its definition, sample by sample in NumPy; merging and moving shifts."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from ncollapse.moments import merge, moved, within
 
 
 def defined(state: State, features: Tensor, labels: Tensor) -> State:
-    """What a state holds after a batch, sample by sample in float64; without stacked runs."""
+    """Return the state after a batch, computed sample by sample in float64; without stacked runs."""
     counts, shifts, sums, squares, scatter, axes, refused = (
         None if t is None else t.numpy().copy() for t in in_float64(state)
     )
@@ -41,7 +41,9 @@ def defined(state: State, features: Tensor, labels: Tensor) -> State:
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
     seed=st.integers(0, 999),
 )
-def test_it_is_its_definition(rows: int, classes: int, dim: int, moment: str, dtype: torch.dtype, seed: int) -> None:
+def test_it_equals_its_definition(
+    rows: int, classes: int, dim: int, moment: str, dtype: torch.dtype, seed: int
+) -> None:
     torch.manual_seed(seed)
     double = dtype == torch.float64
     state = empty(classes, dim, moment, dtype=torch.float64 if double else torch.float32)
@@ -54,7 +56,7 @@ def test_it_is_its_definition(rows: int, classes: int, dim: int, moment: str, dt
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_stacked_runs_are_each_as_if_alone(moment: str) -> None:
+def test_each_stacked_run_equals_a_run_alone(moment: str) -> None:
     features, labels = batch(50, 4, 6, runs=3)
     features[1] = float("nan")
     state = empty(4, 6, moment, runs=3)
@@ -69,7 +71,7 @@ def test_stacked_runs_are_each_as_if_alone(moment: str) -> None:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_batch_that_is_refused_changes_nothing_but_refused(moment: str) -> None:
+def test_a_refused_batch_changes_the_count_of_refusals_alone(moment: str) -> None:
     features, labels = batch(40, 5, 3)
     state = empty(5, 3, moment)
     class_stats_reference(features[:20], labels[:20].clamp(max=3), state)
@@ -94,7 +96,7 @@ def test_projections() -> None:
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
 
 
-def gathered(features: Tensor, labels: Tensor, moment: str, runs: int | None = None) -> State:
+def state_of(features: Tensor, labels: Tensor, moment: str, runs: int | None = None) -> State:
     state = empty(6, features.shape[-1], moment, runs=runs, dtype=torch.float64)
     class_stats_reference(features, labels, state)
     return state
@@ -102,17 +104,17 @@ def gathered(features: Tensor, labels: Tensor, moment: str, runs: int | None = N
 
 @pytest.mark.parametrize("runs", [None, 2])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_other_shifts_and_merging_change_no_more_than_rounding(moment: str, runs: int | None) -> None:
+def test_moving_shifts_and_merging_change_rounding_alone(moment: str, runs: int | None) -> None:
     features, labels = batch(90, 6, 5, runs=runs, dtype=torch.float64, offset=50.0)
-    labels[30:60].clamp_(max=3)  # a part that lacks classes
-    labels[labels == 5] = 4  # one that all lack
-    together = gathered(features, labels, moment, runs)
-    parts = [gathered(h, y, moment, runs) for h, y in zip(features.split(30, -2), labels.split(30), strict=True)]
+    labels[30:60].clamp_(max=3)  # this part lacks classes
+    labels[labels == 5] = 4  # all parts lack this class
+    together = state_of(features, labels, moment, runs)
+    parts = [state_of(h, y, moment, runs) for h, y in zip(features.split(30, -2), labels.split(30), strict=True)]
     for order in ((0, 1, 2), (1, 2, 0)):
         merged = empty(6, 5, moment, runs=runs, dtype=torch.float64)
         for i in order:
             merge(merged, parts[i])
-        # What is summed about other shifts is compared about the same ones.
+        # Sums about different shifts are compared after a move to the same ones.
         of_both = [moved(s, together.shifts) for s in (merged, together)]
         assert torch.equal(of_both[0].counts, together.counts)
         for ours, theirs, start in zip(
@@ -123,9 +125,9 @@ def test_other_shifts_and_merging_change_no_more_than_rounding(moment: str, runs
                 torch.testing.assert_close(theirs, start, rtol=1e-11, atol=1e-9)
 
 
-def test_of_half_a_scatter_comes_the_whole_covariance() -> None:
+def test_the_covariance_needs_half_of_the_scatter() -> None:
     features, labels = batch(200, 6, 5, dtype=torch.float64)
-    full, axes = gathered(features, labels, "full"), gathered(features, labels, "projected")
+    full, axes = state_of(features, labels, "full"), state_of(features, labels, "projected")
     assert full.scatter is not None
     assert axes.axes is not None
     full.scatter.copy_(full.scatter.tril() + torch.full((5, 5), 77.0).triu(1))

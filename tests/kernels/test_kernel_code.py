@@ -1,4 +1,4 @@
-"""The kernels compiled for three generations of GPUs, none of which need be here."""
+"""The kernels, compiled for three generations of GPUs, none of which the machine needs."""
 
 import json
 import os
@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-# Parameters, gradients and states that a rule reads and writes: each in one 128-bit vector a thread, states of bfloat16
-# parameters (float32) and everything in float64 in two.
+# Per rule, the tensors that it reads and writes. Each takes one 128-bit access per thread; float32 states of bfloat16
+# parameters, and all tensors in float64, take two.
 ACCESSES = {"sgd": (3, 2), "signum": (3, 2), "adam": (4, 3), "lion": (3, 2), "mixed": (4, 3)}
-# Of class statistics: at least so many 128-bit loads and stores in the kernels through which the features go, and
-# whether they multiply matrices. Projections are written as they come, m values a sample.
+# Per kernel of class statistics, the least number of 128-bit loads and stores, and whether it multiplies matrices.
+# Projections, m values per sample, need no wide stores.
 STATISTICS = {
     "labels": (0, 0, False), "shifts": (1, 2, False), "gather": (3, 2, True), "commit": (4, 0, False),
     "split": (6, 4, False), "add_moment": (8, 2, False), "project": (12, 0, True),
 }  # fmt: skip
-# Of batch norm: such loads and stores with float32 and with bfloat16 maps, without and with pooling. Maps and what
-# there is of each channel all go so: one load less means smaller pieces somewhere.
+# Per kernel of batch norm, and with pooling or without: those numbers with float32 and with bfloat16 maps. All accesses
+# to maps and to vectors of channels are wide: one fewer means narrower accesses somewhere.
 NORM = {
     ("moments", False): ((8, 0), (4, 0)),
     ("apply", False): ((8, 4), (12, 4)), ("apply", True): ((12, 2), (12, 1)),
@@ -30,8 +30,8 @@ NORM = {
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-def test_whole_blocks_go_in_vectors_and_nothing_is_spilled(arch: str) -> None:
-    # In a process of its own: this one may have Triton's interpreter.
+def test_accesses_are_wide_and_no_register_is_spilled(arch: str) -> None:
+    # In a separate process: this one may run Triton's interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("compile_kernels.py")
     done = subprocess.run([sys.executable, script, arch], capture_output=True, text=True, env=environment)
@@ -63,9 +63,9 @@ def check_update(v: dict[str, Any]) -> None:
     wide = {"fp32": 0, "bf16": loads - 2, "fp64": loads}[v["dtype"]]
     assert v["loads_128"] >= loads + wide, v
     assert v["stores_128"] >= stores + (stores if v["dtype"] == "fp64" else wide), v
-    # With every rule and every extra in one kernel ptxas 13 keeps to 128 registers on sm_80, and spills one.
+    # With all rules and extras in one kernel, ptxas 13 limits itself to 128 registers on sm_80 and spills one.
     assert v["spilled_bytes"] <= (8 if v["extras"] and v["rule"] == "mixed" else 0), v
-    assert v["registers"] <= 168, v  # three programs of 128 threads on a multiprocessor, at the least
+    assert v["registers"] <= 168, v  # so that three programs of 128 threads fit on a multiprocessor
 
 
 def check_statistics(v: dict[str, Any]) -> None:
@@ -73,10 +73,10 @@ def check_statistics(v: dict[str, Any]) -> None:
     assert v["loads_128"] >= loads, v
     assert v["stores_128"] >= stores, v
     assert (v["matrix_products"] > 0) == products, v
-    assert v["float_atomics"] == 0, v  # whose order would change the result
-    # Triton 3.6 has ptxas keep to 128 registers on sm_100, and spills two.
+    assert v["float_atomics"] == 0, v  # their order would change the result
+    # Triton 3.6 limits ptxas to 128 registers on sm_100, which spills two.
     assert v["spilled_bytes"] <= (8 if v["arch"] == "sm_100" and v.get("classes", 0) > 32 else 0), v
-    # Three programs of 128 threads on a multiprocessor at the least; for many classes one of 256.
+    # Three programs of 128 threads fit on a multiprocessor; with many classes, one of 256.
     assert v["registers"] <= (255 if v.get("classes", 0) > 32 else 168), v
 
 
@@ -87,7 +87,7 @@ def check_norm(v: dict[str, Any]) -> None:
         assert v["loads_128"] >= loads + (4 if v.get("residual") else 0), v
         assert v["stores_128"] >= stores, v
         assert v["spilled_bytes"] == 0, v
-    assert v["spilled_bytes"] <= 128, v  # of three channels every element has an address of its own
-    assert v["float_atomics"] == 0, v  # whose order would change the result
-    # Four programs of 128 threads on a multiprocessor, as their number is chosen for.
+    assert v["spilled_bytes"] <= 128, v  # with three channels, each element has its own address
+    assert v["float_atomics"] == 0, v  # their order would change the result
+    # Four programs of 128 threads fit on a multiprocessor, as PROGRAMS assumes.
     assert v["registers"] <= 128, v

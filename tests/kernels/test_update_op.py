@@ -1,4 +1,4 @@
-"""The update as an operator of torch."""
+"""The update as a torch operator."""
 
 import pytest
 import torch
@@ -8,8 +8,8 @@ import ncollapse.kernels.update.op  # noqa: F401  (registers it)
 
 @pytest.mark.parametrize("observed", [False, True], ids=["plain", "observed"])
 @pytest.mark.parametrize(("code", "states"), [(0, 0), (0, 1), (2, 3)], ids=["sgd", "momentum", "adam"])
-def test_the_operator_says_all_that_it_changes(code: int, states: int, observed: bool) -> None:
-    """And changes what it says: the schema, the fake tensors and the tracing are checked by torch."""
+def test_the_operator_declares_all_that_it_changes(code: int, states: int, observed: bool) -> None:
+    """And changes all that it declares. torch checks the schema, the fake tensors and the tracing."""
     params, grads, first, second, copies = ([torch.rand(3, 2) for _ in range(2)] for _ in range(5))
     steps = [torch.zeros(()) for _ in range(2)]
     firsts, seconds, counts = (t if n < states else [] for n, t in enumerate((first, second, steps)))

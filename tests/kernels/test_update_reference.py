@@ -41,7 +41,7 @@ NUMPY = {"sgd": sgd_numpy, "signum": signum_numpy, "adam": adam_numpy, "lion": l
 
 
 def start(rule: str, params: list[Tensor]) -> Callable[..., None]:
-    """A function (grads, **hyperparameters) that steps with state of its own."""
+    """Return a function (grads, **hyperparameters) that takes a step and keeps its state."""
     slots = [
         Slot(
             torch.zeros_like(p, dtype=compute_dtype(p)),
@@ -93,8 +93,8 @@ def test_layout_does_not_matter(rule: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("rule", [*NUMPY, "mixed"])
-def test_stacked_runs_train_as_alone(rule: str) -> None:
-    """A vector of hyperparameters over [R, …] is R separate updates, also where a run's neighbour is NaN."""
+def test_each_stacked_run_equals_a_run_alone(rule: str) -> None:
+    """Vectors of hyperparameters over `[R, …]` give R separate updates, even if one run is NaN."""
     generator = torch.Generator().manual_seed(2)
     rules = list(NUMPY) if rule == "mixed" else [rule] * 4
     single = [torch.randn(5, 3, generator=generator) for _ in range(4)]
@@ -112,8 +112,7 @@ def test_stacked_runs_train_as_alone(rule: str) -> None:
     for _ in range(20):
         grads = torch.randn(4, 5, 3, generator=generator)
         grads[3] = float("nan")
-        every = rules if rule == "mixed" else rule
-        update_reference(every, [stacked], [grads], [slot], Settings(**vectors, eps=1e-8))
+        update_reference(rules if rule == "mixed" else rule, [stacked], [grads], [slot], Settings(**vectors, eps=1e-8))
         for r, step in enumerate(alone):
             step([grads[r]], **{name: v[r] for name, v in values.items()})
     assert stacked[3].isnan().all()
@@ -121,7 +120,7 @@ def test_stacked_runs_train_as_alone(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", NUMPY)
-def test_nan_and_inf_gradients_stay_where_they_are(rule: str) -> None:
+def test_nan_and_inf_gradients_affect_their_elements_alone(rule: str) -> None:
     param = torch.ones(4)
     start(rule, [param])([torch.tensor([1.0, float("nan"), float("inf"), 0.0])], lr=0.1)
     assert param[[0, 3]].isfinite().all()
@@ -129,7 +128,7 @@ def test_nan_and_inf_gradients_stay_where_they_are(rule: str) -> None:
 
 
 def test_decoupled_decay_is_exact_over_many_steps() -> None:
-    """∏(1 − ηλ) over 20,000 float32 steps: a rounded factor in float32 would be off by more than this bound."""
+    """∏(1 − ηλ) over 20,000 float32 steps: a factor rounded to float32 would exceed this bound."""
     param = torch.full((1000,), 0.7) + torch.rand(1000) * 0.1
     before = param.double().norm()
     settings = Settings(lr=0.0679, weight_decay=5e-4, coupling=0.0)
@@ -150,7 +149,7 @@ def test_half_precision_is_float32_rounded_once(rule: str, dtype: torch.dtype) -
         steps[1]([grad], **SETTINGS)
         assert half.dtype == dtype
         assert torch.equal(half, full.to(dtype))
-        full.copy_(half)  # the next step starts from the rounded parameter in both
+        full.copy_(half)  # both continue from the rounded parameter
 
 
 @pytest.mark.parametrize("rule", NUMPY)
