@@ -1,4 +1,4 @@
-"""The report's page in a real browser: Debian's chromium, without a window."""
+"""The report's page in a browser: Debian's chromium, headless."""
 
 import json
 import re
@@ -21,13 +21,13 @@ CHROMIUM = shutil.which("chromium")
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (apt-get install chromium)")
 
-#: A page with the report in a frame of a given width, and what the report says of itself as the frame's title.
+#: A page with the report in a frame of a given width; its title becomes the message that the report sends.
 FRAME = """<!doctype html><title>waiting</title><body style="margin:0">
 <script>addEventListener("message", (event) => { document.title = JSON.stringify(event.data); });</script>
 <iframe src="probed.html" style="width:WIDTHpx;height:900px;border:0"></iframe>"""
 WIDTH = (
-    "(() => { const page = document.documentElement; const own = '.scroll, pre, #tip, script'; "
-    "const wide = [...document.body.querySelectorAll('*')].filter((element) => !element.closest(own) && "
+    "(() => { const page = document.documentElement; const scrolled = '.scroll, pre, #tip, script'; "
+    "const wide = [...document.body.querySelectorAll('*')].filter((element) => !element.closest(scrolled) && "
     "element.getBoundingClientRect().right > page.clientWidth + 1).map((element) => element.outerHTML.slice(0, 60)); "
     "return {width: innerWidth, overflow: page.scrollWidth - page.clientWidth, wide: wide}; })()"
 )
@@ -64,7 +64,7 @@ def folder(swept: Path, tmp_path_factory: pytest.TempPathFactory, quiet: Console
 
 
 def show(page: Path, profile: Path, *options: str) -> tuple[str, list[str]]:
-    """The page after its scripts have run, and what it has written to the console."""
+    """Return the page after its scripts have run, and the lines that it wrote to the console."""
     assert CHROMIUM
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=10000"]
     command = [CHROMIUM, *flags, f"--user-data-dir={profile}", *options, "--dump-dom", page.as_uri()]
@@ -73,10 +73,10 @@ def show(page: Path, profile: Path, *options: str) -> tuple[str, list[str]]:
 
 
 def probe(folder: Path, profile: Path, expression: str, width: int, *options: str) -> object:
-    """What an expression gives in the page, which is so many pixels wide."""
-    # A frame: chromium's own window is never narrower than 500 pixels.
-    asking = f"<script>addEventListener('load', () => parent.postMessage({expression}, '*'));</script></body>"
-    page = (folder / "report.html").read_text("utf-8").replace("</body>", asking)
+    """Evaluate a JavaScript expression in the page, at a width in pixels."""
+    # The page is in a frame, because chromium's window is at least 500 pixels wide.
+    script = f"<script>addEventListener('load', () => parent.postMessage({expression}, '*'));</script></body>"
+    page = (folder / "report.html").read_text("utf-8").replace("</body>", script)
     (folder / "probed.html").write_text(page, "utf-8")
     (folder / "frame.html").write_text(FRAME.replace("WIDTH", str(width)), "utf-8")
     text, console = show(folder / "frame.html", profile, f"--window-size={max(width, 500)},1000", *options)
@@ -102,7 +102,7 @@ def test_the_page_shows_the_stores_numbers_and_no_error(folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("width", [400, 1400])
-def test_the_page_is_no_wider_than_its_window(folder: Path, tmp_path: Path, width: int) -> None:
+def test_the_page_is_not_wider_than_its_window(folder: Path, tmp_path: Path, width: int) -> None:
     assert probe(folder, tmp_path, WIDTH, width) == {"width": width, "overflow": 0, "wide": []}
 
 
@@ -112,7 +112,7 @@ def test_a_click_on_a_title_sorts_the_table(folder: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("width", [400, 1400])
-def test_a_point_tells_its_run(folder: Path, tmp_path: Path, width: int) -> None:
+def test_a_tooltip_describes_the_run_of_a_point(folder: Path, tmp_path: Path, width: int) -> None:
     found = probe(folder, tmp_path, POINT, width)
     assert isinstance(found, dict)
     run = load_runs(folder).iloc[found["run"]]

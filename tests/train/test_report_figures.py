@@ -1,4 +1,4 @@
-"""The report's figures: palette, scales, what is drawn of which runs, and figures as a part of the page."""
+"""The report's figures: palette, scales, which runs are drawn where, and the figures as elements of the page."""
 
 import re
 import subprocess
@@ -14,7 +14,6 @@ from rich.console import Console
 
 from ncollapse.train import load_layers
 from ncollapse.train.config import RunConfig
-from ncollapse.train.formatting import short_number, superscript
 from ncollapse.train.grid import Grid
 from ncollapse.train.optimizers import FAMILY_COLOURS, LABELS, OPTIMIZERS, TABLE
 from ncollapse.train.report.figures.epochs import nc0_over_epochs
@@ -74,7 +73,7 @@ def test_every_optimizer_has_the_colour_of_its_family_and_a_name() -> None:
 
 
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
-def test_the_pages_colours_can_be_told_from_its_ground(theme: int) -> None:
+def test_the_pages_colours_contrast_with_its_background(theme: int) -> None:
     colours = themes()[theme]
     assert contrast(colours["ink"], colours["ground"]) >= 7
     assert contrast(colours["quiet"], colours["card"]) >= 4.5
@@ -116,28 +115,6 @@ def test_axes_are_logarithmic_where_values_span_decades(values: list[float], log
     assert grid[0, 0].get_xscale() == "linear"
 
 
-@pytest.mark.parametrize(
-    ("value", "digits", "text"),
-    [
-        (0.0, 2, "0"),
-        (5e-4, 2, "5e-4"),
-        (0.0679, 3, "0.0679"),
-        (0.0679, 2, "0.068"),
-        (1234.5, 2, "1234"),
-        (123456.0, 2, "1.2e5"),
-        (4.51e-12, 2, "4.5e-12"),
-        (99.7, 2, "100"),
-        (np.nan, 2, "–"),
-    ],
-)
-def test_short_numbers(value: float, digits: int, text: str) -> None:
-    assert short_number(value, digits) == text
-
-
-def test_exponents() -> None:
-    assert superscript(-12) == "⁻¹²"
-
-
 def test_points_that_cannot_be_drawn_are_left_out() -> None:
     with styled():
         figure, grid = panels(1, 1, (4, 3))
@@ -148,24 +125,25 @@ def test_points_that_cannot_be_drawn_are_left_out() -> None:
     assert drawing.runs == {"runs-0": ["a", "d"]}
 
 
-def test_points_on_the_page_are_tied_to_their_runs(swept: Path) -> None:
+def test_points_on_the_page_are_linked_to_their_runs(swept: Path) -> None:
     runs = read_results(swept).runs
     drawing = accuracy_against_collapse("x", runs, ALL, ["nc1"])
-    assert not spans_decades(runs.nc1)  # an axis whose places are the values but for their scale
+    assert not spans_decades(runs.nc1)  # the axis is linear: positions are an affine function of the values
     number = {run: i for i, run in enumerate(runs.id)}
-    svg = inline(encode(drawing.figure)[1], "x", "", {g: [number[r] for r in own] for g, own in drawing.runs.items()})
-    places: dict[int, float] = {}
-    for numbers, points in re.findall(r'<g data-runs="([^"]+)">(?:<defs>.*?</defs>)?(.*?)</g>', svg):
-        across = [float(x) for x in re.findall(r'<use [^>]*x="([^"]+)"', points)]
-        places |= dict(zip(map(int, numbers.split()), across, strict=True))
-    assert sorted(places) == list(range(len(runs)))
+    points = {group: [number[run] for run in members] for group, members in drawing.runs.items()}
+    svg = inline(encode(drawing.figure)[1], "x", "", points)
+    positions: dict[int, float] = {}
+    for numbers, uses in re.findall(r'<g data-runs="([^"]+)">(?:<defs>.*?</defs>)?(.*?)</g>', svg):
+        xs = [float(x) for x in re.findall(r'<use [^>]*x="([^"]+)"', uses)]
+        positions |= dict(zip(map(int, numbers.split()), xs, strict=True))
+    assert sorted(positions) == list(range(len(runs)))
     values = runs.nc1.to_numpy()
-    slope, offset = np.polyfit(values, [places[i] for i in range(len(runs))], 1)
+    slope, offset = np.polyfit(values, [positions[i] for i in range(len(runs))], 1)
     assert slope > 0
-    np.testing.assert_allclose(slope * values + offset, [places[i] for i in range(len(runs))], atol=0.02)
+    np.testing.assert_allclose(slope * values + offset, [positions[i] for i in range(len(runs))], atol=0.02)
 
 
-def test_a_figure_on_the_page_is_shorter_and_takes_the_pages_colours(swept: Path) -> None:
+def test_a_figure_on_the_page_is_shorter_and_has_the_pages_colours(swept: Path) -> None:
     results = read_results(swept)
     best = best_runs(results.runs, ALL)
     drawing = nc0_over_epochs("x", best, results.histories(best.id))
@@ -223,7 +201,7 @@ def test_cells_whose_runs_missed_the_threshold_are_hatched(swept: Path) -> None:
     assert sum(part.get_array().count() for part in hatched) == missed
 
 
-def test_blocks_are_shown_where_they_were_measured(tmp_path: Path, run_sweep: Callable[..., int]) -> None:
+def test_blocks_are_shown_if_they_were_measured(tmp_path: Path, run_sweep: Callable[..., int]) -> None:
     grid = Grid(
         "deep",
         tuple(
@@ -254,6 +232,6 @@ def test_blocks_are_shown_where_they_were_measured(tmp_path: Path, run_sweep: Ca
     assert (tmp_path / "tables" / "layers-cnn-digits.csv").is_file()
 
 
-def test_blocks_are_not_missed_where_nobody_asked_for_them(swept: Path) -> None:
+def test_no_section_on_blocks_if_they_were_not_measured(swept: Path) -> None:
     titles = [section.title for section in parts_of(read_results(swept), ALL)[0].sections()]
     assert "Collapse through the layers" not in titles

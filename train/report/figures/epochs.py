@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 #: Least distance between two labels at the ends of the lines, as a share of the axes' height.
 _LABEL_DISTANCE = 0.055
-#: Circles along a prediction, about.
+#: Approximate number of circles per prediction.
 _CIRCLES = 14
 _STYLES = "Solid: weight decay coupled into the gradient; dashed: decoupled."
 

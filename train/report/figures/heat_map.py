@@ -87,7 +87,7 @@ def heat_maps(slug: str, cells: pd.DataFrame, axis: str, threshold: str) -> Draw
 
 
 def _limits(values: "pd.Series[float]", counted: "pd.Series[bool]") -> dict[str, Any]:
-    """Return the range of colours common to all optimizers, taken from cells whose value counts where there are any."""
+    """Return the range of colours, common to all optimizers; cells that are not counted matter only if none is."""
     finite = values[np.isfinite(values)]
     finite = finite[counted] if counted[finite.index].any() else finite
     if spans_decades(finite):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 #: Optimizer -> colour of its family.
 COLOURS = {name: row.colour for name, row in TABLE.items()}
-#: Text, axes and notes, grid lines, background. The page replaces them by its own, for light and dark.
+#: Text, axes and notes, grid lines, background. The page replaces them by CSS variables.
 INK, QUIET, GRID, GROUND = "#1b1b1b", "#5b6066", "#e4e6e8", "#fdfdfd"
 #: Numbers and marks on dark and on light cells. The page keeps them, since the cells' colours stay the same.
 ON_DARK, ON_LIGHT = "#ffffff", "#101010"

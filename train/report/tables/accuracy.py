@@ -4,7 +4,7 @@ import pandas as pd
 
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.settings import tried
-from ncollapse.train.report.tables.view import View, count_column, metric_column, optimizer_column
+from ncollapse.train.report.tables.view import Column, View
 
 
 def rank_correlations(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
@@ -30,7 +30,7 @@ def correlations_view(slug: str, runs: pd.DataFrame, selection: Selection) -> Vi
     wide = frame.pivot(index="optimizer", columns="metric", values="correlation").reset_index()
     wide["runs"] = wide.optimizer.map(frame.groupby("optimizer").runs.max())
     wide = wide.set_index("optimizer").loc[list(dict.fromkeys(frame.optimizer))].reset_index()
-    columns = (optimizer_column(), count_column("runs"), *(metric_column(name) for name in NC))
+    columns = (Column.optimizer(), Column.count("runs"), *(Column.metric(name) for name in NC))
     caption = (
         "Spearman's rank correlation of validation accuracy with each metric: −1 where more collapse (a smaller "
         "metric) always goes with a higher accuracy, 0 where they are unrelated."

@@ -7,17 +7,7 @@ import pandas as pd
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.report.settings import described, in_order, tried
 from ncollapse.train.report.tables.prediction import predicted_nc0
-from ncollapse.train.report.tables.view import (
-    Cell,
-    Column,
-    View,
-    count_column,
-    metric_column,
-    optimizer_column,
-    setting_column,
-    share_column,
-    text_column,
-)
+from ncollapse.train.report.tables.view import Cell, Column, View
 from ncollapse.train.results.schema import FINISHED
 
 #: Metrics shown with their change from initialisation.
@@ -69,19 +59,19 @@ def main_view(slug: str, runs: pd.DataFrame, selection: Selection) -> View:
     caption = (
         f"Best = smallest {selection.best_by.upper()} of the runs that reached {selection.percent} training accuracy "
         "(reached: how many did). Below each metric: its change from initialisation. NC0 predicted: the exact "
-        "recursion of SGD and SGDW. NC3 diff.: ‖W/‖W‖ − M/‖M‖‖; its size at initialisation suggests that the paper calls "
-        "this one NC3."
+        "recursion of SGD and SGDW. NC3 diff.: ‖W/‖W‖ − M/‖M‖‖; its size at initialisation suggests that the paper "
+        "calls this one NC3."
     )
     columns = (
-        optimizer_column(),
-        metric_column("nc0", best=True),
-        metric_column("nc0_predicted", "NC0 predicted"),
-        *(metric_column(name, best=True) for name in ("nc1", "nc2", "nc3")),
-        metric_column("nc3_difference", "NC3 diff.", best=True),
-        metric_column("nc4"),
-        share_column("train_accuracy", "train acc."),
-        share_column("val_accuracy", "val. acc."),
-        text_column("settings", missing="no run reached the threshold"),
+        Column.optimizer(),
+        Column.metric("nc0", best=True),
+        Column.metric("nc0_predicted", "NC0 predicted"),
+        *(Column.metric(name, best=True) for name in ("nc1", "nc2", "nc3")),
+        Column.metric("nc3_difference", "NC3 diff.", best=True),
+        Column.metric("nc4"),
+        Column.share("train_accuracy", "train acc."),
+        Column.share("val_accuracy", "val. acc."),
+        Column.text("settings", missing="no run reached the threshold"),
         Column("reached", lambda row: Cell(f"{row.eligible} of {row.runs}")),
     )
     return View(f"best-{slug}", caption, columns, main_table(runs, selection))
@@ -99,11 +89,11 @@ def decay_view(slug: str, runs: pd.DataFrame, selection: Selection) -> View:
     """Show `nc0_by_decay`."""
     caption = f"Final NC0 as a multiple of its start, over the runs that reached {selection.percent} training accuracy."
     columns = (
-        optimizer_column(),
-        setting_column("weight_decay"),
-        setting_column("coupling"),
-        metric_column("smallest", "smallest NC0 / start"),
-        metric_column("largest", "largest NC0 / start"),
-        count_column("runs"),
+        Column.optimizer(),
+        Column.setting("weight_decay"),
+        Column.setting("coupling"),
+        Column.metric("smallest", "smallest NC0 / start"),
+        Column.metric("largest", "largest NC0 / start"),
+        Column.count("runs"),
     )
     return View(f"decay-{slug}", caption, columns, nc0_by_decay(runs, selection))

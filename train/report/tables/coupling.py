@@ -4,14 +4,7 @@ import pandas as pd
 
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.settings import alike, described, family, in_order
-from ncollapse.train.report.tables.view import (
-    View,
-    metric_column,
-    optimizer_column,
-    setting_column,
-    share_column,
-    text_column,
-)
+from ncollapse.train.report.tables.view import Column, View
 
 #: The fewest couplings that show more than the two ends.
 SHARES = 3
@@ -36,11 +29,11 @@ def interpolations(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
 def interpolations_view(slug: str, runs: pd.DataFrame) -> View:
     """Show the rows of `interpolations`."""
     columns = (
-        optimizer_column(),
-        text_column("settings"),
-        setting_column("coupling"),
-        *(metric_column(name) for name in NC),
-        share_column("val_accuracy", "val. acc."),
+        Column.optimizer(),
+        Column.text("settings"),
+        Column.setting("coupling"),
+        *(Column.metric(name) for name in NC),
+        Column.share("val_accuracy", "val. acc."),
     )
     kept = ["optimizer", "settings", "coupling", *NC, "train_accuracy", "val_accuracy", "reached", "id"]
     return View(f"coupling-{slug}", "The runs of the figure.", columns, runs[kept])

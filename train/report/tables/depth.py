@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from ncollapse.train.report.tables.view import View, metric_column, optimizer_column, text_column
+from ncollapse.train.report.tables.view import Column, View
 
 #: The metrics that need no classifier, so that they exist for every block.
 BLOCK_METRICS = ("nc1", "nc2")
@@ -26,5 +26,5 @@ def blocks_at_the_end(best: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
 
 def blocks_view(slug: str, rows: pd.DataFrame) -> View:
     """Show the rows of `blocks_at_the_end`."""
-    columns = (optimizer_column(), text_column("layer"), *(metric_column(name) for name in BLOCK_METRICS))
+    columns = (Column.optimizer(), Column.text("layer"), *(Column.metric(name) for name in BLOCK_METRICS))
     return View(f"layers-{slug}", "The blocks of the figure.", columns, rows)

@@ -8,7 +8,7 @@ from ncollapse.train.config import DESCRIPTIONS, FIELDS
 from ncollapse.train.formatting import duration
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.report.settings import in_order, written
-from ncollapse.train.report.tables.view import Cell, Column, View, count_column, optimizer_column, text_column
+from ncollapse.train.report.tables.view import Cell, Column, View
 from ncollapse.train.results.schema import FINISHED
 
 #: Values of a setting beyond which only their number, the first and the last are shown.
@@ -37,11 +37,11 @@ def what_was_run(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
 def runs_view(runs: pd.DataFrame, selection: Selection) -> View:
     """Show `what_was_run`."""
     columns = (
-        text_column("model"),
-        text_column("data"),
-        optimizer_column(),
-        *(count_column(name) for name in ("runs", *FINISHED, "unfinished")),
-        count_column("reached", "reached the threshold"),
+        Column.text("model"),
+        Column.text("data"),
+        Column.optimizer(),
+        *(Column.count(name) for name in ("runs", *FINISHED, "unfinished")),
+        Column.count("reached", "reached the threshold"),
         Column("time", lambda row: Cell(duration(row.seconds), value=float(row.seconds))),
     )
     caption = (
@@ -55,7 +55,7 @@ def settings_view(runs: pd.DataFrame) -> View:
     """Show every setting with its values in these runs and its meaning."""
     rows = [(f.name, _values(runs[f.name]), DESCRIPTIONS[f.name]) for f in FIELDS if f.name in runs]
     frame = pd.DataFrame(rows, columns=["setting", "values", "meaning"])
-    columns = (text_column("setting"), text_column("values"), text_column("meaning", "what it is"))
+    columns = (Column.text("setting"), Column.text("values"), Column.text("meaning", "what it is"))
     return View("grid", "Every setting with the values that it took.", columns, frame)
 
 

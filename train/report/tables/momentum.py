@@ -5,7 +5,7 @@ import pandas as pd
 from ncollapse.train.report.queries import Results
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.settings import alike, described, in_order
-from ncollapse.train.report.tables.view import View, count_column, metric_column, optimizer_column, setting_column
+from ncollapse.train.report.tables.view import Column, View
 
 
 def at_equal_loss(runs: pd.DataFrame, results: Results, selection: Selection) -> pd.DataFrame:
@@ -50,11 +50,11 @@ def momentum_steps(readings: pd.DataFrame) -> pd.DataFrame:
 def momentum_view(slug: str, readings: pd.DataFrame) -> View:
     """Show `momentum_steps`."""
     columns = (
-        optimizer_column(),
-        setting_column("lower", "from β"),
-        setting_column("higher", "to β"),
-        count_column("pairs"),
-        *(metric_column(name, f"{name.upper()} ratio") for name in NC),
+        Column.optimizer(),
+        Column.setting("lower", "from β"),
+        Column.setting("higher", "to β"),
+        Column.count("pairs"),
+        *(Column.metric(name, f"{name.upper()} ratio") for name in NC),
     )
     caption = "Median of the metric at the higher momentum divided by that at the lower one; below 1, momentum helps."
     return View(f"momentum-{slug}", caption, columns, momentum_steps(readings))

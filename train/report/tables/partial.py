@@ -4,7 +4,7 @@ import pandas as pd
 
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.settings import described, tried
-from ncollapse.train.report.tables.view import View, count_column, metric_column, optimizer_column, text_column
+from ncollapse.train.report.tables.view import Column, View
 
 
 def partial_collapse(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
@@ -40,15 +40,15 @@ def partial_collapse(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
 def partial_view(slug: str, frame: pd.DataFrame) -> View:
     """Show the rows of `partial_collapse`."""
     columns = (
-        optimizer_column(),
-        count_column("runs"),
-        count_column("good", "NC1, NC2 good"),
-        count_column("partial", "of these partial"),
-        metric_column("nc1", "smallest NC1", best=True),
-        metric_column("nc2", "its NC2"),
-        metric_column("nc0_over_start", "its NC0 / start"),
-        metric_column("nc3", "its NC3"),
-        text_column("settings"),
+        Column.optimizer(),
+        Column.count("runs"),
+        Column.count("good", "NC1, NC2 good"),
+        Column.count("partial", "of these partial"),
+        Column.metric("nc1", "smallest NC1", best=True),
+        Column.metric("nc2", "its NC2"),
+        Column.metric("nc0_over_start", "its NC0 / start"),
+        Column.metric("nc3", "its NC3"),
+        Column.text("settings"),
     )
     caption = (
         "Good: NC1 and NC2 are both in the better half of the runs that reached the threshold. Partial: good runs "

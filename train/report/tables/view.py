@@ -44,6 +44,45 @@ class Column:
     best: bool = False
     words: bool = False
 
+    @classmethod
+    def optimizer(cls) -> "Column":
+        """Show the optimizer's label, beside its line."""
+        return cls(
+            "optimizer",
+            lambda row: Cell(LABELS.get(row.optimizer, row.optimizer), optimizer=row.optimizer),
+            words=True,
+        )
+
+    @classmethod
+    def text(cls, name: str, title: str = "", *, missing: str = "") -> "Column":
+        """Show text, or `missing` where the table has none."""
+        return cls(title or name, lambda row: Cell(missing if pd.isna(row[name]) else str(row[name])), words=True)
+
+    @classmethod
+    def metric(cls, name: str, title: str = "", *, best: bool = False) -> "Column":
+        """Show a number, with its change in percent below it where the table has a column `NAME_change`."""
+
+        def cell(row: "pd.Series[Any]") -> Cell:
+            change = formatting.change(row.get(f"{name}_change", math.nan))
+            return Cell(formatting.number(row[name]), change, float(row[name]))
+
+        return cls(title or name.upper(), cell, best)
+
+    @classmethod
+    def share(cls, name: str, title: str) -> "Column":
+        """Show a share in [0, 1] in percent."""
+        return cls(title, lambda row: Cell(formatting.percentage(row[name]), value=float(row[name])))
+
+    @classmethod
+    def count(cls, name: str, title: str = "") -> "Column":
+        """Show an integer."""
+        return cls(title or name, lambda row: Cell(f"{row[name]:,}", value=float(row[name])))
+
+    @classmethod
+    def setting(cls, name: str, title: str = "") -> "Column":
+        """Show the value of a numeric setting."""
+        return cls(title or name.replace("_", " "), lambda row: Cell(f"{row[name]:g}", value=float(row[name])))
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
@@ -63,42 +102,3 @@ class View:
                 for row in table:
                     row[i] = dataclasses.replace(row[i], best=row[i].value == min(numbers))
         return table
-
-
-def metric_column(name: str, title: str = "", *, best: bool = False) -> Column:
-    """Show a number, with its change in percent below it where the table has a column `NAME_change`."""
-
-    def cell(row: "pd.Series[Any]") -> Cell:
-        change = formatting.change(row.get(f"{name}_change", math.nan))
-        return Cell(formatting.number(row[name]), change, float(row[name]))
-
-    return Column(title or name.upper(), cell, best)
-
-
-def share_column(name: str, title: str) -> Column:
-    """Show a share in [0, 1] in percent."""
-    return Column(title, lambda row: Cell(formatting.percentage(row[name]), value=float(row[name])))
-
-
-def count_column(name: str, title: str = "") -> Column:
-    """Show an integer."""
-    return Column(title or name, lambda row: Cell(f"{row[name]:,}", value=float(row[name])))
-
-
-def setting_column(name: str, title: str = "") -> Column:
-    """Show the value of a numeric setting."""
-    return Column(title or name.replace("_", " "), lambda row: Cell(f"{row[name]:g}", value=float(row[name])))
-
-
-def text_column(name: str, title: str = "", *, missing: str = "") -> Column:
-    """Show text, or `missing` where the table has none."""
-    return Column(title or name, lambda row: Cell(missing if pd.isna(row[name]) else str(row[name])), words=True)
-
-
-def optimizer_column() -> Column:
-    """Show the optimizer's label, beside its line."""
-    return Column(
-        "optimizer",
-        lambda row: Cell(LABELS.get(row.optimizer, row.optimizer), optimizer=row.optimizer),
-        words=True,
-    )

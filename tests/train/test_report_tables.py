@@ -1,4 +1,4 @@
-"""What the report reads of a store, and runs held against each other, on values that are known."""
+"""What the report reads of a store, and its tables that compare runs, on known values."""
 
 import shutil
 import sqlite3
@@ -27,28 +27,30 @@ HALF = Selection(threshold=0.5)
 
 
 def runs_of(*settings: dict[str, Any]) -> pd.DataFrame:
-    """A frame as `load_runs` has it, of runs that are done; what is not a setting is a column's value."""
+    """Return a frame like that of `load_runs`, of done runs; keys that are no settings are values of other columns."""
     rows = []
     for position, given in enumerate(settings):
-        own = {k: given.pop(k) for k in list(given) if k not in RunConfig().as_dict()}
+        others = {k: given.pop(k) for k in list(given) if k not in RunConfig().as_dict()}
         config = RunConfig(**given)
         metrics = dict.fromkeys([*METRICS, *(f"{name}_start" for name in METRICS)], 1.0)
         state = {"id": f"run{position}", "position": position, "status": "done", "train_samples": 1000, "seconds": 1.0}
-        rows.append(config.as_dict() | metrics | state | own)
+        rows.append(config.as_dict() | metrics | state | others)
     types = dtypes(RUN_COLUMNS)
     return pd.DataFrame(rows, columns=list(types)).astype(types)
 
 
 class Epochs(Results):
-    """Results whose evaluated epochs are given."""
+    """Results with given training losses of the evaluated epochs; other metrics are the epoch."""
 
     def __init__(self, runs: pd.DataFrame, tmp_path: Path, losses: dict[str, list[float]]) -> None:
         with sqlite3.connect(tmp_path / FILE) as db:
             db.execute(f"CREATE TABLE metrics (run, epoch, {', '.join(METRICS)}, PRIMARY KEY (run, epoch))")
-            for run, values in losses.items():
-                for epoch, loss in enumerate(values):
-                    at = [loss if name == "train_loss" else float(epoch) for name in METRICS]
-                    db.execute(f"INSERT INTO metrics VALUES ({', '.join('?' * (2 + len(at)))})", [run, epoch, *at])
+            for run, run_losses in losses.items():
+                for epoch, loss in enumerate(run_losses):
+                    values = [loss if name == "train_loss" else float(epoch) for name in METRICS]
+                    db.execute(
+                        f"INSERT INTO metrics VALUES ({', '.join('?' * (2 + len(values)))})", [run, epoch, *values]
+                    )
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         super().__init__(tmp_path, runs, {}, [])
 
@@ -59,7 +61,7 @@ def results(swept: Path, tmp_path: Path) -> Results:
     return read_results(tmp_path)
 
 
-def test_runs_are_read_as_load_runs_reads_them(results: Results) -> None:
+def test_runs_are_those_of_load_runs(results: Results) -> None:
     pd.testing.assert_frame_equal(results.runs, load_runs(results.folder))
     with sqlite3.connect(results.folder / FILE) as db:
         db.execute("DELETE FROM metrics WHERE run IN (SELECT id FROM runs WHERE position < 3)")
@@ -90,7 +92,7 @@ def test_the_first_epoch_at_a_loss(results: Results) -> None:
     assert results.first_at({}).empty
 
 
-def test_settings_that_vary_and_runs_that_are_alike() -> None:
+def test_settings_that_vary_and_groups_of_equal_runs() -> None:
     runs = runs_of({"lr": 0.1}, {"lr": 0.2}, {"lr": 0.1, "limit": 5}, {"lr": 0.2, "limit": 5})
     assert set(varying(runs)) == {"lr", "limit"}
     assert list(alike(runs, ignore=("lr",))) == [0, 0, 1, 1]
@@ -104,13 +106,13 @@ def test_settings_that_vary_and_runs_that_are_alike() -> None:
     assert list(described(runs[:2], ignore=("lr",))) == ["β=0.9 λ=0.0005"] * 2
 
 
-def test_a_coupling_is_named_where_it_is_not_the_optimizers_own() -> None:
+def test_a_coupling_is_named_if_it_is_not_the_default() -> None:
     runs = runs_of({"optimizer": "adam"}, {"optimizer": "adamw"}, {"optimizer": "adam", "coupling": 0.25})
     assert [" c=" in text for text in described(runs)] == [False, False, True]
     assert described(runs)[2].endswith("c=0.25")
 
 
-def test_interpolations_go_by_the_rule_and_not_by_its_name() -> None:
+def test_interpolations_group_by_update_rule_not_by_name() -> None:
     shares = [
         {"optimizer": "adamw"},
         {"optimizer": "adam", "coupling": 0.5, "train_accuracy": 0.1},
@@ -132,9 +134,9 @@ def test_interpolations_are_of_runs_that_ended_well(status: str) -> None:
     assert interpolations(runs, HALF).empty
 
 
-def test_momenta_are_read_at_the_lowest_loss_that_all_reach(tmp_path: Path) -> None:
+def test_runs_are_read_at_the_lowest_loss_that_their_group_reaches(tmp_path: Path) -> None:
     runs = runs_of({"momentum": 0.7}, {"momentum": 0.9}, {"momentum": 0.9, "lr": 0.5}, {"momentum": 0.0})
-    runs.loc[3, "train_accuracy"] = 0.1  # missed the threshold, or its loss would decide
+    runs.loc[3, "train_accuracy"] = 0.1  # missed the threshold, so that its loss does not count
     losses = {"run0": [2.0, 1.0, 0.5, 0.6], "run1": [2.0, 0.4, 0.1, 0.7], "run2": [0.0], "run3": [3.0]}
     found = at_equal_loss(runs, Epochs(runs, tmp_path, losses), HALF)
     assert list(found.run) == ["run0", "run1"]
@@ -157,7 +159,7 @@ def test_steps_of_momentum_stay_within_a_group(tmp_path: Path) -> None:
     assert steps.nc1[1] == pytest.approx(np.median([2 / 1, 5 / 4]))
 
 
-def test_no_momenta_to_compare(tmp_path: Path) -> None:
+def test_no_runs_that_differ_in_momentum(tmp_path: Path) -> None:
     runs = runs_of({"lr": 0.1}, {"lr": 0.2})
     found = at_equal_loss(runs, Epochs(runs, tmp_path, {}), HALF)
     assert found.empty
@@ -172,7 +174,7 @@ def test_rank_correlations() -> None:
     table = frame.set_index(["optimizer", "metric"]).correlation
     assert table["all", "nc0"] == pytest.approx(1)
     assert table["sgd", "nc1"] == pytest.approx(-1)
-    assert np.isnan(table["all", "nc2"])  # which is the same in all
+    assert np.isnan(table["all", "nc2"])  # nc2 is the same in all runs
     assert set(frame.runs) == {4}
 
 
