@@ -1,4 +1,4 @@
-"""Muon on the GPU: in CUDA graphs, without waiting, stacked."""
+"""Muon on a GPU: CUDA graphs, no synchronisation, stacked runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from ncollapse import optim
 from waiting import nothing_waits
 
-# What PyTorch says on a GPU is not ours to fix; a fall back to the reference is.
-pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
-
 
 def parameters(device: torch.device, *runs: int) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
@@ -21,7 +18,7 @@ def parameters(device: torch.device, *runs: int) -> list[nn.Parameter]:
 
 
 def give_gradients(params: list[nn.Parameter], seed: int) -> None:
-    """In the tensors that there are: a graph reads them there."""
+    """Write into the existing gradients, whose addresses a graph reads."""
     generator = torch.Generator().manual_seed(100 + seed)
     for p in params:
         grad = torch.randn(p.shape, generator=generator).to(p.device)
@@ -29,13 +26,13 @@ def give_gradients(params: list[nn.Parameter], seed: int) -> None:
 
 
 def close(ours: list[nn.Parameter], theirs: list[nn.Parameter]) -> None:
-    """Up to the rounding of matrix products, which need not be the same in a graph."""
+    """Raise AssertionError unless equal up to rounding of matrix products, which a graph may compute differently."""
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p.cpu(), q.cpu(), rtol=1e-4, atol=1e-4)
 
 
 def captured(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of a step, after some on a stream of their own, as PyTorch asks for."""
+    """Capture a step in a CUDA graph, after a warm-up on another stream, as PyTorch requires."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -46,8 +43,7 @@ def captured(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-@pytest.mark.filterwarnings("ignore:.*without a C")  # of the CPU
-def test_as_on_the_cpu(device: torch.device) -> None:
+def test_equals_the_cpu(device: torch.device) -> None:
     a, b = parameters(device), parameters(torch.device("cpu"))
     first, second = (optim.Muon(params, lr=0.02, weight_decay=0.1, coupling=0.5) for params in (a, b))
     for seed in range(6):
@@ -59,7 +55,7 @@ def test_as_on_the_cpu(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("kind", ["number", "tensor", "stacked"])
-def test_a_captured_step_equals_an_eager_one_and_follows_what_is_written(device: torch.device, kind: str) -> None:
+def test_a_captured_step_equals_an_eager_one_and_reads_changed_numbers(device: torch.device, kind: str) -> None:
     def make(params: list[nn.Parameter]) -> optim.Muon:
         numbers: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.0, "coupling": 0.5, "momentum": 0.9}
         if kind != "number":
@@ -84,7 +80,7 @@ def test_a_captured_step_equals_an_eager_one_and_follows_what_is_written(device:
     for seed in range(1, 10):
         for optimizer in (first, second):
             write(optimizer, "lr", 0.02 / seed)
-            # Coupled decay comes in only now.
+            # Decay starts after the capture.
             write(optimizer, "weight_decay", 0.1 * (seed > 4))
             write(optimizer, "momentum", 0.8 if seed > 6 else 0.9)
         give_gradients(a, seed)
@@ -95,7 +91,7 @@ def test_a_captured_step_equals_an_eager_one_and_follows_what_is_written(device:
     close(a, b)
 
 
-def test_a_state_loaded_after_a_capture_is_replayed(device: torch.device) -> None:
+def test_a_replay_uses_a_state_loaded_after_the_capture(device: torch.device) -> None:
     params = parameters(device)
     optimizer = optim.Muon(params, lr=0.02)
     give_gradients(params, 0)
@@ -126,7 +122,7 @@ def test_a_capture_before_the_first_step_is_refused(device: torch.device) -> Non
 
 
 @pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
-def test_a_step_waits_for_nothing(device: torch.device, tensors: bool) -> None:
+def test_a_step_does_not_synchronise(device: torch.device, tensors: bool) -> None:
     params = parameters(device, 3)
     rates = torch.full((3,), 0.02, dtype=torch.float64, device=device)
     optimizer = optim.Muon(params, lr=rates if tensors else 0.02, weight_decay=rates if tensors else 0.1, stacked=True)

@@ -1,4 +1,4 @@
-"""The optimizers on the GPU: one launch, no waiting, gradient scaling, stacked runs, mixed devices."""
+"""The optimizers on a GPU: one launch, no synchronisation, gradient scaling, stacked runs, mixed devices."""
 
 import json
 from collections.abc import Callable
@@ -15,12 +15,9 @@ from gpu_training import assert_same, batches, captured_step, every_optimizer, t
 from ncollapse import optim
 from waiting import nothing_waits
 
-# What PyTorch and its compilers say on a GPU is not ours to fix; a fall back to the reference is.
-pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
-
 
 def gpu_work(step: Callable[[], Any], folder: Path) -> dict[str, list[str]]:
-    """Names of what a step has the GPU do, by the profiler's category."""
+    """Return the names of kernels, copies and fills that a step runs on the GPU."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
@@ -50,14 +47,14 @@ def test_same_as_torch(device: torch.device, ours: Any, theirs: Any, kwargs: dic
 
 
 @every_optimizer
-def test_one_kernel_a_step_however_many_groups(device: torch.device, make: Any, tmp_path: Path) -> None:
+def test_one_kernel_per_step_for_any_number_of_groups(device: torch.device, make: Any, tmp_path: Path) -> None:
     params = [nn.Parameter(torch.randn(1 + 37 * (i % 60)).to(device)) for i in range(200)]
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer = make([{"params": [p], "weight_decay": 0.001 * i} for i, p in enumerate(params)])
     for _ in range(2):
         optimizer.step()
-        gpu_work(optimizer.step, tmp_path)  # the first profile of a process may miss something
+        gpu_work(optimizer.step, tmp_path)  # the first profile of a process may be incomplete
     work = gpu_work(optimizer.step, tmp_path)
     assert work == {"kernel": ["_update_kernel"], "gpu_memcpy": [], "gpu_memset": []}
 
@@ -72,7 +69,7 @@ def test_one_kernel_a_step_however_many_groups(device: torch.device, make: Any, 
 
 
 @every_optimizer
-def test_a_step_does_not_wait_for_the_gpu(device: torch.device, make: Any) -> None:
+def test_a_step_does_not_synchronise(device: torch.device, make: Any) -> None:
     model, _ = two_networks(device)
     optimizer = make(model.parameters())
     data = batches(device, 4)
@@ -80,13 +77,13 @@ def test_a_step_does_not_wait_for_the_gpu(device: torch.device, make: Any) -> No
     train_step(model, optimizer, data[0])
     with nothing_waits():
         for x in data[1:]:
-            kept = [p.grad for p in model.parameters()]  # so that the next gradients lie elsewhere
+            kept = [p.grad for p in model.parameters()]  # so that the next gradients have other addresses
             train_step(model, optimizer, x)
             schedule.step()
             optimizer.param_groups[0]["weight_decay"] *= 0.5
             del kept
         with pytest.raises(RuntimeError, match="synchroniz"):
-            data[0].sum().item()  # and the test would notice
+            data[0].sum().item()  # the test detects synchronisation
 
 
 @every_optimizer
@@ -107,7 +104,7 @@ def test_grad_scaler(device: torch.device, make: Any) -> None:
     assert_same(a, b, first, second)  # scales are powers of two
 
 
-def test_what_is_observed(device: torch.device) -> None:
+def test_observed_values(device: torch.device) -> None:
     model, _ = two_networks(device)
     optimizer = optim.AdamW(model.parameters(), lr=0.01)
     seen = optimizer.observe(head=model.fc.weight, norms=True, bf16=True)
@@ -135,7 +132,7 @@ def test_what_is_observed(device: torch.device) -> None:
         check(before)
 
 
-def test_stacked_runs_train_as_alone(device: torch.device) -> None:
+def test_each_stacked_run_equals_a_run_alone(device: torch.device) -> None:
     rules = ["sgd", "sgdw", "signum", "signumw", "adam", "adamw", "lion"]
     lr = [0.1, 0.2, 0.01, 0.02, 0.003, 0.004, 0.001]
     betas = {"momentum": 0.8, "betas": (0.9, 0.99)}

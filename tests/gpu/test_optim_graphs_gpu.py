@@ -1,4 +1,4 @@
-"""The optimizers in CUDA graphs and under torch.compile."""
+"""The optimizers in CUDA graphs and under torch.compile, on a GPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,9 @@ from torch import Tensor, nn
 from gpu_training import OPTIMIZERS, assert_same, batches, captured_step, every_optimizer, train_step, two_networks
 from ncollapse import optim
 
-# What PyTorch and its compilers say on a GPU is not ours to fix; a fall back to the reference is.
-pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
-
 
 def warm_up(step: Callable[[], Any], times: int = 3) -> None:
-    """Steps on a stream of their own, as PyTorch asks for before a capture."""
+    """Take steps on another stream, as PyTorch requires before a capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -51,7 +48,7 @@ def test_a_captured_train_step_equals_an_eager_one_and_follows_the_schedule(
 
 @every_optimizer
 def test_a_graph_of_many_steps(device: torch.device, make: Any) -> None:
-    """With other gradients at each, which lie elsewhere."""
+    """Each step has other gradients, at other addresses."""
     a, b = two_networks(device)
     first, second = make(a.parameters()), make(b.parameters())
     data = batches(device, 10)
@@ -71,7 +68,7 @@ def test_a_graph_of_many_steps(device: torch.device, make: Any) -> None:
 
 
 def test_a_graph_outlives_eager_steps_with_other_gradients(device: torch.device) -> None:
-    """The graph's table must stay as it was, wherever an eager step finds its gradients, and whatever is allocated."""
+    """The graph's table must not change, wherever the gradients of eager steps are and whatever is allocated."""
     a, b = two_networks(device)
     first, second = optim.Adam(a.parameters(), lr=0.01), optim.Adam(b.parameters(), lr=0.01)
     grads = [[torch.randn_like(p) for p in a.parameters()] for _ in range(3)]
@@ -91,7 +88,7 @@ def test_a_graph_outlives_eager_steps_with_other_gradients(device: torch.device)
         other = grads[1 + k % 2]
         step(a, first, other)
         step(b, second, other)
-        # Were the graph's table freed, this would be written over it: a table of nothing, which harms nobody.
+        # If the graph's table were freed, these zeros would overwrite it: a table without parameters does no harm.
         garbage = [torch.zeros(n, dtype=torch.int64, device=device) for n in (12, 36, 64, 512, 5000) * 20]
         graph.replay()
         step(b, second, grads[0])

@@ -1,4 +1,4 @@
-"""Stacks on a GPU: steps replayed from CUDA graphs train as steps launched one by one do, last batch included."""
+"""Training on a GPU: replayed CUDA graphs equal single steps, the last batch included; checkpoints; networks."""
 
 import math
 from typing import Any
@@ -15,8 +15,6 @@ from ncollapse.train.optimizers import PAPER_OPTIMIZERS
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training import step
 from ncollapse.train.training.loop import Training
-
-pytestmark = pytest.mark.filterwarnings("ignore", "error:plain PyTorch")
 
 
 def data_on(device: torch.device) -> Dataset:
@@ -42,7 +40,7 @@ def trained(
 
 
 def stack_of(model: str) -> list[RunConfig]:
-    """Every optimizer; batches of 128, 128 and 4; learning rates drop at epochs 3 and 6."""
+    """Return a run for each optimizer, with batches of 128, 128 and 4; learning rates drop at epochs 3 and 6."""
     return [
         RunConfig(model=model, optimizer=name, lr=1e-2 if name.startswith("sgd") else 1e-3, epochs=9, eval_every=9)  # type: ignore[arg-type]
         for name in PAPER_OPTIMIZERS
@@ -50,9 +48,7 @@ def stack_of(model: str) -> list[RunConfig]:
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_graphs_train_as_steps_launched_one_by_one(
-    model: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graphs_train_as_single_steps_do(model: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = stack_of(model)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     captured, values = trained(runs, device)
@@ -61,7 +57,7 @@ def test_graphs_train_as_steps_launched_one_by_one(
     eager, expected = trained(runs, device)
     assert not eager._step._replays
     for i, run in enumerate(runs):
-        # Sums on a GPU are not always taken in the same order, and a sign may flip on that.
+        # A GPU may sum in another order, which may flip a sign.
         bound = 2e-2 if run.family != "sgd" else 1e-4
         for name, theirs in eager._stack.state_dict(i).items():
             torch.testing.assert_close(captured._stack.state_dict(i)[name], theirs, rtol=bound, atol=bound)
@@ -89,7 +85,7 @@ def test_the_first_layer_is_a_convolution(channels: int, dtype: torch.dtype, dev
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("model", ["resnet9", "vgg9"])
 def test_the_same_seed_gives_the_same_bits(model: str, precision: str, device: torch.device) -> None:
-    """Twice, and from a checkpoint; and the row sum of SGDW is what theory says."""
+    """Twice, and from a checkpoint up to rounding; the row sum of SGDW follows theory."""
     run = RunConfig(
         model=model, width=16, precision=precision, optimizer="sgdw", lr=0.02, weight_decay=0.05,  # type: ignore[arg-type]
         epochs=6, eval_every=6,
@@ -100,7 +96,7 @@ def test_the_same_seed_gives_the_same_bits(model: str, precision: str, device: t
     assert values == same
     for name, theirs in first._stack.state_dict(0).items():
         assert torch.equal(again._stack.state_dict(0)[name], theirs), name
-        # Graphs are captured anew, where libraries may choose other kernels: to rounding.
+        # Graphs are captured again, and libraries may choose other kernels: equal up to rounding.
         torch.testing.assert_close(resumed._stack.state_dict(0)[name], theirs, rtol=1e-2, atol=1e-2)
     assert later["train_loss"] == pytest.approx(values["train_loss"], rel=0.05)
     start = build(model, 1, 8, 4, 0, width=16).fc.weight.detach().sum(0).norm().item()
@@ -124,14 +120,14 @@ def test_augmentation_and_muon_train_in_graphs(device: torch.device) -> None:
     assert values == trained([run], device)[1]
 
 
-def test_a_checkpoint_goes_on_on_a_gpu(device: torch.device) -> None:
+def test_a_checkpoint_continues_on_a_gpu(device: torch.device) -> None:
     whole, values = trained(stack_of("mlp"), device)
     resumed, again = trained(stack_of("mlp"), device, checkpoint_at=4)
     assert resumed.epoch == whole.epoch == 9
     assert again["train_loss"] == pytest.approx(values["train_loss"], rel=0.05)
 
 
-def test_runs_that_end_leave_the_graph(device: torch.device) -> None:
+def test_finished_runs_leave_the_graph(device: torch.device) -> None:
     runs = [RunConfig(epochs=epochs, eval_every=20) for epochs in (6, 12, 12)]
     training, values = trained(runs, device)
     assert training._stack.runs == 2

@@ -1,4 +1,4 @@
-"""Loaded by the server of `crashes` before it forks: a sweep, so that the forks find everything loaded."""
+"""Runs a sweep in the server of `crashes` before it forks, so that the forks have every module loaded."""
 
 import tempfile
 from pathlib import Path

@@ -20,7 +20,7 @@ every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIM
 
 
 class Network(nn.Module):
-    """Two layers of products and sums, which are the same bits at every run; matrix products need not be."""
+    """Two layers of products and sums, which give the same bits every time; matrix products may not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def train_step(model: nn.Module, optimizer: Any, x: Tensor) -> None:
 
 
 def captured_step(model: nn.Module, optimizer: Any, x: Tensor) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of a train step with whatever is in x."""
+    """Capture a train step in a CUDA graph, which reads its batch from `x`."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         train_step(model, optimizer, x)
@@ -57,7 +57,7 @@ def captured_step(model: nn.Module, optimizer: Any, x: Tensor) -> torch.cuda.CUD
 
 
 def assert_same(a: nn.Module, b: nn.Module, first: Any, second: Any) -> None:
-    """Parameters and states, bit for bit."""
+    """Raise AssertionError unless parameters and states have the same bits."""
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         assert torch.equal(p, q)
         assert first.state[p].keys() == second.state[q].keys()

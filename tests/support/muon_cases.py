@@ -1,11 +1,11 @@
-"""Parameters of every kind for Muon, and gradients that two optimizers get alike."""
+"""Parameters of all kinds for Muon, and the same gradients for two optimizers."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-# Wide, tall, a row, a column, a convolution; a bias and a number.
+# A wide and a tall matrix, a row, a column, a convolution, a bias and a scalar.
 SHAPES = [(4, 7), (7, 4), (1, 6), (6, 1), (5, 3, 2, 2), (5,), ()]
 
 
@@ -17,7 +17,7 @@ def parameters(shapes: Any = SHAPES, dtype: torch.dtype = torch.float64, runs: t
 def give_gradients(params: Any, seed: int) -> None:
     generator = torch.Generator().manual_seed(100 + seed)
     for p in params:
-        # Of the seed and the weights, which a difference would make grow.
+        # Depends on the weights, so that a difference would grow.
         p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) + 0.1 * p.detach().sin()
 
 

@@ -1,4 +1,4 @@
-"""What may not wait for the GPU."""
+"""Detection of synchronisation with a GPU."""
 
 import warnings
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 
 @contextmanager
 def nothing_waits() -> Iterator[None]:
-    """An error for everything within that waits for the GPU."""
+    """Raise RuntimeError if anything inside synchronises with the GPU."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
         torch.cuda.set_sync_debug_mode("error")
