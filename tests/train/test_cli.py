@@ -1,4 +1,4 @@
-"""The command line as a user meets it: options, messages, exit codes."""
+"""The command line as a user sees it: options, messages, exit codes."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ GRID = 'optimizer = ["sgdw", "adamw"]\nlr = 0.01\nepochs = 2\nlimit = 200\n'
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NCOLLAPSE_DATA", raising=False)
     monkeypatch.setenv("COLUMNS", "100")
@@ -108,7 +108,7 @@ def test_an_interrupt_is_exit_code_130(capsys: pytest.CaptureFixture[str], monke
 
 
 def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
-    """The options of every command, frozen: a user's scripts rest on them."""
+    """The options of every command are frozen: scripts of users depend on them."""
     settings = [
         *("--model", "--data", "--optimizer", "--lr", "--momentum", "--weight-decay", "--coupling", "--beta2", "--eps"),
         *("--epochs", "--batch-size", "--lr-drops", "--lr-drop-factor", "--seed", "--limit", "--eval-every"),
@@ -134,7 +134,7 @@ def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
         assert "(default: None)" not in text
 
 
-def test_doctor_says_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_shows_what_the_machine_has(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["doctor"])
     out = capsys.readouterr().out
     for what in ("torch", "Triton", "GPU", "processor", "data fashion-mnist", "missing"):

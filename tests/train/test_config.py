@@ -1,4 +1,4 @@
-"""Settings and grids: defaults that identities rest on, the schedule, and every kind of bad input."""
+"""Settings and grids: the defaults on which ids depend, the schedule, and every kind of bad input."""
 
 import dataclasses
 from pathlib import Path
@@ -11,8 +11,8 @@ from ncollapse.train.grid import load_grid, presets, run_settings
 from ncollapse.train.optimizers import OPTIMIZERS, PAPER_OPTIMIZERS
 
 
-def test_identity_rests_on_the_settings_alone() -> None:
-    """These literals must not change: they name the runs in people's results folders."""
+def test_the_id_depends_on_the_settings_alone() -> None:
+    """These literals must not change: they are the ids of runs in existing results folders."""
     assert RunConfig().as_dict() == {
         "model": "mlp",
         "width": None,
@@ -50,7 +50,7 @@ def test_learning_rate_drops_at_thirds(epochs: int, drops: tuple[int, ...]) -> N
     assert {RunConfig(lr_drops=0).lr_factor(epoch) for epoch in range(200)} == {1.0}
 
 
-def test_last_batch_counts() -> None:
+def test_the_last_batch_counts() -> None:
     assert RunConfig(batch_size=128).steps_per_epoch(60_000) == 469
     assert RunConfig(batch_size=128).steps_per_epoch(128) == 1
 
@@ -82,7 +82,7 @@ def test_bad_settings_are_named(settings: dict[str, object], message: str) -> No
     assert str(error.value).startswith("grid.toml: " + message)
 
 
-def test_presets_are_what_they_say() -> None:
+def test_presets_have_the_runs_that_they_describe() -> None:
     grids = {name: load_grid(name) for name in presets()}
     paper = {"paper", "paper-table", "paper-coupling", "paper-momentum"}
     assert set(grids) == paper | {"demo", "coupling", "lion", "muon", "layers", "architectures"}
@@ -90,7 +90,7 @@ def test_presets_are_what_they_say() -> None:
     assert {run.optimizer for run in grids["paper-table"].runs} == set(PAPER_OPTIMIZERS)
     assert {(run.optimizer, run.coupling) for run in grids["muon"].runs} == {("muon", 1.0), ("muonw", 0.0)}
     assert {(run.optimizer, run.coupling) for run in grids["lion"].runs} == {("lion", 1.0), ("lionw", 0.0)}
-    # What is compared differs in momentum alone.
+    # The compared runs differ in momentum alone.
     momenta: dict[str, set[float]] = {}
     for run in grids["paper-momentum"].runs:
         momenta.setdefault(dataclasses.replace(run, momentum=0).id, set()).add(run.momentum)
@@ -156,7 +156,7 @@ def test_bad_grids_are_explained(tmp_path: Path, text: str, message: str) -> Non
         load_grid(write(tmp_path, text))
 
 
-def test_a_grid_that_is_not_there_lists_the_presets() -> None:
+def test_a_missing_grid_lists_the_presets() -> None:
     with pytest.raises(UserError, match=r"neither a file nor a preset \(architectures, coupling, .*paper-table\)"):
         load_grid("dmeo")
 
@@ -170,16 +170,16 @@ def test_the_papers_run() -> None:
     assert (run.precision, run.augment) == ("bf16", "none")
     other = make_run(run_settings("paper", {"optimizer": "adamw", "weight_decay": 0.1, "precision": "fp32"}), "run")
     assert (other.optimizer, other.lr, other.weight_decay, other.precision) == ("adamw", 1e-3, 0.1, "fp32")
-    for optimizer in OPTIMIZERS:  # each has a learning rate of its own
+    for optimizer in OPTIMIZERS:  # each has its own learning rate
         assert make_run(run_settings("paper", {"optimizer": optimizer}), "run").lr != RunConfig().lr
 
 
-def test_a_grid_without_a_run_of_its_own_is_refused(tmp_path: Path) -> None:
+def test_a_grid_without_a_single_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"preset demo does not say .* presets that do: paper"):
         run_settings("demo", {})
     with pytest.raises(UserError, match="neither a file nor a preset"):
         run_settings("papper", {})
-    own = write(tmp_path, 'epochs = 3\nlr = [0.1, 0.2]\n[run]\noptimizer = "adam"\n[run.adam]\nlr = 0.01\n')
-    assert run_settings(own, {"seed": 4}) == {"epochs": 3, "optimizer": "adam", "lr": 0.01, "seed": 4}
+    source = write(tmp_path, 'epochs = 3\nlr = [0.1, 0.2]\n[run]\noptimizer = "adam"\n[run.adam]\nlr = 0.01\n')
+    assert run_settings(source, {"seed": 4}) == {"epochs": 3, "optimizer": "adam", "lr": 0.01, "seed": 4}
     with pytest.raises(UserError, match="unknown key 'beta3'"):
         make_run(run_settings(write(tmp_path, "[run]\nbeta3 = 1\n"), {}), "run")

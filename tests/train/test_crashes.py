@@ -1,4 +1,4 @@
-"""Nothing finished is ever lost: sweeps that are killed at a hundred instants end as the one that was left alone."""
+"""No finished run is ever lost: sweeps that are killed at a hundred points end like the undisturbed one."""
 
 import multiprocessing
 import random
@@ -37,11 +37,11 @@ def assert_as_undisturbed(undisturbed: Path, out: Path) -> None:
             torch.testing.assert_close(mine[name], theirs[name], rtol=0, atol=0, equal_nan=True)
 
 
-def assert_whole_so_far(undisturbed: Path, out: Path) -> None:
-    """The store opens, and what it holds of finished runs is what the undisturbed one holds."""
+def assert_finished_as_undisturbed(undisturbed: Path, out: Path) -> None:
+    """The store opens, and its finished runs have the metrics of the undisturbed one."""
     try:
         runs = load_runs(out)
-    except NoResultsError:  # killed before its first transaction was whole
+    except NoResultsError:  # killed before its first transaction was committed
         assert not list((out / "weights").glob("*"))
         return
     finished = set(runs.id[runs.status.isin(["done", "diverged", "degenerate"])])
@@ -51,7 +51,7 @@ def assert_whole_so_far(undisturbed: Path, out: Path) -> None:
     assert mine.equals(theirs)
 
 
-def test_the_sweep_has_all_that_could_be_lost(undisturbed: Path) -> None:
+def test_the_sweep_has_everything_that_could_be_lost(undisturbed: Path) -> None:
     runs = load_runs(undisturbed)
     assert runs.status.value_counts().to_dict() == {"done": 12, "diverged": 2}
     assert runs["stack"].nunique() == 2
@@ -68,8 +68,8 @@ def test_killed_at_every_kind_of_point(part: int, undisturbed: Path, tmp_path: P
         for _ in range(1 + trial % 2):
             process = crashes.start(out, die_at=chosen.randrange(1, count))
             process.join()
-            assert process.exitcode in (-9, 0)  # 0: a resumed sweep has fewer chances
-            assert_whole_so_far(undisturbed, out)
+            assert process.exitcode in (-9, 0)  # 0: a resumed sweep passes fewer points
+            assert_finished_as_undisturbed(undisturbed, out)
         crashes.finish(out)
         assert_as_undisturbed(undisturbed, out)
         shutil.rmtree(out)
@@ -89,7 +89,7 @@ def test_killed_at_any_instant(part: int, undisturbed: Path, tmp_path: Path) -> 
         process.kill()
         process.join()
         killed += process.exitcode == -9
-        assert_whole_so_far(undisturbed, out)
+        assert_finished_as_undisturbed(undisturbed, out)
         crashes.finish(out)
         assert_as_undisturbed(undisturbed, out)
         shutil.rmtree(out)

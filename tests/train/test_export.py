@@ -23,7 +23,7 @@ FORMATS: tuple[Format, ...] = ("parquet", "csv")
 
 @pytest.fixture(params=["finished", "partial", "untrained"])
 def folder(request: pytest.FixtureRequest, swept: Path, small_grid: Grid, tmp_path: Path) -> Path:
-    """Results that are whole, that lack half of everything, and that have nothing but their grid."""
+    """Results that are complete, that lack half of the values, and that have only their grid."""
     if request.param == "untrained":
         with Store(tmp_path, small_grid):
             return tmp_path
@@ -42,7 +42,7 @@ def folder(request: pytest.FixtureRequest, swept: Path, small_grid: Grid, tmp_pa
     return tmp_path
 
 
-def test_columns_and_types_are_those_that_are_documented(folder: Path) -> None:
+def test_columns_and_types_are_as_documented(folder: Path) -> None:
     runs, epochs = load_runs(folder), load_metrics(folder)
     assert list(runs) == [column.name for column in RUN_COLUMNS]
     assert list(epochs) == [column.name for column in EPOCH_COLUMNS]
@@ -74,7 +74,7 @@ def test_files_hold_what_the_dataframes_hold(folder: Path, format: Format) -> No
     for path, expected, types in zip(
         paths, (load_runs(folder), load_metrics(folder)), (dtypes(RUN_COLUMNS), dtypes(EPOCH_COLUMNS)), strict=False
     ):
-        # The types are asked of parquet, and told to csv.
+        # A parquet file has the types; reading csv needs them.
         frame = pd.read_parquet(path) if format == "parquet" else pd.read_csv(path, dtype=types)
         pd.testing.assert_frame_equal(frame, expected, check_exact=True)
 
@@ -99,25 +99,21 @@ def test_every_column_has_its_meaning(folder: Path) -> None:
         assert meanings[meanings.table == table].column.tolist() == list(frame)
 
 
-def test_another_folder_and_files_that_are_there(swept: Path, tmp_path: Path) -> None:
+def test_another_folder_and_existing_files(swept: Path, tmp_path: Path) -> None:
     out = tmp_path / "some" / "where"
-    for _ in range(2):  # a second time over the first
+    for _ in range(2):  # the second call replaces the files of the first
         paths = export_results(swept, "csv", out)
         assert sorted(out.iterdir()) == sorted(paths)
     assert not (swept / "export").exists()
 
 
-def test_the_command_writes_parquet_unless_told_otherwise(
-    swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_writes_parquet_by_default(swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["export", str(swept), "--out", str(tmp_path)])
     names = ["runs.parquet", "epochs.parquet", "columns.csv"]
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in names]
 
 
-def test_parquet_without_pyarrow_names_the_way_out(
-    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parquet_without_pyarrow_is_explained(swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     with pytest.raises(UserError, match=r"pip install 'ncollapse\[parquet\]', or give --format csv"):
@@ -126,14 +122,14 @@ def test_parquet_without_pyarrow_names_the_way_out(
     export_results(swept, "csv", tmp_path)
 
 
-def test_what_cannot_be_written_is_said(swept: Path, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_named(swept: Path, tmp_path: Path) -> None:
     (tmp_path / "epochs.csv").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*epochs\.csv"):
         export_results(swept, "csv", tmp_path)
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_the_package_loads_no_pandas_before_it_is_asked() -> None:
+def test_the_package_loads_pandas_on_first_use() -> None:
     code = (
         "import sys, ncollapse.train; print('pandas' in sys.modules or 'torch' in sys.modules); "
         "from ncollapse.train import load_runs; print(load_runs.__module__, 'torch' in sys.modules)"

@@ -1,4 +1,4 @@
-"""Provenance: the source's own commit, and nobody else's."""
+"""Provenance: the commit is that of the source, never of another repository."""
 
 import re
 import shutil
@@ -39,7 +39,7 @@ def test_a_copy_inside_another_repository_has_no_commit(tmp_path: Path) -> None:
     assert done.stdout.strip() == "None"
 
 
-def test_versions_name_what_is_installed_and_what_is_missing() -> None:
+def test_versions_are_none_for_missing_packages() -> None:
     versions = provenance.describe_machine("cpu")["versions"]
     assert {"python", "ncollapse", "torch", "numpy"} <= versions.keys()
     assert provenance.package_version("no-such-package") is None

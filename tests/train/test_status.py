@@ -1,4 +1,4 @@
-"""How far a sweep is: while it runs, after it has stopped, before it has begun."""
+"""The progress of a sweep: while it runs, after it has stopped, before it has begun."""
 
 import io
 import os
@@ -32,7 +32,7 @@ LATER = "2030-01-01T00:01:00.000+00:00"
 
 @pytest.fixture
 def folder(swept: Path, tmp_path: Path) -> Path:
-    """A copy of the small grid's results: nobody's lock is in it."""
+    """A copy of the results of the small grid, without a lock."""
     shutil.copy(swept / FILE, tmp_path)
     return tmp_path
 
@@ -45,7 +45,7 @@ def alter(folder: Path, *statements: str) -> None:
 
 @pytest.fixture
 def half(folder: Path) -> Path:
-    """A minute into its second session: of three stacks of four runs one has ended, before; one is at epoch 2 of 4."""
+    """A minute into the second session: of three stacks of four runs, one had ended before, one is at epoch 2 of 4."""
     alter(
         folder,
         "DELETE FROM stacks",
@@ -64,7 +64,7 @@ def half(folder: Path) -> Path:
 
 @contextmanager
 def sweeping(folder: Path) -> Iterator[None]:
-    """Another process that holds the folder's lock."""
+    """Have another process hold the lock of the folder."""
     code = f"""
 import filelock
 with filelock.FileLock({str(folder / LOCK)!r}):
@@ -106,21 +106,26 @@ def test_a_sweep_that_runs(half: Path) -> None:
     assert status.sweeping is True
     assert status.counts == {"done": 2, "diverged": 1, "degenerate": 1, "running": 4, "pending": 4}
     assert list(status.optimizers.items())[:3] == [("sgd", (2, 2)), ("sgdw", (2, 2)), ("signum", (0, 2))]
-    assert status.trained == 1  # of four runs a quarter each
+    assert status.trained == 1  # a quarter of each of four runs
     assert status.seconds == 60
-    assert status.left == 60 * (2 + 4)  # two runs' worth in the stack, four still to come
+    assert status.left == 60 * (2 + 4)  # half of four runs in the stack, and four pending runs
     (stack,) = status.stacks
     assert (stack.id, stack.size, stack.model, stack.data) == (2, 4, "mlp", "digits")
     assert (stack.epoch, stack.epochs, stack.checkpoint) == (2, 4, 1)
-    assert stack.heard == datetime(2030, 1, 1, 0, 1, tzinfo=UTC)
+    assert stack.updated == datetime(2030, 1, 1, 0, 1, tzinfo=UTC)
     shown = text(status)
-    for part in ("a sweep is running", "4 running, 4 pending", "60 runs/h in session 2; about 6 min left", "In flight"):
+    for part in (
+        "a sweep is running",
+        "4 running, 4 pending",
+        "60 runs/h in session 2; about 6 min left",
+        "In training",
+    ):
         assert part in shown
-    assert "2 of 4           1  mlp on digits    5 s ago" in shown
-    assert "To go on" not in shown
+    assert "2 of 4           1  mlp on digits  5 s ago" in shown
+    assert "To continue" not in shown
 
 
-def test_a_sweep_that_was_killed_goes_on_from_its_checkpoint(half: Path) -> None:
+def test_a_killed_sweep_continues_from_its_checkpoint(half: Path) -> None:
     FileLock(half / LOCK).acquire().lock.release()
     status = read_status(half)
     assert status.sweeping is False
@@ -129,12 +134,12 @@ def test_a_sweep_that_was_killed_goes_on_from_its_checkpoint(half: Path) -> None
     assert status.left == 60 * (3 + 4)  # from epoch 1 on
     shown = text(status)
     assert "Stopped in the middle" in shown
-    assert "To go on: the [command]\n" in shown
+    assert "To continue: the [command]\n" in shown
 
 
-def test_the_lock_is_free_again_after_a_look(half: Path, small_grid: Grid) -> None:
+def test_reading_the_status_releases_the_lock(half: Path, small_grid: Grid) -> None:
     with Store(half, small_grid):
-        assert read_status(half).sweeping is True  # also of this process
+        assert read_status(half).sweeping is True  # the lock of this process counts too
     assert read_status(half).sweeping is False
     with Store(half, small_grid):
         pass
@@ -150,7 +155,7 @@ def test_a_lock_that_may_not_be_tried(half: Path, monkeypatch: pytest.MonkeyPatc
     status = read_status(half)
     assert status.sweeping is None
     assert status.counts["running"] == 4
-    assert "whether a sweep runs cannot be told" in text(status)
+    assert "unknown whether a sweep is running" in text(status)
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may write everywhere")
@@ -166,7 +171,7 @@ def test_a_sweep_that_still_measures(small_grid: Grid, tmp_path: Path) -> None:
         status = read_status(tmp_path)
     assert (status.session, status.left, status.engine, status.trained, status.seconds) == (None, None, None, 0, 0)
     assert status.counts["pending"] == 12
-    assert "a sweep measures before it begins" in text(status)
+    assert "a sweep measures speeds before it starts" in text(status)
 
 
 @pytest.mark.parametrize("trained", ["begun_epoch = 2, epoch = 2", f"updated = '{START}'"])
@@ -174,10 +179,10 @@ def test_a_session_that_has_trained_nothing_yet_has_no_rate(half: Path, trained:
     alter(half, f"UPDATE stacks SET {trained} WHERE id = 2")
     status = read_status(half)
     assert status.left is None
-    assert "… runs/min in session 2; time left not known yet" in text(status)
+    assert "… runs/min in session 2; time left still unknown" in text(status)
 
 
-def test_runs_in_new_stacks_have_no_news_yet(half: Path) -> None:
+def test_runs_in_new_stacks_have_no_progress(half: Path) -> None:
     """As after a stack that did not fit in memory."""
     alter(
         half,
@@ -189,19 +194,19 @@ def test_runs_in_new_stacks_have_no_news_yet(half: Path) -> None:
     assert (status.trained, status.seconds, status.left, status.stacks) == (0, 0.0, None, ())
 
 
-def test_a_clock_that_is_behind_is_no_error(half: Path) -> None:
+def test_clocks_that_differ_are_no_error(half: Path) -> None:
     alter(half, f"UPDATE stacks SET updated = '{LATER.replace('2030', '2031')}' WHERE id = 2")
     assert " 0 s ago" in text(read_status(half))
     alter(half, f"UPDATE stacks SET updated = '{LATER.replace('2030', '2029')}' WHERE id = 2")
     assert read_status(half).left is None
 
 
-def test_a_real_sweep_tells_in_the_middle(
+def test_a_real_sweep_in_the_middle(
     run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, seen = work.train, []
+    real, seen = work.train_stack, []
 
-    def looked_at(*args: Any) -> Any:
+    def observed(*args: Any) -> Any:
         for message in real(*args):
             yield message
             if isinstance(message, Evaluation) and message.epoch == 2:
@@ -209,7 +214,7 @@ def test_a_real_sweep_tells_in_the_middle(
                 if len(seen) == 2:
                     raise KeyboardInterrupt
 
-    monkeypatch.setattr("ncollapse.train.sweep.processes.train", looked_at)
+    monkeypatch.setattr("ncollapse.train.sweep.processes.train_stack", observed)
     with pytest.raises(InterruptError):
         run_sweep(small_grid, tmp_path, stack=6)
     first, second = seen
@@ -222,7 +227,7 @@ def test_a_real_sweep_tells_in_the_middle(
     assert "mlp on digits, batches of 128: stacks of up to 6 runs in " in text(after)
 
 
-def test_how_it_is_trained_is_said_without_waiting_for_torch(folder: Path) -> None:
+def test_the_plan_is_shown_without_importing_torch(folder: Path) -> None:
     engine = """{"engine": "ray", "stack": "auto", "workers": 3, "threads": 1, "measured": [], "stacks": [
         {"model": "mlp", "data": "digits", "limit": null, "batch_size": 128, OTHERS, "size": 32,
          "steps_per_second": 9000.0},
@@ -251,7 +256,7 @@ def test_it_fits_in_80_columns(half: Path) -> None:
     assert "1000 of 2000        1000  resnet9 on fashion-mnist" in shown
 
 
-def test_no_results_are_said(tmp_path: Path) -> None:
+def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no results in"):
         read_status(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Logs for TensorBoard: every recorded metric, as TensorBoard itself reads it, also after a restart."""
+"""Logs for TensorBoard: every recorded metric, read with TensorBoard itself, also after a restart."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ RUN = RunConfig(optimizer="adam", coupling=0.5)
 
 
 def shown(folder: Path, name: str) -> dict[int, float]:
-    """Epoch -> value of a metric in a run's folder, as TensorBoard would show it."""
+    """Return epoch -> value of a metric in the folder of a run, as TensorBoard would show it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder))
@@ -36,9 +36,9 @@ def assert_shows_the_store(folder: Path) -> None:
     metrics = load_metrics(folder)
     logs = {path.name[-12:]: path for path in (folder / "tensorboard").iterdir()}
     assert set(logs) == set(load_runs(folder).id)
-    for run, own in metrics.groupby("run"):
+    for run, rows in metrics.groupby("run"):
         for name in METRICS:
-            stored = dict(zip(own.epoch, own[name], strict=True))
+            stored = dict(zip(rows.epoch, rows[name], strict=True))
             assert shown(logs[run], name) == pytest.approx(stored, rel=1e-6, nan_ok=True), (run, name)
 
 
@@ -52,10 +52,10 @@ def test_without_the_option_there_is_no_folder(swept: Path) -> None:
     assert not (swept / "tensorboard").exists()
 
 
-def test_a_sweep_that_goes_on_has_no_point_twice(
+def test_a_continued_sweep_has_no_point_twice(
     run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second session starts the stack anew, and trains the run that had ended again, for the others' company."""
+    """The second session starts the stack again, and with it the run that had ended."""
     grid = Grid("few", (dataclasses.replace(small_grid.runs[0], epochs=2), *small_grid.runs[1:3]))
     real = work.train_stack
 
@@ -74,7 +74,7 @@ def test_a_sweep_that_goes_on_has_no_point_twice(
     assert_shows_the_store(tmp_path)
 
 
-def test_a_stack_that_starts_again_takes_back_what_it_had_logged(tmp_path: Path) -> None:
+def test_a_stack_that_starts_again_replaces_what_it_had_logged(tmp_path: Path) -> None:
     logs = Logs(tmp_path)
     for epoch, value in ((0, 0.0), (5, 0.5), (10, 1.0), (5, 0.25)):  # lost after 10, with a checkpoint at 4
         logs.record(RUN, epoch, {"nc0": value})
@@ -84,7 +84,7 @@ def test_a_stack_that_starts_again_takes_back_what_it_had_logged(tmp_path: Path)
     assert shown(folder, "nc0") == {0: 0.0, 5: 0.75}
 
 
-def test_runs_that_had_ended_stay_as_they_are(tmp_path: Path) -> None:
+def test_logs_of_runs_that_had_ended_stay(tmp_path: Path) -> None:
     other = dataclasses.replace(RUN, seed=1)
     done = {1: Ended("done", None, 1.0)}
     Logs(tmp_path).evaluated([other, RUN], Evaluation(2, (1,), {"nc0": [3.0]}, {}, done, {}), {other.id: "done"})
@@ -95,7 +95,7 @@ def test_runs_that_had_ended_stay_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e300])
-def test_values_beyond_float32_are_no_error(tmp_path: Path, value: float) -> None:
+def test_values_out_of_the_range_of_float32_are_no_error(tmp_path: Path, value: float) -> None:
     Logs(tmp_path).record(RUN, 0, {"nc1": value})
     (logged,) = shown(tmp_path / "tensorboard" / folder_name(RUN), "nc1").values()
     assert not math.isfinite(logged)
@@ -105,7 +105,7 @@ def test_folders_have_plain_names() -> None:
     assert folder_name(RUN) == f"mlp-digits_adam_lr=0.1_momentum=0.9_decay=0.0005_c=0.5-{RUN.id}"
 
 
-def test_a_missing_package_is_said_before_anything_trains(
+def test_a_missing_package_is_named_before_anything_trains(
     run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard"]:
@@ -116,7 +116,7 @@ def test_a_missing_package_is_said_before_anything_trains(
     assert (load_runs(tmp_path).status == "pending").all()
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("")
     with pytest.raises(UserError, match=r"cannot write to .*Every finished run is kept"):
         Logs(tmp_path).record(RUN, 0, {"nc0": 1.0})

@@ -1,4 +1,4 @@
-"""`ncollapse theory`: the table, the figure, and what it refuses."""
+"""`ncollapse theory`: the table, the figure, and bad arguments."""
 
 import io
 import xml.etree.ElementTree as ET
@@ -99,7 +99,7 @@ def test_the_figure_has_a_line_for_every_trajectory_and_prediction(found: list[T
         ({"weight_decay": -0.1}, "--weight-decay must be at least 0; got -0.1"),
     ],
 )
-def test_refuses_in_words(options: dict[str, Any], words: str) -> None:
+def test_bad_arguments_are_explained(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         Setting(**options)
 

@@ -1,4 +1,4 @@
-"""How far a sweep is, for another terminal while it runs, or after it has stopped; reads only."""
+"""`ncollapse status`: the progress of a sweep, while it runs or after it has stopped. Only reads the folder."""
 
 import dataclasses
 import json
@@ -17,24 +17,25 @@ from ncollapse.train.optimizers import OPTIMIZERS
 from ncollapse.train.results.reader import load_meta, query
 from ncollapse.train.results.schema import FINISHED, STATUSES
 from ncollapse.train.results.writer import LOCK
-from ncollapse.train.sweep.stack_size import Choice
+from ncollapse.train.sweep.stack_size import Plan
 
 if TYPE_CHECKING:
     import pandas as pd
 
-#: What a run without a plan, or a stack that is not begun, does not have.
+#: Columns that are NULL for a run without a plan or a stack that has not begun.
 _MAY_LACK = ("session", "stack", "size", "begun_epoch", "epoch", "checkpoint_epoch")
 
 
 @dataclasses.dataclass(frozen=True)
 class StackStatus:
-    """A stack that is training; or that was, when the sweep stopped.
+    """A stack in training, or in training when the sweep stopped.
 
     Attributes:
-        size: runs in it.
-        epochs: of the longest of them.
-        heard: when it was last heard of.
-        checkpoint: epoch of its last checkpoint.
+        size: number of runs.
+        epoch: epochs trained.
+        epochs: epochs of its longest run.
+        updated: time of its last progress.
+        checkpoint: epoch of its last checkpoint; None without one.
     """
 
     id: int
@@ -43,24 +44,25 @@ class StackStatus:
     data: str
     epoch: int
     epochs: int
-    heard: datetime
+    updated: datetime
     checkpoint: int | None
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepStatus:
-    """How far a sweep is.
+    """The progress of a sweep.
 
     Attributes:
-        sweeping: whether a process is at it now; None where that cannot be found out.
-        counts: how many runs have each status, `STATUSES`. Without a process nothing is running: pending, then.
-        optimizers: finished runs and all runs of each.
-        session: number of the last start, None where there was none; it began at `started`, by `command`.
-        trained: runs trained in that session; parts of runs count.
-        seconds: from its start to when it was last heard of.
-        left: seconds until all runs are finished at that rate; None where there is no rate.
-        stacks: those in flight.
-        engine: how the runs are trained, as the store has it.
+        grid: name of the grid.
+        sweeping: whether a process trains the sweep now; None where that cannot be found out.
+        counts: status, of `STATUSES` -> number of runs. Runs that a stopped sweep left running count as pending.
+        optimizers: optimizer -> number of finished runs and of all runs.
+        session: number of the last start of the sweep, which began at `started` by `command`; None before the first.
+        trained: runs trained in that session; fractions of runs count.
+        seconds: from the start of that session to its last progress.
+        left: seconds until all runs are finished at that rate; None without a rate.
+        stacks: the stacks in training.
+        engine: how the runs are trained, as the store keeps it; None before there is a plan.
     """
 
     grid: str
@@ -78,25 +80,25 @@ class SweepStatus:
 
     @property
     def total(self) -> int:
-        """All runs of the grid."""
+        """Number of runs of the grid."""
         return sum(self.counts.values())
 
     @property
     def finished(self) -> int:
-        """Runs that have ended, well or not."""
+        """Number of runs that have ended, whatever their status."""
         return sum(self.counts[status] for status in FINISHED)
 
 
 def read_status(folder: Path) -> SweepStatus:
-    """How far the sweep in a results folder is.
+    """Read the progress of the sweep in a results folder.
 
     Raises:
-        UserError: no results there, or results of another version.
+        UserError: no results there, or results of another format.
     """
     meta = load_meta(folder)
     sessions = query(folder, "SELECT * FROM sessions ORDER BY id").to_dict("records")
     sweeping = _sweeping(folder)
-    # In one query: the sweep may write between two.
+    # One query, since the sweep may write between two.
     runs = query(
         folder,
         "SELECT status, model, data, optimizer, epochs, runs.session, stack, size, begun_epoch, epoch, updated, "
@@ -116,9 +118,9 @@ def read_status(folder: Path) -> SweepStatus:
         sweeping=sweeping,
         counts={status: int((runs.status == status).sum()) for status in STATUSES},
         optimizers={
-            name: (int(finished[own].sum()), int(own.sum()))
+            name: (int(finished[chosen].sum()), int(chosen.sum()))
             for name in OPTIMIZERS
-            if (own := runs.optimizer == name).any()
+            if (chosen := runs.optimizer == name).any()
         },
         session=last["id"] if last else None,
         started=started,
@@ -132,32 +134,33 @@ def read_status(folder: Path) -> SweepStatus:
 
 
 def _sweeping(folder: Path) -> bool | None:
-    if not (folder / LOCK).is_file():  # which the lock would make
+    """Return whether another process holds the folder's lock; None where the lock may not be tried."""
+    if not (folder / LOCK).is_file():  # trying the lock would make the file
         return False
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         return True
-    except OSError:  # somebody else's folder, or a read-only one
+    except OSError:  # a folder of another user, or a read-only one
         return None
     lock.release()
     return False
 
 
 def _trained(runs: "pd.DataFrame", started: datetime) -> tuple[int, float]:
-    """Epochs trained of a session's runs, and seconds from its start until it was last heard of."""
-    runs = runs[runs.updated.notna()]  # not those that were put into new stacks, which have not begun
+    """Return the epochs trained in a session, and the seconds from its start to its last progress."""
+    runs = runs[runs.updated.notna()]  # without those that were moved into new stacks, which have not begun
     if runs.empty:
         return 0, 0.0
     reached = runs.epoch.where(~runs.status.isin(FINISHED), runs.epochs).clip(upper=runs.epochs)
     trained = (reached - runs.begun_epoch.clip(upper=runs.epochs)).clip(lower=0).sum()
-    heard = datetime.fromisoformat(runs.updated.max())
-    return int(trained), max(0.0, (heard - started).total_seconds())
+    updated = datetime.fromisoformat(runs.updated.max())
+    return int(trained), max(0.0, (updated - started).total_seconds())
 
 
 def _left(runs: "pd.DataFrame") -> int:
-    """Epochs that are still to be trained: what is not running starts from its checkpoint, or from the beginning."""
+    """Return the epochs still to be trained; a run that is not running starts from its checkpoint or from epoch 0."""
     todo = runs[~runs.status.isin(FINISHED)]
     reached = todo.epoch.where(todo.status == "running", todo.checkpoint_epoch).fillna(0.0)
     return int((todo.epochs - reached).clip(lower=0).sum())
@@ -173,43 +176,43 @@ def _stack(runs: "pd.DataFrame") -> StackStatus:
         size=int(row["size"]),
         model=row["model"],
         data=row["data"],
-        epoch=max(int(row["epoch"]), checkpoint or 0),  # which may be the newer news
+        epoch=max(int(row["epoch"]), checkpoint or 0),  # a checkpoint may be newer than the progress
         epochs=int(runs.epochs.max()),
-        heard=datetime.fromisoformat(row["updated"]),
+        updated=datetime.fromisoformat(row["updated"]),
         checkpoint=checkpoint,
     )
 
 
 def print_status(status: SweepStatus, console: Console, now: datetime | None = None) -> None:
-    """Show it on the terminal, within 80 columns.
+    """Print the progress within 80 columns.
 
     Args:
-        now: the time that "ago" is counted from.
+        now: the time from which "ago" is counted; by default the current time.
     """
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False)
 
     finished = status.finished == status.total
-    doing = {True: "a sweep is running", False: "no sweep is running", None: "whether a sweep runs cannot be told"}
+    activity = {True: "a sweep is running", False: "no sweep is running", None: "unknown whether a sweep is running"}
     since = f"; last start {status.started.astimezone():%Y-%m-%d %H:%M}" if status.started else ""
-    say(f"{status.grid}: {doing[status.sweeping]}{since}")
+    say(f"{status.grid}: {activity[status.sweeping]}{since}")
     counts = ", ".join(f"{n} {name}" for name, n in status.counts.items() if n)
     say(f"{status.finished} of {status.total} runs finished: {counts}")
     if status.session is not None:
-        left = "time left not known yet" if status.left is None else f"about {rough_duration(status.left)} left"
+        left = "time left still unknown" if status.left is None else f"about {rough_duration(status.left)} left"
         say(f"{rate(status.trained, status.seconds)} in session {status.session}" + ("" if finished else f"; {left}"))
     if status.engine:
-        say(f"Engine {status.engine['engine']}")
-        for line in Choice.from_dict(status.engine).describe():
+        say(f"Engine {status.engine.get('engine', 'local')}")
+        for line in Plan.from_dict(status.engine).describe():
             say(f"  {line}")
     console.print(_optimizers(status))
     if status.stacks:
         console.print(_stacks(status, now or datetime.now(UTC)))
     elif status.sweeping and not finished:
-        say("No stack is training at the moment: a sweep measures before it begins")
+        say("No stack is training at the moment: a sweep measures speeds before it starts")
     if status.sweeping is False and status.command and not finished:
-        console.print(f"To go on: {status.command}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"To continue: {status.command}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(title: str | None = None) -> Table:
@@ -227,12 +230,12 @@ def _optimizers(status: SweepStatus) -> Table:
 
 
 def _stacks(status: SweepStatus, now: datetime) -> Table:
-    title = "Stopped in the middle" if status.sweeping is False else "In flight"
+    title = "Stopped in the middle" if status.sweeping is False else "In training"
     table = _table(title)
     for name in ("stack", "runs", "epoch", "checkpoint"):
         table.add_column(name, justify="right")
     table.add_column("training")
-    table.add_column("last news", justify="right")
+    table.add_column("updated", justify="right")
     for stack in status.stacks:
         table.add_row(
             str(stack.id),
@@ -240,6 +243,6 @@ def _stacks(status: SweepStatus, now: datetime) -> Table:
             f"{stack.epoch} of {stack.epochs}",
             "–" if stack.checkpoint is None else str(stack.checkpoint),
             f"{stack.model} on {stack.data}",
-            f"{rough_duration((now - stack.heard).total_seconds())} ago",
+            f"{rough_duration((now - stack.updated).total_seconds())} ago",
         )
     return table

@@ -57,7 +57,7 @@ class Setting:
 
     @property
     def d(self) -> int:
-        """Features."""
+        """Number of features."""
         return self.classes if self.dim is None else self.dim
 
     @property
