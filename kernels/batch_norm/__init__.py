@@ -1,8 +1,8 @@
 """Batch norm, ReLU, and 2 × 2 max pooling or a residual as one operation, forward and backward.
 
-- `reference`: the same by torch's own operations, the specification;
-- `gpu`: the Triton kernels' launchers, `gpu_kernels`: the kernels;
-- `op`: the torch operators, and the function that chooses among all this.
+- `reference`: by torch's own operations, the specification;
+- `gpu`: the launchers of the Triton kernels; `gpu_kernels`: the kernels;
+- `op`: the torch operators, and the function that chooses between kernels and reference.
 """
 
 from ncollapse.kernels.batch_norm.op import batch_norm_relu

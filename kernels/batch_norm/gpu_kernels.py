@@ -1,8 +1,13 @@
 """The Triton kernels of batch norm with ReLU; `gpu` launches them and says how they work together.
 
-Maps are `[M, C]` in memory, M = N·H·W: a row holds all channels of one pixel (channels-last). A program takes COLUMNS
-channels, and of these ROWS rows at a time; programs of neighbouring channels are neighbours, so that whole rows are
-read together. Rows count in int32, elements in int64. Everything is worked out in float32.
+Maps are `[M, C]` in memory, M = N·H·W: a row holds all channels of one pixel (channels-last). A program computes
+COLUMNS channels, ROWS rows per iteration; programs of adjacent channels are adjacent, so that they read whole rows
+together. Rows are counted in int32, elements in int64. All arithmetic is in float32. In all kernels:
+
+- maps (`x`, `residual`, `grad`, `out`) are `[M, C]` in float32, bfloat16 or float16, contiguous; after pooling they
+  have M = N·(H // 2)·(W // 2) rows;
+- `weight`, `bias`, `mean`, `rstd`, `running_mean`, `running_var` and their gradients are `[C]` float32;
+- `parts` holds partial sums, `[…, parts, C]` float32: part p covers rows p·rows_each … (p + 1)·rows_each − 1.
 """
 
 import triton
@@ -11,14 +16,14 @@ import triton.language as tl
 
 @triton.jit
 def _program(channels, COLUMNS: tl.constexpr):
-    """Which rows and which channels are this program's."""
+    """The index of this program's rows, and its channels `[COLUMNS]`."""
     blocks = tl.cdiv(channels, COLUMNS)
     return tl.program_id(0) // blocks, tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)
 
 
 @triton.jit
 def _at(row, column, channels):
-    """Offsets `[ROWS, COLUMNS]`."""
+    """Offsets `[ROWS, COLUMNS]` of elements in a map."""
     return row.to(tl.int64)[:, None] * channels + column[None, :]
 
 
@@ -33,17 +38,17 @@ def _affine(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, column, channels):
 
 @triton.jit
 def _normalised(x, mean, scale, bias, dtype: tl.constexpr):
-    """Batch norm as it is written, rounded to the maps' dtype: what ReLU and pooling choose by.
+    """Batch norm, rounded to the maps' dtype: the values that ReLU and pooling compare.
 
-    Forward and backward must choose alike, to the last bit: so the product and the sum are one operation in both, and
-    not left to the compiler.
+    Forward and backward must select the same elements, to the last bit. So both use an explicit fused multiply-add and
+    leave no choice to the compiler.
     """
     return tl.fma(x - mean, scale, bias).to(dtype).to(tl.float32)
 
 
 @triton.jit
 def _beats(z, best):
-    """Whether max pooling takes z, which comes after the best so far: the first of equal values wins, NaN always."""
+    """Whether max pooling prefers z to the best so far, which comes before it: on a tie the first wins, NaN always."""
     return (z > best) | (z != z)
 
 
@@ -51,23 +56,26 @@ def _beats(z, best):
 def _window(
     x_ptr, corner, width, right, lower, column, channels, mean, scale, bias,
 ):  # fmt: skip
-    """The four pixels of each window, in row-major order, which of the last three beat those before it, and the best.
+    """The four pixels of each window in row-major order, which of them beat those before, and the maximum.
 
     Args:
-        corner: `[ROWS]`, the row of the upper left pixel; negative where there is no window.
-        right, lower: `[ROWS]`, whether the window has a right column and a lower row.
+        corner: `[ROWS]` int32, the row of the upper left pixel; negative where there is no window.
+        right, lower: `[ROWS]` bool, whether the window has a right column and a lower row.
+
+    Returns:
+        Eight tensors `[ROWS, COLUMNS]`: four of float32, three of bool, and the normalised maximum in float32.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    here, inside = corner >= 0, (column < channels)[None, :]
-    x0 = tl.load(x_ptr + _at(corner, column, channels), mask=here[:, None] & inside, other=0.0).to(tl.float32)
+    exists, inside = corner >= 0, (column < channels)[None, :]
+    x0 = tl.load(x_ptr + _at(corner, column, channels), mask=exists[:, None] & inside, other=0.0).to(tl.float32)
     x1 = tl.load(
-        x_ptr + _at(corner + 1, column, channels), mask=(here & right)[:, None] & inside, other=0.0
+        x_ptr + _at(corner + 1, column, channels), mask=(exists & right)[:, None] & inside, other=0.0
     ).to(tl.float32)  # fmt: skip
     x2 = tl.load(
-        x_ptr + _at(corner + width, column, channels), mask=(here & lower)[:, None] & inside, other=0.0
+        x_ptr + _at(corner + width, column, channels), mask=(exists & lower)[:, None] & inside, other=0.0
     ).to(tl.float32)  # fmt: skip
     x3 = tl.load(
-        x_ptr + _at(corner + width + 1, column, channels), mask=(here & right & lower)[:, None] & inside, other=0.0
+        x_ptr + _at(corner + width + 1, column, channels), mask=(exists & right & lower)[:, None] & inside, other=0.0
     ).to(tl.float32)  # fmt: skip
     best = _normalised(x0, mean, scale, bias, dtype)
     z1, z2 = _normalised(x1, mean, scale, bias, dtype), _normalised(x2, mean, scale, bias, dtype)
@@ -83,22 +91,26 @@ def _window(
 
 @triton.jit
 def _corners(row, rows, height, width, down, across):
-    """Sample, vertical and horizontal place of a window, and the row of its upper left pixel, −1 beyond the last."""
+    """Sample, vertical and horizontal index of a window, and the row of its upper left pixel; −1 after the last."""
     sample, i, j = row // (down * across), row // across % down, row % across
     return sample, i, j, tl.where(row < rows, (sample * height + 2 * i) * width + 2 * j, -1)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_each"])
 def moments_kernel(
-    x_ptr, rows, rows_each, channels,
-    parts_ptr,  # [3, parts, C] float32: of each part of the rows a shift, the mean less it, and Σ (x − mean)²
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, rows, rows_each, channels, parts_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums about the mean of a part's first rows, which keep their digits where the mean is large beside the spread.
+    """Compute each part's mean and sum of squared deviations: a program does COLUMNS channels of one part.
 
-    With t times as many rows in the part as in the first tile, that mean lies at most √t standard deviations from the
-    part's own: what is lost of the variance is t units in the last place at the worst.
+    Sums about the mean of the part's first ROWS rows (the shift) stay accurate where the mean is much larger than the
+    standard deviation. If the part has t times as many rows, the shift lies at most √t standard deviations from the
+    part's mean, so that at worst the variance loses t units in the last place.
+
+    Args:
+        x_ptr: `[rows, C]`, the map.
+        parts_ptr: `[3, parts, C]` float32, written: of each part the shift, the mean minus the shift, Σ (x − mean)².
     """
+    # 1. Compute the shift from the first rows.
     part, column = _program(channels, COLUMNS)
     parts = tl.num_programs(0) // tl.cdiv(channels, COLUMNS)
     start = part * rows_each
@@ -107,19 +119,21 @@ def moments_kernel(
     mask = (start + lane < last)[:, None] & inside
     x = tl.load(x_ptr + _at(start + lane, column, channels), mask=mask, other=0.0).to(tl.float32)
     shift = tl.sum(x, 0) / tl.minimum(last - start, ROWS).to(tl.float32)
+    # 2. Sum the deviations from the shift, and their squares.
     sums, squares = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
     for top in range(start, last, ROWS):
         mask = (top + lane < last)[:, None] & inside
         x = tl.load(x_ptr + _at(top + lane, column, channels), mask=mask, other=0.0).to(tl.float32)
-        apart = tl.where(mask, x - shift[None, :], 0.0)
-        sums += apart
-        squares += apart * apart
+        deviation = tl.where(mask, x - shift[None, :], 0.0)
+        sums += deviation
+        squares += deviation * deviation
+    # 3. Store the part's moments.
     total, count = tl.sum(sums, 0), (last - start).to(tl.float32)
     square = tl.sum(squares, 0) - total * (total / count)
     out, pitch = parts_ptr + part.to(tl.int64) * channels + column, parts.to(tl.int64) * channels
     tl.store(out, shift, mask=column < channels)
     tl.store(out + pitch, total / count, mask=column < channels)
-    # Rounding may leave less than nothing; NaN stays.
+    # Rounding may make the sum negative; NaN stays.
     tl.store(out + 2 * pitch, tl.where(square < 0, 0.0, square), mask=column < channels)
 
 
@@ -129,43 +143,67 @@ def finish_moments_kernel(
     mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, momentum, eps,
     PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The parts merged (Chan et al. 1979); running statistics in place.
+    """Merge the parts (Chan et al. 1979), and update the running statistics: a program does COLUMNS channels.
 
-    About the first one's shift: the shifts are near to each other, so that their differences are exact.
+    Means are taken relative to the first part's shift: the shifts are close to each other, so their differences are
+    exact.
+
+    Args:
+        parts_ptr: `[3, parts, C]` float32, from `moments_kernel`.
+        mean_ptr, rstd_ptr: `[C]` float32, written: mean and 1/√(variance + eps).
+        running_mean_ptr, running_var_ptr: `[C]` float32, updated with the unbiased variance.
+        PARTS: a power of two, at least `parts`.
     """
+    # 1. Count the rows of each part.
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.arange(0, PARTS)
     inside = (part < parts)[:, None] & (column < channels)[None, :]
     count = tl.where(part < parts, tl.minimum(rows - part * rows_each, rows_each), 0).to(tl.float32)[:, None]
-    place, pitch = parts_ptr + _at(part, column, channels), parts.to(tl.int64) * channels
-    column_inside, many = column < channels, rows.to(tl.float32)
+    shift_ptr, pitch = parts_ptr + _at(part, column, channels), parts.to(tl.int64) * channels
+    column_inside, total = column < channels, rows.to(tl.float32)
+    # 2. Compute the mean, and the deviation of each part's mean from it.
     first = tl.load(parts_ptr + column, mask=column_inside, other=0.0)
-    apart = tl.load(place, mask=inside, other=0.0) - first[None, :] + tl.load(place + pitch, mask=inside, other=0.0)
-    apart = tl.where(inside, apart, 0.0)
-    beyond = tl.sum(count * apart, 0) / many
-    apart -= beyond[None, :]
-    square = tl.sum(tl.load(place + 2 * pitch, mask=inside, other=0.0) + count * apart * apart, 0)
-    mean = first + beyond
+    shift = tl.load(shift_ptr, mask=inside, other=0.0)
+    deviation = shift - first[None, :] + tl.load(shift_ptr + pitch, mask=inside, other=0.0)
+    deviation = tl.where(inside, deviation, 0.0)
+    offset = tl.sum(count * deviation, 0) / total
+    deviation -= offset[None, :]
+    # 3. Sum the squares, within the parts and between them.
+    square = tl.sum(tl.load(shift_ptr + 2 * pitch, mask=inside, other=0.0) + count * deviation * deviation, 0)
+    mean = first + offset
+    # 4. Store the results, and update the running statistics.
     tl.store(mean_ptr + column, mean, mask=column_inside)
-    tl.store(rstd_ptr + column, 1.0 / tl.sqrt_rn(square / many + eps), mask=column_inside)
+    tl.store(rstd_ptr + column, 1.0 / tl.sqrt_rn(square / total + eps), mask=column_inside)
     running = tl.load(running_mean_ptr + column, mask=column_inside)
     tl.store(running_mean_ptr + column, (1 - momentum) * running + momentum * mean, mask=column_inside)
     running = tl.load(running_var_ptr + column, mask=column_inside)
-    tl.store(running_var_ptr + column, (1 - momentum) * running + momentum * (square / (many - 1)), mask=column_inside)
+    tl.store(running_var_ptr + column, (1 - momentum) * running + momentum * (square / (total - 1)), mask=column_inside)
 
 
 @triton.jit(do_not_specialize=["rows", "height", "width"])
 def apply_kernel(
     x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, residual_ptr, out_ptr,
-    rows, height, width, channels,  # rows of out; height and width of x
+    rows, height, width, channels,
     POOL: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """relu(batch_norm(x)), then 2 × 2 max pooling, or plus a residual.
+
+    A program writes ROWS × COLUMNS elements of `out`.
+
+    Args:
+        x_ptr: `[N·height·width, C]`.
+        residual_ptr: like `out`, read with HAS_RESIDUAL.
+        out_ptr: `[rows, C]`, written.
+        rows: the rows of `out`.
+    """
+    # 1. Load scale and bias of the channels.
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tile, column = _program(channels, COLUMNS)
     row = tile * ROWS + tl.arange(0, ROWS)
     mask = (row < rows)[:, None] & (column < channels)[None, :]
     mean, scale, bias = _affine(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, column, channels)
     at = _at(row, column, channels)
+    # 2. Normalise the pixels, or find the maximum of each window.
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if POOL:
@@ -175,7 +213,8 @@ def apply_kernel(
     else:
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
         z = _normalised(x, mean, scale, bias, dtype)
-    z = tl.where(z <= 0, 0.0, z)  # NaN stays
+    # 3. Apply ReLU, which keeps NaN, and add the residual.
+    z = tl.where(z <= 0, 0.0, z)
     if HAS_RESIDUAL:
         z += residual
     tl.store(out_ptr + at, z.to(dtype), mask=mask)
@@ -184,17 +223,25 @@ def apply_kernel(
 @triton.jit(do_not_specialize=["rows", "rows_each", "height", "width"])
 def sums_kernel(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
-    rows, rows_each, height, width, channels,  # rows of grad; height and width of x
-    parts_ptr,  # [2, parts, C] float32: Σ g and Σ g (x − mean) of each part of the rows
-    POOL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    rows, rows_each, height, width, channels, parts_ptr, POOL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """g is the gradient of the normalised maps: that which came in where ReLU and pooling let it through."""
+    """Compute the sums that the gradients need: a program does COLUMNS channels of one part of the gradient's rows.
+
+    g is the gradient of the normalised map: the incoming gradient where ReLU and pooling passed the value, else 0.
+
+    Args:
+        grad_ptr: `[rows, C]`, the gradient of the result.
+        x_ptr: `[N·height·width, C]`.
+        parts_ptr: `[2, parts, C]` float32, written: Σ g and Σ g·(x − mean) of each part.
+    """
+    # 1. Load scale and bias of the channels.
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     part, column = _program(channels, COLUMNS)
     parts = tl.num_programs(0) // tl.cdiv(channels, COLUMNS)
     start = part * rows_each
     last = tl.minimum(start + rows_each, rows)
     mean, scale, bias = _affine(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, column, channels)
+    # 2. Sum over the part's rows.
     sums, products = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
     for top in range(start, last, ROWS):
         row = top + tl.arange(0, ROWS)
@@ -211,9 +258,10 @@ def sums_kernel(
         else:
             x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
             z = _normalised(x, mean, scale, bias, dtype)
-        g = tl.where(z <= 0, 0.0, g)  # NaN lets it through
+        g = tl.where(z <= 0, 0.0, g)  # where z is NaN the gradient passes
         sums += g
         products += g * (x - mean)
+    # 3. Store the part's sums.
     out = parts_ptr + part.to(tl.int64) * channels + column
     tl.store(out, tl.sum(sums, 0), mask=column < channels)
     tl.store(out + parts.to(tl.int64) * channels, tl.sum(products, 0), mask=column < channels)
@@ -223,12 +271,19 @@ def sums_kernel(
 def finish_sums_kernel(
     parts_ptr, parts, channels, rstd_ptr, weight_grad_ptr, bias_grad_ptr, PARTS: tl.constexpr, COLUMNS: tl.constexpr
 ):
+    """Add the parts of `sums_kernel` to the gradients of bias and weight: a program does COLUMNS channels.
+
+    Args:
+        parts_ptr: `[2, parts, C]` float32: Σ g and Σ g·(x − mean).
+        weight_grad_ptr, bias_grad_ptr: `[C]` float32, written: rstd·Σ g·(x − mean), and Σ g.
+        PARTS: a power of two, at least `parts`.
+    """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.arange(0, PARTS)
     inside = (part < parts)[:, None] & (column < channels)[None, :]
-    place = parts_ptr + _at(part, column, channels)
-    sums = tl.sum(tl.load(place, mask=inside, other=0.0), 0)
-    products = tl.sum(tl.load(place + parts.to(tl.int64) * channels, mask=inside, other=0.0), 0)
+    sums_ptr = parts_ptr + _at(part, column, channels)
+    sums = tl.sum(tl.load(sums_ptr, mask=inside, other=0.0), 0)
+    products = tl.sum(tl.load(sums_ptr + parts.to(tl.int64) * channels, mask=inside, other=0.0), 0)
     rstd = tl.load(rstd_ptr + column, mask=column < channels)
     tl.store(bias_grad_ptr + column, sums, mask=column < channels)
     tl.store(weight_grad_ptr + column, products * rstd, mask=column < channels)
@@ -237,22 +292,33 @@ def finish_sums_kernel(
 @triton.jit(do_not_specialize=["rows", "height", "width", "samples"])
 def backward_kernel(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, weight_grad_ptr, bias_grad_ptr, out_ptr,
-    rows, height, width, channels, samples,  # of x; with POOL the rows are windows, those that stick out too
+    rows, height, width, channels, samples,
     POOL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Of x: (g − mean of g − (x − mean) · rstd² · mean of g (x − mean)) · rstd · weight."""
+    """The gradient of x: (g − mean of g − (x − mean)·rstd²·mean of g·(x − mean))·rstd·weight, g as in `sums_kernel`.
+
+    A program writes ROWS pixels of COLUMNS channels, or with POOL the pixels of ROWS windows.
+
+    Args:
+        grad_ptr: the gradient of the result: `[samples, C]`, or with POOL `[N·(height // 2)·(width // 2), C]`.
+        x_ptr, out_ptr: `[samples, C]`, samples = N·height·width; `out` is written.
+        weight_grad_ptr, bias_grad_ptr: `[C]` float32, from `finish_sums_kernel`.
+        rows: pixels, or with POOL windows, including those that an odd height or width cuts off.
+    """
+    # 1. Load the channels' vectors.
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tile, column = _program(channels, COLUMNS)
     row = tile * ROWS + tl.arange(0, ROWS)
-    here, inside = row < rows, (column < channels)[None, :]
+    exists, inside = row < rows, (column < channels)[None, :]
     mean, scale, bias = _affine(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, column, channels)
-    many = samples.to(tl.float32)
-    away = (tl.load(bias_grad_ptr + column, mask=column < channels) / many)[None, :]
+    count = samples.to(tl.float32)
+    grad_mean = (tl.load(bias_grad_ptr + column, mask=column < channels) / count)[None, :]
     rstd = tl.load(rstd_ptr + column, mask=column < channels)
-    along = (rstd * (tl.load(weight_grad_ptr + column, mask=column < channels) / many))[None, :]
+    coefficient = (rstd * (tl.load(weight_grad_ptr + column, mask=column < channels) / count))[None, :]
     if POOL:
         sample, i, j, corner = _corners(row, rows, height, width, (height + 1) // 2, (width + 1) // 2)
-        right, lower = here & (2 * j + 1 < width), here & (2 * i + 1 < height)
+        # 2. Find the pixel of each window that pooling passed, and give it the window's gradient.
+        right, lower = exists & (2 * j + 1 < width), exists & (2 * i + 1 < height)
         x0, x1, x2, x3, second, third, fourth, z = _window(
             x_ptr, corner, width, right, lower, column, channels, mean, scale, bias
         )
@@ -264,17 +330,23 @@ def backward_kernel(
         g3, g = tl.where(fourth, g, 0.0), tl.where(fourth, 0.0, g)
         g2, g = tl.where(third, g, 0.0), tl.where(third, 0.0, g)
         g1, g = tl.where(second, g, 0.0), tl.where(second, 0.0, g)
+        # 3. Store the gradients of the window's four pixels.
         out = out_ptr + _at(corner, column, channels)
-        tl.store(out, ((g - away - (x0 - mean) * along) * scale).to(dtype), mask=here[:, None] & inside)
+        tl.store(out, ((g - grad_mean - (x0 - mean) * coefficient) * scale).to(dtype), mask=exists[:, None] & inside)
         out = out_ptr + _at(corner + 1, column, channels)
-        tl.store(out, ((g1 - away - (x1 - mean) * along) * scale).to(dtype), mask=right[:, None] & inside)
+        tl.store(out, ((g1 - grad_mean - (x1 - mean) * coefficient) * scale).to(dtype), mask=right[:, None] & inside)
         out = out_ptr + _at(corner + width, column, channels)
-        tl.store(out, ((g2 - away - (x2 - mean) * along) * scale).to(dtype), mask=lower[:, None] & inside)
+        tl.store(out, ((g2 - grad_mean - (x2 - mean) * coefficient) * scale).to(dtype), mask=lower[:, None] & inside)
         out = out_ptr + _at(corner + width + 1, column, channels)
-        tl.store(out, ((g3 - away - (x3 - mean) * along) * scale).to(dtype), mask=(right & lower)[:, None] & inside)
+        tl.store(
+            out,
+            ((g3 - grad_mean - (x3 - mean) * coefficient) * scale).to(dtype),
+            mask=(right & lower)[:, None] & inside,
+        )
     else:
-        at, mask = _at(row, column, channels), here[:, None] & inside
+        # 2. Compute the gradient where ReLU passed the value, and store it.
+        at, mask = _at(row, column, channels), exists[:, None] & inside
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.where(_normalised(x, mean, scale, bias, dtype) <= 0, 0.0, g)
-        tl.store(out_ptr + at, ((g - away - (x - mean) * along) * scale).to(dtype), mask=mask)
+        tl.store(out_ptr + at, ((g - grad_mean - (x - mean) * coefficient) * scale).to(dtype), mask=mask)

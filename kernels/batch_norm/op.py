@@ -1,8 +1,8 @@
-"""`batch_norm_relu`, and the operators of torch that it is made of where there is a kernel.
+"""`batch_norm_relu`, and the torch operators that it calls where there is a kernel.
 
-`torch.ops.ncollapse.batch_norm_moments` takes mean and variance of a batch, and changes the running statistics;
-`.batch_norm_relu` does the rest. Autograd wants operators that change nothing, so that the gradient stands with the
-second: it is that of the whole, in which mean and variance are functions of x.
+`torch.ops.ncollapse.batch_norm_moments` computes mean and variance of a batch and updates the running statistics;
+`.batch_norm_relu` does the rest. Autograd does not allow operators that change their arguments, so only the second has
+a gradient: that of the whole, in which mean and variance are functions of x.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from ncollapse.kernels import operators
 from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MOST_ROWS = 2**30  # the kernels count them in int32, with room for a tile beyond the last
+_MOST_ROWS = 2**30  # the kernels count rows in int32, with room for a tile after the last
 
 
 def batch_norm_relu(
@@ -32,29 +32,29 @@ def batch_norm_relu(
 ) -> Tensor:
     """relu(batch_norm(x)), then 2 × 2 max pooling, or a residual added: `F.batch_norm`, `F.relu`, `F.max_pool2d`, `+`.
 
-    One read of x for mean and variance and one for the result; for the backward pass nothing of the size of a map is
-    kept but x. On a CPU these are torch's own operations.
+    Reads x once for mean and variance and once for the result; keeps nothing of the size of a map but x for the
+    backward pass. On a CPU torch's own operations run.
 
     Args:
         x: `[N, C, H, W]`; on a GPU float32, bfloat16 or float16, channels-last, for the kernels.
         weight, bias: `[C]` float32.
         running_mean, running_var: `[C]` float32; in training `(1 − momentum) · running + momentum · batch` in place,
-            the variance unbiased; else they are what x is normalised with.
+            the variance unbiased; in evaluation they normalise x.
         train: normalise with the batch's own mean and (biased) variance.
         eps: added to the variance.
-        pool: take the largest of each 2 × 2 pixels; a last odd row or column is left out.
-        residual: like x.
+        pool: take the maximum of each 2 × 2 pixels; a last odd row or column is ignored.
+        residual: added to the result; shape and dtype of x.
 
     Returns:
-        `[N, C, H, W]`, or `[N, C, H // 2, W // 2]`, in x's dtype. Gradients reach x, weight, bias and residual; on a
-        GPU they have none themselves.
+        `[N, C, H, W]`, or with `pool` `[N, C, H // 2, W // 2]`, in x's dtype. Differentiable once by x, weight, bias
+        and residual; on a GPU not twice.
 
     Raises:
-        ValueError: x has not four dimensions, a residual is not like x or stands beside `pool`, or (torch's own) there
-            is one value per channel to train with.
+        ValueError: x does not have four dimensions, the residual is not like x, there are both a residual and `pool`,
+            or (from torch) x has one value per channel in training.
 
     Warns:
-        UserWarning: (on a GPU, once for each reason) torch's own operations do it, and why.
+        UserWarning: (on a GPU, once for each reason) torch's own operations run, and why.
     """
     if x.dim() != 4:
         raise ValueError(f"batch_norm_relu takes maps [N, C, H, W], not x of shape {tuple(x.shape)}")
@@ -65,17 +65,17 @@ def batch_norm_relu(
             raise ValueError(
                 f"the residual must be like x, {tuple(x.shape)} {x.dtype}, not {tuple(residual.shape)} {residual.dtype}"
             )
-    how = fused
+    implementation = fused
     if x.device.type == "cpu" or _trivial(x, pool):
-        how = batch_norm_relu_reference
+        implementation = batch_norm_relu_reference
     elif reason := why_no_kernel(x, (weight, bias, running_mean, running_var), train, residual):
         operators.warn_once("normalises maps", reason)
-        how = batch_norm_relu_reference
-    return how(x, weight, bias, running_mean, running_var, train, momentum, eps, pool, residual)
+        implementation = batch_norm_relu_reference
+    return implementation(x, weight, bias, running_mean, running_var, train, momentum, eps, pool, residual)
 
 
 def why_no_kernel(x: Tensor, vectors: tuple[Tensor, ...], train: bool, residual: Tensor | None) -> str | None:
-    """Why these maps, off the CPU, go to torch's own operations; None if they don't."""
+    """The reason why torch's own operations take these maps, on a device other than the CPU; None if the kernels do."""
     if reason := operators.why_no_kernel(x.device):
         return reason
     if x.dtype not in _DTYPES:
@@ -108,7 +108,7 @@ def fused(
     pool: bool,
     residual: Tensor | None,
 ) -> Tensor:
-    """As `batch_norm_relu_reference`, by the kernels, whether they fit or not."""
+    """As `batch_norm_relu_reference`, by the kernels, without a check that the arguments fit them."""
     if train:
         mean, rstd = moments_op(x.detach(), running_mean, running_var, momentum, eps)
     else:
@@ -117,7 +117,7 @@ def fused(
 
 
 def _trivial(x: Tensor, pool: bool) -> bool:
-    """Maps of which there is nothing to read or write, or one value per channel: torch knows what to say of them."""
+    """Whether maps or results are empty, or have one value per channel, for which torch has its own errors."""
     height, width = x.shape[2:]
     return x.numel() <= x.shape[1] or (pool and min(height, width) < 2)
 
@@ -128,7 +128,7 @@ def _moments(
     from ncollapse.kernels.batch_norm import gpu
 
     mean, rstd = _vectors(x)
-    gpu.moments(x, mean, rstd, running_mean, running_var, momentum, eps)
+    gpu.launch_moments(x, mean, rstd, running_mean, running_var, momentum, eps)
     return mean, rstd
 
 
@@ -138,7 +138,7 @@ def _batch_norm_relu(
     from ncollapse.kernels.batch_norm import gpu
 
     out = _result(x, weight, bias, mean, rstd, residual, pool)
-    gpu.apply(x, weight, bias, mean, rstd, residual, pool, out)
+    gpu.launch_apply(x, weight, bias, mean, rstd, residual, pool, out)
     return out
 
 
@@ -148,11 +148,11 @@ def _batch_norm_relu_backward(
     from ncollapse.kernels.batch_norm import gpu
 
     grads = torch.empty_like(x), *_vectors(x)
-    gpu.backward(grad.contiguous(memory_format=torch.channels_last), x, weight, bias, mean, rstd, pool, *grads)
+    gpu.launch_backward(grad.contiguous(memory_format=torch.channels_last), x, weight, bias, mean, rstd, pool, *grads)
     return grads
 
 
-# What comes out: of what shape, dtype and layout, whatever stands in it.
+# The fakes: results of the right shape, dtype and layout, with any content.
 def _vectors(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     like = x.new_empty(x.shape[1], dtype=torch.float32)
     return like, torch.empty_like(like)

@@ -16,7 +16,7 @@ def batch_norm_relu_reference(
     pool: bool,
     residual: Tensor | None,
 ) -> Tensor:
-    """As `batch_norm_relu`, of any floating dtype and layout."""
+    """As `batch_norm_relu`, for any floating dtype and layout."""
     y = F.relu(F.batch_norm(x, running_mean, running_var, weight, bias, train, momentum, eps))
     if pool:
         y = F.max_pool2d(y, 2)

@@ -1,4 +1,4 @@
-"""Compile the kernels for GPUs that need not be there, and print what came out: JSON, a record for each variant.
+"""Compile the kernels for GPUs that the machine need not have, and print a JSON record per variant.
 
 python tests/kernels/compile_kernels.py sm_90
 """
@@ -35,13 +35,13 @@ def compiled(
     kernel: Any, arch: int, pointers: dict[str, str], constants: dict[str, Any], sixteen: tuple[str, ...] = (),
     **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """Registers, spilled bytes, and what is in the code of one variant.
+    """Compile one variant; return its registers, spilled bytes and counts of instructions.
 
     Args:
-        pointers: types of what is no int32.
-        constants: of what is known when compiling; integers that are 1 belong here too.
-        sixteen: which integers are known to be multiples of 16, as all pointers are.
-        options: as the launch gives them.
+        pointers: types of the arguments that are not int32.
+        constants: values known at compile time, integers that are 1 included.
+        sixteen: integers known to be multiples of 16, as all pointers are.
+        options: those of the launch.
     """
     types = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
     aligned = {
@@ -62,7 +62,7 @@ def compiled(
     assert found is not None, usage
     registers, stack, local = map(int, found.groups())
     ptx = binary.asm["ptx"]
-    # 128 bits: four of 32 or two of 64.
+    # 128 bits: four values of 32 bits or two of 64.
     loads, stores = (len(re.findall(rf"{op}\.global[.\w:]*\.(?:v4\.\w32|v2\.\w64)", ptx)) for op in ("ld", "st"))
     loads += len(re.findall(r"cp\.async\.cg\.shared\.global[.\w:]* [^;]*\b0x10\b", ptx))
     return {
@@ -93,21 +93,21 @@ def updates(arch: int) -> Iterator[dict[str, Any]]:
 
 
 def class_stats(arch: int) -> Iterator[dict[str, Any]]:
-    """Features as a layer gives them: `[B, d]`, dense, d a multiple of 16."""
+    """With the features of a layer: `[B, d]`, dense, d a multiple of 16."""
     batch, labels, counts = {"batch_ptr": "*i32"}, {"labels_ptr": "*i64"}, {"counts_ptr": "*i64"}
     sixteen = ("dim", "stride_run", "stride_row")
     block, tile = {"BLOCK": stats.BLOCK}, {"ROWS": stats.ROWS, "COLUMNS": stats.COLUMNS}
     real = {f"{name}_ptr": "*fp32" for name in ("shifts", "sums", "squares", "part_sums", "part_squares", "axes")}
 
     def variant(
-        name: str, pointers: dict[str, str], constants: dict[str, Any], options: Any = None, **what: Any
+        name: str, pointers: dict[str, str], constants: dict[str, Any], options: Any = None, **fields: Any
     ) -> dict[str, Any]:
         kernel = getattr(gpu_kernels, f"{name}_kernel")
         known = {n: t for n, t in (real | pointers).items() if n in kernel.arg_names}
         dense = {"stride_column": 1} if "stride_column" in kernel.arg_names else {}
-        here = tuple(n for n in sixteen if n in kernel.arg_names)
-        return {"kernel": f"class_stats {name}", **what} | compiled(
-            kernel, arch, known, constants | dense, here, **(options or stats.OPTIONS)
+        aligned = tuple(n for n in sixteen if n in kernel.arg_names)
+        return {"kernel": f"class_stats {name}", **fields} | compiled(
+            kernel, arch, known, constants | dense, aligned, **(options or stats.OPTIONS)
         )
 
     yield variant("labels", labels | batch, {"LABELS": stats.LABELS, "CLASSES": stats.CLASSES})
@@ -128,14 +128,14 @@ def class_stats(arch: int) -> Iterator[dict[str, Any]]:
 
 
 def batch_norm(arch: int) -> Iterator[dict[str, Any]]:
-    """Maps of many channels, a multiple of 16; and of few, which make no vectors."""
+    """With many channels, a multiple of 16, and with few, which allow no wide accesses."""
     real = {f"{name}_ptr": "*fp32" for name in (
         "weight", "bias", "mean", "rstd", "running_mean", "running_var", "weight_grad", "bias_grad", "parts",
     )}  # fmt: skip
     real |= {"momentum": "fp32", "eps": "fp32"}
 
     def variant(
-        name: str, constants: dict[str, Any], dtype: str | None = None, *, channels: int = 512, **what: Any
+        name: str, constants: dict[str, Any], dtype: str | None = None, *, channels: int = 512, **fields: Any
     ) -> dict[str, Any]:
         kernel = getattr(norm_kernels, f"{name}_kernel")
         constants |= {"channels": 1} if channels == 1 else {}
@@ -144,7 +144,7 @@ def batch_norm(arch: int) -> Iterator[dict[str, Any]]:
         options = norm.FINISH_OPTIONS if name.startswith("finish") else norm.OPTIONS
         named = {"channels": channels} | ({"dtype": dtype} if dtype else {})
         sixteen = () if channels % 16 else ("channels",)
-        return {"kernel": f"batch_norm {name}", **named, **what} | compiled(
+        return {"kernel": f"batch_norm {name}", **named, **fields} | compiled(
             kernel, arch, known, constants, sixteen, **options
         )
 
@@ -153,30 +153,30 @@ def batch_norm(arch: int) -> Iterator[dict[str, Any]]:
         yield variant("finish_moments", finish, channels=channels)
         yield variant("finish_sums", finish, channels=channels)
     for dtype, channels in (("fp32", 512), ("bf16", 512), ("bf16", 3), ("fp32", 1)):
-        columns = norm.columns(channels)
+        columns = norm.channels_per_program(channels)
 
         def shape(elements: int, columns: int = columns) -> dict[str, int]:
             return {"ROWS": elements // columns, "COLUMNS": columns}
 
         yield variant("moments", shape(norm.SUMMED), dtype, channels=channels)
         for pool in (False, True):
-            what = {"channels": channels, "pool": pool}
-            summed, written = norm.WINDOWS if pool else norm.SUMMED, norm.elements(_DTYPES[dtype], pool)
+            fields = {"channels": channels, "pool": pool}
+            summed, written = norm.WINDOWS if pool else norm.SUMMED, norm.elements_per_program(_DTYPES[dtype], pool)
             for residual in (False,) if pool else (False, True):
                 constants = {"POOL": pool, "HAS_RESIDUAL": residual} | shape(written)
-                yield variant("apply", constants, dtype, residual=residual, **what)
-            yield variant("sums", {"POOL": pool} | shape(summed), dtype, **what)
-            yield variant("backward", {"POOL": pool} | shape(written), dtype, **what)
+                yield variant("apply", constants, dtype, residual=residual, **fields)
+            yield variant("sums", {"POOL": pool} | shape(summed), dtype, **fields)
+            yield variant("backward", {"POOL": pool} | shape(written), dtype, **fields)
 
 
 def cross_entropies(arch: int) -> Iterator[dict[str, Any]]:
-    """Logits as a layer gives them, dense: of ten and of a thousand classes."""
+    """With dense logits of ten and of a thousand classes."""
     for classes in (10, 1000):
-        at_once = cross_entropy.padded_classes(classes)
+        columns = cross_entropy.padded_classes(classes)
         yield {"kernel": "cross_entropy", "classes": classes} | compiled(
             cross_entropy._cross_entropy_grad_kernel, arch,
             {"logits_ptr": "*fp32", "labels_ptr": "*i64", "out_ptr": "*fp32"},
-            {"stride_class": 1, "ROWS": cross_entropy.BLOCK // at_once, "CLASSES": at_once},
+            {"stride_class": 1, "ROWS": cross_entropy.BLOCK // columns, "CLASSES": columns},
             **cross_entropy.OPTIONS,
         )  # fmt: skip
 
@@ -184,4 +184,4 @@ def cross_entropies(arch: int) -> Iterator[dict[str, Any]]:
 if __name__ == "__main__":
     arches = [int(name.removeprefix("sm_")) for name in sys.argv[1:]]
     kinds = (updates, class_stats, batch_norm, cross_entropies)
-    print(json.dumps([variant for arch in arches for of in kinds for variant in of(arch)], indent=0))
+    print(json.dumps([variant for arch in arches for kind in kinds for variant in kind(arch)], indent=0))
