@@ -1,4 +1,4 @@
-"""Muon."""
+"""Muon: the rule, and the step that orthogonalises matrices before the common update."""
 
 import math
 from collections import defaultdict
@@ -17,7 +17,7 @@ from ncollapse.optim.core.checks import check_grad
 from ncollapse.optim.core.numbers import HyperSet
 from ncollapse.optim.core.optimizer import Optimizer
 from ncollapse.optim.core.rule import Rule
-from ncollapse.optim.core.stepper import Plan, Stepped, _capturing, _held, is_sharded
+from ncollapse.optim.core.stepper import Stepped, Stepper, capturing, is_sharded, state_values
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # The factor s of the update of a matrix [A, B], by torch.optim.Muon's names.
@@ -50,33 +50,36 @@ def _is_matrix(param: Tensor, group: dict[str, Any]) -> bool:
     return param.dim() - group["stacked"] > 1
 
 
-class _Plan(Plan):
-    """Steps of Muon: matrices are orthogonalised first; then one update of all parameters, as of any optimizer.
+class _MatrixStepper(Stepper):
+    """Orthogonalises the matrices, then updates all parameters in the common launch.
 
-    The update takes the orthogonalised matrices as gradients of SGD without momentum.
+    The launch takes the orthogonalised matrices as gradients of SGD without momentum, the others as Adam's.
     """
+
+    def __init__(self, optimizer: Stepped) -> None:
+        super().__init__(optimizer)
+        # Indices of active matrices, by the place of their hyperparameters, device, dtype and shape.
+        self._batches: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+        self._directions: dict[int, Tensor] = {}  # by index
 
     def prepare(self, optimizer: Stepped, params: list[Tensor], present: list[bool]) -> None:
         super().prepare(optimizer, params, present)
-        self._batches = defaultdict(list)  # indices of the matrices of one group, device, dtype and shape
+        self._batches, self._directions = defaultdict(list), {}
         for i, (param, place) in enumerate(zip(self._active, self._lists.sets, strict=True)):
-            if place % 2 == 0:
-                self._batches[place, param.device, param.dtype, param.shape].append(i)
-                state = optimizer.state[param]
-                if state.get("momentum_buffer") is None:
-                    state["momentum_buffer"] = torch.zeros_like(param, dtype=compute_dtype(param)).detach()
-        # Allocated once: a new address would make the update rebuild its table, and a CUDA graph reads these.
-        self._directions = {
-            i: torch.empty_like(p, dtype=compute_dtype(p)).detach()
-            for indices in self._batches.values()
-            for i, p in ((i, self._active[i]) for i in indices)
-        }
-        self._held = _held(optimizer)
+            if place % 2:  # the second set of a group
+                continue
+            self._batches[place, param.device, param.dtype, param.shape].append(i)
+            # Allocated once: a new address makes the update rebuild its table, and a CUDA graph reads this one.
+            self._directions[i] = torch.empty_like(param, dtype=compute_dtype(param)).detach()
+            state = optimizer.state[param]
+            if state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(param, dtype=compute_dtype(param)).detach()
+        self._held = state_values(optimizer)
 
     def directions(self, optimizer: Stepped, grads: list[Tensor]) -> list[Tensor]:
         for param, grad in zip(self._active, grads, strict=True):
             check_grad(type(optimizer).__name__, param, grad, optimizer.state.get(param, {}))
-        if _capturing(self._active):
+        if capturing(self._active):
             self._graphs.append(self._directions)
         for (place, *_), indices in self._batches.items():
             self._orthogonalise(optimizer, place, indices, grads)
@@ -85,7 +88,7 @@ class _Plan(Plan):
     def step(self, optimizer: Stepped) -> None:
         super().step(optimizer)
         if self.observed is not None and (norms := self.observed._norms) is not None and self._active:
-            # The kernel has taken those of the directions.
+            # The kernel has summed the squares of the directions.
             grads = [p.grad.double().reshape(len(norms), -1) for p in self._active if p.grad is not None]
             norms[:, 0] = torch.stack([grad.square().sum(1) for grad in grads]).sum(0)
 
@@ -94,13 +97,14 @@ class _Plan(Plan):
         self.step(optimizer)
 
     def _orthogonalise(self, optimizer: Stepped, place: int, indices: list[int], grads: list[Tensor]) -> None:
-        """Update the momentum of matrices of one shape, and write the directions minus the coupled decay.
+        """Update the momentum buffers of matrices of one shape, and write their `_directions`.
 
-        The update kernel adds the coupled decay, c·λ·W, to what it takes as the gradient.
+        The update kernel adds the coupled decay c·λ·W to what it takes as the gradient, so it is subtracted here.
 
         Args:
-            place: the place of their numbers among all sets of hyperparameters.
-            indices: which of the active parameters they are: `[A, …]`, or `[R, A, …]` for stacked runs.
+            place: of their hyperparameters among all sets.
+            indices: of the matrices `[A, …]`, or `[R, A, …]` for stacked runs, among the active parameters.
+            grads: of all active parameters.
         """
         first = self._active[indices[0]]
         group = optimizer.param_groups[place // 2]
@@ -124,8 +128,8 @@ class _Plan(Plan):
             broadcast(beta),
             broadcast(1 - beta),
         )
-        # In the parameter's float32, where torch.optim.Muon has bfloat16: each iteration multiplies the rounding error
-        # of a row sum by up to 3.4.
+        # In float32, where torch.optim.Muon uses bfloat16: each iteration multiplies the rounding error of a row sum by
+        # up to 3.4.
         x = torch.empty(len(indices), *shape, dtype=dtype, device=first.device)
         for i, target in zip(indices, x, strict=True):
             param = self._active[i]
@@ -135,7 +139,7 @@ class _Plan(Plan):
             target.copy_(torch.lerp(grad, buffer, keep) if group["nesterov"] else buffer)
         batch = x.view(len(indices) * math.prod(shape[:lead]), rows, columns)
         x = newton_schulz(batch, group["ns_coefficients"], group["ns_steps"]).reshape(x.shape)
-        x = x * _SCALES[group["adjust_lr_fn"] or "original"](rows, columns)
+        x *= _SCALES[group["adjust_lr_fn"] or "original"](rows, columns)
         for i, direction in zip(indices, x, strict=True):
             torch.addcmul(direction, self._active[i].to(dtype), coupled, value=-1, out=self._directions[i])
 
@@ -149,35 +153,36 @@ class Muon(Optimizer, aliases=("muonw",)):
     for parameters of two or more dimensions; a convolution `[O, I, kh, kw]` is the matrix `[O, I·kh·kw]`. All others
     (biases, gains) are updated as by `ncollapse.optim.Adam`, with the same η, λ and c.
 
-    The classifier is a matrix as any other, where many leave it to AdamW: NC0 asks what the rule does to the last
-    layer. The row sum of the cross-entropy gradient is zero, and 1ᵀX = 0 makes 1ᵀ(XXᵀ)ⁿX zero. So is the direction's,
-    and at c = 0 the row sum s = Wᵀ1 obeys s ← (1 − ηλ)s, as under SGDW without momentum and unlike AdamW's
-    (`ufm.row_sum_factor`). But Newton–Schulz lifts what rounding leaves of a row sum up to 3.4445⁵ = 485 fold, as a
-    share of ‖V‖. In float32, the label's entry of ∇logits must be minus the sum of the others for the law to hold:
-    softmax minus one-hot leaves too much once the loss is small.
+    The classifier is updated as a matrix too, although many leave it to AdamW: NC0 depends on the rule of the last
+    layer. The row sum of the cross-entropy gradient is zero, and 1ᵀX = 0 implies 1ᵀ(XXᵀ)ⁿX = 0. So the row sum of the
+    direction is zero, and at c = 0 the row sum s = Wᵀ1 obeys s ← (1 − ηλ)s, as under SGDW without momentum and unlike
+    under AdamW (`ufm.row_sum_factor`). But Newton–Schulz amplifies the rounding error of a row sum, relative to ‖V‖, by
+    up to 3.4445⁵ = 485. In float32 the law therefore requires that the label's entry of ∇logits is computed as minus
+    the sum of the others: softmax minus one-hot has too large an error once the loss is small.
 
     Args:
         params: parameters or param groups, as in `torch.optim`.
         lr: η ≥ 0.
         momentum: β in [0, 1), of the matrices.
-        betas, eps: of Adam, for the rest. (The `eps` of torch.optim.Muon is here always its default.)
+        betas, eps: of Adam, for the other parameters. (The `eps` of torch.optim.Muon always has its default here.)
         weight_decay: λ ≥ 0. Default 0.1, as in torch.optim.Muon.
         coupling: c in [0, 1], the share of the decay that is added to the gradient. Default 0, as published.
-        nesterov: as above; without it NewtonSchulz(V).
+        nesterov: as above; if False, NewtonSchulz(V).
         ns_coefficients, ns_steps: a, b, c and the number of steps of `newton_schulz`.
-        adjust_lr_fn: s of a matrix `[A, B]`: "match_rms_adamw", the default, 0.2·√max(A, B), which takes AdamW's
-            learning rates, so that one η serves the model (Liu et al., arXiv 2502.16982); "original" or None, the
-            default of torch.optim.Muon, √max(1, A/B).
-        stacked: parameters are `[R, …]`, R runs that train as by a Muon each; numbers may be tensors `[R]`.
+        adjust_lr_fn: s of a matrix `[A, B]`: "match_rms_adamw", the default, 0.2·√max(A, B), with which AdamW's
+            learning rates fit, so that one η serves the whole model (Liu et al., arXiv 2502.16982); "original" or None,
+            the default of torch.optim.Muon, √max(1, A/B).
+        stacked: parameters are `[R, …]`, R runs that each train as by a Muon; numbers may be tensors `[R]`.
         maximize: ascend instead of descend.
 
-    All but lr are keywords: torch.optim.Muon, which computes the same of 2-D parameters but for its bfloat16, and with
-    which state dicts are exchanged, has them in another order. Tensors among the numbers are read at every step.
+    All arguments but lr are keywords, since torch.optim.Muon has them in another order. It computes the same for 2-D
+    parameters, in bfloat16; state dicts load in both directions. Hyperparameters that are tensors are read at every
+    step.
 
     Raises:
         ValueError: as in `SGD`; for an unknown `adjust_lr_fn`, and for a stack whose first dimensions differ.
-        TypeError: complex parameters; DTensors, since a shard of a matrix does not tell its direction.
-        RuntimeError: (from `step`) a sparse gradient, or a parameter that has moved away from its state.
+        TypeError: a parameter is complex, or a DTensor: a matrix cannot be orthogonalised shard by shard.
+        RuntimeError: (from `step`) a gradient is sparse, or a parameter was moved to another device than its state.
 
     Example:
         >>> model = torch.nn.Linear(5, 3)
@@ -185,6 +190,7 @@ class Muon(Optimizer, aliases=("muonw",)):
         >>> model(torch.ones(2, 5)).sum().backward(); opt.step()
     """
 
+    # The update kernel sees directions of SGD without momentum.
     rule = Rule("sgd", ("momentum_buffer", "exp_avg", "exp_avg_sq"), counts_steps=True, elementwise=False, law="linear")
     default_coupling = 0.0
     _step_supports_amp_scaling = False  # torch.amp.GradScaler divides the gradients itself
@@ -211,8 +217,8 @@ class Muon(Optimizer, aliases=("muonw",)):
         defaults |= {"adjust_lr_fn": adjust_lr_fn, "stacked": stacked, "maximize": maximize}
         super().__init__(params, defaults, coupling)
 
-    def _new_plan(self) -> Plan:
-        return _Plan(self)
+    def _new_stepper(self) -> Stepper:
+        return _MatrixStepper(self)
 
     def _sets(self, group: dict[str, Any]) -> list[HyperSet]:
         numbers = super()._numbers(group)
@@ -241,9 +247,10 @@ class Muon(Optimizer, aliases=("muonw",)):
             raise ValueError("Muon: stacked must be the same for all param groups")
         for name, value in (self._numbers(group) | {"momentum": group["momentum"]}).items():
             if isinstance(value, Tensor) and value.numel() != 1 and not group["stacked"]:
-                raise ValueError(f"Muon: {name} has a value for each of {len(value)} stacked runs; say stacked=True")
+                raise ValueError(f"Muon: {name} has a value for each of {len(value)} stacked runs; give stacked=True")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group as in `torch.optim`; raises ValueError or TypeError before anything is changed."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -252,7 +259,7 @@ class Muon(Optimizer, aliases=("muonw",)):
             runs = {tuple(p.shape[:1]) for g in self.param_groups for p in g["params"]}
             if group["stacked"] and (len(runs) > 1 or () in runs):
                 raise ValueError(
-                    f"Muon: stacked parameters are [R, …] of one R; their first dimensions are {sorted(runs)}"
+                    f"Muon: stacked parameters are [R, …] with one R; their first dimensions are {sorted(runs)}"
                 )
         except (TypeError, ValueError):
             self.param_groups.pop()

@@ -22,14 +22,14 @@ def test_bad_input_is_refused_before_anything_changed() -> None:
         ({"adjust_lr_fn": "spectral"}, "adjust_lr_fn must be one of match_rms_adamw, original; got 'spectral'"),
         ({"ns_steps": 0}, r"ns_steps must be an integer in \[1, 100\); got 0"),
         ({"ns_coefficients": (1.0, 2.0)}, "ns_coefficients must be three numbers"),
-        ({"lr": vector}, "lr has a value for each of 3 stacked runs; say stacked=True"),
+        ({"lr": vector}, "lr has a value for each of 3 stacked runs; give stacked=True"),
         ({"betas": (0.9, vector)}, "beta2 has a value for each of 3 stacked runs"),
         ({"stacked": True, "eps": vector[:2]}, "eps has a value for each of 2 stacked runs, but a parameter has shape"),
     ):
         with pytest.raises(ValueError, match=message):
             optim.Muon([w], **kwargs)
     for others in ((2, 3), ()):
-        with pytest.raises(ValueError, match=r"stacked parameters are \[R, …\] of one R; their first dimensions are"):
+        with pytest.raises(ValueError, match=r"stacked parameters are \[R, …\] with one R; their first dimensions are"):
             optim.Muon([w, nn.Parameter(torch.ones(others))], stacked=True)
     with pytest.raises(TypeError, match="complex"):
         optim.Muon([nn.Parameter(torch.ones(2, 2, dtype=torch.complex64))])

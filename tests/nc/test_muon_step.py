@@ -98,8 +98,8 @@ def test_nothing_is_worked_out_again_for_new_numbers(monkeypatch: pytest.MonkeyP
     params, prepared = parameters(), []
     optimizer = optim.Muon(params)
     take(optimizer, params, range(1))
-    real = optimizer._plan.prepare
-    monkeypatch.setattr(optimizer._plan, "prepare", lambda *args: (prepared.append(1), real(*args)))
+    real = optimizer._stepper.prepare
+    monkeypatch.setattr(optimizer._stepper, "prepare", lambda *args: (prepared.append(1), real(*args)))
     for step in range(1, 4):
         optimizer.param_groups[0].update(lr=0.01 * step, weight_decay=0.1 * step, momentum=0.9, betas=(0.8, 0.9))
         take(optimizer, params, range(step, step + 1))

@@ -69,7 +69,7 @@ def test_one_launch_whatever_the_number_of_groups(cls: Any) -> None:
     params = parameters(300)
     many = cls([{"params": [p], "lr": 0.001 * i, "weight_decay": 0.01 * (i % 3)} for i, p in enumerate(params)])
     take(many, params, range(3))
-    assert many._plan._update.launches == 1
+    assert many._stepper._update.launches == 1
     again = parameters(300)
     for i, p in enumerate(again):  # an optimizer for each
         take(cls([p], lr=0.001 * i, weight_decay=0.01 * (i % 3)), [p], range(0))
@@ -86,7 +86,7 @@ def test_a_launch_for_each_dtype() -> None:
     params = parameters(2) + parameters(2, torch.bfloat16) + parameters(1, torch.float64)
     optimizer = optim.AdamW(params)
     optimizer.step()
-    assert optimizer._plan._update.launches == 3
+    assert optimizer._stepper._update.launches == 3
     assert [optimizer.state[p]["exp_avg"].dtype for p in params] == [torch.float32] * 4 + [torch.float64]
 
 
@@ -95,8 +95,8 @@ def test_new_numbers_do_not_start_the_plan_over(monkeypatch: pytest.MonkeyPatch)
     optimizer = optim.Adam(params, lr=0.1)
     take(optimizer, params, range(2))
     prepared: list[int] = []
-    real = optimizer._plan.prepare
-    monkeypatch.setattr(optimizer._plan, "prepare", lambda *args: (prepared.append(1), real(*args)))
+    real = optimizer._stepper.prepare
+    monkeypatch.setattr(optimizer._stepper, "prepare", lambda *args: (prepared.append(1), real(*args)))
     for step in range(5):
         optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
         optimizer.param_groups[0].update(weight_decay=0.01 * step, betas=(0.8, 0.99))
@@ -244,7 +244,7 @@ def test_stacked_runs_with_a_rule_each_are_the_classes_alone() -> None:
         together.step()
         for optimizer in alone:
             optimizer.step()
-        assert together._plan._update.launches == 1
+        assert together._stepper._update.launches == 1
         for r, ps in enumerate(single):
             for p, q in zip(stack, ps, strict=True):
                 assert torch.equal(p[r].nan_to_num(7), q.nan_to_num(7)), rules[r]

@@ -1,4 +1,4 @@
-"""Param groups that tell of every write, so that the numbers on the device follow what a schedule sets."""
+"""Param groups that report every write, so that the numbers on the device follow a schedule."""
 
 import weakref
 from collections.abc import Mapping
@@ -6,38 +6,42 @@ from typing import Any, Protocol
 
 
 class Listener(Protocol):
-    """Who wants to know."""
+    """Receives the writes into a group."""
 
     def _written(self, group: "Group", key: str, before: Any) -> None: ...
 
 
 class Group(dict[str, Any]):
-    """A param group: a dict, to everyone who reads or writes it.
+    """A param group, as a dict that reports writes.
 
-    An optimizer that has been captured in a CUDA graph or compiled takes its hyperparameters from device memory.
-    Learning rate schedules write floats into dicts; this one passes them on.
+    An optimizer that has been captured in a CUDA graph or compiled reads its hyperparameters from device memory, but
+    learning rate schedules write floats into dicts; this one passes them on.
+
+    Args:
+        items: the settings of the group.
+        listener: the optimizer.
+        row: the group's index among the param groups.
     """
 
     def __init__(self, items: Mapping[str, Any], listener: Listener, row: int) -> None:
         super().__init__(items)
-        #: Its place among the param groups.
         self.row = row
-        # Weak, so that an optimizer goes with its last user and its states with it.
+        # Weak, so that an optimizer and its states are freed with its last reference.
         self._listener = weakref.ref(listener)
 
-    def _tell(self, key: str, before: Any) -> None:
+    def _report(self, key: str, before: Any) -> None:
         if (listener := self._listener()) is not None:
             listener._written(self, key, before)
 
     def __setitem__(self, key: str, value: Any) -> None:
         before = self.get(key)
         super().__setitem__(key, value)
-        self._tell(key, before)
+        self._report(key, before)
 
     def __delitem__(self, key: str) -> None:
         before = self[key]
         super().__delitem__(key)
-        self._tell(key, before)
+        self._report(key, before)
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         if key not in self:
@@ -54,8 +58,8 @@ class Group(dict[str, Any]):
 
     def pop(self, key: str, *default: Any) -> Any:
         before = super().pop(key, *default)
-        self._tell(key, before)
+        self._report(key, before)
         return before
 
-    def __reduce__(self) -> Any:  # copies and pickles are plain dicts, until an optimizer takes them over
+    def __reduce__(self) -> Any:  # copies and pickles are plain dicts, which an optimizer wraps again
         return dict, (dict(self),)

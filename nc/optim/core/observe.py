@@ -1,4 +1,4 @@
-"""What a step can tell beside the update: `Optimizer.observe`."""
+"""Quantities that a step computes along with the update: `Optimizer.observe`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,12 +11,13 @@ from ncollapse.kernels.update.table import Extras
 
 @dataclass(frozen=True)
 class Observed:
-    """What the last step saw, in tensors that every step overwrites; reading one is the only time that is waited for.
+    """Quantities of the last step, in tensors that every step overwrites. Only reading a value synchronises.
 
     Attributes:
         head: the classifier's weight `[K, d]`, or `[R, K, d]`.
         row_sum: Wᵀ1 after the step, float64 `[d]` or `[R, d]`; None without a head.
-        weights: for each parameter its bfloat16 copy after the step, in its layout; empty if not asked for.
+        weights: for each parameter its bfloat16 copy after the step, in its layout; empty unless requested.
+        stacked: whether the parameters are R stacked runs.
     """
 
     head: Tensor | None
@@ -27,19 +28,19 @@ class Observed:
 
     @property
     def nc0(self) -> Tensor:
-        """NC0 = ‖Wᵀ1‖² (arXiv 2602.16642), float64, 0-d or `[R]`."""
+        """NC0 = ‖Wᵀ1‖² (arXiv 2602.16642), float64, 0-d or `[R]`; RuntimeError without a head."""
         if self.row_sum is None:
             raise RuntimeError("NC0 is not observed: call observe(head=model.fc.weight)")
         return self.row_sum.square().sum(-1)
 
     @property
     def grad_norm(self) -> Tensor:
-        """Norm of all gradients, before decay, unscaled; float64, 0-d or `[R]`."""
+        """Norm of all gradients, before decay, unscaled; float64, 0-d or `[R]`; RuntimeError unless requested."""
         return self._norm(0)
 
     @property
     def update_norm(self) -> Tensor:
-        """Norm of the change of all parameters, decay included; float64, 0-d or `[R]`."""
+        """Norm of the change of all parameters, with decay; float64, 0-d or `[R]`; RuntimeError unless requested."""
         return self._norm(1)
 
     def _norm(self, column: int) -> Tensor:
@@ -49,7 +50,7 @@ class Observed:
         return norms if self.stacked else norms[0]
 
     def extras(self, params: Sequence[Tensor]) -> Extras:
-        """The same, as the kernel takes it."""
+        """The same in the kernel's form, for a step of these parameters."""
         head = next((i for i, p in enumerate(params) if p is self.head), -1)
         return Extras(
             copies=[self.weights.get(p) for p in params] if self.weights else (),
@@ -60,7 +61,14 @@ class Observed:
 
 
 def observed(owner: str, params: Sequence[Tensor], runs: int, head: Tensor | None, norms: bool, bf16: bool) -> Observed:
-    """Allocate what is asked for; raises ValueError for what cannot be."""
+    """Allocate the requested quantities; raises ValueError if one is not defined for these parameters.
+
+    Args:
+        owner: the optimizer's class name, for messages.
+        params: all parameters.
+        runs: R, the number of stacked runs; 1 for none.
+        head, norms, bf16: as in `Optimizer.observe`.
+    """
     row_sum = None
     if head is not None:
         if not any(p is head for p in params):
@@ -68,10 +76,10 @@ def observed(owner: str, params: Sequence[Tensor], runs: int, head: Tensor | Non
         if head.dim() - 2 not in ({0, 1} if runs == 1 else {1}):
             raise ValueError(f"{owner}: the head must be a weight [K, d]; got shape {tuple(head.shape)}")
         row_sum = torch.zeros(*head.shape[:-2], head.shape[-1], dtype=torch.float64, device=head.device)
-    total = None
+    squares = None
     if norms:
         if len({p.device for p in params}) > 1:
             raise ValueError(f"{owner}: norms are taken over parameters on one device; these are on several")
-        total = torch.zeros(runs, 2, dtype=torch.float64, device=params[0].device)
+        squares = torch.zeros(runs, 2, dtype=torch.float64, device=params[0].device)
     weights = {p: torch.empty_like(p, dtype=torch.bfloat16).copy_(p.detach()) for p in params} if bf16 else {}
-    return Observed(head, row_sum, weights, runs > 1, total)
+    return Observed(head, row_sum, weights, runs > 1, squares)

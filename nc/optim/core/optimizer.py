@@ -14,7 +14,7 @@ from ncollapse.optim.core.groups import Group
 from ncollapse.optim.core.numbers import HyperSet
 from ncollapse.optim.core.observe import Observed, observed
 from ncollapse.optim.core.rule import Rule
-from ncollapse.optim.core.stepper import Plan, placed
+from ncollapse.optim.core.stepper import Stepper, placed
 
 _NUMBERS = {"lr", "weight_decay", "coupling", "momentum", "betas", "eps", "dampening"}
 _STRUCTURE = {"params", "nesterov", "maximize", "rules"}
@@ -54,7 +54,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any], coupling: Hyper | None, **unsupported: bool) -> None:
         for name in (name for name, wanted in unsupported.items() if wanted):
             raise ValueError(f"{type(self).__name__} does not support {name}; use torch.optim's class for that")
-        self._plan = self._new_plan()
+        self._stepper = self._new_stepper()
         defaults["coupling"] = self.default_coupling if coupling is None else coupling
         super().__init__(params, defaults)
 
@@ -80,8 +80,8 @@ class Optimizer(torch.optim.Optimizer):
         keeps = isinstance(momentum, Tensor) or momentum != 0
         return [HyperSet(numbers, [number] * runs, self.rule.states if keeps else (), self.rule.counts_steps)]
 
-    def _new_plan(self) -> Plan:
-        return Plan(self)
+    def _new_stepper(self) -> Stepper:
+        return Stepper(self)
 
     def _set_of(self, param: Tensor, group: dict[str, Any]) -> int:
         """Which of the group's sets a parameter belongs to."""
@@ -113,7 +113,7 @@ class Optimizer(torch.optim.Optimizer):
                     check_param(type(self).__name__, param, hypers.numbers)
         super().add_param_group(param_group)
         self.param_groups[-1] = Group(self.param_groups[-1], self, len(self.param_groups) - 1)
-        self._plan.stale = True
+        self._stepper.stale = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, also one of torch.optim's class; half-precision parameters keep their float32 states.
@@ -144,8 +144,8 @@ class Optimizer(torch.optim.Optimizer):
                     if isinstance(old, Tensor) and (old.device, old.dtype) == (new.device, new.dtype):
                         new = old.copy_(new)
                     self.state[param][name] = new
-        if self._plan.live:
-            self._plan.prepare_again(self)
+        if self._stepper.live:
+            self._stepper.prepare_again(self)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         groups, saved = self.param_groups, state_dict["param_groups"]
@@ -159,29 +159,29 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A copy or a pickle has no plan; load_state_dict keeps the existing one.
-        if "_plan" not in self.__dict__:
-            self._plan = self._new_plan()
-        self._plan.stale = True
+        # A copy or a pickle has no stepper; load_state_dict keeps the existing one.
+        if "_stepper" not in self.__dict__:
+            self._stepper = self._new_stepper()
+        self._stepper.stale = True
         # A state dict of torch.optim has no coupling; one of an older version may lack other keys.
         groups = [{**self.defaults, **_coupling_of(group), **group} for group in self.param_groups]
         self.param_groups = [Group(group, self, row) for row, group in enumerate(groups)]
 
     def _written(self, group: Group, key: str, before: Any) -> None:
-        """After a write into a param group: send a number to the device; for anything else, mark the plan stale."""
-        plan, after = self._plan, group.get(key)
-        if plan.stale or key not in _NUMBERS:
-            plan.stale |= key in _STRUCTURE
+        """After a write into a param group: send a number to the device; for anything else, mark the stepper stale."""
+        stepper, after = self._stepper, group.get(key)
+        if stepper.stale or key not in _NUMBERS:
+            stepper.stale |= key in _STRUCTURE
             return
         switched = key == "momentum" and _plain(before) and (before == 0) != (after == 0)
         if self._derived or switched or not (_plain(before) and _plain(after)):
-            plan.stale = True
+            stepper.stale = True
             return
         sets = self._sets(group)
         for i, hypers in enumerate(sets):
-            plan.numbers.write(group.row * len(sets) + i, hypers.numbers)
-        if plan.live or len(self.param_groups) <= _EAGER_GROUPS:
-            plan.numbers.flush()
+            stepper.numbers.write(group.row * len(sets) + i, hypers.numbers)
+        if stepper.live or len(self.param_groups) <= _EAGER_GROUPS:
+            stepper.numbers.flush()
 
     # Steps.
 
@@ -197,9 +197,9 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if torch.compiler.is_compiling():
-            self._plan.traced_step(self)
+            self._stepper.traced_step(self)
         else:
-            self._plan.step(self)
+            self._stepper.step(self)
         return loss
 
     def observe(self, *, head: Tensor | None = None, norms: bool = False, bf16: bool = False) -> Observed:
@@ -223,9 +223,9 @@ class Optimizer(torch.optim.Optimizer):
         runs = {len(hypers.codes) for group in self.param_groups for hypers in self._sets(group)}
         if len(runs) > 1:
             raise ValueError(f"{type(self).__name__}: all groups must have the same number of stacked runs; got {runs}")
-        self._plan.observed = observed(type(self).__name__, params, runs.pop(), head, norms, bf16)
-        self._plan.stale = True
-        return self._plan.observed
+        self._stepper.observed = observed(type(self).__name__, params, runs.pop(), head, norms, bf16)
+        self._stepper.stale = True
+        return self._stepper.observed
 
 
 def _coupling_of(group: dict[str, Any]) -> dict[str, float]:

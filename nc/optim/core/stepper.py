@@ -21,11 +21,11 @@ from ncollapse.optim.core.observe import Observed
 
 
 class Stepped(Listener, Protocol):
-    """What a plan reads of its optimizer."""
+    """What a stepper needs of its optimizer."""
 
     param_groups: list[dict[str, Any]]
     state: defaultdict[Tensor, Any]
-    _plan: "Plan"
+    _stepper: "Stepper"
 
     def _sets(self, group: dict[str, Any]) -> list[HyperSet]: ...
     def _set_of(self, param: Tensor, group: dict[str, Any]) -> int: ...
@@ -35,7 +35,7 @@ _names = count()
 _traced: WeakValueDictionary[str, Stepped] = WeakValueDictionary()
 
 
-class Plan:
+class Stepper:
     """States, tables and lists for the steps of one optimizer, prepared again if more than values or addresses change.
 
     A separate object, not attributes of the optimizer: torch.compile drops what a traced step writes into those.
@@ -45,7 +45,7 @@ class Plan:
         #: Key in `_traced`. A string: Dynamo would make a number symbolic when a second optimizer comes.
         self.name = str(next(_names))
         _traced[self.name] = optimizer
-        #: Whether the next step must prepare again.
+        #: Whether the next step must call `prepare`.
         self.stale = True
         #: Whether the next step is a first one with dampening, which applies only from the second on.
         self.fresh = False
@@ -68,13 +68,13 @@ class Plan:
             not self.stale
             and present == self._present
             and _same(params, self._params)
-            and _same(_held(optimizer), self._held)
+            and _same(state_values(optimizer), self._held)
         )
 
     def prepare(self, optimizer: Stepped, params: list[Tensor], present: list[bool]) -> None:
-        """Make states, tables and lists for those of all parameters that are present."""
+        """Make states, tables and lists for the parameters that are `present`, a flag for each of `params`."""
         owner = type(optimizer).__name__
-        if _capturing(params):
+        if capturing(params):
             raise RuntimeError(
                 f"{owner} must take a step with the same parameters and settings before one is captured in a CUDA "
                 "graph: a replay would initialise again what the captured step initialises"
@@ -90,20 +90,20 @@ class Plan:
         active = [(p, row) for p, row, has_grad in zip(params, rows, present, strict=True) if has_grad]
         self._active = [p for p, _ in active]
         if len(set(map(id, self._active))) < len(active):
-            raise ValueError(f"{owner}: a parameter stands twice in the param groups; give it once")
+            raise ValueError(f"{owner}: a parameter occurs twice in the param groups; give it once")
         for param in self._active:
             if param.grad is not None:
                 check_grad(owner, param, param.grad, optimizer.state.get(param, {}))
-        each = [optimizer._sets(group) for group in groups]
-        sets = [one for group in each for one in group]
-        places = [row * len(each[0]) + optimizer._set_of(p, groups[row]) for p, row in active]
+        sets = [hypers for group in groups for hypers in optimizer._sets(group)]
+        per_group = len(sets) // max(len(groups), 1)
+        places = [row * per_group + optimizer._set_of(p, groups[row]) for p, row in active]
         slots = [_slot(optimizer, p, groups[row], sets[i]) for (p, row), i in zip(active, places, strict=True)]
         extras = self.observed.extras(self._active) if self.observed else Extras()
         self._sharded = any(map(is_sharded, params))
         if self._sharded and self.observed:
             raise RuntimeError(f"{owner}: a step of DTensor parameters cannot be observed")
         self._lists = Lists([shard(p) for p in self._active], slots, places, extras)
-        self._held = _held(optimizer)
+        self._held = state_values(optimizer)
         devices = list(dict.fromkeys(p.device for p in self._active))
         self._update = Update(self.numbers.fill(sets, devices))
         self.fresh = any(slot.fresh for slot in slots)
@@ -128,7 +128,7 @@ class Plan:
             self.prepare(optimizer, params, present)
         if not self._lists.params:
             return
-        if _capturing(self._lists.params):
+        if capturing(self._lists.params):
             self.live = True
             self._graphs.append((self._update, self.numbers.values, self.numbers.read, self._lists, self._held))
         self.numbers.refresh()
@@ -157,7 +157,7 @@ class Plan:
         _prepare_for_trace(self.name)
         if self._sharded:
             raise RuntimeError("a step of DTensor parameters cannot be compiled; call it outside of torch.compile")
-        assert not self.stale  # also a guard for Dynamo: when the plan becomes stale, the step is traced again
+        assert not self.stale  # also a guard for Dynamo: when the stepper becomes stale, the step is traced again
         lists, extras, numbers = self._lists, self._lists.extras, self.numbers
         params: list[Tensor] = []
         grads, slots, sets, copies, head = [], [], [], [], -1
@@ -204,16 +204,16 @@ class Plan:
 @compile_time_constant
 def _prepare_for_trace(name: str) -> None:
     optimizer = _traced[name]
-    plan = optimizer._plan
+    stepper = optimizer._stepper
     params = [p for group in optimizer.param_groups for p in group["params"]]
     # The traced code itself may create a gradient.
     present = [p.requires_grad or p.grad is not None for p in params]
-    if not plan._holds(optimizer, params, present):
-        plan.prepare(optimizer, params, present)
-    plan.live = True
-    for held in (*plan._held, *plan.numbers.values, *plan.numbers.read):
-        if isinstance(held, Tensor):
-            torch._dynamo.mark_static_address(held)
+    if not stepper._holds(optimizer, params, present):
+        stepper.prepare(optimizer, params, present)
+    stepper.live = True
+    for value in (*stepper._held, *stepper.numbers.values, *stepper.numbers.read):
+        if isinstance(value, Tensor):
+            torch._dynamo.mark_static_address(value)
 
 
 def _slot(optimizer: Stepped, param: Tensor, group: dict[str, Any], hypers: HyperSet) -> Slot:
@@ -252,7 +252,8 @@ def placed(value: Tensor, name: str, param: Tensor) -> Tensor:
     return like.detach().copy_(value)
 
 
-def _held(optimizer: Stepped) -> list[Any]:
+def state_values(optimizer: Stepped) -> list[Any]:
+    """All values in the states of all parameters."""
     return list(chain.from_iterable(map(dict.values, optimizer.state.values())))
 
 
@@ -260,5 +261,6 @@ def _same(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
-def _capturing(params: list[Tensor]) -> bool:
+def capturing(params: list[Tensor]) -> bool:
+    """Whether a CUDA graph is being captured on the device of the parameters."""
     return bool(params) and params[0].is_cuda and torch.cuda.is_current_stream_capturing()
