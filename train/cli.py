@@ -18,14 +18,14 @@ from ncollapse.train.config import DESCRIPTIONS, FIELDS, make_run
 from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import preset_names
 from ncollapse.train.report.selection import Selection
-from ncollapse.train.sweep.options import Keeping, Options, Place, told
+from ncollapse.train.sweep.options import KeepOptions, Options, PlaceOptions, hide_default
 
 if TYPE_CHECKING:
     from ncollapse.train.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Demo(Place, Options, Selection):
+class Demo(PlaceOptions, Options, Selection):
     """Six optimizers on scikit-learn's digits: the paper's table, figures and a report in under a minute."""
 
     def main(self, console: Console) -> None:
@@ -59,10 +59,10 @@ _Axes = _settings("axes", several=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Run(Place, Keeping):
+class Run(PlaceOptions, KeepOptions):
     """Train one run and show its metrics."""
 
-    preset: Annotated[str | None, told] = None
+    preset: Annotated[str | None, hide_default] = None
     """A preset (paper) or a grid file; its settings for a single run replace the defaults below."""
     settings: _Settings = dataclasses.field(default_factory=_Settings)  # type: ignore[valid-type]
     """The run's settings."""
@@ -74,13 +74,13 @@ class Run(Place, Keeping):
         given = {name: value for name, value in vars(self.settings).items() if value is not None}
         run = make_run(given if self.preset is None else run_settings(self.preset, given), "run")
         grid = Grid(f"{run.model}-{run.data}-{run.optimizer}-{run.id}", (run,))
-        options = Options(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Keeping)})
+        options = Options(**{f.name: getattr(self, f.name) for f in dataclasses.fields(KeepOptions)})
         out = _train(grid, self, options, console)
         print_run(out, console)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sweep(Place, Options, Selection):
+class Sweep(PlaceOptions, Options, Selection):
     """Train every run of a grid; the same command continues a sweep that was stopped."""
 
     grid: Annotated[
@@ -128,7 +128,7 @@ class Export:
     """The results folder, finished or not."""
     format: Literal["parquet", "csv"] = "parquet"
     """parquet keeps types and missing values and needs pyarrow; csv needs no package."""
-    out: Annotated[Path | None, told] = None
+    out: Annotated[Path | None, hide_default] = None
     """Folder for the files; by default export in the results folder."""
 
     def main(self, console: Console) -> None:
@@ -155,7 +155,7 @@ class Theory(Setting):
 class Doctor:
     """Show what this machine has: torch, Triton, GPU, data sets; what runs in fast kernels and what falls back."""
 
-    data_dir: Annotated[Path | None, told] = None
+    data_dir: Annotated[Path | None, hide_default] = None
     """Folder of the data sets; by default $NCOLLAPSE_DATA, else ./data."""
 
     def main(self, console: Console) -> None:
@@ -200,7 +200,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _train(grid: "Grid", place: Place, options: Options, console: Console) -> Path:
+def _train(grid: "Grid", place: PlaceOptions, options: Options, console: Console) -> Path:
     """Train the unfinished runs of a grid and return the results folder."""
     from ncollapse.train.data.sets import load
     from ncollapse.train.sweep.scheduler import sweep
@@ -216,7 +216,7 @@ def _train(grid: "Grid", place: Place, options: Options, console: Console) -> Pa
     return out
 
 
-def _sweep(grid: "Grid", place: Place, options: Options, selection: Selection, console: Console) -> None:
+def _sweep(grid: "Grid", place: PlaceOptions, options: Options, selection: Selection, console: Console) -> None:
     _report(_train(grid, place, options, console), selection, console)
 
 

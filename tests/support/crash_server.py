@@ -1,4 +1,4 @@
-"""Runs a sweep in the server of `crashes` before it forks, so that the forks have every module loaded."""
+"""Run by the server of `fork_server` before it forks: a sweep, so that the forks have everything loaded."""
 
 import tempfile
 from pathlib import Path

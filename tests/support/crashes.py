@@ -1,11 +1,7 @@
-"""Sweeps in processes of their own that are killed: by themselves at a chosen point, or by somebody at any instant.
-
-The processes are forks of a server that has everything loaded, so that a trial takes a fraction of a second.
-"""
+"""Sweeps in separate processes that are killed: by themselves at a chosen point, or from outside at any instant."""
 
 import functools
 import itertools
-import multiprocessing
 import os
 import signal
 import sqlite3
@@ -15,10 +11,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from rich.console import Console
 
+from fork_server import fork_context
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset, load
 from ncollapse.train.grid import Grid
@@ -41,26 +37,21 @@ GRID = Grid(
 
 
 def start(out: Path, die_at: int | None = None) -> BaseProcess:
-    """A process that sweeps into a folder; with `die_at` it kills itself at its so many-th chance."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["crash_server"])
-    process = context.Process(target=sweep_into, args=(out, die_at), daemon=True)
-    with pytest.MonkeyPatch.context() as patch:
-        # Read by the server when it starts: it does not look where the tests' own modules are.
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
-        process.start()
+    """Start a process that sweeps into a folder; with `die_at` it kills itself at its `die_at`-th chance."""
+    process = fork_context().Process(target=sweep_into, args=(out, die_at), daemon=True)
+    process.start()
     return process
 
 
 def finish(out: Path) -> None:
-    """Sweep to the end."""
+    """Sweep to the end in a separate process."""
     process = start(out)
     process.join()
     assert process.exitcode == 0
 
 
 def chances(out: Path) -> int:
-    """How many chances to die a sweep to the end has."""
+    """Count the chances to die in a sweep to the end."""
     process = start(out, die_at=_NEVER)
     process.join()
     assert process.exitcode == 0
@@ -94,7 +85,7 @@ def sweep_into(out: Path, die_at: int | None) -> None:
 
 
 def _die(now: Callable[[], bool]) -> None:
-    """Have this process kill itself before or after anything that reaches the disk, when `now` says so."""
+    """Have this process kill itself when `now` returns True, asked before and after all that reaches the disk."""
 
     def chance() -> None:
         if now():

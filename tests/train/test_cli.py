@@ -104,7 +104,7 @@ def test_an_interrupt_is_exit_code_130(capsys: pytest.CaptureFixture[str], monke
 
     monkeypatch.setattr(processes, "train_stack", interrupt)
     text = fails(capsys, 130, "sweep", "grid.toml")
-    assert "0 of 2 runs are finished and kept in results/grid; the same command goes on from there" in text
+    assert "0 of 2 runs are finished and kept in results/grid; the same command continues from there" in text
 
 
 def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:

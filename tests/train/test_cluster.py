@@ -61,8 +61,8 @@ def cluster(nodes: Any) -> Any:
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    # What is set there stays in the environment, and nodes that start later need more patience.
-    monkeypatch.setattr(ray_connect, "_PATIENCE", {})
+    # They would stay in the environment, and nodes that start later need more retries.
+    monkeypatch.setattr(ray_connect, "_RETRY_LIMITS", {})
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +116,11 @@ def test_a_lost_node_costs_only_its_stack(
             cluster.remove_node(killed[0], allow_graceful=False)
 
     monkeypatch.setattr(Store, "save_checkpoint", kill_a_node)
-    told = io.StringIO()
-    console = Console(file=told, width=500)
+    output = io.StringIO()
+    console = Console(file=output, width=500)
     sweep(grid, tmp_path, lambda name, device: digits, CPU, on(cluster, checkpoint_minutes=0), console)
     assert killed
-    assert told.getvalue().count("was lost: Task failed because the node it was running on is dead") == 1
+    assert output.getvalue().count("was lost: Task failed because the node it was running on is dead") == 1
     assert_same(trained_here, tmp_path, but="stack")
 
 

@@ -214,7 +214,7 @@ def test_a_stack_that_does_not_fit_is_halved_and_said(
     console = Console(record=True, width=200, file=io.StringIO())
     assert sweep(small_grid, tmp_path, lambda name, device: digits, CPU, Options(stack=6, workers=1), console) == 12
     assert tried == [6, 3, 3, 3, 3]  # the second stack of six is not even tried
-    assert "6 runs at once do not fit (no room for so many); going on with stacks of 3" in console.export_text()
+    assert "6 runs at once do not fit (no room for so many); continuing with stacks of 3" in console.export_text()
     assert_same(swept, tmp_path, but="stack")
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from fork_server import fork_context
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset, load
 from ncollapse.train.errors import UserError
@@ -39,10 +40,18 @@ MLP = StackKey("mlp", "digits", None, 128)
 LOAD = functools.partial(load, data_dir=None, download=False)
 
 
+@pytest.fixture
+def quick_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are forks of a server that has torch loaded, instead of new processes that load it."""
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        monkeypatch.setattr(processes, "_CONTEXT", fork_context())
+
+
 def pooled(grid: Grid, out: Path, quiet: Console, **options: object) -> int:
     return sweep(grid, out, LOAD, CPU, Options(workers=2, **options), quiet)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_side_by_side_and_killed_the_results_are_those_of_one_process(
     run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +79,7 @@ def test_side_by_side_and_killed_the_results_are_those_of_one_process(
     assert not any(victim.is_alive() for victim in killed)
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_a_stack_that_kills_its_process_each_time_is_halved(small_grid: Grid, tmp_path: Path) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
     assert sweep(small_grid, tmp_path, with_little_memory, CPU, Options(workers=2, stack=6), console) == 12
@@ -94,10 +104,11 @@ def with_little_memory(name: str, device: torch.device) -> Dataset:
     return LOAD(name, device)
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_an_error_in_a_process_comes_here_with_its_traceback(small_grid: Grid, tmp_path: Path, quiet: Console) -> None:
     with pytest.raises(RuntimeError, match=r"a training process failed:(.|\n)*ZeroDivisionError"):
         sweep(small_grid, tmp_path, failing_in_workers, CPU, Options(workers=2), quiet)
-    assert not any(p.name().startswith("python") and "spawn_main" in " ".join(p.cmdline()) for p in descendants())
+    assert multiprocessing.active_children() == []
 
 
 def failing_in_workers(name: str, device: torch.device) -> Dataset:
@@ -110,10 +121,7 @@ def in_worker() -> bool:
     return multiprocessing.parent_process() is not None
 
 
-def descendants() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
-
-
+@pytest.mark.usefixtures("quick_starts")
 def test_what_the_user_has_to_mend_is_said(tmp_path: Path, quiet: Console) -> None:
     runs = tuple(RunConfig(limit=1, epochs=1, lr=lr) for lr in (0.1, 0.2))
     with pytest.raises(UserError, match="all of one class; give a larger --limit"):
@@ -205,6 +213,7 @@ def test_what_cannot_be_sent_to_other_processes_trains_in_this_one(
     assert "so this process trains all stacks; give a function that is defined in a module" in line
 
 
+@pytest.mark.usefixtures("quick_starts")
 def test_a_plan_for_several_processes_goes_on_in_one_where_it_must(
     digits: Dataset, small_grid: Grid, tmp_path: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:

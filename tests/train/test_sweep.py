@@ -114,7 +114,7 @@ def test_interrupted_anywhere_it_continues_to_the_same_results(
     events: int,
 ) -> None:
     interrupt_after(events, monkeypatch)
-    with pytest.raises(InterruptError, match=r"of 12 runs are finished and kept in .*; the same command goes on"):
+    with pytest.raises(InterruptError, match=r"of 12 runs are finished and kept in .*; the same command continues"):
         run_sweep(small_grid, tmp_path / "cut", stack=4)
     kept = load_runs(tmp_path / "cut")
     done = int((kept.status == "done").sum())

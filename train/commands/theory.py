@@ -15,7 +15,7 @@ from rich.table import Table
 from ncollapse.train.errors import UserError
 from ncollapse.train.optimizers import OPTIMIZERS, TABLE
 from ncollapse.train.report.tables.trajectory import Trajectory
-from ncollapse.train.sweep.options import told
+from ncollapse.train.sweep.options import hide_default
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,7 @@ class Setting:
 
     classes: int = 10
     """K, at least 2."""
-    dim: Annotated[int | None, told] = None
+    dim: Annotated[int | None, hide_default] = None
     """Features d, at least K; by default K."""
     steps: int = 3_000
     """Steps of the optimizer."""

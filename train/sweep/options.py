@@ -1,4 +1,4 @@
-"""How a sweep is trained; apart from the engines, so that the command line can name it quickly."""
+"""The options of a sweep; in a module without torch, so that the command line starts quickly."""
 
 import dataclasses
 from pathlib import Path
@@ -8,12 +8,12 @@ import tyro
 
 from ncollapse.train.errors import UserError
 
-#: For options whose default the help text tells better than "None".
-told = tyro.conf.arg(help_behavior_hint="")
+#: For options whose default is described in the help text, where "None" would say less.
+hide_default = tyro.conf.arg(help_behavior_hint="")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Keeping:
+class KeepOptions:
     """What is kept besides the metrics."""
 
     save_weights: bool = False
@@ -21,26 +21,26 @@ class Keeping:
     tensorboard: bool = False
     """Also log every metric of every run for TensorBoard, in the folder tensorboard."""
     checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints of a stack, from which the same command goes on."""
+    """Minutes between checkpoints of a stack, from which the same command continues."""
 
     def __post_init__(self) -> None:
-        # A command is made of several such classes.
+        # A command inherits from several such classes.
         getattr(super(), "__post_init__", lambda: None)()
         if not self.checkpoint_minutes >= 0:
             raise UserError(f"--checkpoint-minutes must be at least 0; got {self.checkpoint_minutes:g}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options(Keeping):
-    """How the runs of a grid share the machine, or the cluster."""
+class Options(KeepOptions):
+    """How the runs of a grid share the machine or the cluster."""
 
     engine: Literal["local", "ray"] = "local"
     """local: all cores or GPUs of this machine. ray: a Ray cluster."""
     stack: Literal["auto"] | int = "auto"
     """Runs that train as one program; auto measures what is fastest."""
     workers: Literal["auto"] | int = "auto"
-    """Processes that train side by side, of the local engine; auto measures."""
-    ray_address: Annotated[str | None, told] = None
+    """Processes of the local engine that train side by side; auto measures what is fastest."""
+    ray_address: Annotated[str | None, hide_default] = None
     """A Ray cluster's address (HOST:6379); by default $RAY_ADDRESS, one on this machine, or else a new one here."""
 
     def __post_init__(self) -> None:
@@ -52,18 +52,18 @@ class Options(Keeping):
         if self.engine != "ray" and self.ray_address is not None:
             raise UserError("--ray-address goes with --engine ray")
         if self.engine == "ray" and self.workers != "auto":
-            raise UserError("--workers is of the local engine; a Ray cluster starts as many as it has room for")
+            raise UserError("--workers goes with the local engine; a Ray cluster starts as many as it has room for")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where data come from, where results go and what trains."""
+class PlaceOptions:
+    """Where the data come from, where the results go, and which device trains."""
 
-    out: Annotated[Path | None, told] = None
+    out: Annotated[Path | None, hide_default] = None
     """Results folder; by default results/NAME. The same command on the same folder continues."""
-    data_dir: Annotated[Path | None, told] = None
+    data_dir: Annotated[Path | None, hide_default] = None
     """Folder of the data sets; by default $NCOLLAPSE_DATA, else ./data."""
     download: bool = False
     """Let torchvision download a data set that is missing."""
-    device: Annotated[str | None, told] = None
+    device: Annotated[str | None, hide_default] = None
     """cpu, cuda (all GPUs), cuda:1 …; by default cuda where there is a GPU."""

@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -21,6 +22,9 @@ from ncollapse.train.results.writer import PlannedStack
 from ncollapse.train.sweep.grouping import StackKey
 from ncollapse.train.sweep.messages import Failed, Finished, Message, WorkerSettings, train_stack
 from ncollapse.train.sweep.throughput import DataFacts, measure_rate
+
+#: How workers start: a fork of this process would copy torch's threads and the state of the GPU.
+_CONTEXT: BaseContext = multiprocessing.get_context("spawn")
 
 
 class Trainer:
@@ -69,10 +73,9 @@ class _Worker:
     """A process that trains the stacks it is sent, and this end of the pipe to it."""
 
     def __init__(self, device: str, threads: int, settings: WorkerSettings) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would copy torch's threads and the state of the GPU
-        self.connection, child_end = context.Pipe()
+        self.connection, child_end = _CONTEXT.Pipe()
         arguments = (child_end, device, threads, settings)
-        self.process: BaseProcess = context.Process(target=_serve, args=arguments, daemon=True)
+        self.process: BaseProcess = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         child_end.close()
 

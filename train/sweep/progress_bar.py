@@ -13,7 +13,7 @@ from ncollapse.train.results.writer import PlannedStack
 
 
 class _Rate(ProgressColumn):
-    """The rate of this session; the epochs done in unfinished runs count."""
+    """The rate of this session; epochs of unfinished runs count as fractions of a run."""
 
     def render(self, task: Task) -> Text:
         runs = (task.completed - task.fields["begun_at"]) / task.fields["epochs_per_run"]
@@ -21,10 +21,10 @@ class _Rate(ProgressColumn):
 
 
 class SweepProgress(Progress):
-    """A bar over epochs of runs, so that it moves inside a stack, labelled with runs.
+    """A bar that counts epochs, so that it moves while a stack trains, with the number of finished runs beside it.
 
     Args:
-        finished: identity -> status of the runs that had ended before.
+        finished: id -> status of the runs that had ended before.
     """
 
     def __init__(self, grid: Grid, finished: dict[str, str], console: Console) -> None:
@@ -52,13 +52,13 @@ class SweepProgress(Progress):
         )
         self._show()
 
-    def at(self, stack: PlannedStack, epoch: int) -> None:
-        """A stack has trained so many epochs."""
+    def advance_to(self, stack: PlannedStack, epoch: int) -> None:
+        """Show that a stack has trained `epoch` epochs."""
         self._count(stack.runs, epoch)
         self.update(self._task, completed=sum(self._epochs.values()))
 
     def resume(self, stack: PlannedStack, epoch: int) -> None:
-        """A stack starts at an epoch that an earlier session had reached."""
+        """Show that a stack starts after `epoch` epochs of an earlier session."""
         before = sum(self._epochs.values())
         self._count(stack.runs, epoch)
         after = sum(self._epochs.values())
@@ -70,7 +70,7 @@ class SweepProgress(Progress):
             self._epochs[run.id] = run.epochs if run.id in self._ended else min(epoch, run.epochs)
 
     def end(self, statuses: dict[str, str]) -> None:
-        """Runs have ended: identity -> status."""
+        """Show that runs have ended; `statuses`: id -> status."""
         self._ended |= statuses
         self._show()
 

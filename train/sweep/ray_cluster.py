@@ -179,7 +179,7 @@ class Cluster:
         return max(1, min(fit // max(1, min(sharing[node], self._workers)) for node, fit in fits))
 
     def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> float | None:
-        """See `Engine`; measured by as many probes as compete for something, for all workers."""
+        """See `Engine`; measured by workers that share a machine or a GPU, and scaled to all workers."""
         if not self._probes:
             self._open_probes()
         try:
@@ -229,7 +229,7 @@ class _Probe:
         self._device = device
 
     def room(self, key: StackKey, facts: DataFacts) -> tuple[str, int]:
-        """The id of the node, and how many runs fit into its memory."""
+        """Return the id of the node, and the number of runs that fit into its memory."""
         import ray
 
         return ray.get_runtime_context().get_node_id(), room_on(self._device, key, facts)

@@ -1,4 +1,4 @@
-"""The connection to a Ray cluster, with errors that say what to do, and soon."""
+"""The connection to a Ray cluster, with errors that come within seconds and say what to do."""
 
 import importlib
 import logging
@@ -12,10 +12,10 @@ from typing import Any
 from ncollapse.train.errors import UserError
 
 #: Seconds that a machine may take to accept a connection.
-_ANSWER = 10.0
-#: Bounds for what Ray does when something else answers at the address, or this machine is not of the cluster: by
-#: default it tries for a quarter of an hour. Read when Ray is imported.
-_PATIENCE = {
+_CONNECT_SECONDS = 10.0
+#: Bounds on Ray's retries, where something else answers at the address or this machine is not part of the cluster: by
+#: default it retries for a quarter of an hour. Ray reads them when it is imported.
+_RETRY_LIMITS = {
     "RAY_NUM_REDIS_GET_RETRIES": "1",
     "RAY_py_gcs_connect_timeout_s": "10",
     "RAY_gcs_server_request_timeout_seconds": "20",
@@ -23,7 +23,7 @@ _PATIENCE = {
 
 
 def connect(ray_address: str | None) -> Any:
-    """Connect this process to a cluster, or start one; returns the module ray.
+    """Connect this process to a cluster, or start one, and return the module ray.
 
     Args:
         ray_address: HOST:PORT; by default $RAY_ADDRESS, a cluster on this machine, or else a new one here.
@@ -34,15 +34,15 @@ def connect(ray_address: str | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = ray_address or os.environ.get("RAY_ADDRESS")
     if address:
-        for name, value in _PATIENCE.items():
+        for name, value in _RETRY_LIMITS.items():
             os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError as error:
         raise UserError(f"--engine ray needs Ray ({error}): pip install 'ncollapse[ray]'") from None
     address = address or _running_here()
-    if address is not None and address not in ("auto", "local"):  # names that Ray knows
-        _knock(address)
+    if address is not None and address not in ("auto", "local"):  # names that Ray resolves
+        _check_reachable(address)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(ray_address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
@@ -51,25 +51,25 @@ def connect(ray_address: str | None) -> Any:
         raise UserError(_no_answer(address or "this machine", why)) from None
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray has put its own there, which ends the process at once
+            signal.signal(signal.SIGTERM, handler)  # Ray has set its own, which ends the process at once
     return ray
 
 
 def _running_here() -> str | None:
-    """The address of a cluster that was started on this machine, where Ray tells it."""
+    """The address of a cluster that was started on this machine, as far as Ray knows one."""
     with suppress(ImportError, AttributeError):
         found: str | None = importlib.import_module("ray._private.services").canonicalize_bootstrap_address(None)
         return found
     return None
 
 
-def _knock(address: str) -> None:
-    """Raise UserError unless something answers at an address: Ray itself would try for a quarter of an hour."""
+def _check_reachable(address: str) -> None:
+    """Raise UserError unless something answers at an address: Ray itself would retry for a quarter of an hour."""
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdigit():
         raise UserError(f"--ray-address is HOST:PORT, as in 192.168.0.1:6379; got {address}")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise UserError(_no_answer(address, str(error))) from None
 
@@ -77,6 +77,6 @@ def _knock(address: str) -> None:
 def _no_answer(address: str, why: str) -> str:
     return (
         f"no connection to a Ray cluster at {address} ({why}). Start one with `ray start --head --port 6379`, and with "
-        "`ray start --address HOST:6379` on its other machines; this must be one of them. `ray stop` ends what is left "
-        "of one here; without a cluster, --ray-address and $RAY_ADDRESS, Ray starts one on this machine alone"
+        "`ray start --address HOST:6379` on its other machines; this must be one of them. `ray stop` stops an old "
+        "cluster here; without a cluster, --ray-address and $RAY_ADDRESS, Ray starts one on this machine only"
     )

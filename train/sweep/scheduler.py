@@ -75,7 +75,7 @@ def sweep(
         except KeyboardInterrupt:
             raise InterruptError(
                 f"stopped: {len(store.finished())} of {len(grid.runs)} runs are finished and kept in {out}; "
-                "the same command goes on from there"
+                "the same command continues from there"
             ) from None
         finally:
             engine.close()
@@ -178,7 +178,7 @@ class _Sweep:
             self._bar.end(ended)
         elif isinstance(message, Progress):
             self._store.progress(stack, message.epoch)
-            self._bar.at(stack, message.epoch)
+            self._bar.advance_to(stack, message.epoch)
         elif isinstance(message, Saved):
             self._store.save_checkpoint(stack, message.epoch, message.content)
         elif isinstance(message, Finished) or not self._left(stack):  # it may also fail when it has nothing left to do
@@ -212,7 +212,7 @@ class _Sweep:
         if half == 0:
             self._too_large += [(run, failure.text) for run in self._left(stack)]
             return
-        self._say(f"{len(stack.runs)} runs at once do not fit ({failure.text}); going on with stacks of {half}")
+        self._say(f"{len(stack.runs)} runs at once do not fit ({failure.text}); continuing with stacks of {half}")
         alike = [stack] + [
             one
             for one in self._queue

@@ -137,7 +137,7 @@ class StackPolicy:
         return sorted(counts | {1} if engine.in_process else counts)
 
     def _without_sizes(self, engine: "Engine", workers: int, most: int) -> Plan:
-        """A plan with so many workers, before sizes are chosen; `most` is the largest number of workers to try."""
+        """A plan with `workers` workers, before sizes are chosen; `most`: the largest number of workers to try."""
         per_gpu = -(-workers // engine.gpus) if engine.gpus else 1
         return Plan(workers, engine.threads(1 if workers == 1 else most), per_gpu=per_gpu)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ncollapse.train.config import RunConfig
-from ncollapse.train.data.augment import draw
+from ncollapse.train.data.augment import draw_views
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.networks.models import Classifier, build
 from ncollapse.train.networks.precision import arithmetic
@@ -59,7 +59,7 @@ def measure_rate(
         batch = max(2, min(key.batch_size, facts.samples))  # a batch norm may refuse a single sample
         step = _step(key, facts, size, device, batch)
         index = torch.arange(batch, device=device)
-        views = draw(key.augment, batch, torch.Generator())
+        views = draw_views(key.augment, batch, torch.Generator())
         views = views if views is None else views.to(device)
         with arithmetic(key.precision):
             for _ in range(1 if device.type == "cpu" else 5):  # libraries choose kernels; on a GPU a graph is captured
