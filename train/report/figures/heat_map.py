@@ -67,7 +67,7 @@ def heat_maps(slug: str, cells: pd.DataFrame, axis: str, threshold: str) -> Draw
             axes.grid(False)
             for spine in axes.spines.values():
                 spine.set_visible(False)
-            _bar(figure, axes, mesh, metric, log="norm" in limits)
+            _colour_bar(figure, axes, mesh, metric, log="norm" in limits)
         first = grid[0, 0]
         rows = [(block.bottom + i + 0.5, short_number(v, 3)) for block in blocks for i, v in enumerate(block.rows)]
         first.set_yticks([at for at, _ in rows], [text for _, text in rows])
@@ -96,7 +96,7 @@ def _limits(values: "pd.Series[float]", counted: "pd.Series[bool]") -> dict[str,
     return {"vmin": low, "vmax": high if high > low else low + 1}
 
 
-def _bar(figure: "Figure", axes: "Axes", mesh: Any, metric: str, *, log: bool) -> None:
+def _colour_bar(figure: "Figure", axes: "Axes", mesh: Any, metric: str, *, log: bool) -> None:
     """Draw the colour bar above a column of maps."""
     place, height = axes.get_position(), figure.get_figheight()
     bar = figure.colorbar(

@@ -84,7 +84,7 @@ def _groups(runs: pd.DataFrame, selection: Selection) -> list[tuple[pd.DataFrame
     )
     size = {"markersize": 3.0} if len(runs) > _MANY_POINTS else {}
     return [
-        (group, marker(group.optimizer.iloc[0], float(coupled), reached=bool(reached)) | size)
+        (group, marker(group.optimizer.iloc[0], float(bool(coupled)), reached=bool(reached)) | size)
         for (reached, _, coupled), group in runs.groupby(["reached", "optimizer", "coupled"])
     ]
 
