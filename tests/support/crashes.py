@@ -67,7 +67,7 @@ def _data(name: str, device: torch.device) -> Dataset:
 
 
 def sweep_into(out: Path, die_at: int | None) -> None:
-    """The sweep; see `start`."""
+    """Sweep; see `start`."""
     torch.set_num_threads(1)
     counter = itertools.count(1)
     if die_at is not None:

@@ -40,8 +40,8 @@ def nodes() -> Iterator[Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # or what other tests take would end these workers
-        patch.setenv("RAY_health_check_period_ms", "1000")  # a lost node is taken for lost after 3 s instead of 15
+        patch.setenv("RAY_memory_monitor_refresh_ms", "0")  # else Ray ends these workers for the memory of other tests
+        patch.setenv("RAY_health_check_period_ms", "1000")  # a lost node is detected after 3 s instead of 15
         patch.setenv("RAY_health_check_failure_threshold", "3")
         nodes = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         try:
@@ -67,7 +67,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def grid() -> Grid:
-    """For four stacks of three runs, of some seconds each."""
+    """Enough for four stacks of three runs, which train for some seconds each."""
     runs = [
         RunConfig(optimizer=optimizer, lr=2e-3, weight_decay=decay, epochs=60, eval_every=6)
         for optimizer in ("sgdw", "signum", "adam")
@@ -101,7 +101,7 @@ def test_a_cluster_gives_the_results_of_one_process(
 def test_a_lost_node_costs_only_its_stack(
     cluster: Any, grid: Grid, trained_here: Path, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed while both nodes train, each in the middle of a stack."""
+    """The node is killed while both nodes are in the middle of a stack."""
     real, killed = Store.save_checkpoint, []
     flying: set[int] = set()
 
@@ -134,7 +134,7 @@ def test_a_node_that_joins_is_used(cluster: Any, digits: Dataset) -> None:
             if not heard:
                 cluster.add_node(num_cpus=1)
             heard.add(stack.id)
-            if len(heard) == 2:  # one core each: the second can train nowhere but on the new node
+            if len(heard) == 2:  # one core each: the second can train only on the new node
                 break
     finally:
         trainer.close()
@@ -142,7 +142,7 @@ def test_a_node_that_joins_is_used(cluster: Any, digits: Dataset) -> None:
 
 @pytest.fixture
 def gpu_node(nodes: Any) -> Iterator[None]:
-    """A node with two cores and something that Ray takes for a GPU."""
+    """A node with two cores and a GPU that exists for Ray alone."""
     node = nodes.add_node(num_cpus=2, num_gpus=1)
     yield
     nodes.remove_node(node)
@@ -152,7 +152,7 @@ def test_stacks_share_a_gpu(nodes: Any, gpu_node: None, digits: Dataset) -> None
     stacks = iter([PlannedStack(i, (RunConfig(epochs=100_000, seed=i),)) for i in range(2)])
     trainer = Cluster(nodes.address, torch.device("cuda"), settings(digits))
     trainer.use(2, 1, per_gpu=2)
-    trainer._device = CPU  # Ray counts the GPU, nobody computes on it
+    trainer._device = CPU  # Ray counts the GPU, nothing computes on it
     try:
         assert "1 GPUs" in trainer.device
         heard = set()
@@ -204,7 +204,7 @@ def test_an_address_that_does_not_answer_is_said_soon(
     address: str, given: str, digits: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray")
-    with socket.socket() as unused:  # bound, not listening: nobody else gets the port
+    with socket.socket() as unused:  # bound, not listening: no other process gets the port
         unused.bind(("127.0.0.1", 0))
         address = address.format(port=unused.getsockname()[1])
         if given == "RAY_ADDRESS":

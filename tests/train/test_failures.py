@@ -1,4 +1,4 @@
-"""What goes wrong in a sweep: divergence, memory, disks, other grids, other processes; nothing finished is lost."""
+"""Failures of a sweep, of runs, memory, disks, grids and processes: no finished run is lost."""
 
 import contextlib
 import dataclasses
@@ -100,7 +100,7 @@ Store(Path({str(tmp_path)!r}), load_grid("demo"))
 def test_a_full_disk_keeps_what_is_finished(
     run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SQLite's own limit on pages stands in for a disk that fills up in the middle of a sweep."""
+    """SQLite's limit on pages stands in for a disk that fills up in the middle of a sweep."""
     real = Store.record
 
     def fill_up(self: Store, *args: Any) -> dict[str, str]:
@@ -148,7 +148,7 @@ def test_a_store_of_another_version_is_left_alone(
 def test_a_store_whose_creation_was_cut_off_holds_nothing_yet(
     run_sweep: Callable[..., int], small_grid: Grid, swept: Path, tmp_path: Path
 ) -> None:
-    """As a kill in the middle of the first commit leaves it: pages in the file, and the journal to take them back."""
+    """A kill in the middle of the first commit leaves pages in the file, and the journal that rolls them back."""
     with contextlib.closing(sqlite3.connect(tmp_path / "first")) as connection:
         connection.execute("PRAGMA cache_size = 1")  # pages go to the file before the commit
         connection.execute("BEGIN")
@@ -194,7 +194,7 @@ def test_what_is_no_store_is_said_and_closed(small_grid: Grid, tmp_path: Path, m
 
 
 def exhausting(most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Memory for so many runs at once; gives the sizes of the stacks that were tried."""
+    """Let only `most` runs at once fit into memory; return the list that receives the size of each stack tried."""
     real, tried = loop.Training, []
 
     def limited(runs: list[RunConfig], *args: Any, **options: Any) -> object:

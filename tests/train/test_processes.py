@@ -1,4 +1,4 @@
-"""Stacks trained side by side: the same numbers, whatever happens to a process."""
+"""Stacks in worker processes: the numbers of one process, also when workers are killed, and errors that arrive."""
 
 import functools
 import io
@@ -55,7 +55,7 @@ def pooled(grid: Grid, out: Path, quiet: Console, **options: object) -> int:
 def test_side_by_side_and_killed_the_results_are_those_of_one_process(
     run_sweep: Callable[..., int], small_grid: Grid, tmp_path: Path, quiet: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker that is killed costs nothing but the time since its last checkpoint."""
+    """A killed worker costs only the time since its last checkpoint."""
     run_sweep(small_grid, tmp_path / "one", stack=3, save_weights=True)
     real, killed = processes.ProcessPool.run, []
 
@@ -91,7 +91,7 @@ def test_a_stack_that_kills_its_process_each_time_is_halved(small_grid: Grid, tm
 
 
 def with_little_memory(name: str, device: torch.device) -> Dataset:
-    """A process that loads this is killed by larger stacks, as the system does where memory is short."""
+    """Load digits; a worker process that does is killed by larger stacks, as by the system when memory is short."""
     if in_worker():
         real = Stack.of
 
@@ -200,7 +200,7 @@ def test_one_process_trains_with_the_threads_that_the_sweep_began_with(digits: D
 def test_what_cannot_be_sent_to_other_processes_trains_in_this_one(
     digits: Dataset, small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the clock says: it is found out before anything is measured."""
+    """It does not depend on measured speed: the function is checked before anything is measured."""
     monkeypatch.setattr(stack_size, "WORTH_MEASURING", 0.0)
     monkeypatch.setattr(stack_size, "WORTH_PROCESSES", 0.0)
     monkeypatch.setattr(this_machine, "_cores", lambda: 2)
@@ -219,7 +219,7 @@ def test_a_plan_for_several_processes_goes_on_in_one_where_it_must(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(ThisMachine, "run", lambda *args: iter(()))
-        assert pooled(small_grid, tmp_path, quiet, stack=6) == 12  # trains nothing, but plans
+        assert pooled(small_grid, tmp_path, quiet, stack=6) == 12  # plans, trains nothing
     assert json.loads(load_meta(tmp_path)["engine"])["workers"] == 2
     assert set(load_runs(tmp_path).status) == {"pending"}
     sweep(small_grid, tmp_path, lambda name, device: digits, CPU, Options(), quiet)

@@ -1,4 +1,4 @@
-"""The engine and the store: planning, storing, stopping, and going on to the same results."""
+"""A sweep: stacks are planned, results stored, and a sweep that was stopped continues to the same results."""
 
 import signal
 import subprocess
@@ -39,7 +39,7 @@ def test_plan_groups_what_can_train_together() -> None:
         assert len({StackKey.of(run) for run in members}) == 1
         assert len(members) <= (24 if members[0].model == "mlp" else 7)
         assert {run.optimizer for run in members} == set(PAPER_OPTIMIZERS)
-    assert {members[0].model for members in stacks[:3]} == {"mlp", "cnn"}  # they take turns
+    assert {members[0].model for members in stacks[:3]} == {"mlp", "cnn"}  # models alternate
 
 
 @pytest.mark.parametrize("size", [1, 6, 36])
@@ -90,7 +90,7 @@ def test_the_same_command_again_trains_nothing(
 
 
 def interrupt_after(events: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C after so many of the messages of training."""
+    """Press Ctrl-C after `events` messages of training."""
     real, left = processes.train_stack, events
 
     def interrupted(*args: Any) -> object:

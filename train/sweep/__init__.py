@@ -1,1 +1,1 @@
-"""The sweep engine: many runs as one program, many programs side by side, and one store that they all report to."""
+"""The sweep: runs are stacked into programs, which train side by side and report to one store."""

@@ -85,7 +85,7 @@ def sweep(
 def _make_engine(
     options: Options, device: torch.device, settings: WorkerSettings, loaded: dict[str, Dataset], console: Console
 ) -> tuple[Engine, int | str]:
-    """Make the engine, and say how many workers it may have: a number or "auto"."""
+    """Return the engine and its number of workers, or "auto"."""
     if options.engine == "ray":
         from ncollapse.train.sweep.ray_cluster import Cluster
 
@@ -102,7 +102,7 @@ def _make_engine(
 
 
 def _prepare(store: Store, policy: StackPolicy, options: Options, engine: Engine, console: Console) -> None:
-    """Have the engine use a plan, and the store keep it with the stacks.
+    """Have the engine use a plan, stored or new, and store a new one with its stacks.
 
     The last digits of a run depend on the other runs of its stack and on the number of threads. So the plan of an
     earlier session stays, unless the user asks for another size of stacks.
@@ -127,7 +127,7 @@ def _say(console: Console, text: str) -> None:
 
 
 class _Sweep:
-    """The stacks that are left to train; handles the messages that an engine sends about them."""
+    """The queue of stacks to train; handles the messages that an engine sends about them."""
 
     def __init__(
         self, store: Store, session: int, facts: dict[str, DataFacts], console: Console, logs: Logs | None
