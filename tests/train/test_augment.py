@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ncollapse.train.config import RunConfig
-from ncollapse.train.data.augment import PAD, draw, padded, take
+from ncollapse.train.data.augment import PAD, draw_views, gather_images, pad_images
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.errors import UserError
 from ncollapse.train.results.record import Evaluation
@@ -18,10 +18,10 @@ CPU = torch.device("cpu")
 def test_what_is_drawn() -> None:
     generator = torch.Generator().manual_seed(0)
     state = generator.get_state()
-    assert draw("none", 100, generator) is None
+    assert draw_views("none", 100, generator) is None
     assert torch.equal(generator.get_state(), state)  # runs without augmentation are what they were
     for augment, crops, flips in (("flip", False, True), ("crop", True, False), ("flip-crop", True, True)):
-        views = draw(augment, 2000, generator)
+        views = draw_views(augment, 2000, generator)
         assert views is not None
         assert set(views[:, :2].unique().tolist()) == (set(range(2 * PAD + 1)) if crops else {0})
         assert set(views[:, 2].unique().tolist()) == ({0, 1} if flips else {0})
@@ -33,17 +33,17 @@ def test_what_is_drawn() -> None:
 def test_what_is_taken(channels: int) -> None:
     images = torch.randn(5, channels, 9, 9)
     index = torch.tensor([4, 0, 2])
-    assert torch.equal(take(images, index, None, 9), images[index])
+    assert torch.equal(gather_images(images, index, None, 9), images[index])
     flips = torch.tensor([[0, 0, 1], [0, 0, 0], [0, 0, 1]])
-    flipped = take(padded(images, "flip"), index, flips, 9)
+    flipped = gather_images(pad_images(images, "flip"), index, flips, 9)
     assert torch.equal(flipped, torch.stack([images[4].flip(-1), images[0], images[2].flip(-1)]))
     assert flipped.is_contiguous(memory_format=torch.channels_last)
-    wide = padded(images, "crop")
-    assert torch.equal(take(wide, index, torch.tensor([[PAD, PAD, 0]] * 3), 9), images[index])
+    wide = pad_images(images, "crop")
+    assert torch.equal(gather_images(wide, index, torch.tensor([[PAD, PAD, 0]] * 3), 9), images[index])
     views = torch.tensor([[0, 8, 0], [3, 1, 1], [8, 0, 0]])
     expected = [wide[4, :, 0:9, 8:17], wide[0, :, 3:12, 1:10].flip(-1), wide[2, :, 8:17, 0:9]]
-    assert torch.equal(take(wide, index, views, 9), torch.stack(expected))
-    stacked = take(wide, torch.stack([index, index + 0]), torch.stack([views, views.flip(0)]), 9)
+    assert torch.equal(gather_images(wide, index, views, 9), torch.stack(expected))
+    stacked = gather_images(wide, torch.stack([index, index + 0]), torch.stack([views, views.flip(0)]), 9)
     assert stacked.shape == (2, 3, channels, 9, 9)
     assert torch.equal(stacked[0], torch.stack(expected))
 

@@ -263,7 +263,7 @@ def test_a_stack_is_its_modules(model: str, in_float64: Dataset) -> None:
 
 def test_a_layer_without_a_form_for_stacks_is_refused(digits: Dataset) -> None:
     model = Classifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.GELU()), 64, 10)
-    with pytest.raises(TypeError, match=r"GELU \(features.1\) has no form for stacked runs"):
+    with pytest.raises(TypeError, match=r"GELU \(features.1\) has no forward pass for stacked runs"):
         Stack.of([model], CPU)(digits.train_x[:4], train=True)
 
 

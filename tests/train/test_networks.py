@@ -17,7 +17,7 @@ from ncollapse.train.config import ALONE, RunConfig
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
-from ncollapse.train.networks.models import MODELS, Alone, build
+from ncollapse.train.networks.models import MODELS, SingleRun, build
 from ncollapse.train.results.columns import LAYER_METRICS
 from ncollapse.train.results.export import export_results
 from ncollapse.train.results.record import Evaluation
@@ -35,7 +35,7 @@ def evaluations(runs: list[RunConfig], data: Dataset) -> tuple[Training, list[Ev
 
 
 def test_the_table_of_networks_that_train_alone_is_right() -> None:
-    found = [name for name in MODELS if any(isinstance(m, Alone) for m in build(name, 1, 8, 10, 0).modules())]
+    found = [name for name in MODELS if any(isinstance(m, SingleRun) for m in build(name, 1, 8, 10, 0).modules())]
     assert found == list(ALONE)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ncollapse.train.networks.patches import convolve, few
+from ncollapse.train.networks.patches import convolve, is_small_filter
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 28, 28), (3, 3, 7, 9), (1, 2, 1, 1), (0, 1, 8, 8)], ids=str)
@@ -37,6 +37,6 @@ def test_layouts(dtype: torch.dtype) -> None:
 
 
 def test_what_is_few() -> None:
-    assert few(torch.empty(64, 1, 3, 3))
-    assert few(torch.empty(64, 3, 3, 3))
-    assert not few(torch.empty(64, 64, 3, 3))
+    assert is_small_filter(torch.empty(64, 1, 3, 3))
+    assert is_small_filter(torch.empty(64, 3, 3, 3))
+    assert not is_small_filter(torch.empty(64, 64, 3, 3))

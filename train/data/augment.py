@@ -1,21 +1,21 @@
-"""Augmentation on the device: flips and crops that are drawn for an epoch at once, and are one gather in each step.
+"""Augmentation on the device: flips and crops, drawn once per epoch and applied in each step as one gather.
 
-What is drawn comes from the run's own generator on the CPU, so that a run sees the same images on every device, in any
-company, and after a resume.
+They are drawn by the run's own generator on the CPU, so that a run sees the same images on every device, in every
+stack, and after a resume.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Pixels of the border that is added before a crop, mirrored at the edge.
+#: Width in pixels of the mirrored border that is added before a crop.
 PAD = 4
 
 
-def draw(augment: str, samples: int, generator: torch.Generator) -> Tensor | None:
-    """For each sample of an epoch the crop's row and column, from 0 to 2·`PAD`, and whether it is flipped, `[N, 3]`.
+def draw_views(augment: str, samples: int, generator: torch.Generator) -> Tensor | None:
+    """Draw the crop's row and column, each from 0 to 2·`PAD`, and a flip (0 or 1) for each sample, `[N, 3]` int64.
 
-    None, and nothing drawn, without augmentation.
+    Return None, and leave the generator as it is, if `augment` is "none".
     """
     if augment == "none":
         return None
@@ -27,29 +27,29 @@ def draw(augment: str, samples: int, generator: torch.Generator) -> Tensor | Non
     return views
 
 
-def padded(images: Tensor, augment: str) -> Tensor:
-    """The images `[N, C, H, W]` that `take` cuts from."""
+def pad_images(images: Tensor, augment: str) -> Tensor:
+    """Add the border that crops need to images `[N, C, H, W]`; without crops return them unchanged."""
     return F.pad(images, (PAD,) * 4, mode="reflect") if "crop" in augment else images
 
 
-def take(images: Tensor, index: Tensor, views: Tensor | None, size: int) -> Tensor:
-    """The images of a batch as they are seen in this epoch.
+def gather_images(images: Tensor, index: Tensor, views: Tensor | None, size: int) -> Tensor:
+    """Gather the images of a batch, cropped and flipped.
 
     Args:
-        images: `[N, C, H, W]`, with views as `padded` gave them.
-        index: `[B]` or `[R, B]`.
-        views: a row of what `draw` gave for each of them, `[B, 3]` or `[R, B, 3]`; None: as they are.
-        size: height and width of what is taken.
+        images: `[N, C, H, W]`; with views, the result of `pad_images`.
+        index: of the samples, `[B]` or `[R, B]`.
+        views: row, column and flip of each sample, `[B, 3]` or `[R, B, 3]`; None: no augmentation.
+        size: height and width of the result.
 
     Returns:
-        `[B, C, size, size]` or `[R, B, C, size, size]`, channels-last in memory where there are views.
+        `[B, C, size, size]` or `[R, B, C, size, size]`, channels-last in memory if there are views.
     """
     if views is None:
         return images[index]
     row, column, flip = views.unbind(-1)
-    along = torch.arange(size, device=images.device)
-    rows = row[..., None] + along
-    columns = column[..., None] + torch.where(flip[..., None] == 1, size - 1 - along, along)
-    # [N, H, W, C] first: what is gathered lies together in memory.
-    taken = images.permute(0, 2, 3, 1)[index[..., None, None], rows[..., :, None], columns[..., None, :]]
-    return taken.movedim(-1, -3)
+    offsets = torch.arange(size, device=images.device)
+    rows = row[..., None] + offsets
+    columns = column[..., None] + torch.where(flip[..., None] == 1, size - 1 - offsets, offsets)
+    # As [N, H, W, C] the channels of a gathered pixel are adjacent in memory.
+    gathered = images.permute(0, 2, 3, 1)[index[..., None, None], rows[..., :, None], columns[..., None, :]]
+    return gathered.movedim(-1, -3)

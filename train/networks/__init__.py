@@ -1,1 +1,1 @@
-"""The networks, and their layers for many runs at once."""
+"""The networks, and the forward pass of their layers for stacked runs."""

@@ -1,13 +1,13 @@
-"""What a run computes in, and that the same run gives the same numbers.
+"""The arithmetic of a run: its dtypes, and settings with which the same run gives the same numbers.
 
-| precision | weights, states, batch norm's numbers, head | maps and vectors | convolutions and hidden products |
+| precision | weights, optimizer states, batch norm, head | activations | convolutions, hidden linear layers |
 | --- | --- | --- | --- |
 | fp32 | float32 | float32 | float32 |
-| tf32 | float32 | float32 | factors rounded to 11 bits, sums in float32 (GPUs; a CPU computes as for fp32) |
-| bf16 | float32 | bfloat16 | bfloat16, sums in float32 |
+| tf32 | float32 | float32 | inputs rounded to 11 bits, accumulated in float32 (GPU; a CPU computes as for fp32) |
+| bf16 | float32 | bfloat16 | bfloat16, accumulated in float32 |
 
-The head stays in float32: the row sum of its gradient is zero, and what theory predicts from that (`ufm`) would
-drown in rounded products. On a CPU bf16 rounds as on a GPU, and is no faster.
+The head stays in float32: the row sum of its gradient is zero, and the theory (`ufm`) rests on that; rounded products
+would hide it. On a CPU bf16 rounds as on a GPU, and is no faster.
 """
 
 from collections.abc import Iterator
@@ -17,16 +17,16 @@ import torch
 
 
 def compute_dtype(precision: str) -> torch.dtype | None:
-    """The dtype of maps, vectors and the weights that meet them; None: that of the parameters."""
+    """Return the dtype of activations and of the weights multiplied with them; None: that of the parameters."""
     return torch.bfloat16 if precision == "bf16" else None
 
 
 @contextmanager
 def arithmetic(precision: str) -> Iterator[None]:
-    """Products as the precision says, and algorithms that give the same bits every time.
+    """Set the matrix-product precision, and deterministic algorithms.
 
-    cuDNN's own trials (`torch.backends.cudnn.benchmark`) are off, since they choose by the clock: what that costs is
-    measured by `bench/bench_cnn.py`.
+    cuDNN's autotuning (`torch.backends.cudnn.benchmark`) is off, since it chooses algorithms by time and so not always
+    the same; `bench/bench_cnn.py` measures what that costs.
     """
     product = "tf32" if precision == "tf32" else "ieee"
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
@@ -34,7 +34,7 @@ def arithmetic(precision: str) -> Iterator[None]:
     with cudnn.flags(
         enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=product == "tf32", fp32_precision=product
     ):
-        # Parts of a sum are added in float32 too.
+        # Partial sums are added in float32 too.
         matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction = product, False
         try:
             yield
@@ -44,7 +44,7 @@ def arithmetic(precision: str) -> Iterator[None]:
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Matrix products of float32 in full, whatever the precision."""
+    """Compute matrix products of float32 in full float32, whatever the precision."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "ieee"

@@ -1,11 +1,11 @@
-"""The layers of a model for R runs at once, each run with its own weights: what makes one program of a stack.
+"""The forward pass of a model's layers for R runs at once, each run with its own weights.
 
-Maps of R runs are `[B, R·C, H, W]`, run by run, so that a convolution is one grouped convolution and batch norm and
-pooling are what they are for one run. Vectors are `[R, B, d]`, and a linear layer is one batched matrix product. Images
-that all runs share, `[B, C, H, W]`, meet the first layer's weights of all runs in one ordinary product.
+Maps of R runs are `[B, R·C, H, W]`, run by run: a convolution is one grouped convolution, and batch norm and pooling
+work as for one run. Vectors are `[R, B, d]`: a linear layer is one batched matrix product. Images that all runs share,
+`[B, C, H, W]`, are multiplied with the first layer's weights of all runs in one ordinary convolution or product.
 
-Maps and vectors have the dtype of the precision; where that is bfloat16, so have the weights of convolutions and hidden
-linear layers. Batch norm's numbers and the head keep the parameters' dtype.
+Maps and vectors have the dtype of the precision. If that is bfloat16, so have the weights of convolutions and hidden
+linear layers; batch norm's parameters and the head keep the parameters' dtype.
 """
 
 import dataclasses
@@ -18,21 +18,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncollapse.kernels.batch_norm import batch_norm_relu
-from ncollapse.train.networks.models import Alone, ConvBlock, GlobalMaxPool, LinearBlock, Residual
-from ncollapse.train.networks.patches import convolve, few
+from ncollapse.train.networks.models import ConvBlock, GlobalMaxPool, LinearBlock, Residual, SingleRun
+from ncollapse.train.networks.patches import convolve, is_small_filter
 from ncollapse.train.networks.precision import exact_products
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What flows between layers, of all runs; or maps `[B, C, H, W]` or vectors `[B, d]` that all runs share."""
+    """Activations of all runs; if `shared`, one set of maps `[B, C, H, W]` or vectors `[B, d]` for all of them."""
 
     value: Tensor
     shared: bool = False
 
     @staticmethod
     def of(images: Tensor) -> "Batch":
-        """Images `[B, C, H, W]` for all runs, or `[R, B, C, H, W]`."""
+        """Make a batch of images, `[B, C, H, W]` for all runs or `[R, B, C, H, W]`."""
         if images.dim() == 4:
             return Batch(_channels_last(images), shared=True)
         return Batch(_channels_last(images.transpose(0, 1).flatten(1, 2)))
@@ -40,76 +40,83 @@ class Batch:
 
 def _channels_last(maps: Tensor) -> Tensor:
     maps = maps.contiguous(memory_format=torch.channels_last)
-    # With one channel both layouts are the same in memory; torch would take it for the other one.
+    # With one channel both layouts are the same in memory, and torch would report the other one.
     return maps if maps.shape[1] > 1 else maps.as_strided(maps.shape, (maps.stride(0), 1, maps.stride(2), 1))
 
 
 @dataclasses.dataclass(frozen=True)
-class State:
-    """What the layers of R runs compute with.
+class ForwardContext:
+    """The tensors and settings of one forward pass of R runs.
 
     Attributes:
-        tensors: parameters and buffers by name, `[R, …]`.
-        train: whether the runs train, or are evaluated.
-        watched: modules, by name, whose output is wanted.
-        seen: takes it, `[R, B, d]`; of maps the mean over space.
+        tensors: name -> parameter or buffer, `[R, …]`.
+        train: training mode; else evaluation mode.
+        watched: names of the modules whose outputs are recorded.
+        outputs: name -> recorded output `[R, B, d]`; of maps the mean over space.
     """
 
     runs: int
     tensors: Mapping[str, Tensor]
     train: bool
     watched: Collection[str] = ()
-    seen: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    outputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
 
-def forward(module: nn.Module, name: str, x: Batch, state: State) -> Batch:
-    """A layer of all runs; its tensors stand under `name` in the state.
+def forward(module: nn.Module, name: str, x: Batch, context: ForwardContext) -> Batch:
+    """Run a layer of all runs.
+
+    Args:
+        module: the layer; its own weights are not used.
+        name: of the module; its tensors in the context have this prefix.
+        x: the layer's input.
+        context: see `ForwardContext`.
 
     Raises:
-        TypeError: a layer that has no form for many runs; `FORMS` takes it.
+        TypeError: `LAYERS` has no forward pass for this type of layer.
     """
-    form = FORMS.get(type(module))
-    if form is None:
+    layer = LAYERS.get(type(module))
+    if layer is None:
         raise TypeError(
-            f"{type(module).__name__} ({name}) has no form for stacked runs; add one to networks/stacked_layers.py"
+            f"{type(module).__name__} ({name}) has no forward pass for stacked runs; add one to LAYERS in "
+            "networks/stacked_layers.py"
         )
-    out = form(module, name, x, state)
-    if name in state.watched:
+    out = layer(module, name, x, context)
+    if name in context.watched:
         value = out.value
-        state.seen[name] = _by_run(value.mean((-2, -1)), state) if value.dim() == 4 else value
+        context.outputs[name] = _by_run(value.mean((-2, -1)), context) if value.dim() == 4 else value
     return out
 
 
-def _by_run(vectors: Tensor, state: State) -> Tensor:
-    """`[B, R·d]` as `[R, B, d]`."""
-    return vectors.unflatten(1, (state.runs, -1)).transpose(0, 1)
+def _by_run(vectors: Tensor, context: ForwardContext) -> Tensor:
+    """View `[B, R·d]` as `[R, B, d]`."""
+    return vectors.unflatten(1, (context.runs, -1)).transpose(0, 1)
 
 
-def _rounds(x: Tensor) -> bool:
-    """Whether products of bfloat16 have to be made as a GPU makes them, of float32: the CPU's own are 10 × slower."""
+def _needs_float32(x: Tensor) -> bool:
+    """Return whether to compute bfloat16 products in float32: on a CPU native ones are 10 × slower."""
     return x.dtype == torch.bfloat16 and not x.is_cuda
 
 
-def _sequential(module: nn.Sequential, name: str, x: Batch, state: State) -> Batch:
+def _sequential(module: nn.Sequential, name: str, x: Batch, context: ForwardContext) -> Batch:
     for key, child in module.named_children():
-        x = forward(child, f"{name}.{key}", x, state)
+        x = forward(child, f"{name}.{key}", x, context)
     return x
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    return torch.bmm(a.float(), b.float()).to(a.dtype) if _rounds(a) else torch.bmm(a, b)
+    return torch.bmm(a.float(), b.float()).to(a.dtype) if _needs_float32(a) else torch.bmm(a, b)
 
 
 def _baddbmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    if _rounds(a):
+    if _needs_float32(a):
         return torch.baddbmm(bias, a.float(), b.float()).to(a.dtype)
     return torch.baddbmm(bias.to(a.dtype), a, b)
 
 
 class _Linear(torch.autograd.Function):
-    """x Wᵀ + b of R runs, and perhaps its ReLU in place.
+    """x Wᵀ + b of R runs, with `relu` followed by ReLU in place.
 
-    Autograd's own formula gives the weights' gradient transposed, in which layout no kernel updates it.
+    Autograd's formula gives the weights' gradient in transposed layout, which the update kernels do not take.
     """
 
     @staticmethod
@@ -124,96 +131,98 @@ class _Linear(torch.autograd.Function):
         x, weight, out = ctx.saved_tensors
         if ctx.relu:
             grad = torch.ops.aten.threshold_backward(grad, out, 0)
-        # First: where the first thing that a thread of autograd does on a GPU is a matrix product, torch warns.
-        bias = grad.sum(1, dtype=ctx.bias_dtype)
+        # Before the products: torch warns if the first GPU operation of an autograd thread is a matrix product.
+        bias_grad = grad.sum(1, dtype=ctx.bias_dtype)
         with ExitStack() as stack:
             if not ctx.relu:  # the head
                 stack.enter_context(exact_products())
-            back = _bmm(grad, weight) if ctx.needs_input_grad[0] else None
-            return back, _bmm(grad.mT, x), bias, None
+            x_grad = _bmm(grad, weight) if ctx.needs_input_grad[0] else None
+            return x_grad, _bmm(grad.mT, x), bias_grad, None
 
 
-def _linear(name: str, x: Batch, state: State, *, relu: bool) -> Batch:
-    weight, bias = state.tensors[f"{name}.weight"], state.tensors[f"{name}.bias"]
-    value = x.value.expand(state.runs, -1, -1) if x.shared else x.value
+def _linear(name: str, x: Batch, context: ForwardContext, *, relu: bool) -> Batch:
+    weight, bias = context.tensors[f"{name}.weight"], context.tensors[f"{name}.bias"]
+    value = x.value.expand(context.runs, -1, -1) if x.shared else x.value
     return Batch(_Linear.apply(value.to(weight.dtype), weight, bias, relu))
 
 
-def _head(module: nn.Linear, name: str, x: Batch, state: State) -> Batch:
-    # The row sum of its gradient is zero, exactly; rounded products would make a random walk of it.
+def _head(module: nn.Linear, name: str, x: Batch, context: ForwardContext) -> Batch:
+    # The row sum of its gradient is exactly zero; rounded products would turn the row sum of W into a random walk.
     with exact_products():
-        return _linear(name, x, state, relu=False)
+        return _linear(name, x, context, relu=False)
 
 
-def _linear_block(module: LinearBlock, name: str, x: Batch, state: State) -> Batch:
-    return _linear(f"{name}.0", x, state, relu=True)
+def _linear_block(module: LinearBlock, name: str, x: Batch, context: ForwardContext) -> Batch:
+    return _linear(f"{name}.0", x, context, relu=True)
 
 
-def _conv_block(module: ConvBlock, name: str, x: Batch, state: State, residual: Tensor | None = None) -> Batch:
+def _conv_block(
+    module: ConvBlock, name: str, x: Batch, context: ForwardContext, residual: Tensor | None = None
+) -> Batch:
     conv, norm = cast(nn.Conv2d, module[0]), cast(nn.BatchNorm2d, module[1])
     assert norm.momentum is not None
-    weight = state.tensors[f"{name}.0.weight"].flatten(0, 1)  # a view: `Stack` keeps them channels-last
-    factors = (x.value.float(), weight.float()) if _rounds(x.value) else (x.value, weight)
-    if x.shared and x.value.is_cuda and conv.stride == (1, 1) and few(weight):
+    weight = context.tensors[f"{name}.0.weight"].flatten(0, 1)  # a view, since `Stack` keeps weights channels-last
+    inputs = (x.value.float(), weight.float()) if _needs_float32(x.value) else (x.value, weight)
+    if x.shared and x.value.is_cuda and conv.stride == (1, 1) and is_small_filter(weight):
         maps = convolve(x.value, weight, cast(tuple[int, int], conv.padding))
     else:
-        groups = 1 if x.shared else state.runs
-        maps = F.conv2d(*factors, None, conv.stride, conv.padding, groups=groups).to(x.value.dtype)
+        groups = 1 if x.shared else context.runs
+        maps = F.conv2d(*inputs, None, conv.stride, conv.padding, groups=groups).to(x.value.dtype)
     gain, bias, mean, var = (
-        state.tensors[f"{name}.1.{part}"].view(-1) for part in ("weight", "bias", "running_mean", "running_var")
+        context.tensors[f"{name}.1.{part}"].view(-1) for part in ("weight", "bias", "running_mean", "running_var")
     )
     out = batch_norm_relu(
         maps, gain, bias, mean, var,
-        train=state.train, momentum=norm.momentum, eps=norm.eps, pool=len(module) > 3, residual=residual,
+        train=context.train, momentum=norm.momentum, eps=norm.eps, pool=len(module) > 3, residual=residual,
     )  # fmt: skip
     return Batch(out)
 
 
-def _residual(module: Residual, name: str, x: Batch, state: State) -> Batch:
+def _residual(module: Residual, name: str, x: Batch, context: ForwardContext) -> Batch:
     first, second = (cast(ConvBlock, block) for block in module.block)
-    inner = _conv_block(first, f"{name}.block.0", x, state)
-    return _conv_block(second, f"{name}.block.1", inner, state, residual=x.value)
+    inner = _conv_block(first, f"{name}.block.0", x, context)
+    return _conv_block(second, f"{name}.block.1", inner, context, residual=x.value)
 
 
-def _global_max_pool(module: GlobalMaxPool, name: str, x: Batch, state: State) -> Batch:
-    return Batch(_by_run(module(x.value), state))
+def _global_max_pool(module: GlobalMaxPool, name: str, x: Batch, context: ForwardContext) -> Batch:
+    return Batch(_by_run(module(x.value), context))
 
 
-def _flatten(module: nn.Flatten, name: str, x: Batch, state: State) -> Batch:
+def _flatten(module: nn.Flatten, name: str, x: Batch, context: ForwardContext) -> Batch:
     if x.shared:
         return Batch(x.value.flatten(1), shared=True)
-    return Batch(x.value.unflatten(1, (state.runs, -1)).transpose(0, 1).flatten(2))
+    return Batch(x.value.unflatten(1, (context.runs, -1)).transpose(0, 1).flatten(2))
 
 
-def _alone(module: Alone, name: str, x: Batch, state: State) -> Batch:
-    """Any network, of one run: the module itself, with the tensors of the state."""
+def _single_run(module: SingleRun, name: str, x: Batch, context: ForwardContext) -> Batch:
+    """Run the module itself, with the tensors of the context."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    assert state.runs == 1
-    tensors = {key.removeprefix(f"{name}."): value[0] for key, value in state.tensors.items() if key.startswith(name)}
-    module.train(state.train)
+    assert context.runs == 1
+    tensors = {key.removeprefix(f"{name}."): value[0] for key, value in context.tensors.items() if key.startswith(name)}
+    module.train(context.train)
     value, half = x.value, x.value.dtype == torch.bfloat16
     with ExitStack() as stack:
-        for watched in state.watched:
+        for watched in context.watched:
             layer = module.get_submodule(watched.removeprefix(f"{name}."))
-            stack.callback(layer.register_forward_hook(_watch(watched, state)).remove)
-        # The other ways of attention do not give the same bits every time.
+            stack.callback(layer.register_forward_hook(_watch(watched, context)).remove)
+        # The other attention backends do not give the same bits every time.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.autocast(value.device.type, torch.bfloat16, enabled=half, cache_enabled=False))
         out = torch.func.functional_call(module, tensors, (value,))
     return Batch(out.unsqueeze(0))
 
 
-def _watch(name: str, state: State) -> Callable[[nn.Module, Any, Tensor], None]:
+def _watch(name: str, context: ForwardContext) -> Callable[[nn.Module, Any, Tensor], None]:
     def hook(_: nn.Module, __: Any, output: Tensor) -> None:
         # Maps `[B, d, H, W]` or tokens `[B, T, d]`.
-        state.seen[name] = output.mean((-2, -1) if output.dim() == 4 else 1).unsqueeze(0)
+        context.outputs[name] = output.mean((-2, -1) if output.dim() == 4 else 1).unsqueeze(0)
 
     return hook
 
 
-Form = Callable[[Any, str, Batch, State], Batch]
-FORMS: dict[type[nn.Module], Form] = {
+#: Type of a layer -> its forward pass: (module, name, x, context) -> output.
+LAYERS: dict[type[nn.Module], Callable[[Any, str, Batch, ForwardContext], Batch]] = {
     nn.Sequential: _sequential,
     nn.Linear: _head,
     nn.Flatten: _flatten,
@@ -221,5 +230,5 @@ FORMS: dict[type[nn.Module], Form] = {
     LinearBlock: _linear_block,
     Residual: _residual,
     GlobalMaxPool: _global_max_pool,
-    Alone: _alone,
+    SingleRun: _single_run,
 }

@@ -1,1 +1,1 @@
-"""Training a stack of runs: the loop, a step, an evaluation."""
+"""Train a stack of runs: the loop, one step, the evaluation."""

@@ -36,7 +36,7 @@ def evaluate_stack(stack: Stack, data: Dataset, *, layers: bool = False) -> tupl
         parts = []
         for images, labels in zip(data.train_x.split(size), data.train_y.split(size), strict=True):
             outputs: dict[str, Tensor] | None = {} if layers else None
-            features, logits = stack(images, train=False, seen=outputs)
+            features, logits = stack(images, train=False, outputs=outputs)
             measurement.add(features, logits, labels, outputs)
             parts.append(logits)
         return torch.cat(parts, 1)

@@ -1,6 +1,6 @@
-"""R runs as one program: the parameters of a model stacked as `[R, …]`, one forward and backward for all."""
+"""R runs as one program: parameters stacked as `[R, …]`, one forward and one backward pass for all runs."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from ncollapse import optim
 from ncollapse.train.config import RunConfig
 from ncollapse.train.networks.models import Classifier, ConvBlock
 from ncollapse.train.networks.precision import compute_dtype
-from ncollapse.train.networks.stacked_layers import Batch, State, forward
+from ncollapse.train.networks.stacked_layers import Batch, ForwardContext, forward
 from ncollapse.train.optimizers import TABLE
 
 
@@ -18,16 +18,16 @@ class Stack:
     """R models of one architecture, each with its own parameters and buffers.
 
     Args:
-        module: the architecture; its own weights play no part.
-        params, buffers: by name as in the module, `[R, …]`.
+        module: the architecture; its own weights are not used.
+        params, buffers: name, as in the module -> values `[R, …]`.
 
     Attributes:
-        copies: by name, what stands for a parameter in the forward pass: its bfloat16 copy.
+        copies: name -> the bfloat16 copy that replaces a parameter in the forward pass.
     """
 
     def __init__(self, module: Classifier, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
         self._module = module
-        self.params = {name: _laid_out(value.detach()).requires_grad_() for name, value in params.items()}
+        self.params = {name: _channels_last(value.detach()).requires_grad_() for name, value in params.items()}
         self.buffers = dict(buffers)
         blocks = [name for name, part in module.named_modules() if isinstance(part, ConvBlock)]
         self._counters = [self.buffers[f"{name}.1.num_batches_tracked"] for name in blocks]
@@ -35,11 +35,11 @@ class Stack:
 
     @classmethod
     def of(cls, models: Sequence[Classifier], device: torch.device) -> "Stack":
-        """A stack that starts with the weights of these models, one for each run (the same model may stand twice)."""
+        """Stack the weights of these models, one model per run; a model may occur more than once."""
 
         def stacked(kind: str) -> dict[str, Tensor]:
-            each = [dict(getattr(model, kind)()) for model in models]
-            return {name: torch.stack([own[name].detach() for own in each]).to(device) for name in each[0]}
+            tensors = [dict(getattr(model, kind)()) for model in models]
+            return {name: torch.stack([of[name].detach() for of in tensors]).to(device) for name in tensors[0]}
 
         return cls(models[0], stacked("named_parameters"), stacked("named_buffers"))
 
@@ -55,76 +55,79 @@ class Stack:
 
     @property
     def blocks(self) -> tuple[str, ...]:
-        """The modules whose outputs `seen` takes."""
+        """Names of the modules whose outputs a forward pass can return."""
         return self._module.blocks
 
-    def __call__(self, images: Tensor, *, train: bool, seen: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Features `[R, B, d]` and logits `[R, B, K]`, in training or evaluation mode.
+    def __call__(
+        self, images: Tensor, *, train: bool, outputs: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute features `[R, B, d]` and logits `[R, B, K]`, in training or evaluation mode.
 
         Args:
             images: `[B, C, H, W]` for all runs, or `[R, B, C, H, W]`.
-            seen: takes the output of every block, `[R, B, d]`; of maps the mean over space.
+            outputs: if given, is filled with the output of every block, `[R, B, d]`; of maps the mean over space.
         """
-        watched: Collection[str] = () if seen is None else self.blocks
+        watched: Collection[str] = () if outputs is None else self.blocks
         tensors = self.params | self.buffers | self.copies
-        state = State(self.runs, tensors, train, watched, {} if seen is None else seen)
+        context = ForwardContext(self.runs, tensors, train, watched, {} if outputs is None else outputs)
         if self.copies:
             images = images.to(torch.bfloat16)
         if train and self._counters:
-            torch._foreach_add_(self._counters, 1)  # in one launch
-        features = forward(self._module.features, "features", Batch.of(images), state)
-        return features.value, forward(self._module.fc, "fc", features, state).value
+            torch._foreach_add_(self._counters, 1)  # one launch for all
+        features = forward(self._module.features, "features", Batch.of(images), context)
+        return features.value, forward(self._module.fc, "fc", features, context).value
 
     def tensors(self) -> dict[str, Tensor]:
-        """All parameters and buffers by name, `[R, …]`, without gradients."""
+        """Return all parameters and buffers by name, `[R, …]`, without gradients."""
         return {name: value.detach() for name, value in (self.params | self.buffers).items()}
 
     def select(self, rows: Tensor) -> "Stack":
-        """A stack of some of the runs; `rows` are their indices `[R']`."""
+        """Return a stack of the runs with the indices `rows`, `[R']`."""
         return self.with_tensors({name: value[rows] for name, value in self.tensors().items()})
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Stack":
-        """A stack of this architecture with other parameters and buffers, as `tensors` gave them."""
+        """Return a stack of this architecture with other values, named as in `tensors()`."""
         return Stack(self._module, {n: tensors[n] for n in self.params}, {n: tensors[n] for n in self.buffers})
 
     def state_dict(self, run: int) -> dict[str, Tensor]:
-        """The `state_dict` of one run's model, on the CPU."""
+        """Return the `state_dict` of one run's model, on the CPU."""
         return {name: value[run].cpu().contiguous().clone() for name, value in self.tensors().items()}
 
     def use_copies(self, copies: Mapping[Tensor, Tensor]) -> None:
-        """Have convolutions and hidden products use these, by parameter; they must follow every change of it."""
+        """Use these copies, parameter -> copy, in convolutions and hidden linear layers.
+
+        The caller renews them after every change of the parameters.
+        """
         for name, param in self.params.items():
-            # A gain or a bias of R runs has two dimensions.
+            # Stacked gains and biases have two dimensions; they stay in float32.
             if name.startswith("features.") and name.endswith("weight") and param.dim() > 2:
                 self.copies[name] = copies[param].requires_grad_()
-                param.grad_dtype = None  # its gradient comes from the copy
+                param.grad_dtype = None  # the gradient has the dtype of the copy
 
 
-def _laid_out(value: Tensor) -> Tensor:
-    """Weights of convolutions `[R, O, I, h, w]` channels-last, as the kernels of half precision read them."""
+def _channels_last(value: Tensor) -> Tensor:
+    """Put convolution weights `[R, O, I, h, w]` into channels-last memory, which half-precision kernels read."""
     return value.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) if value.dim() == 5 else value
 
 
-Optimizer = optim.Stacked | optim.Muon
+def make_optimizer(stack: Stack, runs: Sequence[RunConfig]) -> optim.Optimizer:
+    """Make one optimizer for a stack, with each run's own rule and hyperparameters.
 
-
-def make_optimizer(stack: Stack, runs: Sequence[RunConfig]) -> Optimizer:
-    """One optimizer for a stack: for each run its own rule and hyperparameters.
-
-    The learning rates are one tensor `[R]`, `param_groups[0]["lr"]`: written in place, a schedule also reaches a CUDA
-    graph. Where the runs compute in bfloat16, the stack does from now on with copies that every step renews.
+    The learning rates are one tensor `[R]`, `param_groups[0]["lr"]`: a schedule that writes it in place also reaches a
+    CUDA graph. For runs in bfloat16 the stack gets copies of its weights, which every step of the optimizer renews.
     """
     device = stack.weight.device
 
-    def each(name: str) -> Tensor:
+    def per_run(name: str) -> Tensor:
         return torch.tensor([float(getattr(run, name)) for run in runs], dtype=torch.float64, device=device)
 
-    params, momentum = list(stack.params.values()), each("momentum")
-    numbers: dict[str, Any] = {name: each(name) for name in ("lr", "eps", "weight_decay", "coupling")}
-    betas = (momentum, each("beta2"))
-    optimizer: Optimizer
+    params, momentum = list(stack.params.values()), per_run("momentum")
+    numbers: dict[str, Any] = {name: per_run(name) for name in ("lr", "eps", "weight_decay", "coupling")}
+    betas = (momentum, per_run("beta2"))
+    optimizer: optim.Optimizer
     if TABLE[runs[0].optimizer].own_stack:
-        optimizer = optim.Muon(params, momentum=momentum, betas=betas, **numbers, stacked=True)
+        make: Callable[..., optim.Optimizer] = optim.by_name(runs[0].family)
+        optimizer = make(params, momentum=momentum, betas=betas, **numbers, stacked=True)
     else:
         optimizer = optim.Stacked(params, [run.family for run in runs], momentum=momentum, betas=betas, **numbers)
     if compute_dtype(runs[0].precision) is not None:
