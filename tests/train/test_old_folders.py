@@ -19,6 +19,7 @@ from rich.console import Console
 
 from ncollapse.train import load_layers, load_metrics, load_runs
 from ncollapse.train.commands.status import print_status, read_status
+from ncollapse.train.config import FIELDS
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid, load_grid
 from ncollapse.train.report.page.write import write_report
@@ -239,3 +240,11 @@ def test_another_format_is_refused(tmp_path: Path, grid: Grid, version: int) -> 
         load_runs(folder)
     with pytest.raises(UserError, match=f"has format {version}"):
         Store(folder, grid)
+
+
+def test_the_default_of_a_column_is_that_of_its_setting() -> None:
+    with closing(sqlite3.connect(":memory:")) as connection:
+        schema.create_tables(connection)
+        connection.execute("INSERT INTO runs (id, position, status) VALUES ('a', 0, 'pending')")
+        (row,) = connection.execute(f"SELECT {schema.quoted(schema.SETTINGS, 'runs')} FROM runs").fetchall()
+    assert row == tuple(field.default for field in FIELDS)
