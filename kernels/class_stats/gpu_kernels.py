@@ -1,4 +1,12 @@
-"""The Triton kernels of class statistics; `gpu` launches them and says how they work together."""
+"""The Triton kernels of class statistics; `gpu` launches them and says how they work together.
+
+In all kernels, for R runs of B samples with d features and K classes:
+
+- `features` is `[R, B, d]` in float32, bfloat16 or float16, with the strides given;
+- `labels` is `[B]` int64, `counts` `[K]` int64, and `shifts` and `sums` are `[R, K, d]` and `squares` `[R, K]` float32;
+- `batch` is `[2 K + 2]` int32, zero before `labels_kernel`: the batch's samples of each class; B minus the index of the
+  first sample of each class, 0 for a class without samples; labels out of range; values that are not finite.
+"""
 
 import triton
 import triton.language as tl
@@ -6,20 +14,26 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["rows"])
 def labels_kernel(labels_ptr, rows, classes, batch_ptr, LABELS: tl.constexpr, CLASSES: tl.constexpr):
-    """Into `batch` [2 K + 2] int32, zeros: counts of the classes, how far from the end their first samples are, and how
-    many labels are out of range. The last number is for `gather_kernel`."""
-    at = tl.program_id(0) * LABELS + tl.arange(0, LABELS)
-    label = tl.load(labels_ptr + at, mask=at < rows, other=0)
-    wrong = (at < rows) & ((label < 0) | (label >= classes))
+    """Count classes and wrong labels into `batch`: a program does LABELS labels, CLASSES classes per iteration.
+
+    Args:
+        labels_ptr: `[rows]` int64.
+        batch_ptr: `[2 K + 2]` int32; all but the last number are updated.
+    """
+    # 1. Count the labels that are out of range.
+    index = tl.program_id(0) * LABELS + tl.arange(0, LABELS)
+    label = tl.load(labels_ptr + index, mask=index < rows, other=0)
+    wrong = (index < rows) & ((label < 0) | (label >= classes))
     tl.atomic_add(batch_ptr + 2 * classes, tl.sum(wrong.to(tl.int32)), sem="relaxed")
+    # 2. Count the samples of each class, and find the first.
     for start in range(0, classes, CLASSES):
         k = start + tl.arange(0, CLASSES)
-        match = (label[None, :] == k[:, None]) & (at < rows)[None, :]
+        match = (label[None, :] == k[:, None]) & (index < rows)[None, :]
         count = tl.sum(match.to(tl.int32), 1)
-        # Atomics of integers: their order does not change the result.
+        # The order of integer atomics does not change the result.
         seen = (k < classes) & (count > 0)
         tl.atomic_add(batch_ptr + k, count, mask=seen, sem="relaxed")
-        from_end = tl.max(tl.where(match, (rows - at)[None, :], 0), 1)
+        from_end = tl.max(tl.where(match, (rows - index)[None, :], 0), 1)
         tl.atomic_max(batch_ptr + classes + k, from_end, mask=seen, sem="relaxed")
 
 
@@ -28,15 +42,21 @@ def shifts_kernel(
     features_ptr, stride_run, stride_row, stride_column, rows, dim, classes, counts_ptr, batch_ptr, shifts_ptr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The first sample of each class that was not seen before this batch."""
+    """Set the shift of each new class to its first sample: a program does one class of one run.
+
+    Args:
+        counts_ptr: `[K]` int64; 0 for a class without samples before this batch.
+        batch_ptr: `[2 K + 2]` int32, from `labels_kernel`.
+        shifts_ptr: `[R, K, d]` float32; the rows of new classes are written.
+    """
     k, run = tl.program_id(0), tl.program_id(1).to(tl.int64)
     from_end = tl.load(batch_ptr + classes + k)
     if (from_end > 0) & (tl.load(counts_ptr + k) == 0):
         row = (rows - from_end).to(tl.int64)
         for start in range(0, dim, BLOCK):
             i = start + tl.arange(0, BLOCK)
-            place = features_ptr + run * stride_run + row * stride_row + i.to(tl.int64) * stride_column
-            value = tl.load(place, mask=i < dim)
+            value_ptr = features_ptr + run * stride_run + row * stride_row + i.to(tl.int64) * stride_column
+            value = tl.load(value_ptr, mask=i < dim)
             tl.store(shifts_ptr + (run * classes + k) * dim + i, value.to(tl.float32), mask=i < dim)
 
 
@@ -44,30 +64,42 @@ def shifts_kernel(
 def _tile(
     features_ptr, stride_row, stride_column, labels_ptr, shifts_ptr, classes, dim, row, column, last,
 ):  # fmt: skip
-    """Labels, centred values and (as they came) values of a tile, 0 outside, for wrong labels too; float32."""
+    """Load a tile of one run: labels `[ROWS]` int32, centred values and values `[ROWS, COLUMNS]` float32.
+
+    Outside of the batch, and where the label is wrong, values are 0 and the label is −1 or below.
+    """
     label = tl.load(labels_ptr + row, mask=row < last, other=-1).to(tl.int32)
     label = tl.where(label < classes, label, -1)
     inside = (label >= 0)[:, None] & (column < dim)[None, :]
-    place = features_ptr + row.to(tl.int64)[:, None] * stride_row + column.to(tl.int64)[None, :] * stride_column
-    value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    value_ptr = features_ptr + row.to(tl.int64)[:, None] * stride_row + column.to(tl.int64)[None, :] * stride_column
+    value = tl.load(value_ptr, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(shifts_ptr + label.to(tl.int64)[:, None] * dim + column[None, :], mask=inside, other=0.0)
     return label, value - shift, value
 
 
 @triton.jit
 def _cut(x):
-    """The 11 leading bits of float32 numbers, which are all that tf32 has."""
+    """Truncate float32 numbers to the 11 significant bits of tf32."""
     return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_each"])
 def gather_kernel(
     features_ptr, stride_run, stride_row, stride_column, labels_ptr, shifts_ptr, rows, rows_each, dim, classes, blocks,
-    sums_ptr,  # [parts, R, K, d] float32: what each part adds
-    squares_ptr,  # [parts, column blocks, R, K] float32
-    batch_ptr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
+    sums_ptr, squares_ptr, batch_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
+    """Sum centred features and their squares by class, over parts of the batch.
+
+    Program (c, p, r) computes COLUMNS features of the rows p·rows_each … (p + 1)·rows_each − 1, for one run and CLASSES
+    classes; r = run · blocks + block of classes.
+
+    Args:
+        blocks: the number of blocks of classes.
+        sums_ptr: `[parts, R, K, d]` float32, written: Σ (h − s_k).
+        squares_ptr: `[parts, column blocks, R, K]` float32, written: Σ of the squares over the block's features.
+        batch_ptr: `[2 K + 2]` int32; values that are not finite are added to the last number.
+    """
+    # 1. Find the program's features, classes and rows.
     block, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
     run, first_class = (tl.program_id(2) // blocks).to(tl.int64), (tl.program_id(2) % blocks) * CLASSES
     runs = tl.num_programs(2) // blocks
@@ -76,7 +108,8 @@ def gather_kernel(
     start = (part * rows_each).to(tl.int32)
     last = tl.minimum(start + rows_each, rows)
     sums, squares = tl.zeros((CLASSES, COLUMNS), tl.float32), tl.zeros((CLASSES,), tl.float32)
-    odd = 0
+    not_finite = 0
+    # 2. Sum tile by tile.
     for top in range(start, last, ROWS):
         row = top + tl.arange(0, ROWS)
         label, centred, value = _tile(
@@ -84,34 +117,35 @@ def gather_kernel(
             classes, dim, row, column, last,
         )  # fmt: skip
         square = tl.sum(centred * centred, 1)
-        # Only where a square is not finite a value can be so.
+        # A value that is not finite makes its square, and so this sum, not finite: else skip the count.
         if tl.max((square - square != 0).to(tl.int32), 0) > 0:
-            odd += tl.sum(tl.sum((value - value != 0).to(tl.int32), 1), 0)
+            not_finite += tl.sum(tl.sum((value - value != 0).to(tl.int32), 1), 0)
         match = label[None, :] == k[:, None]
-        # Of batches sorted by class a tile has few classes: most blocks of many classes have none of them.
+        # In a batch sorted by class a tile has few classes, so most blocks of classes have nothing to add.
         if tl.max(match.to(tl.int32)) > 0:
             squares += tl.sum(tl.where(match, square[None, :], 0.0), 1)
-            # The ones are exact, and two tf32 numbers are 22 bits at the least. Matrix units cut off when they add up:
-            # they do so for one tile only.
+            # Two tf32 numbers hold at least 22 bits, and the ones are exact. Tensor cores truncate when accumulating,
+            # so accumulate only within one tile.
             high, ones = _cut(centred), match.to(tl.float32)
             tile = tl.dot(ones, centred - high, input_precision="tf32")
             sums += tl.dot(ones, high, tile, input_precision="tf32")
+    # 3. Store the part's sums, and count the values that are not finite.
     out = ((part * runs + run) * classes + k)[:, None] * dim + column[None, :]
     tl.store(sums_ptr + out, sums, mask=(k < classes)[:, None] & (column < dim)[None, :])
     out = ((part * tl.num_programs(0) + block) * runs + run) * classes + k
     tl.store(squares_ptr + out, squares, mask=k < classes)
-    if (first_class == 0) & (odd > 0):
-        tl.atomic_add(batch_ptr + 2 * classes + 1, odd, sem="relaxed")
+    if (first_class == 0) & (not_finite > 0):
+        tl.atomic_add(batch_ptr + 2 * classes + 1, not_finite, sem="relaxed")
 
 
 @triton.jit
 def _added(ptr, parts, pitch, i, inside, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """Σ over the parts of `[parts, pitch]` float32, of the elements i; so many parts are under way at once."""
+    """Sum elements i of `[parts, pitch]` float32 over the parts, PARTS per iteration; `[BLOCK]` float32."""
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, parts, PARTS):
         part = start + tl.arange(0, PARTS)
-        place = ptr + part.to(tl.int64)[:, None] * pitch + i[None, :]
-        total += tl.sum(tl.load(place, mask=(part < parts)[:, None] & inside[None, :], other=0.0), 0)
+        part_ptr = ptr + part.to(tl.int64)[:, None] * pitch + i[None, :]
+        total += tl.sum(tl.load(part_ptr, mask=(part < parts)[:, None] & inside[None, :], other=0.0), 0)
     return total
 
 
@@ -121,12 +155,23 @@ def commit_kernel(
     counts_ptr, sums_ptr, squares_ptr, refused_ptr,
     PROPAGATE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add what the parts hold, if the batch is not refused: a run's first programs the sums, the others the rest."""
+    """Add the parts to the statistics, or count the batch as refused.
+
+    Program (i, r) adds BLOCK elements for run r: the first ⌈K·d / BLOCK⌉ programs sums, the others squares and counts.
+
+    Args:
+        part_sums_ptr: `[parts, R, K, d]` float32.
+        part_squares_ptr: `[squared_parts, R, K]` float32.
+        counts_ptr, sums_ptr, squares_ptr: the statistics, updated.
+        refused_ptr: `[3]` int64, updated: refused batches, their wrong labels, their values that are not finite.
+        PROPAGATE: whether to accept values that are not finite.
+    """
+    # 1. Decide whether the batch is refused.
     program, run, runs = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
-    wrong, odd = tl.load(batch_ptr + 2 * classes), tl.load(batch_ptr + 2 * classes + 1)
+    wrong, not_finite = tl.load(batch_ptr + 2 * classes), tl.load(batch_ptr + 2 * classes + 1)
     refused = wrong > 0
     if not PROPAGATE:
-        refused = refused | (odd > 0)
+        refused = refused | (not_finite > 0)
     size = classes * dim
     summing = tl.cdiv(size, BLOCK)
     if refused:
@@ -134,19 +179,20 @@ def commit_kernel(
             tl.store(refused_ptr, tl.load(refused_ptr) + 1)
             tl.store(refused_ptr + 1, tl.load(refused_ptr + 1) + wrong)
             if not PROPAGATE:
-                tl.store(refused_ptr + 2, tl.load(refused_ptr + 2) + odd)
+                tl.store(refused_ptr + 2, tl.load(refused_ptr + 2) + not_finite)
+    # 2. Add sums, or squares and counts.
     elif program < summing:
         i = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         total = _added(part_sums_ptr + run * size, parts, runs.to(tl.int64) * size, i, i < size, PARTS, BLOCK)
-        place = sums_ptr + run * size + i
-        tl.store(place, tl.load(place, mask=i < size) + total, mask=i < size)
+        sum_ptr = sums_ptr + run * size + i
+        tl.store(sum_ptr, tl.load(sum_ptr, mask=i < size) + total, mask=i < size)
     else:
         k = (program - summing) * BLOCK + tl.arange(0, BLOCK)
         square = _added(
             part_squares_ptr + run * classes, squared_parts, runs.to(tl.int64) * classes, k, k < classes, PARTS, BLOCK
         )  # fmt: skip
-        place = squares_ptr + run * classes + k
-        tl.store(place, tl.load(place, mask=k < classes) + square, mask=k < classes)
+        square_ptr = squares_ptr + run * classes + k
+        tl.store(square_ptr, tl.load(square_ptr, mask=k < classes) + square, mask=k < classes)
         if run == 0:
             count = tl.load(counts_ptr + k, mask=k < classes) + tl.load(batch_ptr + k, mask=k < classes)
             tl.store(counts_ptr + k, count, mask=k < classes)
@@ -155,57 +201,73 @@ def commit_kernel(
 @triton.jit(do_not_specialize=["start", "rows"])
 def split_kernel(
     features_ptr, stride_run, stride_row, stride_column, labels_ptr, shifts_ptr, start, rows, dim, classes,
-    out_ptr, out_rows,  # [R, out_rows, 2, d] bfloat16: high and low halves of the centred values
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    out_ptr, out_rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
+    """Split centred values into two bfloat16 numbers, high + low.
+
+    Program (c, b, r) does COLUMNS features of ROWS samples of run r, counted from sample `start`.
+
+    Args:
+        out_ptr: `[R, out_rows, 2, d]` bfloat16, written: high and low; 0 after the last sample.
+    """
     run = tl.program_id(2).to(tl.int64)
-    at = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     _, centred, _ = _tile(
         features_ptr + run * stride_run, stride_row, stride_column, labels_ptr, shifts_ptr + run * classes * dim,
-        classes, dim, start + at, column, rows,
+        classes, dim, start + row, column, rows,
     )  # fmt: skip
     high = centred.to(tl.bfloat16)
     low = (centred - high.to(tl.float32)).to(tl.bfloat16)
-    place = out_ptr + (run * out_rows + at)[:, None] * 2 * dim + column[None, :]
-    mask = (at < out_rows)[:, None] & (column < dim)[None, :]
-    tl.store(place, high, mask=mask)
-    tl.store(place + dim, low, mask=mask)
+    high_ptr = out_ptr + (run * out_rows + row)[:, None] * 2 * dim + column[None, :]
+    mask = (row < out_rows)[:, None] & (column < dim)[None, :]
+    tl.store(high_ptr, high, mask=mask)
+    tl.store(high_ptr + dim, low, mask=mask)
 
 
 @triton.jit(do_not_specialize=["dim"])
 def add_moment_kernel(
-    highs_ptr,  # [R, products, d, 2 d] float32: high·high, high·low
-    lows_ptr,  # [R, products, d, d] float32: low·low
-    products, dim, batch_ptr, classes, scatter_ptr,
-    PROPAGATE: tl.constexpr, BLOCK: tl.constexpr,
+    highs_ptr, lows_ptr, products, dim, batch_ptr, classes, scatter_ptr, PROPAGATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """scatter += Σ (HᵀH + HᵀL + LᵀH + LᵀL), if the batch is not refused."""
+    """scatter += Σ (HᵀH + HᵀL + LᵀH + LᵀL) over the products, if the batch is not refused.
+
+    Program (i, r) does BLOCK elements of run r.
+
+    Args:
+        highs_ptr: `[R, products, d, 2 d]` float32: HᵀH and HᵀL, side by side.
+        lows_ptr: `[R, products, d, d]` float32: LᵀL.
+        scatter_ptr: `[R, d, d]` float32, updated.
+    """
     run = tl.program_id(1).to(tl.int64)
     refused = tl.load(batch_ptr + 2 * classes) > 0
     if not PROPAGATE:
         refused = refused | (tl.load(batch_ptr + 2 * classes + 1) > 0)
     if not refused:
         size = dim.to(tl.int64) * dim
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        i, j, inside = at // dim, at % dim, at < size
+        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        i, j, inside = index // dim, index % dim, index < size
         total = tl.zeros((BLOCK,), tl.float32)
         for product in range(0, products):
             high = highs_ptr + (run * products + product) * 2 * size
             mixed = tl.load(high + i * 2 * dim + dim + j, mask=inside, other=0.0)
             mixed += tl.load(high + j * 2 * dim + dim + i, mask=inside, other=0.0)
-            low = tl.load(lows_ptr + (run * products + product) * size + at, mask=inside, other=0.0)
+            low = tl.load(lows_ptr + (run * products + product) * size + index, mask=inside, other=0.0)
             total += tl.load(high + i * 2 * dim + j, mask=inside, other=0.0) + (mixed + low)
-        place = scatter_ptr + run * size + at
-        tl.store(place, tl.load(place, mask=inside) + total, mask=inside)
+        element_ptr = scatter_ptr + run * size + index
+        tl.store(element_ptr, tl.load(element_ptr, mask=inside) + total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def project_kernel(
     features_ptr, stride_run, stride_row, stride_column, labels_ptr, shifts_ptr, rows, dim, classes,
-    axes_ptr, many, out_ptr,  # [R, m, d], m, [R, B, m]
-    ROWS: tl.constexpr, STEP: tl.constexpr, AXES: tl.constexpr,
+    axes_ptr, n_axes, out_ptr, ROWS: tl.constexpr, STEP: tl.constexpr, AXES: tl.constexpr,
 ):  # fmt: skip
+    """axes · (h − s_y): program (b, a, r) computes AXES axes of ROWS samples of run r, STEP features per iteration.
+
+    Args:
+        axes_ptr: `[R, n_axes, d]` float32.
+        out_ptr: `[R, B, n_axes]` float32, written; 0 for a wrong label.
+    """
     run = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     axis = tl.program_id(1) * AXES + tl.arange(0, AXES)
@@ -216,12 +278,12 @@ def project_kernel(
             features_ptr + run * stride_run, stride_row, stride_column, labels_ptr, shifts_ptr + run * classes * dim,
             classes, dim, row, column, rows,
         )  # fmt: skip
-        place = axes_ptr + (run * many + axis)[None, :] * dim + column[:, None]
-        axes = tl.load(place, mask=(axis < many)[None, :] & (column < dim)[:, None], other=0.0)
-        # As tf32x3 would, but each step's sum is added in full precision, of which matrix units cut off.
+        axis_ptr = axes_ptr + (run * n_axes + axis)[None, :] * dim + column[:, None]
+        axes = tl.load(axis_ptr, mask=(axis < n_axes)[None, :] & (column < dim)[:, None], other=0.0)
+        # As tf32x3, but each step's sum is added in float32: tensor cores truncate when accumulating.
         high, axes_high = _cut(centred), _cut(axes)
         part = tl.dot(centred - high, axes_high, input_precision="tf32")
         part = tl.dot(high, axes - axes_high, part, input_precision="tf32")
         total += tl.dot(high, axes_high, part, input_precision="tf32")
-    out = out_ptr + (run * rows + row)[:, None] * many + axis[None, :]
-    tl.store(out, total, mask=(row < rows)[:, None] & (axis < many)[None, :])
+    out = out_ptr + (run * rows + row)[:, None] * n_axes + axis[None, :]
+    tl.store(out, total, mask=(row < rows)[:, None] & (axis < n_axes)[None, :])
