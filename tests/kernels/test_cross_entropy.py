@@ -129,8 +129,8 @@ def test_no_samples(device: torch.device) -> None:
 
 @shared_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_on_a_cpu_it_is_softmax_minus_target(dtype: torch.dtype, shared: bool) -> None:
-    """The label's entry to rounding, all others to the last bit."""
+def test_on_a_cpu_it_equals_softmax_minus_target(dtype: torch.dtype, shared: bool) -> None:
+    """With the same bits, except for the label's entry, which is equal up to rounding."""
     logits, labels = logits_and_labels(3, 40, 10)
     logits, labels = logits.to(dtype).requires_grad_(), labels[0] if shared else labels
     targets = torch.eye(10, dtype=dtype)
