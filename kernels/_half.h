@@ -1,11 +1,11 @@
-// What the CPU kernels share: instruction sets, and half precision without the compiler's help.
+// Shared by the CPU kernels: instruction sets, and half precision without compiler support.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-// A function is compiled for each of these instruction sets and chosen when the library is loaded.
+// Compile a function for each of these instruction sets; the loader chooses one.
 #if defined(__x86_64__) && defined(__linux__)
 #define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -13,7 +13,7 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-enum Type { F32, F64, BF16, F16 };
+enum Type { F32, F64, BF16, F16 };  // DTYPE_CODES of operators.py
 
 struct BF16x {
   uint16_t bits;
@@ -37,7 +37,7 @@ template <class R> INLINE R load(const R *p, int64_t i) { return p[i]; }
 template <class R> INLINE R load(const BF16x *p, int64_t i) { return bits_to_float(uint32_t(p[i].bits) << 16); }
 template <class R> INLINE R load(const F16x *p, int64_t i) {
   const uint32_t h = p[i].bits, sign = (h & 0x8000u) << 16, body = h & 0x7fffu;
-  // Shifted into place the exponent is 112 too small: a product mends it, subnormal numbers included.
+  // After the shift the exponent is 112 too small; the product corrects it, for subnormal numbers too.
   const uint32_t finite = float_to_bits(bits_to_float(body << 13) * 0x1p112f);
   return bits_to_float(sign | (body >= 0x7c00u ? (body << 13) | 0x7f800000u : finite));
 }
@@ -49,7 +49,7 @@ INLINE void store(BF16x *p, int64_t i, float x) {  // to nearest, ties to even
 }
 INLINE void store(F16x *p, int64_t i, float x) {  // to nearest, ties to even
   const uint32_t b = float_to_bits(x), sign = (b >> 16) & 0x8000u, body = b & 0x7fffffffu;
-  // Below 2^-14 half floats are multiples of 2^-24: a sum with 0.5 rounds to that.
+  // Below 2^-14 half floats are multiples of 2^-24: adding 0.5 rounds to such a multiple.
   const uint32_t tiny = float_to_bits(bits_to_float(body) + 0.5f) - 0x3f000000u;
   const uint32_t normal = (body - 0x38000000u + 0xfffu + ((body >> 13) & 1u)) >> 13;
   const uint32_t finite = body >= 0x477ff000u ? 0x7c00u : (body < 0x38800000u ? tiny : normal);

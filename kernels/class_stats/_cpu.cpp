@@ -1,5 +1,5 @@
-// Statistics of features by class on the CPU: what reference.py says, in one read of the features. Compiled without
-// torch; addresses come in as integers.
+// Statistics of features by class on the CPU: computes what reference.py defines in one read of the features. Compiled
+// without torch, so addresses are passed as integers.
 
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
@@ -14,7 +14,7 @@
 
 namespace {
 
-struct Batch {  // features [runs, rows, dim], of which the last dimension is dense; shifts [runs, classes, dim]
+struct Batch {  // features [runs, rows, dim], last dimension contiguous; labels [rows]; shifts [runs, classes, dim]
   unsigned long long features, labels, shifts;
   long long runs, rows, dim, run_stride, row_stride, classes;
 };
@@ -33,17 +33,17 @@ template <class R, class X> INLINE R get(const X *p, int64_t i) {
     return R(p[i]);
 }
 
-// Part of the rows of one run, and what they sum to.
+// Part of the rows of one run, and its sums.
 struct Part {
-  int64_t run, from, until, odd;  // odd: values that are not finite
-  std::unique_ptr<char[]> sums;  // R [classes, dim], of which only the rows of classes seen are written
+  int64_t run, start, stop, not_finite;  // not_finite: number of such values
+  std::unique_ptr<char[]> sums;  // R [classes, dim]; only the rows of classes seen are initialised
   std::vector<double> squares;
   std::vector<char> seen;
 };
 
 template <class X, class R> INLINE void add_rows(const Batch &b, Part &part) {
   const int64_t dim = b.dim;
-  for (int64_t row = part.from; row < part.until; ++row) {
+  for (int64_t row = part.start; row < part.stop; ++row) {
     const int64_t k = label_of(b, row);
     const X *__restrict x = row_of<X>(b, part.run, row);
     const R *__restrict shift = shift_of<R>(b, part.run, k);
@@ -51,16 +51,16 @@ template <class X, class R> INLINE void add_rows(const Batch &b, Part &part) {
     if (!part.seen[k]) std::memset(sum, 0, dim * sizeof(R));
     part.seen[k] = 1;
     R square = 0;
-    int32_t odd = 0;
-#pragma omp simd reduction(+ : square, odd)
+    int32_t not_finite = 0;
+#pragma omp simd reduction(+ : square, not_finite)
     for (int64_t i = 0; i < dim; ++i) {
       const R value = get<R>(x, i), centred = value - shift[i];
       sum[i] += centred;
       square += centred * centred;
-      odd += !(value - value == 0);
+      not_finite += !(value - value == 0);
     }
     part.squares[k] += square;
-    part.odd += odd;
+    part.not_finite += not_finite;
   }
 }
 
@@ -71,9 +71,9 @@ template <class X, class R> INLINE void centre_row(const Batch &b, int64_t run, 
   for (int64_t i = 0; i < dim; ++i) out[i] = get<R>(x, i) - shift[i];
 }
 
-template <class R> INLINE void project_row(const R *__restrict x, const R *__restrict axes, int64_t dim, int64_t many, R *out) {
+template <class R> INLINE void project_row(const R *__restrict x, const R *__restrict axes, int64_t dim, int64_t n_axes, R *out) {
   int64_t j = 0;
-  for (; j + 4 <= many; j += 4) {  // four at a time share the loads of x
+  for (; j + 4 <= n_axes; j += 4) {  // four axes share the loads of x
     const R *__restrict a = axes + j * dim;
     R s0 = 0, s1 = 0, s2 = 0, s3 = 0;
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
@@ -85,7 +85,7 @@ template <class R> INLINE void project_row(const R *__restrict x, const R *__res
     }
     out[j] = s0, out[j + 1] = s1, out[j + 2] = s2, out[j + 3] = s3;
   }
-  for (; j < many; ++j) {
+  for (; j < n_axes; ++j) {
     R s = 0;
 #pragma omp simd reduction(+ : s)
     for (int64_t i = 0; i < dim; ++i) s += x[i] * axes[j * dim + i];
@@ -93,21 +93,21 @@ template <class R> INLINE void project_row(const R *__restrict x, const R *__res
   }
 }
 
-// Rows from..until of one run: centred, or (axes) projected as well.
+// Rows start … stop − 1 of one run, to centre and, if there are axes [runs, n_axes, dim], to project.
 struct Rows {
-  int64_t run, from, until;
+  int64_t run, start, stop;
   unsigned long long axes, out;
-  long long many;
+  long long n_axes;
 };
 
 template <class X, class R> INLINE void map_rows(const Batch &b, const Rows &rows) {
-  const R *axes = reinterpret_cast<const R *>(rows.axes) + rows.run * rows.many * b.dim;
-  const int64_t width = rows.axes ? rows.many : b.dim;
+  const R *axes = reinterpret_cast<const R *>(rows.axes) + rows.run * rows.n_axes * b.dim;
+  const int64_t width = rows.axes ? rows.n_axes : b.dim;
   R *out = reinterpret_cast<R *>(rows.out) + rows.run * b.rows * width;
   std::vector<R> centred(rows.axes ? b.dim : 0);
-  for (int64_t row = rows.from; row < rows.until; ++row) {
+  for (int64_t row = rows.start; row < rows.stop; ++row) {
     centre_row<X>(b, rows.run, row, rows.axes ? centred.data() : out + row * width);
-    if (rows.axes) project_row<R>(centred.data(), axes, b.dim, rows.many, out + row * width);
+    if (rows.axes) project_row<R>(centred.data(), axes, b.dim, rows.n_axes, out + row * width);
   }
 }
 
@@ -152,17 +152,17 @@ void set_shift(const Batch &b, int features, int sums, int64_t k, int64_t row) {
 }
 
 template <class R> void commit(const Batch &b, const std::vector<Part> &parts, R *sums, R *squares) {
-  for (const Part &part : parts)  // in their order, whichever thread took them: the same result every time
+  for (const Part &part : parts)  // in a fixed order, so that the result does not depend on the threads
     for (int64_t k = 0; k < b.classes; ++k)
       if (part.seen[k]) {
-        const int64_t at = part.run * b.classes + k;
-        const R *from = reinterpret_cast<const R *>(part.sums.get()) + k * b.dim;
-        for (int64_t i = 0; i < b.dim; ++i) sums[at * b.dim + i] += from[i];
-        squares[at] += R(part.squares[k]);
+        const int64_t index = part.run * b.classes + k;
+        const R *sum = reinterpret_cast<const R *>(part.sums.get()) + k * b.dim;
+        for (int64_t i = 0; i < b.dim; ++i) sums[index * b.dim + i] += sum[i];
+        squares[index] += R(part.squares[k]);
       }
 }
 
-// A run's rows are cut into as many parts whatever the number of threads, so that their sums are the same.
+// The number of parts does not depend on the number of threads, so neither do the sums.
 constexpr int64_t PART = 512, MOST_PARTS = 16;
 
 #define BATCH_FORMAT "KKKLLLLLL"
@@ -179,31 +179,31 @@ PyObject *gather(PyObject *, PyObject *args) {
   const Functions functions = choose(features, sums);
   if (!functions.add) return nullptr;
   auto *counts = reinterpret_cast<int64_t *>(counts_at);
-  long long odd_labels = 0, odd_values = 0;
+  long long bad_labels = 0, bad_values = 0;
   Py_BEGIN_ALLOW_THREADS;
   std::vector<int64_t> in_batch(b.classes), first(b.classes);
   for (int64_t row = b.rows - 1; row >= 0; --row) {
     const int64_t k = label_of(b, row);
     if (k < 0 || k >= b.classes)
-      ++odd_labels;
+      ++bad_labels;
     else
       ++in_batch[k], first[k] = row;
   }
-  if (!odd_labels) {
+  if (!bad_labels) {
     for (int64_t k = 0; k < b.classes; ++k)
       if (in_batch[k] && !counts[k]) set_shift(b, features, sums, k, first[k]);
-    const int64_t cuts = std::clamp<int64_t>(b.rows / PART, 1, MOST_PARTS), many = cuts * b.runs;
-    std::vector<Part> parts(many);
+    const int64_t cuts = std::clamp<int64_t>(b.rows / PART, 1, MOST_PARTS), n_parts = cuts * b.runs;
+    std::vector<Part> parts(n_parts);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
-    for (int64_t i = 0; i < many; ++i) {
+    for (int64_t i = 0; i < n_parts; ++i) {
       const int64_t cut = i % cuts;
       parts[i] = {i / cuts, b.rows * cut / cuts, b.rows * (cut + 1) / cuts, 0,
                   std::unique_ptr<char[]>(new char[b.classes * b.dim * functions.wide]),
                   std::vector<double>(b.classes), std::vector<char>(b.classes)};
       functions.add(b, parts[i]);
     }
-    for (const Part &part : parts) odd_values += part.odd;
-    if (propagate || !odd_values) {
+    for (const Part &part : parts) bad_values += part.not_finite;
+    if (propagate || !bad_values) {
       for (int64_t k = 0; k < b.classes; ++k) counts[k] += in_batch[k];
       if (sums == F64)
         commit(b, parts, reinterpret_cast<double *>(sums_at), reinterpret_cast<double *>(squares_at));
@@ -212,32 +212,32 @@ PyObject *gather(PyObject *, PyObject *args) {
     }
   }
   Py_END_ALLOW_THREADS;
-  return Py_BuildValue("LL", odd_labels, odd_values);
+  return Py_BuildValue("LL", bad_labels, bad_values);
 }
 
 PyObject *map(PyObject *, PyObject *args) {
   Batch b;
   Rows rows;
   int features, sums, threads;
-  if (!PyArg_ParseTuple(args, BATCH_FORMAT "KLKiii", BATCH_ADDRESSES(b), &rows.axes, &rows.many, &rows.out, &features,
+  if (!PyArg_ParseTuple(args, BATCH_FORMAT "KLKiii", BATCH_ADDRESSES(b), &rows.axes, &rows.n_axes, &rows.out, &features,
                         &sums, &threads))
     return nullptr;
   const Functions functions = choose(features, sums);
   if (!functions.map) return nullptr;
   Py_BEGIN_ALLOW_THREADS;
   constexpr int64_t block = 64;
-  const int64_t blocks = (b.rows + block - 1) / block, many = blocks * b.runs;
+  const int64_t blocks = (b.rows + block - 1) / block, total = blocks * b.runs;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < many; ++i) {
-    const int64_t from = i % blocks * block;
-    functions.map(b, {i / blocks, from, std::min<int64_t>(from + block, b.rows), rows.axes, rows.out, rows.many});
+  for (int64_t i = 0; i < total; ++i) {
+    const int64_t start = i % blocks * block;
+    functions.map(b, {i / blocks, start, std::min<int64_t>(start + block, b.rows), rows.axes, rows.out, rows.n_axes});
   }
   Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;
 }
 
 PyMethodDef methods[] = {{"gather", gather, METH_VARARGS, "Add a batch to counts, shifts, sums and squares."},
-                         {"map", map, METH_VARARGS, "Centre each row at its class's shift, and project it."},
+                         {"map", map, METH_VARARGS, "Subtract its class's shift from each row, and project the rows."},
                          {nullptr, nullptr, 0, nullptr}};
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
 

@@ -27,7 +27,7 @@ def map(
     row_stride: int,
     classes: int,
     axes: int,
-    many: int,
+    n_axes: int,
     out: int,
     features_type: int,
     sums_type: int,

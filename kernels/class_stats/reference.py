@@ -1,8 +1,8 @@
-"""What a batch of features adds to the statistics of its classes: plain-PyTorch reference.
+"""How a batch of features changes the statistics of its classes: plain-PyTorch reference.
 
-Everything is accumulated about a shift per class, set to the class's first sample. Sums about a point that lies as near
-to the class as its samples lie to each other keep their digits when collapse is nearly total and the features sit far
-from the origin, where E[xxᵀ] − μμᵀ, or one global shift, leaves only rounding.
+All sums are relative to a shift per class, the class's first sample, which is as close to the class's samples as they
+are to each other. So sums stay accurate when collapse is nearly complete and the features are far from the origin,
+where E[xxᵀ] − μμᵀ, or one global shift, leaves only rounding errors.
 """
 
 from typing import NamedTuple
@@ -12,18 +12,18 @@ from torch import Tensor
 
 
 class State(NamedTuple):
-    """The statistics of K classes of d features; `*` is nothing or the stacked runs R. All on one device.
+    """The statistics of K classes of d features; `*` is empty or the stacked runs R. All on one device.
 
     Attributes:
         counts: `[K]` int64, samples of each class.
-        shifts: `[*, K, d]` float32 or float64, the point s_k about which class k is summed; set where counts[k] was 0.
+        shifts: `[*, K, d]` float32 or float64, the shift s_k of class k; set when the class's first sample arrives.
         sums: `[*, K, d]` like shifts, Σ (h − s_k) over the samples of class k.
         squares: `[*, K]` like shifts, Σ ‖h − s_k‖² over the samples of class k.
         scatter: `[*, m, m]` like shifts: with z = h − s_y, or z = axes · (h − s_y) if there are axes, Σ zzᵀ over all
-            samples. Only what stands on and below the diagonal counts. None: not kept.
-        axes: `[*, m, d]` like shifts, the directions of which the scatter is kept; None: of all (m = d).
-        refused: `[3]` int64: batches that were refused, and in these the labels out of range and the values that are
-            not finite.
+            samples. Only the elements on and below the diagonal are valid. None: not kept.
+        axes: `[*, m, d]` like shifts, the directions in which the scatter is kept; None: all (m = d).
+        refused: `[3]` int64: the number of refused batches, of labels out of range in them, and of values that are not
+            finite.
     """
 
     counts: Tensor
@@ -46,7 +46,7 @@ class State(NamedTuple):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> "State":
-        """Statistics of nothing yet; `dtype` is that of the sums, axes are moved to it and to the device."""
+        """Statistics of no samples; `dtype` is that of the sums, to which axes are converted."""
         lead = () if runs is None else (runs,)
 
         def zeros(*shape: int) -> Tensor:
@@ -64,18 +64,18 @@ class State(NamedTuple):
         )
 
     def to(self, device: torch.device | str) -> "State":
-        """The same on another device."""
+        """Copy to another device."""
         return State._make(t if t is None else t.to(device) for t in self)
 
 
 @torch.no_grad()
 def class_stats_reference(features: Tensor, labels: Tensor, state: State, propagate: bool = False) -> None:
-    """Add a batch to the statistics, in place; one with a label out of range or a NaN changes nothing but `refused`.
+    """Add a batch to the statistics, in place; a batch with a wrong label or a NaN changes only `refused`.
 
     Args:
         features: `[*, B, d]`, any floating dtype.
         labels: `[B]` int64 in [0, K), shared by the stacked runs.
-        propagate: add values that are not finite all the same; the statistics of their run are then NaN.
+        propagate: accept values that are not finite; the statistics of their run then become NaN.
     """
     counts, shifts, sums, squares, scatter, axes, refused = state
     k = counts.shape[0]
@@ -88,7 +88,7 @@ def class_stats_reference(features: Tensor, labels: Tensor, state: State, propag
         return
     one_hot = torch.nn.functional.one_hot(labels, k)
     in_batch = one_hot.sum(0)
-    # argmax gives the first of equal values: the class's first sample in this batch.
+    # argmax returns the first of equal values: the class's first sample in this batch.
     first = features[..., one_hot.argmax(0), :].to(shifts.dtype)
     new = (counts == 0) & (in_batch > 0)
     shifts.copy_(torch.where(new.unsqueeze(-1), first, shifts))

@@ -2,6 +2,6 @@
 
 - `reference`: the rules in plain PyTorch, the specification;
 - `table`: addresses and hyperparameters as the kernels read them;
-- `gpu`: the Triton kernel; `cpu` and `_cpu.cpp`: the same for the CPU;
-- `launch`: which of them a step goes to; `op`: the same as a torch operator.
+- `gpu`, `gpu_rules`: the Triton kernel and its rules; `cpu`, `_cpu.cpp`: the C++ kernel;
+- `launch`: chooses kernel or reference for each parameter; `op`: the update as a torch operator.
 """
