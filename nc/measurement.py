@@ -235,8 +235,8 @@ class NCResult(LayerResult):
     Attributes:
         degenerate: features or classifier have vanished: NC1–NC3 are undefined (NaN).
         layers: name -> metrics of that layer's features.
-        means: class means of the head's input, `[K, d]` float64 on the CPU; NaN for a class without samples. What
-            `measure(..., previous=result)` needs.
+        means: class means of the head's input, `[K, d]` float64 on the CPU; NaN for a class without samples.
+            `measure(..., previous=result)` uses them.
     """
 
     nc0: float
@@ -252,11 +252,11 @@ class NCResult(LayerResult):
     means: Tensor = dataclasses.field(repr=False, compare=False)
 
     def as_dict(self) -> dict[str, float]:
-        """All numbers by name, those of layers as "layer2.nc1": what loggers take."""
-        own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("layers", "means")}
+        """Return all numbers by name, those of layers as "layer2.nc1", for loggers."""
+        numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("layers", "means")}
         for name, layer in self.layers.items():
-            own |= {f"{name}.{key}": value for key, value in dataclasses.asdict(layer).items()}
-        return own
+            numbers |= {f"{name}.{key}": value for key, value in dataclasses.asdict(layer).items()}
+        return numbers
 
 
 def measure(
@@ -272,35 +272,36 @@ def measure(
     nan_policy: Literal["raise", "propagate"] = "raise",
     batch_size: int = 1024,
 ) -> NCResult:
-    """NC0–NC4 of a classifier on its training data.
+    """Measure NC0–NC4 of a classifier on its training data.
 
-    One forward pass in eval mode without gradients. NC4 asks which class mean is nearest, and the means are known after
-    the pass only. By default it is exact: the head's inputs are kept (N × d values) and looked at again; where they
-    would take more than `keep_bytes`, there is a second forward pass instead. With `previous` nothing is kept and there
-    is no second pass: distances are to the means of that earlier result, which is near enough where they have hardly
-    moved since. Two passes see the same data only if the loader gives it twice: leave random augmentation out.
+    The model runs once over the data, in evaluation mode without gradients. NC4 needs the class means, which are known
+    only after that pass. By default the head's inputs are kept for it (N × d values); if they take more than
+    `keep_bytes`, there is a second forward pass instead. With `previous` neither is needed: NC4 takes the class means
+    of that earlier result, a good approximation if they have hardly moved since. Two passes see the same data only if
+    the loader yields the same data twice, so use it without random augmentation.
 
     Args:
         model: any module; of a compiled one the original runs, since hooks are not part of compiled code.
-        loader: batches, or one pair of tensors (inputs, labels), which is cut into `batch_size`. A batch is a pair
-            (inputs, labels `[B]`), of which inputs are what the model takes: a tensor, a tuple (positional arguments)
-            or a mapping (keyword arguments); or it is a mapping with "labels" in it.
-        head: name of the last layer, an `nn.Linear` that gets features `[B, d]`, as in `model.named_modules()`.
-        layers: names of further layers, of whose outputs NC1 and NC2 are taken.
-        pool: makes features `[B, d]` of a layer's output. Default: outputs `[B, d]` as they are, of maps `[B, d, H, W]`
+        loader: batches, or one pair of tensors (inputs, labels), which is cut into batches. A batch is a pair (inputs,
+            labels `[B]`), where inputs are a tensor, a tuple (positional arguments of the model) or a mapping (keyword
+            arguments); or it is a mapping of keyword arguments and "labels".
+        head: name of the last layer, as in `model.named_modules()`: an `nn.Linear` with features `[B, d]` as input.
+        layers: names of further layers; NC1 and NC2 of their outputs are measured.
+        pool: makes features `[B, d]` of a layer's output. Default: outputs `[B, d]` unchanged, of maps `[B, d, H, W]`
             (or with three dimensions of space) the mean over space, of a tuple the first entry.
         moment: "full" keeps d × d values for the head and each layer. "projected" keeps at most K × K, for wide layers,
             and takes a second forward pass.
-        previous: of the same model, earlier.
-        keep_bytes: most that NC4 may keep, on the head's device.
+        previous: an earlier result of the same model.
+        keep_bytes: the most that the features kept for NC4 may take, on the head's device.
         nan_policy: of values that are NaN or infinite, as in `ClassStats`: an error, or metrics that are NaN.
+        batch_size: of the batches into which a pair of tensors is cut.
 
     Raises:
         ValueError: no module of that name (near matches are listed), an empty loader, labels out of range, features
             that are NaN or not `[B, d]`, fewer than two classes.
         TypeError: the head is not linear, labels are not integers.
 
-    Whatever happens the model's training modes and hooks are as before.
+    The model's training modes and hooks are restored, also after an error.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     linear = find_head(model, head)
@@ -311,7 +312,7 @@ def measure(
         )
     once = isinstance(loader, Iterator)
     if moment == "projected" and once:
-        raise ValueError("measure: moment='projected' goes over the data twice, and an iterator gives it once")
+        raise ValueError("measure: moment='projected' needs two passes over the data, and an iterator allows one")
     measurement = Measurement(
         linear.weight, moment=moment, previous=None if previous is None else previous.means, keep_bytes=keep_bytes,
         nan_policy=nan_policy, name=head,
@@ -351,7 +352,7 @@ def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 class NCCallback:
-    """`measure` every so often: call it once in every step (or epoch) of a training loop.
+    """Call `measure` at regular intervals; call this object once per step (or epoch) of a training loop.
 
     Args:
         model, loader, and all options: as for `measure`.
@@ -361,10 +362,10 @@ class NCCallback:
         history: pairs (number of the call, result).
 
     Example:
-        >>> probe = NCCallback(model, loader, head="fc", every=10)
+        >>> callback = NCCallback(model, loader, head="fc", every=10)
         >>> for epoch in range(100):
         ...     train_one_epoch()
-        ...     if result := probe():
+        ...     if result := callback():
         ...         log(result.as_dict())
     """
 
@@ -372,13 +373,13 @@ class NCCallback:
         if every < 1:
             raise ValueError(f"NCCallback: every must be at least 1, got {every}")
         if isinstance(loader, Iterator):
-            raise ValueError("NCCallback: an iterator gives its data once; give a loader or a pair of tensors")
+            raise ValueError("NCCallback: an iterator can be read only once; give a loader or a pair of tensors")
         self.model, self.loader, self.every, self.options = model, loader, every, options
         self.calls = 0
         self.history: list[tuple[int, NCResult]] = []
 
     def __call__(self) -> NCResult | None:
-        """Count the call; the result where one is due."""
+        """Count the call; return a result at every `every`-th, else None."""
         call, self.calls = self.calls, self.calls + 1
         if call % self.every:
             return None

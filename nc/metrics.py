@@ -1,13 +1,13 @@
-"""NC0–NC4: how far a classifier's last layer is from neural collapse. 0 is collapse in every one of them.
+"""NC0–NC4: the distance of a classifier's last layer from neural collapse. Each is 0 at collapse.
 
 W is the classifier's weight `[*, K, d]`, h its input features, μ_k the class means, μ_G the mean of the class means and
 M the rows μ_k − μ_G; Σ_W and Σ_B are the covariances within and between classes (`ClassStats`). `*` is nothing, or R
 stacked runs, and each function returns a float64 tensor of shape `[*]`. All arithmetic is float64. A run whose features
-or weights are not finite has NaN metrics; where features or weights have vanished (`degenerate`) NC1–NC3 are NaN, never
-a zero that would read as perfect collapse.
+or weights are not finite has NaN metrics. Where features or weights have vanished (`degenerate`) NC1–NC3 are NaN: zero
+would mean perfect collapse.
 
-A class without samples takes no part, with a warning that names it. `balance` says what counts where classes differ in
-size (`ClassStats.between_cov`): "class", the default, takes each class mean as often as any other (Papyan et al.).
+A class without samples is left out, with a warning that names it. `balance` sets the weights of classes of different
+size (`ClassStats.between_cov`): "class", the default, gives each class mean the same weight (Papyan et al.).
 
 Sources: Papyan, Han, Donoho, PNAS 117(40), 2020; Zhu et al., NeurIPS 2021, arXiv 2105.02375; Tirer et al., ICML 2023,
 arXiv 2211.00644; Galanti et al., ICLR 2022, arXiv 2112.15121; Kothapalli, TMLR 2023, arXiv 2206.04041; NC0: arXiv
@@ -25,14 +25,14 @@ from ncollapse.stats import Balance, ClassStats
 
 
 def nc0(weight: Tensor, *, kind: Literal["squared", "norm", "per_class"] = "squared") -> Tensor:
-    """Size of the row sum of W, which collapse needs to vanish (arXiv 2602.16642, Proposition 2.1).
+    """Compute the norm of the row sum of W, which is zero at collapse (arXiv 2602.16642, Proposition 2.1).
 
     Args:
         weight: W `[*, K, d]`, any floating dtype.
-        kind: "squared" is ‖Wᵀ1‖²; "norm" its root, most likely what the result tables of arXiv 2602.16642 hold;
+        kind: "squared" is ‖Wᵀ1‖²; "norm" its root, which the result tables of arXiv 2602.16642 most likely hold;
             "per_class" ‖Wᵀ1‖²/K, whose limit under SignGD with decoupled decay λ is (K − 2)²/λ².
     """
-    _known(kind, "squared", "norm", "per_class")
+    _check_kind(kind, "squared", "norm", "per_class")
     squared = weight.double().sum(-2).square().sum(-1)
     return squared.sqrt() if kind == "norm" else squared / weight.shape[-2] if kind == "per_class" else squared
 
@@ -44,44 +44,44 @@ def nc1(
     balance: Balance = "class",
     per_class: bool = True,
 ) -> Tensor:
-    """Variability of features within their class, relative to the spread of the class means.
+    """Compute the variability of features within their class, relative to the spread of the class means.
 
     Args:
         kind: "pinv" is tr(Σ_W Σ_B⁺)/K (Papyan et al. 2020), "trace_ratio" tr(Σ_W)/tr(Σ_B) (Tirer et al. 2023), "cdnv"
-            the mean over pairs of classes of (tr Σ_i + tr Σ_j)/(2 ‖μ_i − μ_j‖²) (Galanti et al. 2022), which has no
-            balance.
+            the mean over pairs of classes of (tr Σ_i + tr Σ_j)/(2 ‖μ_i − μ_j‖²) (Galanti et al. 2022), which uses
+            no balance.
         balance: as in `ClassStats.between_cov`.
-        per_class: for "pinv", divide by K; some code that papers share leaves that out.
+        per_class: for "pinv", divide by K; some published code does not.
 
     Raises:
-        ValueError: "pinv" of statistics that keep no second moment.
+        ValueError: "pinv" with statistics that keep no second moment.
     """
-    _known(kind, "pinv", "trace_ratio", "cdnv")
+    _check_kind(kind, "pinv", "trace_ratio", "cdnv")
     means = _usable_means(stats, balance)
     k = means.shape[-2]
     if kind == "cdnv":
         gram = means @ means.mT
-        sizes = gram.diagonal(dim1=-2, dim2=-1)
-        apart = sizes.unsqueeze(-1) + sizes.unsqueeze(-2) - 2 * gram
+        squares = gram.diagonal(dim1=-2, dim2=-1)
+        distances = squares.unsqueeze(-1) + squares.unsqueeze(-2) - 2 * gram  # ‖μ_i − μ_j‖²
         variances = stats.within_variances()
-        ratios = (variances.unsqueeze(-1) + variances.unsqueeze(-2)) / (2 * apart)
+        ratios = (variances.unsqueeze(-1) + variances.unsqueeze(-2)) / (2 * distances)
         return ratios[..., _off_diagonal(means)].mean(-1)
     scaled = means * stats.class_weights(balance).sqrt().unsqueeze(-1)  # Σ_B = scaledᵀ scaled
     if kind == "trace_ratio":
         return stats.within_trace() / scaled.square().sum((-2, -1))
     # Σ_B has the eigenvalues λ_i of the K × K matrix scaled scaledᵀ, and from its eigenvectors u_i the eigenvectors
     # v_i = scaledᵀ u_i/√λ_i. So tr(Σ_W Σ_B⁺) = Σ v_iᵀ Σ_W v_i/λ_i needs no d × d pseudo-inverse.
-    bad = scaled.isfinite().all(-1).all(-1).logical_not()
+    not_finite = scaled.isfinite().all(-1).all(-1).logical_not()
     scaled = scaled.nan_to_num(0.0, 0.0, 0.0)
     values, vectors = torch.linalg.eigh(scaled @ scaled.mT)
-    # Without directions that are rounding alone: the first, since the rows of M add up to zero, and those below the
-    # rounding of the matrix, or of the means before they were centred.
+    # Leave out directions that are only rounding error: the first, since the rows of M sum to zero, and those below the
+    # rounding of the matrix or of the means before they were centred.
     values, vectors = values[..., 1:], vectors[..., 1:]
     eps = torch.finfo(values.dtype).eps * max(means.shape[-2:])
-    tiny = torch.maximum(eps * values[..., -1], (eps * _size(stats)).square() / k).unsqueeze(-1)
-    along = (vectors.mT @ stats.within_cov(scaled) @ vectors).diagonal(dim1=-2, dim2=-1)
-    value = torch.where(values > tiny, along / values.square(), 0.0).sum(-1)
-    return value.masked_fill(bad, float("nan")) / (k if per_class else 1)
+    tiny = torch.maximum(eps * values[..., -1], (eps * _means_norm(stats)).square() / k).unsqueeze(-1)
+    variances = (vectors.mT @ stats.within_cov(scaled) @ vectors).diagonal(dim1=-2, dim2=-1)
+    value = torch.where(values > tiny, variances / values.square(), 0.0).sum(-1)
+    return value.masked_fill(not_finite, float("nan")) / (k if per_class else 1)
 
 
 def nc2(
@@ -90,16 +90,16 @@ def nc2(
     kind: Literal["etf", "equinorm", "equiangularity"] = "etf",
     balance: Balance = "class",
 ) -> Tensor:
-    """Distance from a simplex equiangular tight frame.
+    """Compute the distance from a simplex equiangular tight frame.
 
     Args:
-        of: the statistics, for their centred class means M (Kothapalli 2023), or W `[*, K, d]`, which is not centred.
-            M stands for either in the following.
+        of: the statistics, for their centred class means M (Kothapalli 2023), or W `[*, K, d]`, which is not centred
+            and then takes the place of M below.
         kind: "etf" is ‖MMᵀ/‖MMᵀ‖_F − (I − 11ᵀ/K)/√(K−1)‖_F (Zhu et al. 2021), "equinorm" the coefficient of variation
             of the rows' norms, "equiangularity" the mean over pairs of |cos + 1/(K−1)| (both Papyan et al. 2020).
-        balance: of the means, as in `ClassStats.centred_means`.
+        balance: of the class means, as in `ClassStats.centred_means`.
     """
-    _known(kind, "etf", "equinorm", "equiangularity")
+    _check_kind(kind, "etf", "equinorm", "equiangularity")
     if isinstance(of, ClassStats):
         rows = _usable_means(of, balance, simplex=True)
     else:
@@ -122,17 +122,17 @@ def nc3(
     kind: Literal["product", "difference"] = "product",
     balance: Balance = "class",
 ) -> Tensor:
-    """Distance between the classifier and the centred class means (self-duality).
+    """Compute the distance between the classifier and the centred class means (self-duality).
 
     Args:
         weight: W `[*, K, d]`, any floating dtype.
         stats: of the head's input.
         kind: "product" is ‖WMᵀ/‖WMᵀ‖_F − (I − 11ᵀ/K)/√(K−1)‖_F (Zhu et al. 2021), "difference"
-            ‖W/‖W‖_F − M/‖M‖_F‖_F (Papyan et al. 2020), by all signs what the tables of arXiv 2602.16642 hold: their
-            NC3 begins at 1.41, as that does.
-        balance: of the means, as in `ClassStats.centred_means`.
+            ‖W/‖W‖_F − M/‖M‖_F‖_F (Papyan et al. 2020), which the tables of arXiv 2602.16642 most likely hold: their
+            NC3 starts at 1.41, as this does.
+        balance: of the class means, as in `ClassStats.centred_means`.
     """
-    _known(kind, "product", "difference")
+    _check_kind(kind, "product", "difference")
     means = _usable_means(stats, balance, simplex=True)
     w = weight.double()[..., stats.present, :]
     w = w.masked_fill(degenerate(weight, stats)[..., None, None], float("nan"))
@@ -142,12 +142,15 @@ def nc3(
 
 
 def nc4(features: Tensor, logits: Tensor, stats: ClassStats) -> Tensor:
-    """Share of samples whose predicted class is not that of the nearest class mean (Papyan et al. 2020).
+    """Compute the share of samples whose predicted class is not that of the nearest class mean (Papyan et al. 2020).
 
     Args:
         features: `[*, N, d]`.
         logits: `[*, N, K]` of the same samples, bias included.
         stats: of the training data.
+
+    Raises:
+        ValueError: no samples.
     """
     if features.shape[-2] == 0:
         raise ValueError("nc4 needs at least one sample")
@@ -157,79 +160,79 @@ def nc4(features: Tensor, logits: Tensor, stats: ClassStats) -> Tensor:
 
 
 def nearest_class(features: Tensor, means: Tensor) -> Tensor:
-    """The class whose mean is nearest, `[*, N]` int64.
+    """Return the class with the nearest mean, `[*, N]` int64.
 
-    Distances are taken from the middle of the means: an offset that all features share costs no digits.
+    Features are centred on the average of the means, so that an offset common to all features costs no accuracy.
 
     Args:
         features: `[*, N, d]`.
-        means: `[*, K, d]` float64; rows of NaN are classes that nothing is nearest to.
+        means: `[*, K, d]` float64; a class whose row is NaN is never the nearest.
     """
     absent = means.isnan().any(-1)
-    middle = means.nan_to_num(0.0).sum(-2, keepdim=True) / (~absent).sum(-1, keepdim=True).clamp(min=1).unsqueeze(-1)
+    centre = means.nan_to_num(0.0).sum(-2, keepdim=True) / (~absent).sum(-1, keepdim=True).clamp(min=1).unsqueeze(-1)
     dtype = torch.promote_types(features.dtype, torch.float32)
-    middle = middle.to(dtype)
-    axes = (means - middle).nan_to_num(0.0)
+    centre = centre.to(dtype)
+    axes = (means - centre).nan_to_num(0.0)
     labels = torch.zeros(features.shape[-2], dtype=torch.int64, device=features.device)
-    along = project_op(features.detach(), labels, middle, axes.to(dtype))
-    # ‖h − μ‖² is smallest where (h − m)·(μ − m) − ‖μ − m‖²/2 is largest.
+    products = project_op(features.detach(), labels, centre, axes.to(dtype))
+    # ‖h − μ‖² is smallest where (h − c)·(μ − c) − ‖μ − c‖²/2 is largest; c is the centre.
     half = (axes.square().sum(-1) / 2).to(dtype).masked_fill(absent, float("inf"))
-    return (along - half.unsqueeze(-2)).argmax(-1)
+    return (products - half.unsqueeze(-2)).argmax(-1)
 
 
 def degenerate(weight: Tensor, stats: ClassStats) -> Tensor:
-    """`[*]` bool: whether features or classifier have vanished, so that their geometry means nothing.
+    """Return whether features or classifier have vanished, so that their geometry is meaningless; `[*]` bool.
 
-    Either the class means differ by no more than float32 rounding of the means themselves, or all of W Mᵀ is so small
-    (below 1e-6) that the softmax cannot tell the classes apart. Strong decay does this.
+    Either the class means differ by no more than the float32 rounding of the means themselves, or ‖W Mᵀ‖_F is below
+    1e-6, so that the softmax cannot distinguish the classes. Strong decay causes this.
     """
     means = stats.centred_means()
     return _vanished(stats, means) | ((weight.double() @ means.mT).flatten(-2).norm(dim=-1) < 1e-6)
 
 
 def _vanished(stats: ClassStats, means: Tensor) -> Tensor:
-    return means.flatten(-2).norm(dim=-1) <= torch.finfo(torch.float32).eps * _size(stats)
+    return means.flatten(-2).norm(dim=-1) <= torch.finfo(torch.float32).eps * _means_norm(stats)
 
 
-def _size(stats: ClassStats) -> Tensor:
-    """Frobenius norm of the class means before they are centred, `[*]`."""
+def _means_norm(stats: ClassStats) -> Tensor:
+    """Compute the Frobenius norm of the class means before they are centred, `[*]`."""
     return stats.means[..., stats.present, :].flatten(-2).norm(dim=-1)
 
 
 def _usable_means(stats: ClassStats, balance: Balance, *, simplex: bool = False) -> Tensor:
-    """M with NaN in runs where it has vanished; warns of what makes the metrics questionable."""
-    who = f"{stats.name}: " if stats.name else ""
+    """Return M, with NaN for runs where it has vanished; warn of missing classes and too few dimensions."""
+    prefix = f"{stats.name}: " if stats.name else ""
     missing = stats.present.logical_not().nonzero().flatten().tolist()
     if len(missing) > stats.num_classes - 2:
         raise ValueError(
-            f"{who}NC metrics need samples of at least two classes; got {stats.num_classes - len(missing)}"
+            f"{prefix}NC metrics need samples of at least two classes; got {stats.num_classes - len(missing)}"
         )
     if missing:
-        _warn(f"{who}no samples of class {', '.join(map(str, missing))}: left out of the NC metrics")
+        _warn(f"{prefix}no samples of class {', '.join(map(str, missing))}: left out of the NC metrics")
     if simplex:
         _warn_of_dimension(stats.num_classes - len(missing), stats.dim, stats.name)
     means = stats.centred_means(balance)
     vanished = _vanished(stats, means)
-    # Of stacked runs `degenerate` tells which; to warn of one would say nothing of the others.
+    # For stacked runs `degenerate` reports each; a warning could not say which.
     if stats.runs is None and vanished:
-        _warn(f"{who}the class means have vanished or are all the same: NC1–NC3 are undefined (NaN)")
+        _warn(f"{prefix}the class means have vanished or are all the same: NC1–NC3 are undefined (NaN)")
     return means.masked_fill(vanished[..., None, None], float("nan"))
 
 
-def _warn_of_dimension(k: int, d: int, who: str) -> None:
+def _warn_of_dimension(k: int, d: int, name: str) -> None:
     if d < k - 1:
         _warn(
-            f"{who + ': ' if who else ''}{k} classes cannot form a simplex in {d} dimensions (K − 1 are needed): "
+            f"{name + ': ' if name else ''}{k} classes cannot form a simplex in {d} dimensions (K − 1 are needed): "
             "NC2 and NC3 cannot reach 0"
         )
 
 
 def _warn(message: str) -> None:
-    # As if from here: Python shows it once then, not for every metric of the same statistics.
+    # With one location for all, Python shows the message once, not for every metric of the same statistics.
     warnings.warn(message, UserWarning, stacklevel=1)
 
 
-def _known(kind: Any, *kinds: str) -> None:
+def _check_kind(kind: Any, *kinds: str) -> None:
     if kind not in kinds:
         raise ValueError(f"kind is {', '.join(map(repr, kinds))}; got {kind!r}")
 
@@ -243,7 +246,7 @@ def _unit(matrix: Tensor) -> Tensor:
 
 
 def _etf_distance(gram: Tensor) -> Tensor:
-    """Frobenius distance of the normalised `[*, K, K]` matrix from the normalised simplex (I − 11ᵀ/K)/√(K−1)."""
+    """Compute the Frobenius distance of the normalised matrix `[*, K, K]` from the simplex (I − 11ᵀ/K)/√(K−1)."""
     k = gram.shape[-1]
     simplex = (torch.eye(k, dtype=gram.dtype, device=gram.device) - 1 / k) / (k - 1) ** 0.5
     return (_unit(gram) - simplex).flatten(-2).norm(dim=-1)

@@ -1,4 +1,8 @@
-"""What is done with gathered statistics, in float64: about other shifts (Chan et al. 1979), merged, as covariances."""
+"""The float64 algebra of `ClassStats`: move sums to other shifts, merge and all-reduce them, compute covariances.
+
+Sums are kept about a shift per class (`ncollapse.kernels.class_stats.reference.State`). To add sums of the same class
+about different shifts, one is moved to the shift of the other (Chan et al. 1979).
+"""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +14,7 @@ from ncollapse.kernels.class_stats.reference import State
 
 
 class Totals(NamedTuple):
-    """As in `State`, about other shifts; float64 but for the counts."""
+    """The sums of `State`, in float64, about other shifts; counts are int64."""
 
     counts: Tensor
     sums: Tensor
@@ -19,20 +23,20 @@ class Totals(NamedTuple):
 
 
 def moved(state: State, shifts: Tensor) -> Totals:
-    """The statistics about other shifts `[*, K, d]`; of a class without samples they are zero."""
+    """Compute the sums about other shifts `[*, K, d]`; those of a class without samples are zero."""
     counts, sums = state.counts.double().unsqueeze(-1), state.sums.double()
-    by = torch.where(counts > 0, state.shifts.double() - shifts.double(), 0.0)
-    squares = state.squares.double() + 2 * (by * sums).sum(-1) + (counts * by.square()).sum(-1)
+    offset = torch.where(counts > 0, state.shifts.double() - shifts.double(), 0.0)
+    squares = state.squares.double() + 2 * (offset * sums).sum(-1) + (counts * offset.square()).sum(-1)
     scatter = None
     if state.scatter is not None:
-        z, b = (sums, by) if state.axes is None else (t @ state.axes.double().mT for t in (sums, by))
-        cross = z.mT @ b
-        scatter = state.scatter.double() + cross + cross.mT + (counts * b).mT @ b
-    return Totals(state.counts.clone(), sums + counts * by, squares, scatter)
+        z, by = (sums, offset) if state.axes is None else (t @ state.axes.double().mT for t in (sums, offset))
+        cross = z.mT @ by
+        scatter = state.scatter.double() + cross + cross.mT + (counts * by).mT @ by
+    return Totals(state.counts.clone(), sums + counts * offset, squares, scatter)
 
 
 def merge(state: State, other: State) -> None:
-    """Add what `other` holds, in place; both have the same axes and stand on one device."""
+    """Add the sums of `other` in place; both have the same axes and are on one device."""
     new = (state.counts == 0).unsqueeze(-1)
     state.shifts.copy_(torch.where(new, other.shifts.to(state.shifts.dtype), state.shifts))
     totals = moved(other, state.shifts)
@@ -44,16 +48,16 @@ def merge(state: State, other: State) -> None:
 
 
 def all_reduce(state: State, group: Any) -> None:
-    """The statistics of all processes of a `torch.distributed` group, into each of them.
+    """Add the sums of all processes of a `torch.distributed` group, in place in each of them.
 
-    A class is summed about the shift of the first process that has samples of it.
+    The shift of a class becomes that of the first process that has samples of it.
     """
     rank = dist.get_rank(group)
-    seen = [torch.empty_like(state.counts) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(seen, state.counts, group=group)
-    owner = (torch.stack(seen) > 0).int().argmax(0)  # of equal values the first
-    own = ((owner == rank) & (state.counts > 0)).unsqueeze(-1)
-    shifts = torch.where(own, state.shifts.double(), 0.0)
+    counts = [torch.empty_like(state.counts) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, state.counts, group=group)
+    owner = (torch.stack(counts) > 0).int().argmax(0)  # argmax gives the first of equal values
+    owned = ((owner == rank) & (state.counts > 0)).unsqueeze(-1)
+    shifts = torch.where(owned, state.shifts.double(), 0.0)
     dist.all_reduce(shifts, group=group)
     totals = moved(state, shifts)
     for total in (*totals, state.refused):
@@ -66,14 +70,14 @@ def all_reduce(state: State, group: Any) -> None:
 
 
 def within(state: State, directions: Tensor | None) -> Tensor:
-    """D Σ Dᵀ, `[*, n, n]` float64, where Σ is the covariance within classes (of the projections, if there are axes).
+    """Compute D Σ Dᵀ `[*, n, n]` float64; Σ is the covariance within classes (of the projections if there are axes).
 
     Args:
-        state: with a scatter.
+        state: must have a scatter.
         directions: D `[*, n, m]` float64; None: the identity.
     """
     assert state.scatter is not None
-    # The part above the diagonal is the mirror of that below.
+    # The scatter is symmetric, and only its part on and below the diagonal is valid.
     lower, sums = state.scatter.double().tril(), state.sums.double()
     if state.axes is not None:
         sums = sums @ state.axes.double().mT

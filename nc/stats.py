@@ -16,29 +16,29 @@ Balance = Literal["class", "sample", "sample_mean"]
 
 
 class ClassStats:
-    """Counts, means and within-class second moment of features, gathered batch by batch in one read of the features.
+    """Counts, means and within-class second moment of features, accumulated batch by batch in one read of the features.
 
-    The sums are kept about a shift per class, its first sample, so that they keep their digits near collapse
-    (`ncollapse.kernels.class_stats`). Nothing waits for a GPU until a number is asked for; every number is float64.
+    The sums are kept about a shift per class, its first sample, so that they stay accurate near collapse
+    (`ncollapse.kernels.class_stats`). Nothing waits for a GPU until a result is read; every result is float64.
 
     Args:
         num_classes: K ≥ 2.
         dim: d, the feature dimension.
-        moment: what to keep of the second moment. "full": d × d values, from which NC1 is exact after one pass.
-            "projected": its part along `axes`, at most K × K values, from which NC1 is exact if the class means lie in
-            their span; for a second pass, which `projected()` begins. "trace": the trace for each class alone, which is
-            kept in any case: all but the NC1 with the pseudo-inverse.
-        axes: `[*, m, d]`, directions whose span holds the centred class means, such as the class means of an earlier
+        moment: the part of the second moment to keep. "full": d × d values; NC1 is exact after one pass. "projected":
+            the projection on `axes`, at most K × K values; NC1 is exact if the class means lie in their span. It is for
+            a second pass, which `projected()` begins. "trace": only the trace for each class, which the others keep
+            too; it suffices for all metrics but the NC1 with the pseudo-inverse.
+        axes: `[*, m, d]`, directions whose span contains the centred class means, such as the class means of an earlier
             pass; for "projected" only.
         runs: R for stacked runs with features `[R, B, d]`; None for one model with `[B, d]`. `*` below is R or nothing.
-        nan_policy: what becomes of a batch with values that are NaN or infinite. "raise": it is refused, and reported
-            with how many there are. "propagate": it is added; the numbers of its run are then NaN.
+        nan_policy: treatment of a batch with values that are NaN or infinite. "raise": it is refused, with an error
+            that counts them. "propagate": it is added; the results of its run are then NaN.
         name: of the layer, for errors and warnings.
-        device: where the features are.
-        dtype: of the sums: float32, or float64 for float64 features that are to keep their digits.
+        device: of the features.
+        dtype: of the sums: float32, or float64 to keep the accuracy of float64 features.
 
-    A refused batch changes nothing but the error: on a CPU it is raised by `update`, elsewhere by the first number that
-    is asked for, once; the statistics hold all other batches.
+    A refused batch does not change the statistics. On a CPU `update` raises the error; on other devices the first read
+    of a result raises it, once.
     """
 
     def __init__(
@@ -65,18 +65,18 @@ class ClassStats:
             )
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"ClassStats: sums are torch.float32 or torch.float64, not {dtype}")
-        lead = () if runs is None else (runs,)
+        run_shape = () if runs is None else (runs,)
         if (axes is None) == (moment == "projected"):
             raise ValueError(
-                "ClassStats: moment='projected' needs axes, and no other takes them; `projected()` gives both"
+                "ClassStats: moment='projected' needs axes, and the others take none; `projected()` sets both"
             )
-        if axes is not None and (axes.shape[:-2] != lead or axes.shape[-1] != dim):
-            raise ValueError(f"ClassStats: axes must be {(*lead, 'm', dim)}, got {tuple(axes.shape)}")
+        if axes is not None and (axes.shape[:-2] != run_shape or axes.shape[-1] != dim):
+            raise ValueError(f"ClassStats: axes must be {(*run_shape, 'm', dim)}, got {tuple(axes.shape)}")
         self.num_classes, self.dim, self.runs = num_classes, dim, runs
         self.moment, self.nan_policy, self.name = moment, nan_policy, name
 
         if axes is not None:
-            # Orthonormal, so that whatever lies in their span is the sum of its projections.
+            # Orthonormal, so that a vector in their span is the sum of its projections.
             axes = torch.linalg.qr(axes.detach().double().nan_to_num(0.0, 0.0, 0.0).mT).Q.mT
         self._state = State.empty(
             num_classes, dim, runs=runs, scatter=moment != "trace", axes=axes, dtype=dtype, device=device
@@ -98,17 +98,17 @@ class ClassStats:
         expected = (*self._state.squares.shape[:-1], labels.shape[0] if labels.dim() == 1 else "B", self.dim)
         if labels.dim() != 1 or tuple(features.shape) != expected:
             raise ValueError(
-                f"{self._who}.update: expected features {expected} with labels [B]; "
+                f"{self._label}.update: expected features {expected} with labels [B]; "
                 f"got {tuple(features.shape)} and {tuple(labels.shape)}"
             )
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-            raise TypeError(f"{self._who}.update: labels must be integers, got {labels.dtype}")
+            raise TypeError(f"{self._label}.update: labels must be integers, got {labels.dtype}")
         if not features.is_floating_point():
-            raise TypeError(f"{self._who}.update: features must be floating, got {features.dtype}")
+            raise TypeError(f"{self._label}.update: features must be floating, got {features.dtype}")
         device = self._state.counts.device
         if not (features.device == labels.device == device):
             raise ValueError(
-                f"{self._who}.update: features on {features.device} and labels on {labels.device}, statistics on "
+                f"{self._label}.update: features on {features.device} and labels on {labels.device}, statistics on "
                 f"{device}; move them, or the statistics with `to`"
             )
         class_stats_op(features.detach(), labels.long(), *self._state, self.nan_policy == "propagate")
@@ -116,9 +116,9 @@ class ClassStats:
             self._report()
 
     def projected(self) -> "ClassStats":
-        """Empty statistics for a second pass over the same features: NC1 without any d × d matrix.
+        """Return empty statistics for a second pass over the same features, which keep no d × d matrix.
 
-        Its axes span the centred class means gathered here, so that give it the same data again.
+        Their axes span the centred class means of this pass.
         """
         return ClassStats(
             self.num_classes, self.dim, moment="projected", axes=self.centred_means(), runs=self.runs,
@@ -126,30 +126,33 @@ class ClassStats:
         )  # fmt: skip
 
     def merge(self, other: "ClassStats") -> None:
-        """Add what `other` has seen, as if its batches had come here; `other` stays as it is.
+        """Add the batches of `other`; `other` does not change.
 
-        The sums are moved to the shifts kept here in float64 (Chan et al. 1979).
+        Its sums are moved to the shifts of these statistics in float64 (Chan et al. 1979).
 
         Raises:
             ValueError: `other` has another shape, moment or axes.
         """
         if self._kind() != other._kind():
-            raise ValueError(f"{self._who}.merge: cannot add (K, d, R, moment) = {other._kind()} to {self._kind()}")
+            raise ValueError(f"{self._label}.merge: cannot add (K, d, R, moment) = {other._kind()} to {self._kind()}")
         theirs = other._state.to(self.device)
         if self._state.axes is not None and not torch.equal(self._state.axes, theirs.axes):  # type: ignore[arg-type]
-            raise ValueError(f"{self._who}.merge: the projections are on other axes; make both of one `projected()`")
+            raise ValueError(
+                f"{self._label}.merge: the projections are on other axes; create both with one `projected()`"
+            )
         merge(self._state, theirs)
 
     def all_reduce(self, group: Any = None) -> None:
         """Merge the statistics of all processes of a `torch.distributed` group into each of them.
 
-        A class's shift becomes that of the first process which has samples of it; sums are moved there and added in
-        float64. Twice K × d and (moment) d × d or m × m values go over the network. Axes must be the same everywhere.
+        A class's shift becomes that of the first process that has samples of it; sums are moved there and added in
+        float64. The network carries 2 · K × d values, and for the moment d × d or m × m. All processes must have the
+        same axes.
         """
         all_reduce(self._state, group)
 
     def reset(self) -> None:
-        """Forget all batches; the axes stay."""
+        """Remove all batches; keep the axes."""
         for tensor in self._tensors(but="axes").values():
             tensor.zero_()
 
@@ -159,42 +162,42 @@ class ClassStats:
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of all tensors by name (`ncollapse.kernels.class_stats.reference.State`), for `torch.save`."""
+        """Return copies of all tensors by name (`ncollapse.kernels.class_stats.reference.State`), for `torch.save`."""
         return {name: tensor.clone() for name, tensor in self._tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where a `state_dict` was taken.
+        """Restore the state of a `state_dict`.
 
         Raises:
-            ValueError: it belongs to statistics of another shape or moment; nothing is changed then.
+            ValueError: it is of statistics of another shape or moment; nothing has changed then.
         """
-        own = self._tensors()
-        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in state.items()}:
+        tensors = self._tensors()
+        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in state.items()}:
             raise ValueError(
-                f"{self._who}.load_state_dict: it holds {_shapes(state)}; these statistics hold {_shapes(own)}"
+                f"{self._label}.load_state_dict: it holds {_shapes(state)}; these statistics hold {_shapes(tensors)}"
             )
-        for name, tensor in own.items():
+        for name, tensor in tensors.items():
             tensor.copy_(state[name])
 
     @property
     def device(self) -> torch.device:
-        """Where the statistics are."""
+        """Device of the statistics."""
         return self._state.counts.device
 
     @property
     def counts(self) -> Tensor:
-        """`[K]` int64, samples seen of each class."""
+        """Number of samples of each class, `[K]` int64."""
         self._report()
         return self._state.counts
 
     @property
     def present(self) -> Tensor:
-        """`[K]` bool: classes of which at least one sample was seen."""
+        """Whether a class has samples, `[K]` bool."""
         return self.counts > 0
 
     @property
     def means(self) -> Tensor:
-        """Class means μ_k, `[*, K, d]` float64; NaN for a class that was not seen."""
+        """Class means μ_k, `[*, K, d]` float64; NaN for a class without samples."""
         return self._state.shifts.double() + self._state.sums.double() / self.counts.unsqueeze(-1)
 
     @property
@@ -203,12 +206,12 @@ class ClassStats:
         return self.means[..., self.present, :].mean(-2)
 
     def class_weights(self, balance: Balance = "class") -> Tensor:
-        """What each of the K' classes seen counts in Σ_B, `[K']` float64: 1/K' or (balance "sample") n_k/N."""
+        """Return each class's weight w_k in Σ_B, 1/K' or ("sample") n_k/N, for the K' classes with samples; float64."""
         counts = self.counts[self.present].double()
         return counts / counts.sum() if balance == "sample" else torch.full_like(counts, 1 / len(counts))
 
     def centred_means(self, balance: Balance = "class") -> Tensor:
-        """M, rows μ_k − μ_G of the K' classes seen, `[*, K', d]` float64.
+        """Return M, rows μ_k − μ_G of the K' classes with samples, `[*, K', d]` float64.
 
         Args:
             balance: "class": μ_G is the mean of the class means (Papyan et al. 2020). "sample", "sample_mean": the mean
@@ -216,13 +219,12 @@ class ClassStats:
         """
         if balance not in get_args(Balance):
             raise ValueError(f"balance is 'class', 'sample' or 'sample_mean', not {balance!r}")
-        # Centred before the shifts are added to anything large: both steps are differences of float64 values.
         means = self.means[..., self.present, :]
         weights = self.class_weights("class" if balance == "class" else "sample")
         return means - (weights.unsqueeze(-1) * means).sum(-2, keepdim=True)
 
     def between_cov(self, balance: Balance = "class") -> Tensor:
-        """Σ_B = Σ_k w_k (μ_k − μ_G)(μ_k − μ_G)ᵀ over the classes seen, `[*, d, d]` float64.
+        """Compute Σ_B = Σ_k w_k (μ_k − μ_G)(μ_k − μ_G)ᵀ over classes with samples, `[*, d, d]` float64.
 
         Args:
             balance: "class": w_k = 1/K' and μ_G the mean of the class means (Papyan et al. 2020). "sample": w_k = n_k/N
@@ -232,57 +234,58 @@ class ClassStats:
         return means.mT @ (self.class_weights(balance).unsqueeze(-1) * means)
 
     def within_variances(self) -> Tensor:
-        """tr Σ_k = (1/n_k) Σ ‖h − μ_k‖² of each of the K' classes seen, `[*, K']` float64."""
+        """Compute tr Σ_k = (1/n_k) Σ ‖h − μ_k‖² of each of the K' classes with samples, `[*, K']` float64."""
         counts = self.counts[self.present].double()
         sums = self._state.sums[..., self.present, :].double() / counts.unsqueeze(-1)
         return (self._state.squares[..., self.present].double() / counts - sums.square().sum(-1)).clamp(min=0)
 
     def within_trace(self) -> Tensor:
-        """tr Σ_W = (1/N) Σ ‖h − μ_y‖² over all samples, `[*]` float64."""
+        """Compute tr Σ_W = (1/N) Σ ‖h − μ_y‖² over all samples, `[*]` float64."""
         return (self.class_weights("sample") * self.within_variances()).sum(-1)
 
     def within_cov(self, directions: Tensor | None = None) -> Tensor:
-        """Σ_W = (1/N) Σ (h − μ_y)(h − μ_y)ᵀ over all samples, `[*, d, d]` float64 (Papyan et al. 2020).
+        """Compute Σ_W = (1/N) Σ (h − μ_y)(h − μ_y)ᵀ over all samples, `[*, d, d]` float64 (Papyan et al. 2020).
 
         Args:
-            directions: D `[*, m, d]` float64: D Σ_W Dᵀ instead, `[*, m, m]`, which costs less.
+            directions: D `[*, m, d]` float64: compute D Σ_W Dᵀ `[*, m, m]` instead, which costs less.
 
         Raises:
-            ValueError: moment="trace" keeps no second moment; moment="projected" only that between directions.
+            ValueError: moment="trace" keeps no second moment; moment="projected" needs directions.
 
         Warns:
-            UserWarning: with moment="projected", of directions that leave the span of the axes by more than 0.1 %.
+            UserWarning: with moment="projected", more than 0.1 % of the directions lies outside the span of the axes.
         """
         axes = self._state.axes
         if self._state.scatter is None or (axes is not None and directions is None):
             raise ValueError(
-                f"{self._who}: moment={self.moment!r} does not keep the second moment that this needs; moment='full' "
-                "does. For NC1 'projected' is enough, and nc1(kind='trace_ratio') and 'cdnv' need none"
+                f"{self._label}: moment={self.moment!r} does not keep the second moment that this needs; moment='full' "
+                "does. For NC1 'projected' suffices; nc1(kind='trace_ratio') and 'cdnv' need none"
             )
         self._report()
         if axes is not None and directions is not None:
-            along = directions @ axes.double().mT
-            rest = (directions - along @ axes.double()).flatten(-2).norm(dim=-1) / directions.flatten(-2).norm(dim=-1)
-            if (rest > 1e-3).any():
+            projected = directions @ axes.double().mT
+            residual = (directions - projected @ axes.double()).flatten(-2).norm(dim=-1)
+            share = residual / directions.flatten(-2).norm(dim=-1)
+            if (share > 1e-3).any():
                 warnings.warn(
-                    f"{self._who}: {rest.nan_to_num(0.0).max():.1%} of the class means lie outside the axes that the "
-                    "second moment was projected on; NC1 lacks that part. `projected()` of the same data has the axes",
+                    f"{self._label}: {share.nan_to_num(0.0).max():.1%} of the class means lie outside the axes on "
+                    "which the second moment is projected, and NC1 omits that part; use `projected()` of the same data",
                     stacklevel=2,
                 )
-            directions = along
+            directions = projected
         return within(self._state, directions)
 
     def _report(self) -> None:
-        """Raise for what was refused since the last report; asks the GPU."""
+        """Raise an error for the batches refused since the last call; waits for the GPU."""
         batches, labels, values = self._state.refused.tolist()
         if not batches:
             return
         self._state.refused.zero_()
-        what = [f"{labels} labels outside [0, {self.num_classes})"] if labels else []
+        reasons = [f"{labels} labels outside [0, {self.num_classes})"] if labels else []
         if values:
-            what.append(f"{values} values that are NaN or infinite (nan_policy='propagate' takes them)")
+            reasons.append(f"{values} values that are NaN or infinite (nan_policy='propagate' accepts them)")
         batch = "the batch was" if batches == 1 else f"{batches} batches were"
-        raise ValueError(f"{self._who}: {batch} refused, for {' and '.join(what)}; the statistics hold all others")
+        raise ValueError(f"{self._label}: {batch} refused, for {' and '.join(reasons)}; the statistics hold all others")
 
     def _tensors(self, *, but: str = "") -> dict[str, Tensor]:
         return {n: t for n, t in self._state._asdict().items() if t is not None and n != but}
@@ -291,7 +294,7 @@ class ClassStats:
         return self.num_classes, self.dim, self.runs, self.moment
 
     @property
-    def _who(self) -> str:
+    def _label(self) -> str:
         return f"ClassStats of {self.name!r}" if self.name else "ClassStats"
 
 

@@ -164,7 +164,7 @@ def test_projected_takes_two_passes_and_agrees(data: Pair) -> None:
     model.samples = 0
     assert numbers(measure(model, data, moment="projected", **options)) == pytest.approx(expected, rel=1e-4)
     assert model.samples == 400
-    with pytest.raises(ValueError, match="an iterator gives it once"):
+    with pytest.raises(ValueError, match="an iterator allows one"):
         measure(model, iter([data]), moment="projected", head="model.fc")
 
 
@@ -243,5 +243,5 @@ def test_a_callback_measures_every_so_often(data: Pair) -> None:
     def once() -> Iterator[Pair]:
         yield data
 
-    with pytest.raises(ValueError, match="an iterator gives its data once"):
+    with pytest.raises(ValueError, match="an iterator can be read only once"):
         NCCallback(model, once())

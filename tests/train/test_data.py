@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ncollapse.train.data import sets as data_module
-from ncollapse.train.data.sets import data_folder, find, load
+from ncollapse.train.data.sets import check_files, data_folder, load
 from ncollapse.train.errors import UserError
 
 CPU = torch.device("cpu")
@@ -69,9 +69,9 @@ def test_torchvision_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     data = load("mnist", data_dir=tmp_path, download=False, device=CPU)
     assert data.train_x.shape == (20, 1, 28, 28)
     assert data.train_y.tolist() == [*range(10), *range(10)]
-    assert find("mnist", tmp_path) == "there, checksums right"
-    assert "missing" in find("fashion-mnist", tmp_path)
-    assert "missing" in find("cifar10", tmp_path)
+    assert check_files("mnist", tmp_path) == "complete, checksums match"
+    assert "missing" in check_files("fashion-mnist", tmp_path)
+    assert "missing" in check_files("cifar10", tmp_path)
 
 
 def test_corrupt_files_are_named(tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_corrupt_files_are_named(tmp_path: Path) -> None:
     write_idx(raw, 20)  # whole files, and not what was published
     with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte is corrupt: the MD5 .* delete it.* --download"):
         load("fashion-mnist", data_dir=tmp_path, download=False, device=CPU)
-    assert find("fashion-mnist", tmp_path).startswith(f"corrupt: {raw}/train-images-idx3-ubyte, ")
+    assert check_files("fashion-mnist", tmp_path).startswith(f"corrupt: {raw}/train-images-idx3-ubyte, ")
     (raw / "train-images-idx3-ubyte").unlink()
-    assert "missing" in find("fashion-mnist", tmp_path)
+    assert "missing" in check_files("fashion-mnist", tmp_path)
 
 
 def test_published_checksums_are_torchvisions_names() -> None:

@@ -9,7 +9,7 @@ import torch
 from ncollapse.kernels import operators
 from ncollapse.kernels.class_stats import op as class_stats
 from ncollapse.kernels.update import launch as update
-from ncollapse.train.data.sets import DATA_SETS, data_folder, find
+from ncollapse.train.data.sets import DATA_SETS, check_files, data_folder
 from ncollapse.train.results.provenance import device_name, package_version
 
 
@@ -42,4 +42,4 @@ def inspect_machine(data_dir: Path | None) -> Iterator[tuple[str, str]]:
             yield f"{part} on {kind}", fused if reason is None else f"plain PyTorch, slowly: {reason}"
     yield "data folder", str(data_folder(data_dir).resolve())
     for name in DATA_SETS:
-        yield f"data {name}", find(name, data_folder(data_dir))
+        yield f"data {name}", check_files(name, data_folder(data_dir))

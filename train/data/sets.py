@@ -1,4 +1,4 @@
-"""Data sets as whole tensors on the device: no per-image Python in the training loop."""
+"""Data sets as whole tensors on the device, so that the training loop runs no Python per image."""
 
 import dataclasses
 import hashlib
@@ -14,9 +14,9 @@ from ncollapse.train.config import Data
 from ncollapse.train.errors import UserError
 
 DATA_SETS: tuple[str, ...] = get_args(Data)
-#: data set name -> class in torchvision.datasets
+# Data set name -> class in torchvision.datasets.
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
-#: MD5 of the published files, unpacked: torchvision looks at those of its downloads and of CIFAR-10 alone.
+# File -> MD5 of the published file, unpacked: torchvision checks only those of its downloads and of CIFAR-10.
 _MD5 = {
     "mnist": {
         "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
@@ -37,8 +37,11 @@ _MD5 = {
 class Dataset:
     """Training and validation images, normalised by the training images' mean and standard deviation per channel.
 
-    `train_x`, `val_x` are `[N, C, H, W]` float32 with H = W, `train_y`, `val_y` `[N]` int64. `fingerprint` is a hash
-    of the raw images and labels: what a resumed sweep must find again.
+    Attributes:
+        train_x, val_x: images `[N, C, H, W]` float32, H = W.
+        train_y, val_y: labels `[N]` int64.
+        classes: their names.
+        fingerprint: a hash of the raw images and labels; a resumed sweep must have the same data.
     """
 
     train_x: Tensor
@@ -59,38 +62,38 @@ class Dataset:
         return self.train_x.shape[2]
 
     def limited(self, limit: int | None) -> "Dataset":
-        """The same with only the first `limit` training samples."""
+        """Return the data set with only the first `limit` training samples."""
         if limit is None or limit >= len(self.train_y):
             return self
         return dataclasses.replace(self, train_x=self.train_x[:limit], train_y=self.train_y[:limit])
 
     def to(self, device: torch.device) -> "Dataset":
-        """The same on a device."""
-        parts = {name: getattr(self, name).to(device) for name in ("train_x", "train_y", "val_x", "val_y")}
-        return dataclasses.replace(self, **parts)
+        """Return the data set on a device."""
+        tensors = {name: getattr(self, name).to(device) for name in ("train_x", "train_y", "val_x", "val_y")}
+        return dataclasses.replace(self, **tensors)
 
 
 def data_folder(data_dir: Path | None) -> Path:
-    """Where data sets lie: the argument, else $NCOLLAPSE_DATA, else ./data."""
+    """Return the folder of the data sets: the argument, else $NCOLLAPSE_DATA, else ./data."""
     return data_dir or Path(os.environ.get("NCOLLAPSE_DATA") or "data")
 
 
-def find(name: str, folder: Path) -> str:
-    """Whether a data set is there and whole, in words."""
+def check_files(name: str, folder: Path) -> str:
+    """Check whether a data set's files exist and match their MD5; return the result in words."""
     if name == "digits":
         return "comes with scikit-learn"
     if name == "imagefolder":
-        parts = [split for split in ("train", "test") if (folder / split).is_dir()]
-        return "train/ and test/ are there" if len(parts) == 2 else "no train/ and test/ in the data folder"
+        exist = all((folder / split).is_dir() for split in ("train", "test"))
+        return "train/ and test/ exist" if exist else "no train/ and test/ in the data folder"
     files = _files(name, folder)
     if not all(path.is_file() for path in files):
         return "missing; use --data-dir or --download"
     bad = _corrupt(files)
-    return f"corrupt: {', '.join(str(path) for path in bad)}" if bad else "there, checksums right"
+    return f"corrupt: {', '.join(str(path) for path in bad)}" if bad else "complete, checksums match"
 
 
 def _files(name: str, folder: Path) -> dict[Path, str]:
-    """The files of a torchvision data set and their MD5."""
+    """Return the files of a torchvision data set and their MD5."""
     if name in _MD5:
         return {folder / _TORCHVISION[name] / "raw" / file: md5 for file, md5 in _MD5[name].items()}
     from torchvision.datasets import CIFAR10
@@ -99,7 +102,7 @@ def _files(name: str, folder: Path) -> dict[Path, str]:
 
 
 def _corrupt(files: dict[Path, str]) -> list[Path]:
-    """Those that are there and are not what was published."""
+    """Return the existing files whose MD5 differs from the published one."""
     bad = []
     for path, md5 in files.items():
         if path.is_file():
@@ -110,16 +113,16 @@ def _corrupt(files: dict[Path, str]) -> list[Path]:
 
 
 def load(name: str, device: torch.device, *, data_dir: Path | None, download: bool) -> Dataset:
-    """Load a data set onto the device.
+    """Load a data set onto a device.
 
     Args:
         name: digits, mnist, fashion-mnist, cifar10 or imagefolder.
-        device: where to.
+        device: of the tensors.
         data_dir: see `data_folder`; torchvision's `root`, or for imagefolder the folder that holds train/ and test/.
-        download: let torchvision download what is missing.
+        download: let torchvision download missing files.
 
     Raises:
-        UserError: data that is missing, corrupt, unreadable, or not images of one size.
+        UserError: data that is missing, corrupt or unreadable, images of different sizes or with a constant channel.
     """
     folder = data_folder(data_dir)
     if name == "digits":
@@ -148,34 +151,34 @@ def load(name: str, device: torch.device, *, data_dir: Path | None, download: bo
     )
 
 
-Raw = tuple[Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]
+_Raw = tuple[Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]
 
 
-def _digits() -> Raw:
+def _digits() -> _Raw:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
     x = torch.from_numpy(images).to(torch.uint8).view(-1, 1, 8, 8)
     y = torch.from_numpy(labels).long()
-    # The split is part of the data set: it does not move with a run's seed.
+    # The split is part of the data set, so it does not depend on a run's seed.
     train, val = train_test_split(range(len(y)), test_size=0.2, stratify=labels, random_state=0)
     return x[train], y[train], x[val], y[val], tuple(str(k) for k in range(10))
 
 
-def _torchvision(name: str, folder: Path, download: bool) -> Raw:
+def _torchvision(name: str, folder: Path, download: bool) -> _Raw:
     import torchvision
 
     source = getattr(torchvision.datasets, _TORCHVISION[name])
     if bad := _corrupt(_files(name, folder)):
         raise UserError(
-            f"data set {name}: {', '.join(str(path) for path in bad)} is corrupt: the MD5 is not that of the published "
-            "file; delete it, then put it there again or let it be fetched with --download"
+            f"data set {name}: {', '.join(str(path) for path in bad)} is corrupt: the MD5 differs from that of the "
+            "published file; delete it, then copy it again or fetch it with --download"
         )
     try:
         sets = [source(root=folder, train=train, download=download) for train in (True, False)]
     except RuntimeError as error:
-        hint = "give its folder with --data-dir or NCOLLAPSE_DATA, or let it be fetched with --download"
+        hint = "give its folder with --data-dir or NCOLLAPSE_DATA, or fetch it with --download"
         raise UserError(f"data set {name} not found in {folder.resolve()}: {hint} ({error})") from None
     except OSError as error:
         raise UserError(f"data set {name}: {error}; check the network and the folder {folder.resolve()}") from None
@@ -184,13 +187,13 @@ def _torchvision(name: str, folder: Path, download: bool) -> Raw:
 
 
 def _images(data: Any, targets: Any) -> tuple[Tensor, Tensor]:
-    """`[N, H, W]` or `[N, H, W, C]` bytes as `[N, C, H, W]`, and the labels."""
+    """Convert bytes `[N, H, W]` or `[N, H, W, C]` to `[N, C, H, W]`, and labels to int64."""
     x = torch.as_tensor(data)
     x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
     return x, torch.as_tensor(targets, dtype=torch.int64)
 
 
-def _image_folder(folder: Path) -> Raw:
+def _image_folder(folder: Path) -> _Raw:
     splits = {}
     for split in ("train", "test"):
         if not (folder / split).is_dir():
@@ -212,7 +215,7 @@ def _read_split(folder: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
 
     try:
         images = torchvision.datasets.ImageFolder(str(folder))
-        # PIL decodes outside Python's lock, so threads are enough.
+        # PIL releases the GIL while it decodes, so threads suffice.
         with ThreadPoolExecutor() as pool:
             tensors = list(pool.map(lambda i: pil_to_tensor(images[i][0]), range(len(images))))
     except OSError as error:  # no class folders, a class without images, an image that cannot be read
@@ -220,7 +223,7 @@ def _read_split(folder: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     shapes = {_shape(t) for t in tensors}
     if len(shapes) > 1 or tensors[0].shape[1] != tensors[0].shape[2]:
         raise UserError(f"imagefolder {folder}: images must be square and all of one size; found {sorted(shapes)[:5]}")
-    # Folders come class by class, so that --limit would take the first class alone: shuffled, the same way every time.
+    # Folders are read class by class, and --limit would take the first class alone: shuffle, with a fixed seed.
     order = torch.randperm(len(tensors), generator=torch.Generator().manual_seed(0))
     return torch.stack(tensors)[order], torch.tensor(images.targets)[order], tuple(images.classes)
 
