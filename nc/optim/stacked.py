@@ -54,10 +54,8 @@ class Stacked(Optimizer):
         coupling: Hyper | None = None,
     ) -> None:
         classes = [by_name(name) for name in rules]
-        if whole := sorted({name for name, cls in zip(rules, classes, strict=True) if not cls.rule.elementwise}):
-            raise ValueError(
-                f"Stacked: {', '.join(whole)} does not update elementwise; use its class with stacked=True"
-            )
+        if others := sorted({cls.__name__ for cls in classes if not cls.rule.elementwise}):
+            raise ValueError(f"Stacked: {', '.join(others)} does not update elementwise; use it with stacked=True")
         if coupling is None:
             coupling = torch.tensor([cls.default_coupling for cls in classes], dtype=torch.float64)
         defaults = {
@@ -73,7 +71,8 @@ class Stacked(Optimizer):
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        rules = [by_name(name).rule for name in self.defaults["rules"]]  # a copy or a pickle keeps the defaults
+        # From the defaults, which a copy or a pickle keeps.
+        rules = [by_name(name).rule for name in self.defaults["rules"]]
         names = ("exp_avg", "exp_avg_sq")[: max((len(rule.states) for rule in rules), default=0)]
         return names + ("step",) * any(rule.counts_steps for rule in rules)
 
@@ -83,7 +82,7 @@ class Stacked(Optimizer):
         return [HyperSet(self._numbers(group), codes, states, "step" in self.state_names)]
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Hyper]:
-        # All as vectors on the parameters' device: where rules differ by run, so do β₁ and β₂.
+        # All are vectors on the parameters' device, since β₁ and β₂ depend on the rule of each run.
         device = next((p.device for p in group["params"]), None)
         rules = [by_name(name).rule for name in group["rules"]]
 

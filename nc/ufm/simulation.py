@@ -179,8 +179,8 @@ def _named(names: list[str], model: _Model, rates: _Floats, options: dict[str, A
         make: Callable[..., torch.optim.Optimizer] = classes[0]
         optimizer = make(model.parameters, **numbers, stacked=True)
     else:
-        whole = next(name for name, cls in zip(names, classes, strict=True) if not cls.rule.elementwise)
-        raise ValueError(f"{whole} cannot share a stack with others: simulate it by itself; got {', '.join(names)}")
+        single = next(name for name, cls in zip(names, classes, strict=True) if not cls.rule.elementwise)
+        raise ValueError(f"{single} cannot share a stack with others: simulate it by itself; got {', '.join(names)}")
     changes = _changes(rates)
 
     def step(t: int) -> None:

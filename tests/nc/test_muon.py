@@ -14,7 +14,7 @@ from ncollapse.optim.muon import newton_schulz
 
 
 def direction(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Newton–Schulz by what it does to singular values."""
+    """Newton–Schulz applied to the singular values."""
     u, s, vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     s = s / s.square().sum().sqrt().clamp(min=1e-7)
     for _ in range(steps):
@@ -70,13 +70,13 @@ def test_as_torch_in_float64_and_in_its_bfloat16(scale: Any, monkeypatch: pytest
     shapes = [(4, 7), (7, 4), (6, 6)]
     params, twins = parameters(shapes, torch.float32), parameters(shapes, torch.float32)
     ours = take(optim.Muon(params, **settings), params, range(5))
-    # bfloat16 keeps three digits, of directions of size 1, in five steps of 0.02.
+    # bfloat16 keeps three digits of directions of size 1, over five steps of 0.02.
     close(ours, take(torch.optim.Muon(twins, **settings), twins, range(5)), 5 * 0.02 * 1.3e-2)
     monkeypatch.setattr(torch_muon, "_zeropower_via_newtonschulz", lambda g, *_: direction(g))
     params, twins = parameters(shapes), parameters(shapes)
     first, second = optim.Muon(params, **settings), torch.optim.Muon(twins, **settings)
     close(take(first, params, range(5)), take(second, twins, range(5)))
-    # State dicts go both ways, settings included.
+    # State dicts load in both directions, settings included.
     for source, target in ((first, torch.optim.Muon), (second, optim.Muon)):
         start = params if source is first else twins
         copies = [nn.Parameter(p.detach().clone()) for p in start]
@@ -113,14 +113,14 @@ def row_sums(
     for step in range(steps):
         batch = torch.arange(step % 2, 64, 2)
         logits = x[batch] @ weight.T + bias
-        slope = logits.detach().softmax(1)
+        gradient = logits.detach().softmax(1)
         label = y[batch].unsqueeze(1)
         if exact:  # the label's entry is minus the sum of the others
-            slope.scatter_(1, label, 0).scatter_(1, label, -slope.sum(1, keepdim=True))
+            gradient.scatter_(1, label, 0).scatter_(1, label, -gradient.sum(1, keepdim=True))
         else:
-            slope.scatter_add_(1, label, -torch.ones_like(slope[:, :1]))
+            gradient.scatter_add_(1, label, -torch.ones_like(gradient[:, :1]))
         optimizer.zero_grad()
-        logits.backward(slope / len(batch))
+        logits.backward(gradient / len(batch))
         optimizer.step()
         seen.append(weight.detach().double().sum(0))
     return torch.stack(seen), nn.functional.cross_entropy(logits, y[batch]).detach()
@@ -149,14 +149,14 @@ def test_the_law_needs_decoupled_decay_exact_products_and_a_gradient_that_sums_t
     in_bfloat16 = {"adjust_lr_fn": "match_rms_adamw", **settings}
     assert off(lambda p: torch.optim.Muon(p[:1], **in_bfloat16), torch.float32)[0] > 1e-2
     assert off(lambda p: optim.Muon(p, **settings), torch.float32)[0] < 1e-4
-    # p − 1 of the label has lost its digits by now.
+    # By now p − 1 of the label has cancelled.
     distance, loss = off(lambda p: optim.Muon(p, **settings), torch.float32, exact=False)
     assert loss < 1e-5
     assert distance > 1e-2
 
 
 def stack_of(runs: int, dtype: torch.dtype, **settings: Any) -> tuple[Any, optim.Muon, list[tuple[Any, optim.Muon]]]:
-    """A stack whose runs differ in every number, and each run by itself, with the same gradients."""
+    """A stack whose runs differ in every hyperparameter, and each run by itself, with the same gradients."""
     numbers = {
         "lr": torch.linspace(0.01, 0.03, runs, dtype=torch.float64),
         "momentum": torch.linspace(0.0, 0.95, runs, dtype=torch.float64),
@@ -169,9 +169,9 @@ def stack_of(runs: int, dtype: torch.dtype, **settings: Any) -> tuple[Any, optim
     together = optim.Muon(stack, betas=betas, stacked=True, **numbers, **settings)
     alone = []
     for r in range(runs):
-        own = [nn.Parameter(p[r].detach().clone()) for p in stack]
+        params = [nn.Parameter(p[r].detach().clone()) for p in stack]
         floats = {name: value[r].item() for name, value in numbers.items()}
-        alone.append((own, optim.Muon(own, betas=(betas[0][r].item(), 0.99), **floats, **settings)))
+        alone.append((params, optim.Muon(params, betas=(betas[0][r].item(), 0.99), **floats, **settings)))
     return stack, together, alone
 
 
@@ -181,7 +181,7 @@ def test_stacked_runs_are_runs_alone(dtype: torch.dtype, tolerance: float, setti
     stack, together, alone = stack_of(4, dtype, **settings)
     lr = together.param_groups[0]["lr"]
     seen = together.observe(norms=True, head=stack[0], bf16=True)
-    watched = [optimizer.observe(head=own[0]) for own, optimizer in alone]
+    watched = [optimizer.observe(head=params[0]) for params, optimizer in alone]
     for seed in range(6):
         if seed == 3:  # as a schedule does it, in place
             lr.mul_(0.1)
@@ -191,18 +191,18 @@ def test_stacked_runs_are_runs_alone(dtype: torch.dtype, tolerance: float, setti
         before, weights = ([t.detach().clone() for t in ts] for ts in ([p.grad for p in stack], stack))
         together.step()
         close([p.grad for p in stack], before, 0.0)
-        for r, (own, optimizer) in enumerate(alone):
+        for r, (params, optimizer) in enumerate(alone):
             optimizer.param_groups[0]["lr"] = lr[r].item()
-            for p, q in zip(stack, own, strict=True):
+            for p, q in zip(stack, params, strict=True):
                 q.grad = p.grad[r].clone()
             optimizer.step()
-            for p, q in zip(stack, own, strict=True):
+            for p, q in zip(stack, params, strict=True):
                 close(p[r], q, tolerance)
             changes = [p[r].detach() - w[r] for p, w in zip(stack, weights, strict=True)]
             for norm, tensors in ((seen.grad_norm[r], [g[r] for g in before]), (seen.update_norm[r], changes)):
                 close(norm, torch.cat([t.double().flatten() for t in tensors]).norm(), 10 * tolerance)
             close(seen.nc0[r], stack[0][r].detach().double().sum(0).square().sum())
-            close(watched[r].nc0, own[0].detach().double().sum(0).square().sum())
+            close(watched[r].nc0, params[0].detach().double().sum(0).square().sum())
     assert stack[0][1].isnan().all()
     assert not stack[0][[0, 2, 3]].isnan().any()
     assert not any(p[1].isnan().any() for p in stack[1:])
@@ -219,13 +219,13 @@ def test_what_the_training_loop_relies_on() -> None:
     assert "step" in together.state_names
     for i, p in enumerate(stack):
         assert all(v.shape == (() if name == "step" else p.shape) for name, v in state[i].items())
-    # Runs that have ended are taken out: the rest goes on as it would have.
+    # Without the runs that have ended, the others train as before.
     keep = torch.tensor([0, 2, 3])
     fewer = [nn.Parameter(p.detach()[keep].clone()) for p in stack]
     numbers = {n: v[keep] for n, v in together.param_groups[0].items() if isinstance(v, Tensor)}
     betas = together.param_groups[0]["betas"]
     smaller = optim.Muon(fewer, **numbers, betas=(betas[0][keep], betas[1]), stacked=True)
-    kept = {i: {n: v[keep] if v.dim() else v for n, v in own.items()} for i, own in state.items()}
+    kept = {i: {n: v[keep] if v.dim() else v for n, v in each.items()} for i, each in state.items()}
     smaller.load_state_dict({"state": kept, "param_groups": smaller.state_dict()["param_groups"]})
     for seed in range(3, 6):
         give_gradients(stack, seed)

@@ -1,6 +1,7 @@
-"""What Muon refuses, before anything has changed."""
+"""Input that Muon refuses, before anything has changed."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from torch import nn
 from muon_cases import close, parameters, take
 from ncollapse import optim
 
+VECTOR = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
 
-def test_bad_input_is_refused_before_anything_changed() -> None:
-    w = nn.Parameter(torch.ones(3, 2))
-    vector = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
-    for kwargs, message in (
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
         ({"lr": -1.0}, "Muon: lr must be"),
         ({"momentum": 1.0}, r"Muon: momentum must be a number, or one per stacked run, in \[0, 1\)"),
         ({"weight_decay": float("nan")}, "Muon: weight_decay must be"),
@@ -22,12 +24,19 @@ def test_bad_input_is_refused_before_anything_changed() -> None:
         ({"adjust_lr_fn": "spectral"}, "adjust_lr_fn must be one of match_rms_adamw, original; got 'spectral'"),
         ({"ns_steps": 0}, r"ns_steps must be an integer in \[1, 100\); got 0"),
         ({"ns_coefficients": (1.0, 2.0)}, "ns_coefficients must be three numbers"),
-        ({"lr": vector}, "lr has a value for each of 3 stacked runs; give stacked=True"),
-        ({"betas": (0.9, vector)}, "beta2 has a value for each of 3 stacked runs"),
-        ({"stacked": True, "eps": vector[:2]}, "eps has a value for each of 2 stacked runs, but a parameter has shape"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            optim.Muon([w], **kwargs)
+        ({"lr": VECTOR}, "lr has a value for each of 3 stacked runs; give stacked=True"),
+        ({"betas": (0.9, VECTOR)}, "beta2 has a value for each of 3 stacked runs"),
+        ({"stacked": True, "eps": VECTOR[:2]}, "eps has a value for each of 2 stacked runs, but a parameter has shape"),
+    ],
+    ids=str,
+)
+def test_bad_settings(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        optim.Muon([nn.Parameter(torch.ones(3, 2))], **kwargs)
+
+
+def test_bad_input_is_refused_before_anything_changed() -> None:
+    w = nn.Parameter(torch.ones(3, 2))
     for others in ((2, 3), ()):
         with pytest.raises(ValueError, match=r"stacked parameters are \[R, …\] with one R; their first dimensions are"):
             optim.Muon([w, nn.Parameter(torch.ones(others))], stacked=True)

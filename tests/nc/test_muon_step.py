@@ -13,13 +13,13 @@ from muon_cases import close, give_gradients, parameters, take
 from ncollapse import optim
 
 
-@pytest.mark.parametrize("how", ["state dict", "copy", "pickle"])
+@pytest.mark.parametrize("method", ["state dict", "copy", "pickle"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_goes_on_bit_for_bit(how: str, dtype: torch.dtype) -> None:
+def test_resumes_bit_for_bit(method: str, dtype: torch.dtype) -> None:
     params = parameters(dtype=dtype)
     optimizer = optim.Muon(params, lr=0.03, weight_decay=0.2, coupling=0.5, momentum=0.8, nesterov=False)
     take(optimizer, params, range(3))
-    if how == "state dict":
+    if method == "state dict":
         file = io.BytesIO()
         torch.save(optimizer.state_dict(), file)
         file.seek(0)
@@ -28,7 +28,7 @@ def test_goes_on_bit_for_bit(how: str, dtype: torch.dtype) -> None:
         other.load_state_dict(torch.load(file, weights_only=True))
     else:
         both = (params, optimizer)
-        others, other = copy.deepcopy(both) if how == "copy" else pickle.loads(pickle.dumps(both))
+        others, other = copy.deepcopy(both) if method == "copy" else pickle.loads(pickle.dumps(both))
     expected = take(optimizer, params, range(3, 6))
     assert all(map(torch.equal, take(other, others, range(3, 6)), expected))
     for p, q in zip(params, others, strict=True):
@@ -39,7 +39,7 @@ def test_goes_on_bit_for_bit(how: str, dtype: torch.dtype) -> None:
 
 
 def test_a_tensor_or_a_number_may_be_written_between_steps_and_groups_added() -> None:
-    """By tensors and by floats alike; and states are loaded into the tensors that there are."""
+    """Tensors and floats give the same; states are loaded into the existing tensors."""
     rate = torch.tensor(0.02, dtype=torch.float64)
     a, b = parameters(), parameters()
     first = optim.Muon([{"params": a[:3]}, {"params": a[5:], "momentum": 0.5}], lr=rate, weight_decay=0.1)
@@ -86,15 +86,15 @@ def test_missing_gradients_closures_and_a_scaler() -> None:
     close(twins, params)
 
 
-def test_autocast_has_no_say_in_it() -> None:
+def test_autocast_has_no_effect() -> None:
     a, b = parameters(dtype=torch.float32), parameters(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = take(optim.Muon(a, lr=0.02), a, range(3))
     close(take(optim.Muon(b, lr=0.02), b, range(3)), inside, 0.0)
 
 
-def test_nothing_is_worked_out_again_for_new_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or a second step could not be captured in a CUDA graph."""
+def test_new_numbers_do_not_prepare_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a second step could not be captured in a CUDA graph."""
     params, prepared = parameters(), []
     optimizer = optim.Muon(params)
     take(optimizer, params, range(1))
@@ -132,7 +132,7 @@ LAYOUTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:plain PyTorch updates some parameters")  # of those with gaps
+@pytest.mark.filterwarnings("ignore:plain PyTorch updates some parameters")  # those with gaps
 @pytest.mark.parametrize("of_grad", [False, True], ids=["gradient-as-well", "gradient-contiguous"])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts_of_memory(layout: Any, of_grad: bool) -> None:
@@ -151,7 +151,6 @@ def test_layouts_of_memory(layout: Any, of_grad: bool) -> None:
         assert buffer is None or buffer.stride() == torch.empty_like(q).stride()
 
 
-@pytest.mark.filterwarnings("ignore:plain PyTorch updates some parameters")  # Adam's kernel has no such vectors
 def test_half_precision_is_rounded_once() -> None:
     exact = parameters(dtype=torch.float32)
     for p in exact:

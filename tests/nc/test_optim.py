@@ -106,7 +106,7 @@ def test_coupling_is_the_dial_between_two_classes(cls: Any, other: Any, coupling
 def test_a_first_sgd_step_is_linear_in_coupling(
     coupling: float, lr: float, decay: float, momentum: float, grad: float, value: float
 ) -> None:
-    """From no momentum, coupled and decoupled decay of SGD do the same: w − η(g + λw) for every c."""
+    """Without momentum, coupled and decoupled decay of SGD are the same: w − η(g + λw) for every c."""
     param = nn.Parameter(torch.tensor([value], dtype=torch.float64))
     param.grad = torch.tensor([grad], dtype=torch.float64)
     optim.SGD([param], lr=lr, momentum=momentum, weight_decay=decay, coupling=coupling).step()

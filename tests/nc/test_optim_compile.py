@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from ncollapse import optim
 from small_network import network
 
-# Of torch, not of ours: a schedule does not see that a compiled step has run.
+# Raised by torch: a schedule does not notice that a compiled step has run.
 pytestmark = pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "SGD": (optim.SGD, {"lr": 0.1}),
@@ -27,7 +27,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def stacked(runs: int) -> nn.Module:
-    """The network with its parameters as often as there are runs; it holds them and cannot be called."""
+    """The network with parameters of `runs` stacked runs; it only holds them and cannot be called."""
     model = network()
     for p in model.parameters():
         p.data = p.data.repeat(runs, *[1] * p.dim())
@@ -61,7 +61,7 @@ def both(a: nn.Module, b: nn.Module, first: Any, second: Any, steps: range) -> N
 def test_same_bits_and_one_graph_whatever_the_numbers(cls: Any, kwargs: dict[str, Any]) -> None:
     a, b = network(), network()
     pair = [cls(m.parameters(), **kwargs) for m in (a, b)]
-    step, counter = compiled(pair[1])  # first: a schedule wraps the optimizer's step into what Dynamo does not trace
+    step, counter = compiled(pair[1])  # before the schedule, which wraps the step in code that Dynamo does not trace
     schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.7) for o in pair]
     for seed in range(8):
         both(a, b, pair[0].step, step, range(seed, seed + 1))
@@ -78,7 +78,7 @@ def test_same_bits_and_one_graph_whatever_the_numbers(cls: Any, kwargs: dict[str
 
 
 @pytest.mark.parametrize("cls", [optim.SGD, optim.AdamW], ids=lambda c: c.__name__)
-def test_a_learning_rate_in_a_tensor_is_turned_in_place(cls: Any) -> None:
+def test_a_learning_rate_in_a_tensor_is_changed_in_place(cls: Any) -> None:
     a, b = network(), network()
     pair = [cls(m.parameters(), lr=torch.tensor(0.1), weight_decay=0.1) for m in (a, b)]
     step, counter = compiled(pair[1])
@@ -104,7 +104,7 @@ def test_stacked_runs() -> None:
     assert counter.frame_count == 1
 
 
-def test_a_first_step_with_dampening_is_a_graph_of_its_own() -> None:
+def test_a_first_step_with_dampening_is_a_separate_graph() -> None:
     a, b = network(), network()
     first, second = (optim.SGD(m.parameters(), lr=0.1, momentum=0.9, dampening=0.3) for m in (a, b))
     step, counter = compiled(second)
@@ -113,7 +113,7 @@ def test_a_first_step_with_dampening_is_a_graph_of_its_own() -> None:
     assert counter.frame_count == 2
 
 
-def test_what_changes_the_work_is_traced_again() -> None:
+def test_structural_changes_are_traced_again() -> None:
     a, b = network(), network()
     first, second = (optim.SGD(m[0].parameters(), lr=0.1) for m in (a, b))
     step, counter = compiled(second)
@@ -159,11 +159,11 @@ def test_parameters_without_gradients_stay() -> None:
     assert counter.frame_count == 1
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at the loss
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by the inductor of torch 2.11
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo reads the loss's
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # in the inductor of torch 2.11
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.compiled)])
 def test_a_whole_training_step(backend: str) -> None:
-    """As with torch's own classes, `backward` breaks the graph; a schedule must not make more of them."""
+    """As with torch's classes, `backward` breaks the graph; a schedule must not break it again."""
     a, b = network(), network()
     pair = [optim.AdamW(m.parameters(), lr=0.1) for m in (a, b)]
     torch._dynamo.reset()
@@ -185,7 +185,7 @@ def test_a_whole_training_step(backend: str) -> None:
         graphs.append(counter.frame_count)
         for optimizer in pair:
             optimizer.param_groups[0]["lr"] = 0.1 / (seed + 2)
-    assert graphs[1:] == graphs[1:2] * 4  # in the first call the gradients are still to come
+    assert graphs[1:] == graphs[1:2] * 4  # in the first call there are no gradients yet
     assert "ncollapse.update" in counter.graphs[-1].code
 
 
@@ -237,7 +237,7 @@ def test_a_state_of_torch_with_other_numbers_is_loaded_into_the_same_graph() -> 
     assert counter.frame_count == 1
 
 
-def test_gradients_that_go_and_come_again() -> None:
+def test_gradients_that_disappear_and_return() -> None:
     a, b = network(), network()
     first, second = (optim.Adam(m.parameters(), lr=0.1) for m in (a, b))
     step, counter = compiled(second)
@@ -270,7 +270,7 @@ def test_a_scaler_around_a_compiled_step() -> None:
     assert counter.frame_count == 1
 
 
-def test_optimizers_that_go_through_one_function_keep_apart() -> None:
+def test_optimizers_in_one_compiled_function_stay_separate() -> None:
     torch._dynamo.reset()
 
     @torch.compile(backend="aot_eager", fullgraph=True)
@@ -292,11 +292,11 @@ def _replace(optimizer: Any, model: nn.Module) -> None:
     optimizer.state[model[0].weight]["exp_avg"] = torch.ones_like(model[0].weight)
 
 
-# Known limits: nothing that torch.compile guards tells of these. load_state_dict and add_param_group are seen.
+# Known limits: no guard of torch.compile covers these. load_state_dict and add_param_group are noticed.
 _EXCHANGES: dict[str, tuple[Callable[[Any, nn.Module], Any], str]] = {
-    "state-replaced": (_replace, "a compiled step has the states that it was traced with"),
-    "state-cleared": (lambda o, _: o.state.clear(), "a compiled step has the states that it was traced with"),
-    "parameter-removed": (lambda o, _: o.param_groups[0]["params"].pop(), "nobody tells of a list's change"),
+    "state-replaced": (_replace, "a compiled step keeps the states that it was traced with"),
+    "state-cleared": (lambda o, _: o.state.clear(), "a compiled step keeps the states that it was traced with"),
+    "parameter-removed": (lambda o, _: o.param_groups[0]["params"].pop(), "a list does not report its changes"),
 }
 
 
@@ -304,7 +304,7 @@ _EXCHANGES: dict[str, tuple[Callable[[Any, nn.Module], Any], str]] = {
     "change",
     [pytest.param(f, id=n, marks=pytest.mark.xfail(strict=True, reason=r)) for n, (f, r) in _EXCHANGES.items()],
 )
-def test_what_is_exchanged_is_seen_as_in_eager_steps(change: Callable[[Any, nn.Module], Any]) -> None:
+def test_replaced_objects_are_noticed_as_in_eager_steps(change: Callable[[Any, nn.Module], Any]) -> None:
     a, b = network(), network()
     first, second = (optim.AdamW(m.parameters(), lr=0.1) for m in (a, b))
     step, _ = compiled(second)
@@ -315,7 +315,7 @@ def test_what_is_exchanged_is_seen_as_in_eager_steps(change: Callable[[Any, nn.M
     assert same(a, b)
 
 
-def test_a_frozen_parameter_with_a_gradient_goes_on_as_in_torch() -> None:
+def test_a_frozen_parameter_with_a_gradient_is_updated_as_in_torch() -> None:
     a, b = network(), network()
     first, second = (optim.AdamW(m.parameters(), lr=0.1) for m in (a, b))
     step, _ = compiled(second)

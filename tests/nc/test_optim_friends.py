@@ -20,7 +20,7 @@ PAIRS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "Adam": (optim.Adam, torch.optim.Adam, {"weight_decay": 0.1}),
     "AdamW": (optim.AdamW, torch.optim.AdamW, {"weight_decay": 0.1}),
 }
-# From here on a schedule of 24 steps, made for an optimizer with lr = 0.05.
+# The following are schedules of 24 steps for an optimizer with lr = 0.05.
 SCHEDULES: dict[str, Callable[[Any], Any]] = {
     "StepLR": lambda o: schedules.StepLR(o, 5, 0.5),
     "MultiStepLR": lambda o: schedules.MultiStepLR(o, [3, 9, 15], 0.3),
@@ -54,7 +54,7 @@ def loss_of(model: nn.Module, seed: int) -> Tensor:
 @pytest.mark.parametrize("lr", [0.05, torch.tensor(0.05, dtype=torch.float64)], ids=["float", "tensor"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedules(schedule: str, lr: Any, name: str) -> None:
-    """The same weights and the same numbers in the groups; those with cycles turn momentum or β₁ too."""
+    """The same weights and the same numbers in the groups; cyclic schedules change momentum or β₁ too."""
     ours, theirs, kwargs = PAIRS[name]
     ends, numbers = [], []
     for cls in (ours, theirs):
@@ -116,7 +116,7 @@ def test_a_schedule_goes_on_from_its_state_dict() -> None:
 @pytest.mark.parametrize("clip", [False, True], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("name", PAIRS)
 def test_gradient_scaler(name: str, clip: bool) -> None:
-    """As torch's class: scaled gradients divided, steps with infinite gradients left out and not counted."""
+    """As torch's class: scaled gradients are divided, steps with infinite gradients are skipped and not counted."""
     ours, theirs, kwargs = PAIRS[name]
     ends, scales, counts = [], [], []
     for cls in (ours, theirs):
@@ -201,7 +201,7 @@ for cls, kwargs in ((optim.SGD, dict(lr=0.1, momentum=0.9)), (optim.AdamW, dict(
     for model in models:
         for p, q in zip(model.parameters(), alone.parameters()):
             torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
-dist.barrier()  # nobody goes while another still listens
+dist.barrier()  # no process exits while another still communicates
 dist.destroy_process_group()
 """
 
@@ -224,9 +224,9 @@ def test_data_parallel_and_zero_are_one_process_with_the_whole_batch(tmp_path: P
 DATA = torch.utils.data.TensorDataset(torch.eye(6).repeat(8, 1), torch.arange(48) % 3)
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.filterwarnings("ignore")  # of the library
 def test_lightning(tmp_path: Path) -> None:
-    """With a schedule, clipping, accumulation and a checkpoint that another trainer goes on from."""
+    """With a schedule, clipping, accumulation and a checkpoint from which another trainer resumes."""
     lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):  # type: ignore[name-defined,misc]
@@ -256,9 +256,9 @@ def test_lightning(tmp_path: Path) -> None:
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.filterwarnings("ignore")  # of the library
 def test_the_hugging_face_trainer(tmp_path: Path) -> None:
-    """As torch's class, also where it goes on from a checkpoint."""
+    """As torch's class, also after resuming from a checkpoint."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
 
@@ -293,7 +293,7 @@ def test_the_hugging_face_trainer(tmp_path: Path) -> None:
     torch.testing.assert_close(again, ours, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.filterwarnings("ignore")  # of the library
 def test_accelerate(tmp_path: Path) -> None:
     """Its wrapper accumulates, clips, schedules, saves and loads."""
     accelerate = pytest.importorskip("accelerate")

@@ -1,4 +1,4 @@
-"""How a step works: one launch, what makes it look again, stacked runs, what it gives beside the update."""
+"""Steps: one launch, when tables are prepared again, stacked runs, observed quantities."""
 
 import copy
 import pickle
@@ -47,7 +47,7 @@ def take(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], steps: ra
     ids=["SGD", "Adam", "AdamW"],
 )
 def test_a_thousand_steps_stay_with_torch(ours: Any, theirs: Any, kwargs: dict[str, Any]) -> None:
-    """Gradients that depend on the weights: a difference would grow. In float64 torch tells how far float32 may be."""
+    """Gradients depend on the weights, so that errors grow. A float64 run of torch gives the tolerance for float32."""
     ends = []
     for cls, dtype in ((ours, torch.float32), (theirs, torch.float32), (theirs, torch.float64)):
         generator = torch.Generator().manual_seed(0)
@@ -63,15 +63,15 @@ def test_a_thousand_steps_stay_with_torch(ours: Any, theirs: Any, kwargs: dict[s
     assert (ends[0] - exact).abs().max() <= bound
 
 
-@pytest.mark.compiled  # without the kernel there are no launches
+@pytest.mark.compiled  # only kernels count as launches
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
 def test_one_launch_whatever_the_number_of_groups(cls: Any) -> None:
     params = parameters(300)
-    many = cls([{"params": [p], "lr": 0.001 * i, "weight_decay": 0.01 * (i % 3)} for i, p in enumerate(params)])
-    take(many, params, range(3))
-    assert many._stepper._update.launches == 1
+    together = cls([{"params": [p], "lr": 0.001 * i, "weight_decay": 0.01 * (i % 3)} for i, p in enumerate(params)])
+    take(together, params, range(3))
+    assert together._stepper._update.launches == 1
     again = parameters(300)
-    for i, p in enumerate(again):  # an optimizer for each
+    for i, p in enumerate(again):  # one optimizer for each
         take(cls([p], lr=0.001 * i, weight_decay=0.01 * (i % 3)), [p], range(0))
     separate = [cls([p], lr=0.001 * i, weight_decay=0.01 * (i % 3)) for i, p in enumerate(again)]
     for seed in range(3):
@@ -90,7 +90,7 @@ def test_a_launch_for_each_dtype() -> None:
     assert [optimizer.state[p]["exp_avg"].dtype for p in params] == [torch.float32] * 4 + [torch.float64]
 
 
-def test_new_numbers_do_not_start_the_plan_over(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_numbers_do_not_prepare_again(monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters()
     optimizer = optim.Adam(params, lr=0.1)
     take(optimizer, params, range(2))
@@ -109,7 +109,7 @@ def test_new_numbers_do_not_start_the_plan_over(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.filterwarnings("ignore:plain PyTorch updates")  # of the gradient in another layout
 def test_whatever_is_exchanged_is_seen() -> None:
-    """Other gradients, parameters' data, states, missing gradients: each as in torch.optim."""
+    """Replaced gradients, parameter data and states, and missing gradients: as in torch.optim."""
 
     def run(cls: Any) -> list[Tensor]:
         params = parameters()

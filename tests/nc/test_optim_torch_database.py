@@ -1,4 +1,4 @@
-"""torch's own database of optimizer inputs, run through ours: the same weights, errors and state dicts."""
+"""torch's database of optimizer inputs, run through our classes: the same weights, errors and state dicts."""
 
 import copy
 import io
@@ -24,7 +24,7 @@ PAIRS: dict[str, tuple[Any, Any]] = {
 }
 INPUTS: dict[str, Callable[..., Any]] = {name: getattr(database, f"optim_inputs_func_{name}") for name in PAIRS}
 ERRORS: dict[str, Callable[..., Any]] = {name: getattr(database, f"optim_error_inputs_func_{name}") for name in PAIRS}
-# What torch refuses in one of its implementations, and ours does.
+# Inputs that torch refuses in some of its implementations and that our classes accept.
 MORE_THAN_TORCH = (
     "lr as Tensor doesn't work with foreach",
     "betas must be either both floats",
@@ -33,7 +33,7 @@ MORE_THAN_TORCH = (
 
 
 def inputs() -> Iterator[Any]:
-    """Every input for these classes; those for CUDA alone (tensors, capturable) too, without what is CUDA's."""
+    """Every input for these classes, also those for CUDA only (tensors, capturable), run on the CPU."""
     for name, function in INPUTS.items():
         seen = set()
         for entry in [*function("cpu"), *function("cuda")]:
@@ -59,7 +59,7 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> Ten
 
 
 def plain(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers for torch as floats: of tensors in float32 it would make its scalars in float32."""
+    """The same numbers as floats for torch, which would compute its scalars in float32 from float32 tensors."""
 
     def number(value: Any) -> Any:
         return value.item() if isinstance(value, Tensor) else value
@@ -89,7 +89,7 @@ def test_same_weights_and_states(name: str, kwargs: dict[str, Any], dtype: torch
 @pytest.mark.parametrize(("name", "kwargs"), list(inputs()))
 @pytest.mark.parametrize("direction", ["ours to torch", "torch to ours", "ours to ours"])
 def test_state_dicts_go_on(name: str, kwargs: dict[str, Any], direction: str) -> None:
-    """Saved, loaded with weights_only, and trained on: by ourselves to the last bit."""
+    """Saved, loaded with weights_only, and trained further: with our class to the last bit."""
     ours, theirs = PAIRS[name]
     classes = {"ours to torch": (ours, theirs), "torch to ours": (theirs, ours), "ours to ours": (ours, ours)}[
         direction
@@ -138,13 +138,13 @@ def test_a_state_dict_is_the_same_every_time_and_with_names(name: str, named: bo
     assert first["param_groups"] == second["param_groups"]
     assert all(torch.equal(v, second["state"][i][k]) for i, s in first["state"].items() for k, v in s.items())
     b.load_state_dict(a.state_dict())
-    target.load_state_dict(copy.deepcopy(first))  # torch would count on in the same tensor
+    target.load_state_dict(copy.deepcopy(first))  # torch would count steps in the same tensor
     assert target.param_groups[0]["param_names"] == [n for n, _ in b.named_parameters()]
     close(run(a, source, range(3, 8)), run(b, target, range(3, 8)))
 
 
 def older(state: dict[str, Any], step: Callable[[float], Any]) -> dict[str, Any]:
-    """What an old torch saved: fewer settings, another type of step."""
+    """A state dict of an old torch: fewer settings, another type of step."""
     old = copy.deepcopy(state)
     for group in old["param_groups"]:
         for key in ("maximize", "foreach", "fused", "capturable", "differentiable", "decoupled_weight_decay"):
@@ -185,7 +185,7 @@ def test_the_same_errors(name: str) -> None:
         kind: Any = entry.error_type
         with pytest.warns(kind, match=entry.error_regex) if issubclass(kind, Warning) else pytest.raises(kind):
             optimizer = PAIRS[name][0](params, **given.kwargs)
-        if kind is UserWarning:  # torch takes a parameter that is there twice, and updates it twice
+        if kind is UserWarning:  # torch accepts a parameter that occurs twice, and updates it twice
             params[0].grad = torch.ones_like(params[0])
             with pytest.raises(ValueError, match="occurs twice"):
                 optimizer.step()
@@ -273,11 +273,11 @@ def test_zero_gradients_change_no_weight(name: str) -> None:
     assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), before)
 
 
-@pytest.mark.filterwarnings("ignore:plain PyTorch updates")  # that is how they are updated
+@pytest.mark.filterwarnings("ignore:plain PyTorch updates")  # as they have no kernel
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(("name", "kwargs"), list(inputs()))
 def test_parameters_with_gaps_in_memory(name: str, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
-    """The weight and the bias of torch's own test of this."""
+    """The weight and the bias of torch's test."""
     ends = []
     for cls, settings in zip(PAIRS[name], (kwargs, plain(kwargs)), strict=True):
         generator = torch.Generator().manual_seed(0)
@@ -296,7 +296,7 @@ def test_parameters_with_gaps_in_memory(name: str, kwargs: dict[str, Any], dtype
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_differentiable_and_complex_are_refused(name: str) -> None:
-    """With `amsgrad` all that the database has, or torch's tests give to it, and these classes have not."""
+    """`amsgrad` is the only option of the database, or of torch's tests, that these classes lack."""
     cls = PAIRS[name][0]
     with pytest.raises(ValueError, match="does not support differentiable"):
         cls([nn.Parameter(torch.ones(1))], differentiable=True)

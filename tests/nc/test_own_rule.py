@@ -29,7 +29,7 @@ class Normalized(optim.Optimizer):
     def __init__(
         self, params: Any, lr: Hyper, momentum: Hyper = 0.9, weight_decay: Hyper = 0.0, coupling: Hyper | None = None
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": False}
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, defaults, coupling)
 
 
@@ -130,5 +130,5 @@ def test_names() -> None:
     assert (optim.by_name("lionw"), optim.by_name("muonw")) == (optim.Lion, optim.Muon)
     derived = type("Adam", (optim.Adam,), {"__module__": __name__})
     assert optim.by_name("adam") is optim.Adam is not derived  # ours keep their names
-    with pytest.raises(ValueError, match="Stacked: muon does not update elementwise; use its class with stacked=True"):
+    with pytest.raises(ValueError, match="Stacked: Muon does not update elementwise; use it with stacked=True"):
         optim.Stacked([nn.Parameter(torch.ones(2, 3))], ["sgd", "muon"])

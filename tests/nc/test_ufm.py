@@ -1,4 +1,4 @@
-"""What theory predicts of any network, against networks trained with our own optimizers; and what it refuses."""
+"""Predictions for any network, against networks trained with our optimizers; and what `predict` refuses."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from ncollapse.ufm.prediction import _least_objective
 
 
 def nc0_of_a_network(make: Callable[..., torch.optim.Optimizer], lrs: list[float]) -> NDArray[np.float64]:
-    """NC0 of an MLP's last layer before and after every step, on new batches with labels at random."""
+    """NC0 of an MLP's last layer before and after every step, on new batches with random labels."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5)).double()
     optimizer = make(model.parameters())
@@ -68,11 +68,11 @@ def test_signs_with_decoupled_decay_stay_below_their_bound_in_a_network(rule: st
     assert predicted.limit == (8 * 3**2 / decay**2 if decay else np.inf)
     assert predicted.nc0[0] == pytest.approx(measured[0])
     assert (measured[1:] <= predicted.nc0[1:]).all()
-    assert measured.max() > 0.01 * predicted.nc0[-1]  # else it would say nothing
+    assert measured.max() > 0.01 * predicted.nc0[-1]  # else the bound would be vacuous
 
 
 def test_the_number_worked_out_from_the_papers_table() -> None:
-    """SGDW's fall by 68.9 %: 469 steps an epoch, tenfold drops at 66 and 133 of 200 epochs."""
+    """SGDW reduces the row sum by 68.9 %: 469 steps an epoch, tenfold drops at 66 and 133 of 200 epochs."""
     lrs = [0.0679 * f for epochs, f in ((66, 1.0), (67, 0.1), (67, 0.01)) for _ in range(469 * epochs)]
     factor = ufm.row_sum_factor(lrs, weight_decay=5e-4, coupling=0.0)
     assert len(factor) == 93_801

@@ -1,4 +1,4 @@
-"""The unconstrained features model: training against autograd and torch.optim, and NC0 against what theory predicts."""
+"""The unconstrained features model: training against autograd and torch.optim, and NC0 against the predictions."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def both(optimizer: str, K: int, d: int, **setting: Any) -> tuple[ufm.Simulation
     return run, predicted, predicted.nc0[run.steps]
 
 
-# What is exact. The digits are those of W: s comes of sums of numbers around 1.
+# Exact predictions. The precision is that of W: s is a sum of numbers around 1.
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -54,7 +54,7 @@ def test_sgd_is_predicted_exactly(
     run, predicted, nc0 = both("sgd", K, d, **setting)
     assert predicted.kind == "exact"
     np.testing.assert_allclose(run.nc0, nc0, rtol=1e-10)
-    # It moves, and not so far down that the rounding of W would show.
+    # It changes, but not to a size at which the rounding of W matters.
     assert 1e-6 < run.nc0[-1] / run.nc0[0] < 0.95
 
 
@@ -71,7 +71,7 @@ def test_muon_is_predicted_exactly(K: int, d: int, features: str, momentum: floa
     setting: dict[str, Any] = {"features": features, "steps": 200, "lr": schedule("cosine", 0.05, 200)}
     run, predicted, nc0 = both("muon", K, d, **setting, momentum=momentum, weight_decay=0.2)
     assert predicted.kind == "exact"
-    # Newton–Schulz multiplies what rounding leaves of a row sum.
+    # Newton–Schulz amplifies the rounding error of a row sum.
     np.testing.assert_allclose(run.nc0, nc0, rtol=1e-9)
 
 
@@ -96,7 +96,7 @@ def test_signumw_reaches_the_papers_limit(K: int, decay: float) -> None:
     np.testing.assert_allclose(run.W, -S / decay, rtol=1e-6)
 
 
-# Bounds, and what only simulation tells.
+# Bounds, and results of simulation alone.
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
@@ -113,7 +113,7 @@ def test_signum_stays_below_its_bound(K: int, d: int, decay: float, kind: str, m
 
 
 def test_the_bound_of_signgd_is_reached_while_it_rises() -> None:
-    """From W_0 = 0 the row sum rises by K − 2 a step; the bound leaves room for one step more."""
+    """From W_0 = 0 the row sum rises by K − 2 a step; the bound allows one step more."""
     setting: dict[str, Any] = {
         "steps": 20,
         "lr": 0.01,
@@ -168,7 +168,7 @@ def test_coupled_decay_collapses_free_features_and_decoupled_does_not() -> None:
 def test_a_step_is_that_of_autograd(features: Any) -> None:
     before = ufm.simulate("sgd", 4, 6, 3, features=features, lr=0.5, steps=1, weight_decay=0.1, seed=1)
     start = torch.tensor(before.start)
-    generator = ufm.simulate("sgd", 4, 6, 3, features=features, lr=1e-300, steps=1, seed=1)  # does not move
+    generator = ufm.simulate("sgd", 4, 6, 3, features=features, lr=1e-300, steps=1, seed=1)  # W and H do not change
     W, H = start.clone().requires_grad_(), torch.tensor(generator.H, requires_grad=features == "free")
     loss = nn.functional.cross_entropy(H @ W.T, torch.arange(4).repeat_interleave(3))
     assert before.loss[0] == pytest.approx(loss.item(), rel=1e-12)
@@ -181,7 +181,7 @@ def test_a_step_is_that_of_autograd(features: Any) -> None:
 
 
 def test_gradients_and_loss_keep_their_digits_at_collapse() -> None:
-    """1 − p is zero in float64 from a margin of 37 on; the gradient is not."""
+    """1 − p is zero in float64 for margins above 37; the gradient is not."""
     run = ufm.simulate("sgd", 3, 3, lr=1.0, steps=1, start=50 * np.eye(3))
     assert run.loss[0] == pytest.approx(2 * np.exp(-50), rel=1e-12)
     signs = ufm.simulate("signumw", 3, 3, lr=1.0, steps=1, start=50 * np.eye(3))

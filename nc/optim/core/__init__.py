@@ -1,1 +1,1 @@
-"""What the optimizers share: from param groups to one launch of the update kernel."""
+"""The common part of the optimizers: from param groups to one launch of the update kernel."""

@@ -1,4 +1,4 @@
-"""The base of the optimizers: from param groups to one launch of the update kernel. Also their names."""
+"""The base class of the optimizers, from param groups to one launch of the update kernel; and their names."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, overload
@@ -28,8 +28,21 @@ _classes: dict[str, type["Optimizer"]] = {}
 class Optimizer(torch.optim.Optimizer):
     """Base of the optimizers: `torch.optim.Optimizer` with coupled and decoupled decay, one kernel launch a step.
 
-    A hyperparameter may be a float, a 0-d tensor (on the parameters' device it is read by the kernel at every step,
-    also from a CUDA graph), or a tensor `[R]`, which says that each parameter of the group is R stacked runs `[R, …]`.
+    A hyperparameter may be a float, a 0-d tensor, or a tensor `[R]` for parameters `[R, …]` of R stacked runs. Tensors
+    on the parameters' device are read at every step, also in a CUDA graph.
+
+    A subclass defines `rule`, and `default_coupling` if it is not 1. `by_name` then finds it; it may have `aliases`.
+
+    Args:
+        params: parameters or param groups, as in `torch.optim`.
+        defaults: the settings of a group: lr, and those that the rule has of momentum, dampening, nesterov, betas, eps,
+            weight_decay and maximize.
+        coupling: c in [0, 1]; None for `default_coupling`.
+        unsupported: settings of torch.optim's class that must not be true.
+
+    Raises:
+        ValueError: a setting is out of its range or unsupported.
+        TypeError: a parameter cannot be updated.
     """
 
     #: The update rule.
@@ -52,7 +65,7 @@ class Optimizer(torch.optim.Optimizer):
                 _classes[name] = cls
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], coupling: Hyper | None, **unsupported: bool) -> None:
-        for name in (name for name, wanted in unsupported.items() if wanted):
+        if name := next((name for name, wanted in unsupported.items() if wanted), None):
             raise ValueError(f"{type(self).__name__} does not support {name}; use torch.optim's class for that")
         self._stepper = self._new_stepper()
         defaults["coupling"] = self.default_coupling if coupling is None else coupling
@@ -68,20 +81,18 @@ class Optimizer(torch.optim.Optimizer):
     def _numbers(self, group: dict[str, Any]) -> dict[str, Hyper]:
         """A value for each name in `HYPERS`."""
         beta1, beta2 = group.get("betas", (group.get("momentum", 0.0), group.get("dampening", 0.0)))
-        common = {name: group[name] for name in ("lr", "weight_decay", "coupling")}
-        return {**common, "beta1": beta1, "beta2": beta2, "eps": group.get("eps", 0.0)}
+        numbers: dict[str, Hyper] = {name: group.get(name, 0.0) for name in ("lr", "weight_decay", "coupling", "eps")}
+        return {**numbers, "beta1": beta1, "beta2": beta2}
 
     def _sets(self, group: dict[str, Any]) -> list[HyperSet]:
-        """The sets of hyperparameters of a group: one, or one for each kind of its parameters."""
+        """The sets of hyperparameters of a group: one, or one for each kind of parameter."""
         numbers, momentum = self._numbers(group), group.get("momentum", 1.0)
         runs = max(n.numel() if isinstance(n, Tensor) else 1 for n in numbers.values())
-        number = code(self.rule.name, maximize=group["maximize"], nesterov=group.get("nesterov", False))
-        # With a momentum for each run the parameters have state, though all may be 0.
-        keeps = isinstance(momentum, Tensor) or momentum != 0
-        return [HyperSet(numbers, [number] * runs, self.rule.states if keeps else (), self.rule.counts_steps)]
-
-    def _new_stepper(self) -> Stepper:
-        return Stepper(self)
+        flags = {name: bool(group.get(name, False)) for name in ("maximize", "nesterov")}
+        # Tensors may change without notice, so with them the parameters have state even if all are 0.
+        has_state = isinstance(momentum, Tensor) or momentum != 0
+        states = self.rule.states if has_state else ()
+        return [HyperSet(numbers, [code(self.rule.name, **flags)] * runs, states, self.rule.counts_steps)]
 
     def _set_of(self, param: Tensor, group: dict[str, Any]) -> int:
         """Which of the group's sets a parameter belongs to."""
@@ -94,6 +105,9 @@ class Optimizer(torch.optim.Optimizer):
     def _states_of(self, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
         """Names of the states that a parameter may have, `step` included."""
         return self.state_names
+
+    def _new_stepper(self) -> Stepper:
+        return Stepper(self)
 
     # Param groups and state.
 
@@ -148,6 +162,7 @@ class Optimizer(torch.optim.Optimizer):
             self._stepper.prepare_again(self)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise ValueError for a state dict of other parameters or of another optimizer."""
         groups, saved = self.param_groups, state_dict["param_groups"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved]:
             return  # torch.optim reports that
@@ -240,7 +255,7 @@ def _plain(value: Any) -> bool:
 
 
 def by_name(name: str) -> type[Optimizer]:
-    """The optimizer class of a name in lower case, such as "adamw"; classes derived from `Optimizer` are included.
+    """The optimizer class of a name in lower case, such as "adamw"; includes the user's classes based on `Optimizer`.
 
     Raises:
         ValueError: there is no class of that name.
