@@ -65,31 +65,11 @@ def _at(address, dtype: tl.constexpr, offset, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_steps", "n_runs"])
 def _update_kernel(
-    tensors_ptr,
-    chunks_ptr,
-    hypers_ptr,
-    steps_ptr,
-    n_steps,
-    arrived_ptr,
-    scale_ptr,
-    inf_ptr,
-    partial_ptr,
-    norms_ptr,
-    n_runs,
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    REAL: tl.constexpr,
-    RULE: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_INF: tl.constexpr,
-    HAS_COPY: tl.constexpr,
-    HAS_NORMS: tl.constexpr,
-    ADD: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
-    HAS_STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    tensors_ptr, chunks_ptr, hypers_ptr, steps_ptr, n_steps, arrived_ptr, scale_ptr, inf_ptr, partial_ptr, norms_ptr,
+    n_runs, PARAM: tl.constexpr, GRAD: tl.constexpr, REAL: tl.constexpr, RULE: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_INF: tl.constexpr, HAS_COPY: tl.constexpr, HAS_NORMS: tl.constexpr, ADD: tl.constexpr,
+    HAS_SUMS: tl.constexpr, HAS_STEPS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Update every parameter in a table: W ← W − rate·direction − decoupled·W, in place, with its states.
 
     Program p updates the elements of chunk p: CHUNK elements of one row of `tensors`, or BLOCK columns of a classifier
@@ -113,12 +93,8 @@ def _update_kernel(
     program = tl.program_id(0).to(tl.int64)
     row = tensors_ptr + tl.load(chunks_ptr + 2 * program) * _COLUMNS
     start = tl.load(chunks_ptr + 2 * program + 1)
-    param, grad, first, second = (
-        tl.load(row + _PARAM),
-        tl.load(row + _GRAD),
-        tl.load(row + _FIRST),
-        tl.load(row + _SECOND),
-    )
+    param, grad = tl.load(row + _PARAM), tl.load(row + _GRAD)
+    first, second = tl.load(row + _FIRST), tl.load(row + _SECOND)
     numel, hyper, flags = tl.load(row + _NUMEL), tl.load(row + _HYPER), tl.load(row + _FLAGS)
     copy = tl.load(row + _COPY)
 
@@ -127,11 +103,8 @@ def _update_kernel(
     code = tl.load(hypers_ptr + hyper * _HYPER_COLUMNS + _CODE)
     rule = code & _RULE_MASK
     maximize, nesterov = (code & _MAXIMIZE) != 0, (code & _NESTEROV) != 0
-    lr, decay, coupling = (
-        _number(hypers_ptr, hyper, _LR, wide),
-        _number(hypers_ptr, hyper, _DECAY, wide),
-        _number(hypers_ptr, hyper, _COUPLING, wide),
-    )
+    lr, decay = _number(hypers_ptr, hyper, _LR, wide), _number(hypers_ptr, hyper, _DECAY, wide)
+    coupling = _number(hypers_ptr, hyper, _COUPLING, wide)
     beta1, beta2 = _number(hypers_ptr, hyper, _BETA1, wide), _number(hypers_ptr, hyper, _BETA2, wide)
     eps = _number(hypers_ptr, hyper, _EPS, wide).to(REAL)
     coupled, decoupled = (coupling * decay).to(REAL), (lr * (1.0 - coupling) * decay).to(REAL)
@@ -202,17 +175,9 @@ def _update_kernel(
             tl.store(arrived_ptr, 0)
             if skip == 0:
                 _finish(
-                    tensors_ptr,
-                    chunks_ptr,
-                    steps_ptr,
-                    n_steps,
-                    partial_ptr,
-                    norms_ptr,
-                    n_runs,
-                    programs,
-                    HAS_NORMS,
-                    ADD,
-                )
+                    tensors_ptr, chunks_ptr, steps_ptr, n_steps, partial_ptr, norms_ptr, n_runs, programs,
+                    HAS_NORMS, ADD,
+                )  # fmt: skip
 
 
 @triton.jit

@@ -79,11 +79,11 @@ class Update:
             grad_scale, found_inf: as in `update_reference`.
         """
         # This runs at every step: map is faster than a comprehension.
-        places, addresses = list(map(Tensor.data_ptr, params)), list(map(Tensor.data_ptr, grads))
-        seen = places, addresses, list(map(Tensor.stride, grads))
+        pointers, grad_pointers = list(map(Tensor.data_ptr, params)), list(map(Tensor.data_ptr, grads))
+        seen = pointers, grad_pointers, list(map(Tensor.stride, grads))
         # Where dtypes of gradients and parameters differ, a gradient may change its dtype alone: check at every step.
         if seen != self._seen or self._mixed:
-            self._point(lists, params, places, addresses, grads)
+            self._point(lists, params, grads, pointers, grad_pointers)
             self._seen = seen
         for bucket in self._buckets:
             scale = None if grad_scale is None else grad_scale.to(bucket.device, non_blocking=True)
@@ -105,9 +105,9 @@ class Update:
         self,
         lists: Callable[[], Lists],
         params: list[Tensor],
-        places: list[int],
-        addresses: list[int],
         grads: list[Tensor],
+        pointers: list[int],
+        grad_pointers: list[int],
     ) -> None:
         layout = [(p.dtype, p.stride(), g.dtype, g.stride()) for p, g in zip(params, grads, strict=True)]
         if layout != self._layout:
@@ -116,7 +116,7 @@ class Update:
         self._mixed = any(p.dtype != g.dtype for p, g in zip(params, grads, strict=True))
         for bucket in self._buckets:
             if bucket.table is not None:
-                bucket.table.point([places[i] for i in bucket.indices], [addresses[i] for i in bucket.indices])
+                bucket.table.point([pointers[i] for i in bucket.indices], [grad_pointers[i] for i in bucket.indices])
 
     def _plan(self, lists: Lists, grads: list[Tensor]) -> None:
         kinds: defaultdict[tuple[torch.device, torch.dtype, torch.dtype, bool], list[int]] = defaultdict(list)

@@ -7,6 +7,7 @@ tensors, declares which of them it changes, and builds or finds the table when i
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ FIRST, SECOND, STEP, COPY, FRESH = 1, 2, 4, 8, 16
 
 
 def parts(slot: Slot, copy: Tensor | None) -> int:
-    """A parameter's bits."""
+    """A parameter's bits: FIRST, SECOND, STEP, COPY and FRESH."""
     has = (slot.first is not None, slot.second is not None, slot.step is not None, copy is not None, slot.fresh)
     return sum(bit * flag for bit, flag in zip((FIRST, SECOND, STEP, COPY, FRESH), has, strict=True))
 
@@ -61,10 +62,9 @@ def _update(
     key = (*pointers, head, *map(tuple, (live_places, codes, runs, sets, parts)), *kinds)
     update = _updates.get(key)
     if update is None:
-        each, rest = [], iter(codes)
-        for n in runs:
-            each.append([next(rest) for _ in range(n)])
-        update = _updates[key] = Update({v.device: _hyper_table(v, live, live_places, each) for v in values})
+        left = iter(codes)
+        by_set = [list(islice(left, n)) for n in runs]
+        update = _updates[key] = Update({v.device: _hyper_table(v, live, live_places, by_set) for v in values})
         if len(_updates) > _KEPT:
             _updates.popitem(last=False)
     _updates.move_to_end(key)

@@ -72,7 +72,7 @@ class HyperTable:
     """G sets of hyperparameters on one device, each for one run or for R stacked runs.
 
     Args:
-        values: `[G, 6]` float64 on the device; a number that is not in `live` is read from here.
+        values: `[G, len(HYPERS)]` float64 on the device; a number that is not in `live` is read from here.
         live: tensors, float32 or float64, on the device, 0-d or `[R]`, read at every step.
         slots: for each of `live`, the index of the number that it replaces in the flattened `values`.
         codes: for each set, the `code` of each run: R numbers.
@@ -137,10 +137,6 @@ class Extras:
     add: bool = False
     head: int = -1
     row_sum: Tensor | None = None
-
-    @property
-    def has_copies(self) -> bool:
-        return any(copy is not None for copy in self.copies)
 
 
 def dense(tensor: Tensor) -> bool:
@@ -225,26 +221,22 @@ class Table:
         # Keep addresses, not tensors: a table must not keep a model alive.
         first, extras = lists.params[0], lists.extras
         self.param, self.grad, self.hypers = first.dtype, grad, hypers
-        self.norms, self.add, self.row_sum, self.has_copies = (
-            extras.norms,
-            extras.add,
-            extras.row_sum,
-            extras.has_copies,
-        )
+        self.norms, self.add, self.row_sum = extras.norms, extras.add, extras.row_sum
+        self.has_copies = any(copy is not None for copy in extras.copies)
         self.device = first.device
         runs = np.array([len(hypers.codes[s]) for s in lists.sets], dtype=np.int64)
-        # One row per parameter, or per run of a stacked parameter.
-        self._of = np.repeat(np.arange(len(runs)), runs)
+        # One row per parameter, or per run of a stacked parameter: the index of its parameter, and its run.
+        self._param = np.repeat(np.arange(len(runs)), runs)
         run = np.concatenate([np.arange(r) for r in runs])
-        numel = np.array([p.numel() for p in lists.params], dtype=np.int64)[self._of] // runs[self._of]
+        numel = np.array([p.numel() for p in lists.params], dtype=np.int64)[self._param] // runs[self._param]
         rows = np.zeros((len(numel), len(Col)), dtype=np.int64)
         rows[:, Col.NUMEL] = numel
-        rows[:, Col.HYPER] = hypers.base[np.array(lists.sets)][self._of] + run
-        rows[:, Col.FLAGS] = FRESH * np.array([s.fresh for s in lists.slots], dtype=np.int64)[self._of]
+        rows[:, Col.HYPER] = hypers.base[np.array(lists.sets)][self._param] + run
+        rows[:, Col.FLAGS] = FRESH * np.array([s.fresh for s in lists.slots], dtype=np.int64)[self._param]
         rows[:, Col.RUN] = run
         spans = numel.copy()
         if extras.row_sum is not None:
-            head = self._of == extras.head
+            head = self._param == extras.head
             pitch = lists.params[extras.head].shape[-1]
             rows[head, Col.PITCH] = pitch
             rows[head, Col.SUMS] = extras.row_sum.data_ptr() + 8 * pitch * run[head]
@@ -268,7 +260,7 @@ class Table:
         steps = [s.step.data_ptr() for s in lists.slots if s.step is not None]
         self.counts = len(steps)
         self.steps = upload(np.array(steps or [0]), self.device)
-        self.tensors = self.steps  # until `point`
+        self.tensors = self.steps  # replaced by `point`
         self._spares: list[Tensor] = []
         self._captured: list[Tensor] = []
 
@@ -276,11 +268,11 @@ class Table:
         """Fill `tensors` with the addresses of parameters and gradients."""
         pointers = self._fixed.copy()
         pointers[:, Col.PARAM], pointers[:, Col.GRAD] = params, grads
-        pointers = pointers[self._of]
+        pointers = pointers[self._param]
         rows = self._rows.copy()
         rows[:, : Col.NUMEL] = np.where(pointers != 0, pointers + self._offsets, 0)
         vectors = rows[:, [Col.PARAM, Col.GRAD, Col.FIRST, Col.SECOND, Col.COPY]]
-        pitch = rows[:, Col.PITCH] * 2  # the smallest element
+        pitch = rows[:, Col.PITCH] * 2  # in bytes of the smallest dtype
         aligned = (vectors % 16 == 0).all(axis=1) & (pitch % 16 == 0)
         rows[:, Col.FLAGS] |= np.where(aligned, ALIGNED, 0)
         self.tensors = self._upload(rows)
@@ -311,9 +303,9 @@ def _cut(spans: Rows, sizes: Rows) -> Rows:
     """Cut spans of elements into chunks of at most the given sizes: `[N, 2]`, index of the span and first element."""
     counts = -(-spans // sizes)
     counts[0] = max(counts[0], 1)  # steps are counted even where every parameter is empty
-    which = np.repeat(np.arange(len(spans)), counts)
-    nth = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.stack([which, nth * sizes[which]], axis=1)
+    span = np.repeat(np.arange(len(spans)), counts)
+    nth = np.arange(len(span)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return np.stack([span, nth * sizes[span]], axis=1)
 
 
 def upload(rows: Rows, device: torch.device, pinned: Tensor | None = None) -> Tensor:
