@@ -1,4 +1,4 @@
-"""The training loop against a plain loop of torch.optim, and stacked runs against runs alone."""
+"""The training loop against a plain loop of torch.optim, and stacked runs against single runs."""
 
 import dataclasses
 import functools
@@ -20,6 +20,7 @@ from ncollapse.train.optimizers import TABLE
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training import loop
+from ncollapse.train.training.evaluate import evaluate_stack
 from ncollapse.train.training.loop import Training
 from ncollapse.train.training.stack import Stack
 
@@ -31,10 +32,10 @@ def evaluations(runs: list[RunConfig], data: Dataset) -> Iterator[Evaluation]:
 
 
 def trained(runs: list[RunConfig], data: Dataset) -> tuple[Stack, dict[str, list[float]]]:
-    """The stack after the last epoch, and what was measured last."""
+    """Train; return the stack after the last epoch, and the last metrics."""
     training = Training(runs, data, CPU)
     *_, final = (event for event in training if isinstance(event, Evaluation))
-    return training._stack, final.values
+    return training.stack, final.values
 
 
 @pytest.mark.parametrize(
@@ -72,16 +73,16 @@ def test_trains_as_a_plain_loop_does(
 
 @pytest.fixture
 def in_float64(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> Dataset:
-    """Digits in float64, and networks too: differences are then those of the program, not of rounding."""
+    """Digits and networks in float64, so that differences are not due to rounding."""
     monkeypatch.setattr(loop, "build", lambda *args: build(*args).double())
     return dataclasses.replace(digits, train_x=digits.train_x.double(), val_x=digits.val_x.double())
 
 
 def enlarged(data: Dataset) -> Dataset:
-    """140 training images, a batch and a small one, at 16 × 16 pixels.
+    """140 training images, a full and a small batch, at 16 × 16 pixels.
 
-    At 8 × 8 VGG9's last maps are single pixels, and a bias whose channel is active everywhere is taken out again by the
-    next batch norm: its gradient is rounding alone, and a sign of that.
+    At 8 × 8 VGG9's last maps are single pixels, and the next batch norm cancels a bias whose channel is active for all
+    images: its gradient is only rounding error, with a random sign.
     """
     x, val_x = (F.interpolate(images, scale_factor=2) for images in (data.train_x[:140], data.val_x[:40]))
     return Dataset(x, data.train_y[:140], val_x, data.val_y[:40], data.classes, "")
@@ -89,22 +90,22 @@ def enlarged(data: Dataset) -> Dataset:
 
 @pytest.fixture
 def shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ResNet9 and VGG9 with a sixteenth of their channels, so that training them takes seconds."""
-    for name in ("resnet9", "vgg9"):
-        monkeypatch.setitem(MODELS, name, functools.partial(MODELS[name], width=4))
+    """Convolutional networks with few channels, so that training them takes seconds."""
+    for name, width in {"cnn": 6, "resnet9": 4, "vgg9": 4}.items():
+        monkeypatch.setitem(MODELS, name, functools.partial(MODELS[name], width=width))
 
 
 STACKABLE = [name for name in MODELS if name not in ALONE]
 
 
 def neighbours(model: str, **settings: Any) -> list[RunConfig]:
-    """Every optimizer twice, with different hyperparameters; one run that diverges, one that ends sooner."""
+    """Every optimizer twice, with different hyperparameters; one run that diverges, one that ends earlier."""
     base = RunConfig(model=model, limit=300, eval_every=1, **settings)
     lr = {"sgd": 0.01, "signum": 1e-3, "adam": 1e-3, "lion": 1e-3}
     runs = []
     for optimizer in (row.name for row in TABLE.values() if not row.own_stack):
-        own = dataclasses.replace(base, optimizer=optimizer, lr=lr[TABLE[optimizer].family], coupling=None)
-        runs += [own, dataclasses.replace(own, weight_decay=0.1, momentum=0.5, lr_drops=0)]
+        run = dataclasses.replace(base, optimizer=optimizer, lr=lr[TABLE[optimizer].family], coupling=None)
+        runs += [run, dataclasses.replace(run, weight_decay=0.1, momentum=0.5, lr_drops=0)]
     runs.insert(3, dataclasses.replace(base, lr=1e308))
     runs.insert(7, dataclasses.replace(base, epochs=1, lr=0.005))
     return runs
@@ -112,16 +113,16 @@ def neighbours(model: str, **settings: Any) -> list[RunConfig]:
 
 @pytest.mark.usefixtures("shrunk")
 @pytest.mark.parametrize("model", STACKABLE)
-def test_stacked_runs_train_as_alone(model: str, in_float64: Dataset) -> None:
-    """The same numbers to rounding, whatever the neighbours are: in float64 1e-7 of a weight, 1e-5 of a metric."""
+def test_stacked_runs_match_single_runs(model: str, in_float64: Dataset) -> None:
+    """Equal up to rounding, whatever the other runs are: in float64 1e-7 of a weight, 1e-5 of a metric."""
     runs, data = neighbours(model, epochs=3), enlarged(in_float64)
     training = Training(runs, data, CPU, keep_weights=True)
     together: dict[int, tuple[int, dict[str, float], bytes]] = {}
     for event in training:
         if isinstance(event, Evaluation):
-            for place, i in enumerate(event.rows):
+            for position, i in enumerate(event.rows):
                 if i in event.ended:
-                    values = {name: each[place] for name, each in event.values.items()}
+                    values = {name: of_run[position] for name, of_run in event.values.items()}
                     together[i] = event.epoch, values, event.weights[i]
     assert sorted(together) == list(range(len(runs)))
     assert not math.isfinite(together[3][1]["train_loss"])
@@ -139,9 +140,9 @@ def test_stacked_runs_train_as_alone(model: str, in_float64: Dataset) -> None:
 
 
 @pytest.mark.usefixtures("shrunk")
-@pytest.mark.parametrize("model", STACKABLE)
-def test_stacked_runs_train_as_alone_in_float32(model: str, digits: Dataset) -> None:
-    """Six steps in float32, where a sign may flip on a rounding: 1e-5 of a weight, and for Signum twice its steps."""
+@pytest.mark.parametrize("model", [name for name in STACKABLE if name != "vgg9"])  # the slowest; float64 covers it
+def test_stacked_runs_match_single_runs_in_float32(model: str, digits: Dataset) -> None:
+    """Six steps in float32, where rounding may flip a sign: 1e-5 of a weight, and for Signum twice its step size."""
     runs = [dataclasses.replace(run, epochs=3) for run in neighbours(model, epochs=3) if run.lr < 1]
     together, _ = trained(runs, enlarged(digits))
     for i, run in enumerate(runs):
@@ -161,22 +162,22 @@ def test_runs_of_different_seeds_train_together(in_float64: Dataset) -> None:
             torch.testing.assert_close(together.state_dict(i)[name], theirs, rtol=1e-7, atol=1e-9)
 
 
-def test_runs_that_have_ended_leave_the_stack(digits: Dataset) -> None:
+def test_runs_that_have_ended_are_removed_from_the_stack(digits: Dataset) -> None:
     runs = [RunConfig(epochs=epochs, limit=200, eval_every=10) for epochs in (1, 2, 4, 4)]
     training = Training(runs, digits, CPU)
     sizes, ended = [], []
     for event in training:
         if isinstance(event, Evaluation):
             ended.append((event.epoch, event.rows, sorted(event.ended)))
-            assert all(end.seconds > 0 for end in event.ended.values())  # that of a single epoch, too
+            assert all(end.seconds > 0 for end in event.ended.values())  # also of a run of one epoch
         else:
-            sizes.append(training._stack.runs)
+            sizes.append(training.stack.runs)
     assert sizes == [3, 2, 2, 2]
     assert ended == [(0, (0, 1, 2, 3), []), (1, (0,), [0]), (2, (1,), [1]), (4, (2, 3), [2, 3])]
 
 
-def test_a_rule_may_leave_the_stack(digits: Dataset) -> None:
-    """Adam's states go with its last run; momentum stays, so that the others go on as alone."""
+def test_the_last_run_of_a_rule_may_end_early(digits: Dataset) -> None:
+    """Adam's states are dropped with its last run; the momentum of the others stays, and they match single runs."""
     short, long = RunConfig(optimizer="adam", lr=1e-3, epochs=1, limit=200), RunConfig(epochs=3, limit=200)
     together, _ = trained([short, dataclasses.replace(short, lr=1e-4), long], digits)
     alone, _ = trained([long], digits)
@@ -187,7 +188,7 @@ def test_a_rule_may_leave_the_stack(digits: Dataset) -> None:
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_checkpoint_goes_on_bit_for_bit(model: str, at: int, digits: Dataset) -> None:
+def test_a_checkpoint_continues_bit_for_bit(model: str, at: int, digits: Dataset) -> None:
     runs = neighbours(model, epochs=4)
     whole = Training(runs, digits, CPU)
     events = [event for event in whole if isinstance(event, Evaluation)]
@@ -200,11 +201,11 @@ def test_a_checkpoint_goes_on_bit_for_bit(model: str, at: int, digits: Dataset) 
     assert second.epoch == whole.epoch
     for one, other in zip(events[at + 1 :], rest, strict=True):
         assert (one.epoch, one.rows) == (other.epoch, other.rows)
-        assert {n: [repr(v) for v in each] for n, each in one.values.items()} == {
-            n: [repr(v) for v in each] for n, each in other.values.items()
+        assert {n: [repr(v) for v in of_runs] for n, of_runs in one.values.items()} == {
+            n: [repr(v) for v in of_runs] for n, of_runs in other.values.items()
         }
-    for name, value in whole._stack.tensors().items():
-        torch.testing.assert_close(second._stack.tensors()[name], value, rtol=0, atol=0, equal_nan=True)
+    for name, value in whole.stack.tensors().items():
+        torch.testing.assert_close(second.stack.tensors()[name], value, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_checkpoint_of_other_runs_or_broken_is_refused(digits: Dataset) -> None:
@@ -234,7 +235,7 @@ def test_row_sum_follows_theory_in_float32(optimizer: str, digits: Dataset) -> N
     assert measured == pytest.approx(list(measured[0] * factor[::steps] ** 2), rel=1e-4)
 
 
-def test_evaluates_when_asked_and_everything_that_is_stored(digits: Dataset) -> None:
+def test_evaluates_at_the_given_epochs_all_metrics_that_are_stored(digits: Dataset) -> None:
     events = list(Training([RunConfig(epochs=5, eval_every=2, limit=200)], digits, CPU))
     assert [e if isinstance(e, int) else -e.epoch for e in events] == [0, 1, -2, 2, 3, -4, 4, -5, 5]
     first = events[0]
@@ -243,8 +244,8 @@ def test_evaluates_when_asked_and_everything_that_is_stored(digits: Dataset) -> 
 
 
 @pytest.mark.parametrize("model", ["resnet9", "vgg9"])
-def test_a_stack_is_its_modules(model: str, in_float64: Dataset) -> None:
-    """Logits and gradients of two stacked networks with different weights are those of the modules."""
+def test_a_stack_matches_its_modules(model: str, in_float64: Dataset) -> None:
+    """Logits and gradients of two stacked networks with different weights equal those of the modules."""
     modules = [build(model, 1, 8, 10, seed).double() for seed in (0, 1)]
     stack = Stack.of(modules, CPU)
     images, labels = in_float64.train_x[:6], in_float64.train_y[:6]
@@ -261,7 +262,7 @@ def test_a_stack_is_its_modules(model: str, in_float64: Dataset) -> None:
             torch.testing.assert_close(stack.state_dict(r)[name], value, rtol=1e-9, atol=1e-9)
 
 
-def test_a_layer_without_a_form_for_stacks_is_refused(digits: Dataset) -> None:
+def test_a_layer_without_a_stacked_forward_pass_is_refused(digits: Dataset) -> None:
     model = Classifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.GELU()), 64, 10)
     with pytest.raises(TypeError, match=r"GELU \(features.1\) has no forward pass for stacked runs"):
         Stack.of([model], CPU)(digits.train_x[:4], train=True)
@@ -273,7 +274,7 @@ def test_resnet9_and_vgg9_take_a_step_with_finite_metrics(digits: Dataset) -> No
             [RunConfig(model=model, epochs=1, limit=64, lr=0.01)],
             dataclasses.replace(digits, val_x=digits.val_x[:50], val_y=digits.val_y[:50]),
         )
-        assert all(abs(each[0]) < 1e6 for each in values.values())
+        assert all(abs(of_runs[0]) < 1e6 for of_runs in values.values())
 
 
 def test_images_too_small_for_the_model_are_refused(digits: Dataset) -> None:
@@ -282,7 +283,7 @@ def test_images_too_small_for_the_model_are_refused(digits: Dataset) -> None:
         Training([RunConfig(model="resnet9")], tiny, CPU)
 
 
-def test_a_last_batch_of_one_is_refused_where_batch_norm_has_one_pixel_of_it(digits: Dataset) -> None:
+def test_a_last_batch_of_one_sample_with_one_pixel_is_refused(digits: Dataset) -> None:
     for model in ("resnet9", "vgg9"):
         with pytest.raises(UserError, match=r"has a single sample of the 65, .* another --batch-size or --limit"):
             Training([RunConfig(model=model, width=4, limit=65, batch_size=64)], digits, CPU)
@@ -297,7 +298,7 @@ def test_one_class_is_refused(digits: Dataset) -> None:
         Training([RunConfig(limit=1)], digits, CPU)
 
 
-def test_evaluation_mode_leaves_running_statistics(digits: Dataset) -> None:
+def test_evaluation_mode_does_not_change_running_statistics(digits: Dataset) -> None:
     stack = Stack.of([build("cnn", 1, 8, 10, 0)] * 2, CPU)
     before = stack.state_dict(1)
     with torch.no_grad():
@@ -305,3 +306,20 @@ def test_evaluation_mode_leaves_running_statistics(digits: Dataset) -> None:
     assert all(torch.equal(before[name], value) for name, value in stack.state_dict(1).items())
     stack(digits.train_x[:32], train=True)
     assert stack.state_dict(1)["features.0.1.num_batches_tracked"] == 1
+
+
+def test_an_evaluation_with_little_memory_runs_twice_and_has_the_same_metrics(
+    digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack, passes, forward = Stack.of([build("cnn", 1, 8, 10, s) for s in range(3)], CPU), [0], Stack.__call__
+
+    def counting(self: Stack, *args: Any, **kwargs: Any) -> Any:
+        passes[0] += 1
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Stack, "__call__", counting)
+    kept = evaluate_stack(stack, digits.limited(300), layers=True)
+    once, passes[0] = passes[0], 0
+    bounded = evaluate_stack(stack, digits.limited(300), layers=True, keep_bytes=1000)
+    assert bounded == kept
+    assert passes[0] == once + 2  # 300 training images are two batches
