@@ -122,12 +122,8 @@ class _MatrixStepper(Stepper):
         def broadcast(value: Tensor) -> Tensor:
             return value.to(dtype).view(-1, *[1] * (len(shape) - 1)) if value.dim() else value.to(dtype)
 
-        beta = number("beta1")
-        coupled, keep, new = (
-            broadcast(number("coupling") * number("weight_decay")),
-            broadcast(beta),
-            broadcast(1 - beta),
-        )
+        coupled, beta = broadcast(number("coupling") * number("weight_decay")), number("beta1")
+        keep, new = broadcast(beta), broadcast(1 - beta)
         # In float32, where torch.optim.Muon uses bfloat16: each iteration multiplies the rounding error of a row sum by
         # up to 3.4.
         x = torch.empty(len(indices), *shape, dtype=dtype, device=first.device)
