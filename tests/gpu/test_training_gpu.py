@@ -59,8 +59,8 @@ def test_graphs_train_as_single_steps_do(model: str, device: torch.device, monke
     for i, run in enumerate(runs):
         # A GPU may sum in another order, which may flip a sign.
         bound = 2e-2 if run.family != "sgd" else 1e-4
-        for name, theirs in eager._stack.state_dict(i).items():
-            torch.testing.assert_close(captured._stack.state_dict(i)[name], theirs, rtol=bound, atol=bound)
+        for name, theirs in eager.stack.state_dict(i).items():
+            torch.testing.assert_close(captured.stack.state_dict(i)[name], theirs, rtol=bound, atol=bound)
         assert values["train_loss"][i] == pytest.approx(expected["train_loss"][i], rel=5 * bound)
 
 
@@ -94,10 +94,10 @@ def test_the_same_seed_gives_the_same_bits(model: str, precision: str, device: t
     again, same = trained([run], device)
     resumed, later = trained([run], device, checkpoint_at=3)
     assert values == same
-    for name, theirs in first._stack.state_dict(0).items():
-        assert torch.equal(again._stack.state_dict(0)[name], theirs), name
+    for name, theirs in first.stack.state_dict(0).items():
+        assert torch.equal(again.stack.state_dict(0)[name], theirs), name
         # Graphs are captured again, and libraries may choose other kernels: equal up to rounding.
-        torch.testing.assert_close(resumed._stack.state_dict(0)[name], theirs, rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(resumed.stack.state_dict(0)[name], theirs, rtol=1e-2, atol=1e-2)
     assert later["train_loss"] == pytest.approx(values["train_loss"], rel=0.05)
     start = build(model, 1, 8, 4, 0, width=16).fc.weight.detach().sum(0).norm().item()
     lrs = [run.lr * run.lr_factor(epoch) for epoch in range(6) for _ in range(3)]
@@ -130,5 +130,5 @@ def test_a_checkpoint_continues_on_a_gpu(device: torch.device) -> None:
 def test_finished_runs_leave_the_graph(device: torch.device) -> None:
     runs = [RunConfig(epochs=epochs, eval_every=20) for epochs in (6, 12, 12)]
     training, values = trained(runs, device)
-    assert training._stack.runs == 2
+    assert training.stack.runs == 2
     assert all(loss < 1.4 for loss in values["train_loss"])

@@ -37,7 +37,7 @@ def data() -> Pair:
     return torch.randn(200, 1, 4, 4), torch.arange(200) % 4
 
 
-def seen_by_hand(model: Net, data: Pair) -> tuple[Tensor, Tensor, Tensor]:
+def forward_by_hand(model: Net, data: Pair) -> tuple[Tensor, Tensor, Tensor]:
     """Maps, features and logits in eval mode."""
     modes = {m: m.training for m in model.modules()}
     model.eval()
@@ -67,7 +67,7 @@ def test_measures_in_eval_mode_and_restores_it(data: Pair) -> None:
     result = measure(model, data)
     assert [model.training, model.fc.training, model.body[4].training] == [True, True, False]
     assert torch.equal(model.body[2].running_mean, running)
-    _, features, logits = seen_by_hand(model, data)
+    _, features, logits = forward_by_hand(model, data)
     stats = stats_of(features, data[1])
     assert result.nc0 == metrics.nc0(model.fc.weight).item()
     assert result.nc1 == pytest.approx(metrics.nc1(stats).item())
@@ -80,11 +80,11 @@ def test_measures_in_eval_mode_and_restores_it(data: Pair) -> None:
     torch.testing.assert_close(result.means, stats.means)
 
 
-def test_layers_are_pooled_and_caught_before_what_works_in_place(data: Pair) -> None:
+def test_layers_are_pooled_and_captured_before_in_place_operations(data: Pair) -> None:
     model = Net()
     # The batch norm's output is changed in place by the ReLU that follows.
     result = measure(model, data, layers=("stem", "body.2"), batch_size=64)
-    maps, _, _ = seen_by_hand(model, data)
+    maps, _, _ = forward_by_hand(model, data)
     model.eval()
     normed = model.body[:3](maps)
     for name, features in (("stem", maps.mean((2, 3))), ("body.2", normed)):
@@ -92,8 +92,8 @@ def test_layers_are_pooled_and_caught_before_what_works_in_place(data: Pair) -> 
         assert isinstance(result.layers[name], LayerResult)
         assert result.layers[name].nc1 == pytest.approx(metrics.nc1(stats).item(), rel=1e-5)
         assert result.as_dict()[f"{name}.nc2"] == pytest.approx(metrics.nc2(stats).item(), rel=1e-5)
-    own = {f.name for f in dataclasses.fields(NCResult)} - {"layers", "means"}
-    assert result.as_dict().keys() == own | {
+    head_names = {f.name for f in dataclasses.fields(NCResult)} - {"layers", "means"}
+    assert result.as_dict().keys() == head_names | {
         f"{name}.{f.name}" for name in result.layers for f in dataclasses.fields(LayerResult)
     }
 
@@ -101,14 +101,14 @@ def test_layers_are_pooled_and_caught_before_what_works_in_place(data: Pair) -> 
 def test_pool_makes_features_of_other_outputs(data: Pair) -> None:
     model = Net()
     corner = measure(model, data, layers=("stem",), pool=lambda maps: maps[:, :, 0, 0]).layers["stem"]
-    maps, _, _ = seen_by_hand(model, data)
+    maps, _, _ = forward_by_hand(model, data)
     assert corner.nc1 == pytest.approx(metrics.nc1(stats_of(maps[:, :, 0, 0], data[1])).item(), rel=1e-5)
     with pytest.raises(ValueError, match=r"features must be \[B, d\]; of stem they are \(200, 5, 16\): give `pool`"):
         measure(model, data, layers=("stem",), pool=lambda maps: maps.flatten(2))
 
 
 class Counting(nn.Module):
-    """Counts the samples that went through; takes keyword arguments, positional arguments, pairs."""
+    """Count the samples of all forward passes; accept keyword arguments, positional arguments, pairs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ def test_every_kind_of_loader_and_model(kind: str, data: Pair) -> None:
     assert model.samples == 200
 
 
-def test_nc4_is_exact_in_one_pass_or_two_or_near_with_earlier_means(data: Pair) -> None:
+def test_nc4_is_exact_in_one_pass_or_two_and_approximate_with_earlier_means(data: Pair) -> None:
     model = Counting(Net())
     kept = measure(model, data, head="model.fc")
     assert model.samples == 200
@@ -178,14 +178,14 @@ def test_a_model_that_is_nan_is_an_error_or_nan(data: Pair) -> None:
     assert result.nc0 == metrics.nc0(model.fc.weight).item()
 
 
-def test_what_vanished_and_what_is_missing_is_said_once_with_the_layer(data: Pair) -> None:
+def test_vanished_means_and_missing_classes_are_warned_of_once_per_layer(data: Pair) -> None:
     model = Net()
     model.stem.weight.data.zero_()
-    with warnings.catch_warnings(record=True) as seen:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("default")
         result = measure(model, data, layers=("stem",))
-    said = ": the class means have vanished or are all the same: NC1–NC3 are undefined (NaN)"
-    assert sorted(str(w.message) for w in seen) == [f"fc{said}", f"stem{said}"]
+    text = ": the class means have vanished or are all the same: NC1–NC3 are undefined (NaN)"
+    assert sorted(str(w.message) for w in warned) == [f"fc{text}", f"stem{text}"]
     assert math.isnan(result.layers["stem"].nc1)
     assert result.degenerate is True
     keep = data[1] != 2
@@ -230,13 +230,13 @@ def test_errors_say_what_to_do_and_restore_the_model(data: Pair) -> None:
         assert not module._forward_hooks
 
 
-def test_a_callback_measures_every_so_often(data: Pair) -> None:
+def test_a_callback_measures_at_regular_intervals(data: Pair) -> None:
     model = Net()
-    probe = NCCallback(model, data, every=3, layers=("stem",))
-    due = [probe() for _ in range(7)]
+    callback = NCCallback(model, data, every=3, layers=("stem",))
+    due = [callback() for _ in range(7)]
     assert [result is not None for result in due] == [True, False, False, True, False, False, True]
-    assert [call for call, _ in probe.history] == [0, 3, 6]
-    assert numbers(probe.history[1][1]) == pytest.approx(numbers(measure(model, data, layers=("stem",))))
+    assert [call for call, _ in callback.history] == [0, 3, 6]
+    assert numbers(callback.history[1][1]) == pytest.approx(numbers(measure(model, data, layers=("stem",))))
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         NCCallback(model, data, every=0)
 

@@ -1,4 +1,4 @@
-"""`measure` in other people's training loops, as in the README; without those libraries, skipped."""
+"""`measure` in the training loops of other libraries, as in the README; skipped without them."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ X, Y = torch.randn(96, 6), torch.arange(96) % 3
 
 
 class Net(nn.Module):
-    """Of Hugging Face's kind: it takes keyword arguments, and gives a loss beside the logits."""
+    """A model as in Hugging Face: keyword arguments, and a loss beside the logits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Net(nn.Module):
         return {"logits": logits, **loss}
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.filterwarnings("ignore")  # those of the library
 def test_lightning(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning")
 
@@ -61,7 +61,7 @@ def test_lightning(tmp_path: Path) -> None:
     assert results[-1].nc0 == measure(module, (X, Y), head="net.classifier").nc0
 
 
-@pytest.mark.filterwarnings("ignore")  # theirs
+@pytest.mark.filterwarnings("ignore")  # those of the library
 def test_the_hugging_face_trainer(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")

@@ -1,4 +1,4 @@
-"""NC0–NC4: analytic cases, definitions in float64, invariances, and what is undefined."""
+"""NC0–NC4: analytic cases, definitions in float64, invariances, and undefined cases."""
 
 import math
 from typing import Literal
@@ -19,7 +19,7 @@ def gather(features: Tensor, labels: Tensor, k: int) -> ClassStats:
 
 
 def simplex(k: int, d: int) -> Tensor:
-    """K points of a simplex ETF in d dimensions, rotated at random."""
+    """K points of a simplex ETF in d dimensions, randomly rotated."""
     rotation = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
     return (torch.eye(k, d, dtype=torch.float64) - torch.eye(k, d, dtype=torch.float64).sum(0) / k) @ rotation
 
@@ -58,7 +58,7 @@ def test_a_collapsed_classifier_is_zero_everywhere(k: int, d: int) -> None:
     assert not metrics.degenerate(points, stats)
 
 
-def test_nc0_is_the_size_of_the_row_sum() -> None:
+def test_nc0_is_the_norm_of_the_row_sum() -> None:
     weight = torch.tensor([[1.0, 2.0], [2.0, 2.0]])
     assert metrics.nc0(weight).item() == 25
     assert metrics.nc0(weight, kind="norm").item() == 5
@@ -80,7 +80,7 @@ def test_known_covariances_give_the_known_nc1() -> None:
     assert metrics.nc1(stats).item() == pytest.approx(d * sigma2 / between / (2 * d))
     assert metrics.nc1(stats, per_class=False).item() == pytest.approx(d * sigma2 / between)
     assert metrics.nc1(stats, kind="trace_ratio").item() == pytest.approx(sigma2 / between)
-    # Pairs e_i, −e_i are 2s apart, all others √2·s; every class has the variance d σ² = 1.
+    # Pairs e_i, −e_i have distance 2s, all others √2·s; every class has variance d σ² = 1.
     pairs = d * [1 / (4 * s**2)] + d * (2 * d - 2) * [1 / (2 * s**2)]
     assert metrics.nc1(stats, kind="cdnv").item() == pytest.approx(sum(pairs) / len(pairs))
 
@@ -110,7 +110,7 @@ def test_conventions_for_classes_of_different_size(balance: Literal["class", "sa
     assert metrics.nc3(weight, stats, kind="difference", balance=balance).item() == pytest.approx(expected.item())
 
 
-def test_cdnv_is_its_definition() -> None:
+def test_cdnv_matches_its_definition() -> None:
     features, labels = blobs(90, 5, 7)
     stats = gather(features, labels, 5)
     means = torch.stack([features[labels == c].mean(0) for c in range(5)])
@@ -155,14 +155,14 @@ def test_nc4_counts_disagreement_with_the_nearest_mean() -> None:
     stats = gather(features[:4], labels[:4], 2)
     logits = torch.tensor(
         [[1.0, 0], [1, 0], [0, 1], [0, 1], [0, 1]]
-    )  # the last sample: mean 0 is nearest, class 1 said
+    )  # the last sample: mean 0 is nearest, class 1 is predicted
     assert metrics.nc4(features, logits, stats).item() == pytest.approx(1 / 5)
     assert metrics.nc4(features, logits.flip(1), stats).item() == pytest.approx(4 / 5)
     with pytest.raises(ValueError, match="at least one sample"):
         metrics.nc4(features[:0], logits[:0], stats)
 
 
-def test_nc4_is_that_of_the_logits_bias_included() -> None:
+def test_nc4_takes_the_logits_with_their_bias() -> None:
     features, labels = blobs(200, 4, 8)
     stats = gather(features, labels, 4)
     weight, bias = torch.randn(4, 8, dtype=torch.float64), 50 * torch.eye(4, dtype=torch.float64)[2]
@@ -171,16 +171,16 @@ def test_nc4_is_that_of_the_logits_bias_included() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_nearest_mean_keeps_its_digits_at_large_offsets(dtype: torch.dtype) -> None:
-    """‖h‖² − 2 hᵀμ + ‖μ‖² in float32 has none left here."""
+def test_the_nearest_mean_is_right_at_large_offsets(dtype: torch.dtype) -> None:
+    """‖h‖² − 2 hᵀμ + ‖μ‖² in float32 has no correct digit at this offset."""
     means = torch.randn(6, 16, dtype=torch.float64)
     features, labels = means.repeat(50, 1) + 0.1 * torch.randn(300, 16, dtype=torch.float64), torch.arange(300) % 6
     far, moved = (features + 3000).to(dtype), means + 3000
     assert torch.equal(metrics.nearest_class(far, moved), labels)
     moved[3] = float("nan")
     assert 3 not in metrics.nearest_class(far, moved)
-    both = metrics.nearest_class(torch.stack([far, far]), torch.stack([moved, means + 3000]))
-    assert torch.equal(both[1], labels)
+    stacked = metrics.nearest_class(torch.stack([far, far]), torch.stack([moved, means + 3000]))
+    assert torch.equal(stacked[1], labels)
 
 
 def test_a_missing_class_is_left_out_and_named() -> None:
@@ -202,7 +202,7 @@ def test_a_missing_class_is_left_out_and_named() -> None:
         metrics.nc1(ClassStats(4, 8))
 
 
-def test_too_few_dimensions_are_said() -> None:
+def test_too_few_dimensions_are_warned_of() -> None:
     stats = gather(*blobs(40, 5, 3), 5)
     stats.name = "layer2"
     with pytest.warns(UserWarning, match="layer2: 5 classes cannot form a simplex in 3 dimensions"):
@@ -212,7 +212,7 @@ def test_too_few_dimensions_are_said() -> None:
 
 
 @pytest.mark.parametrize("case", ["features", "zero features", "weights"])
-def test_vanished_is_undefined_not_collapsed(case: str) -> None:
+def test_vanished_features_are_undefined_not_collapsed(case: str) -> None:
     features, labels = blobs(60, 4, 8)
     weight = torch.randn(4, 8, dtype=torch.float64)
     if case == "features":
@@ -232,7 +232,7 @@ def test_vanished_is_undefined_not_collapsed(case: str) -> None:
     assert [name for name, value in values.items() if math.isnan(value)] == undefined
 
 
-def test_a_run_that_is_nan_stays_alone() -> None:
+def test_a_run_that_is_nan_does_not_affect_the_others() -> None:
     features, labels = blobs(60, 4, 8)
     stacked = torch.stack([features, features * float("nan"), features])
     weight = torch.randn(3, 4, 8, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""ClassStats against float64 computations from all samples at once."""
+"""`ClassStats` against float64 computations from all samples at once."""
 
 import copy
 import pickle
@@ -14,20 +14,20 @@ from ncollapse.metrics import nc1
 
 
 def exact(features: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Means, Σ_W, Σ_B of the classes seen in float64, as the definitions have them."""
+    """Means, Σ_W and Σ_B in float64 by their definitions, of the classes with samples."""
     h = features.double()
-    seen = [c for c in range(k) if (labels == c).any()]
+    present = [c for c in range(k) if (labels == c).any()]
     residuals = h.clone()
-    means = torch.stack([h[labels == c].mean(0) for c in seen])
-    for mean, c in zip(means, seen, strict=True):
+    means = torch.stack([h[labels == c].mean(0) for c in present])
+    for mean, c in zip(means, present, strict=True):
         residuals[labels == c] -= mean
     centred = means - means.mean(0)
-    return means, residuals.T @ residuals / len(h), centred.T @ centred / len(seen)
+    return means, residuals.T @ residuals / len(h), centred.T @ centred / len(present)
 
 
 def exact_nc1(features: Tensor, labels: Tensor, k: int) -> float:
     means, within, _ = exact(features, labels, k)
-    # By the singular values of the centred means, of which the last is rounding.
+    # From the singular values of the centred means; the last one is rounding error.
     _, s, v = torch.linalg.svd(means - means.mean(0), full_matrices=False)
     rank = min(len(means) - 1, features.shape[1])
     s, v = s[:rank], v[:rank]
@@ -35,7 +35,7 @@ def exact_nc1(features: Tensor, labels: Tensor, k: int) -> float:
 
 
 def sample(n: int, k: int, d: int, *, noise: float = 1.0, offset: float = 0.0, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Class means of norm 10 about the offset in every coordinate; each class has a sample if there are enough."""
+    """Samples of K classes: means of norm 10 plus an offset in every coordinate; each class has a sample if n ≥ k."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.cat([torch.arange(min(n, k)), torch.randint(k, (max(0, n - k),), generator=g)])
     means = torch.randn(k, d, generator=g, dtype=torch.float64)
@@ -50,8 +50,8 @@ def gathered(h: Tensor, y: Tensor, k: int, batch: int = 10**9, **options: object
     return stats
 
 
-def twice(h: Tensor, y: Tensor, k: int, batch: int = 10**9) -> ClassStats:
-    """Without any d × d matrix: means first, then the second moment between them."""
+def two_passes(h: Tensor, y: Tensor, k: int, batch: int = 10**9) -> ClassStats:
+    """Without a d × d matrix: first the means, then the second moment in their span."""
     stats = gathered(h, y, k, batch, moment="trace").projected()
     for hb, yb in zip(h.split(batch, -2), y.split(batch), strict=True):
         stats.update(hb, yb)
@@ -85,12 +85,13 @@ def test_matches_the_definitions(
     means, within, between = exact(h, y, k)
     assert stats.counts.tolist() == y.bincount(minlength=k).tolist()
     assert relative(stats.means[stats.present], means) < 1e-6
-    assert relative(stats.global_mean, means.mean(0)) < 1e-5
-    # Where class means are nearly equal their rounding, 1e-7 of the noise, is what is left of the difference.
+    # Relative to the class means, which may cancel in the global mean (in one dimension to 1e-3 of them).
+    assert (stats.global_mean - means.mean(0)).norm() < 1e-6 * means.norm()
+    # If class means are nearly equal, their difference is mostly their rounding error, 1e-7 of the noise.
     assert (stats.between_cov() - between).norm() < 1e-5 * between.norm() + 2e-6 * between.norm().sqrt()
     assert stats.means[~stats.present].isnan().all()
     if extra:
-        # Of variances that are far below the squares that they are taken of only what float32 leaves.
+        # Variances far below the squares from which they are computed have the error of float32 squares.
         assert (stats.within_cov() - within).norm() < 1e-5 * max(within.norm(), 0.01)
         assert stats.within_trace().item() == pytest.approx(within.trace().item(), rel=1e-5, abs=1e-6)
 
@@ -99,28 +100,28 @@ def test_matches_the_definitions(
 @given(
     k=st.integers(2, 50),
     d=st.integers(1, 600),
-    each=st.integers(2, 12),
+    per_class=st.integers(2, 12),
     batch=st.sampled_from([1, 10, 100, 1000]),
     order=st.sampled_from(["random", "sorted"]),
     noise=st.sampled_from([1.0, 1e-2, 1e-4, 1e-5]),
     offset=st.sampled_from([0.0, 50.0, 1e3, 1e4]),
     seed=st.integers(0, 99),
 )
-def test_nc1_keeps_its_digits_whatever_the_noise_and_the_offset(
-    k: int, d: int, each: int, batch: int, order: str, noise: float, offset: float, seed: int
+def test_nc1_is_accurate_for_every_noise_and_offset(
+    k: int, d: int, per_class: int, batch: int, order: str, noise: float, offset: float, seed: int
 ) -> None:
-    """Noise down to 1e-6 of the norm of the means, offsets to 1e3 of it; truth is float64 of the same float32 data."""
-    h, y = sample(k * each, k, d, noise=noise, offset=offset, seed=seed)
+    """Noise down to 1e-6 of the norm of the means, offsets up to 1e3 of it; the reference is float64 of the data."""
+    h, y = sample(k * per_class, k, d, noise=noise, offset=offset, seed=seed)
     if order == "sorted":
         h, y = h[y.argsort(stable=True)], y.sort().values
     truth = exact_nc1(h, y, k)
-    # What no shift can mend: the class means in float32 data have a rounding error, and where two of them are nearly
-    # equal (in few dimensions) NC1 multiplies it.
+    # An error that no shift can avoid: the class means of float32 data are rounded, and NC1 amplifies that if two of
+    # them are nearly equal (in few dimensions).
     _, s, _ = torch.linalg.svd(sum_free(h, y, k))
-    assume(s[min(k - 1, d) - 1] > 1e-2)  # in one dimension class means of one norm may be the same: NC1 is undefined
+    assume(s[min(k - 1, d) - 1] > 1e-2)  # in one dimension two class means may coincide: NC1 is undefined
     amplified = 1e-6 * (s[0] / s[min(k - 1, d) - 1]).item() ** 2
     bound = 1e-5 + amplified if offset <= 50 else 1e-3 + amplified
-    for stats in (gathered(h, y, k, batch), twice(h, y, k, batch)):
+    for stats in (gathered(h, y, k, batch), two_passes(h, y, k, batch)):
         with torch.no_grad():
             assert nc1(stats).item() == pytest.approx(truth, rel=bound)
 
@@ -142,7 +143,7 @@ def test_nc1_near_collapse(noise: float, offset: float, bound: float, order: str
         h, y = h[y.argsort()], y.sort().values
     truth = exact_nc1(h, y, 10)
     assert nc1(gathered(h, y, 10, 128)).item() == pytest.approx(truth, rel=bound)
-    assert nc1(twice(h, y, 10, 128)).item() == pytest.approx(truth, rel=bound)
+    assert nc1(two_passes(h, y, 10, 128)).item() == pytest.approx(truth, rel=bound)
     halves = [gathered(h[part], y[part], 10, 100) for part in (slice(3000, None), slice(3000))]
     halves[0].merge(halves[1])
     assert nc1(halves[0]).item() == pytest.approx(truth, rel=bound)
@@ -150,7 +151,7 @@ def test_nc1_near_collapse(noise: float, offset: float, bound: float, order: str
 
 def test_what_each_moment_keeps() -> None:
     h, y = sample(500, 5, 16)
-    full, trace, projected = gathered(h, y, 5), gathered(h, y, 5, moment="trace"), twice(h, y, 5)
+    full, trace, projected = gathered(h, y, 5), gathered(h, y, 5, moment="trace"), two_passes(h, y, 5)
     for stats in (trace, projected):
         assert relative(stats.means, full.means) < 1e-12
         assert relative(stats.within_trace(), full.within_trace()) < 1e-12
@@ -167,7 +168,7 @@ def test_what_each_moment_keeps() -> None:
         projected.within_cov(torch.randn(3, 16, dtype=torch.float64))
 
 
-def test_axes_of_an_earlier_pass_are_enough_where_the_means_have_stayed() -> None:
+def test_axes_of_an_earlier_pass_suffice_if_the_means_have_not_moved() -> None:
     h, y = sample(500, 5, 16)
     means = gathered(h, y, 5).means
     assert nc1(gathered(h, y, 5, moment="projected", axes=means)).item() == pytest.approx(
@@ -176,9 +177,9 @@ def test_axes_of_an_earlier_pass_are_enough_where_the_means_have_stayed() -> Non
 
 
 @pytest.mark.parametrize("projected", [False, True], ids=["full", "projected"])
-def test_merge_is_as_if_all_had_come_here(projected: bool) -> None:
+def test_merged_statistics_equal_those_of_all_batches(projected: bool) -> None:
     h, y = sample(900, 7, 12, noise=1e-3, offset=30.0)
-    y[300:600] = y[300:600].clamp(max=4)  # a part that lacks classes
+    y[300:600] = y[300:600].clamp(max=4)  # this part has no samples of two classes
     first = gathered(h, y, 7, moment="trace")
 
     def empty() -> ClassStats:
@@ -188,17 +189,17 @@ def test_merge_is_as_if_all_had_come_here(projected: bool) -> None:
     for hp, yp in zip(h.split(300), y.split(300), strict=True):
         parts.append(empty())
         parts[-1].update(hp, yp)
-    merged, together, m = empty(), empty(), first.centred_means()
-    together.update(h, y)
+    merged, whole, m = empty(), empty(), first.centred_means()
+    whole.update(h, y)
     for order in ((1, 0, 2), (2, 1, 0)):
         merged.reset()
         assert merged.counts.sum() == 0
         for i in order:
             merged.merge(parts[i])
-        assert torch.equal(merged.counts, together.counts)
-        assert relative(merged.means, together.means) < 1e-7
-        assert relative(merged.within_variances(), together.within_variances()) < 1e-5
-        assert relative(merged.within_cov(m), together.within_cov(m)) < 1e-5
+        assert torch.equal(merged.counts, whole.counts)
+        assert relative(merged.means, whole.means) < 1e-7
+        assert relative(merged.within_variances(), whole.within_variances()) < 1e-5
+        assert relative(merged.within_cov(m), whole.within_cov(m)) < 1e-5
     with pytest.raises(ValueError, match="merge"):
         merged.merge(ClassStats(7, 11))
     with pytest.raises(ValueError, match="merge"):
@@ -230,7 +231,7 @@ def test_half_precision_features_are_summed_in_float32() -> None:
         assert relative(stats.within_cov(), exact(h.to(half), y, 5)[1]) < 1e-5
 
 
-def test_state_can_be_saved_moved_copied_and_forgotten() -> None:
+def test_state_can_be_saved_moved_copied_and_reset() -> None:
     h, y = sample(300, 5, 8)
     stats = gathered(h[:200], y[:200], 5)
     resumed = ClassStats(5, 8)
@@ -298,8 +299,8 @@ def test_impossible_statistics_are_refused() -> None:
         gathered(*sample(10, 2, 3), 2).centred_means("none")  # type: ignore[arg-type]
 
 
-def test_in_a_compiled_function_the_error_comes_with_the_first_number() -> None:
-    """As on a GPU, where nobody waits to see whether a batch is refused."""
+def test_in_a_compiled_function_the_first_read_of_a_result_raises_the_error() -> None:
+    """As on a GPU, where `update` does not wait for the result of its checks."""
     stats = ClassStats(4, 6)
     update = torch.compile(stats.update, backend="aot_eager", fullgraph=True)
     h, y = sample(100, 4, 6)

@@ -1,4 +1,4 @@
-"""`ClassStats.all_reduce` over three processes, one of which has seen nothing."""
+"""`ClassStats.all_reduce` over three processes, one of them without samples."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, 
 torch.manual_seed(0)
 k, d = 7, 12
 y = torch.arange(600) % k
-y[:300] = y[:300].clamp(max=4)  # the first process lacks classes
+y[:300] = y[:300].clamp(max=4)  # the first process has no samples of some classes
 h = (10 * torch.randn(k, d) + 50)[y] + 1e-3 * torch.randn(600, d)
 together = ClassStats(k, d)
 together.update(h, y)

@@ -1,4 +1,4 @@
-"""Augmentation: what is drawn, what is taken, and that runs stay what they are."""
+"""Augmentation: the views drawn, the images gathered, and runs that do not depend on their stack."""
 
 import dataclasses
 
@@ -15,11 +15,11 @@ from ncollapse.train.training.loop import Training
 CPU = torch.device("cpu")
 
 
-def test_what_is_drawn() -> None:
+def test_views_are_drawn_for_every_sample() -> None:
     generator = torch.Generator().manual_seed(0)
     state = generator.get_state()
     assert draw_views("none", 100, generator) is None
-    assert torch.equal(generator.get_state(), state)  # runs without augmentation are what they were
+    assert torch.equal(generator.get_state(), state)  # runs without augmentation draw nothing
     for augment, crops, flips in (("flip", False, True), ("crop", True, False), ("flip-crop", True, True)):
         views = draw_views(augment, 2000, generator)
         assert views is not None
@@ -30,7 +30,7 @@ def test_what_is_drawn() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_what_is_taken(channels: int) -> None:
+def test_images_are_cropped_and_flipped(channels: int) -> None:
     images = torch.randn(5, channels, 9, 9)
     index = torch.tensor([4, 0, 2])
     assert torch.equal(gather_images(images, index, None, 9), images[index])
@@ -52,7 +52,7 @@ def evaluations(training: Training) -> list[Evaluation]:
     return [event for event in training if isinstance(event, Evaluation)]
 
 
-def test_runs_see_the_same_views_in_any_company_and_after_a_resume(digits: Dataset) -> None:
+def test_runs_see_the_same_views_in_every_stack_and_after_a_resume(digits: Dataset) -> None:
     run = RunConfig(model="cnn", augment="flip-crop", epochs=4, limit=200, eval_every=4, lr=0.05)
     others = [run, dataclasses.replace(run, seed=1), dataclasses.replace(run, lr=0.01)]
     alone = evaluations(Training([run], digits, CPU))[-1].values

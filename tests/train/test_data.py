@@ -1,4 +1,4 @@
-"""Data sets: the embedded one, torchvision's files, image folders, and what is wrong with them."""
+"""Data sets: the embedded one, torchvision's files, image folders, and faults in them."""
 
 import hashlib
 import pickle
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def write_idx(folder: Path, count: int) -> None:
-    """MNIST's own files, with a few images."""
+    """Write files in MNIST's format with a few images."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for part in ("train", "t10k"):
@@ -76,7 +76,7 @@ def test_torchvision_files_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_corrupt_files_are_named(tmp_path: Path) -> None:
     raw = tmp_path / "FashionMNIST" / "raw"
-    write_idx(raw, 20)  # whole files, and not what was published
+    write_idx(raw, 20)  # complete files, but not the published ones
     with pytest.raises(UserError, match=r"t10k-labels-idx1-ubyte is corrupt: the MD5 .* delete it.* --download"):
         load("fashion-mnist", data_dir=tmp_path, download=False, device=CPU)
     assert check_files("fashion-mnist", tmp_path).startswith(f"corrupt: {raw}/train-images-idx3-ubyte, ")
@@ -84,8 +84,8 @@ def test_corrupt_files_are_named(tmp_path: Path) -> None:
     assert "missing" in check_files("fashion-mnist", tmp_path)
 
 
-def test_published_checksums_are_torchvisions_names() -> None:
-    """The files whose checksums we know are those that torchvision reads."""
+def test_known_checksums_have_torchvisions_file_names() -> None:
+    """The files with known checksums are those that torchvision reads."""
     import torchvision
 
     for name, files in data_module._MD5.items():
@@ -114,7 +114,9 @@ def test_cifar_images_are_channels_first(tmp_path: Path, monkeypatch: pytest.Mon
     assert data.val_y.tolist() == [3, 4]
 
 
-def test_missing_data_say_where_and_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_missing_data_names_the_folder_and_the_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(UserError, match=f"fashion-mnist not found in {tmp_path}: .*--data-dir.*--download"):
         load("fashion-mnist", data_dir=tmp_path, download=False, device=CPU)
     monkeypatch.setenv("NCOLLAPSE_DATA", str(tmp_path))

@@ -1,4 +1,4 @@
-"""The networks: sizes, shapes, the same start everywhere."""
+"""The networks: parameter counts, shapes, equal initial weights for equal seeds."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_features_feed_the_head(name: str, channels: int) -> None:
     assert model(images).shape == (5, 7)
 
 
-def test_the_seed_sets_the_weights_and_nothing_else() -> None:
+def test_the_seed_sets_only_the_weights() -> None:
     before = torch.get_rng_state()
     a, b, c = (build("cnn", 1, 8, 10, seed) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), before)

@@ -1,4 +1,4 @@
-"""Networks without a form for many runs, every block's metrics, and Muon: in the loop and in sweeps."""
+"""Networks that cannot be stacked, every block's metrics, and Muon: in the loop and in sweeps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -34,13 +34,13 @@ def evaluations(runs: list[RunConfig], data: Dataset) -> tuple[Training, list[Ev
     return training, [event for event in training if isinstance(event, Evaluation)]
 
 
-def test_the_table_of_networks_that_train_alone_is_right() -> None:
+def test_the_table_of_networks_that_cannot_be_stacked_is_right() -> None:
     found = [name for name in MODELS if any(isinstance(m, SingleRun) for m in build(name, 1, 8, 10, 0).modules())]
     assert found == list(ALONE)
 
 
 @pytest.mark.parametrize("model", ALONE)
-def test_they_train_as_a_plain_loop_does(model: str, digits: Dataset) -> None:
+def test_they_train_as_a_plain_loop(model: str, digits: Dataset) -> None:
     width = {"vit": 16, "densenet": 4}[model]
     run = RunConfig(model=model, width=width, lr=0.01, epochs=2, limit=100, batch_size=64)  # type: ignore[arg-type]
     training, events = evaluations([run], digits)
@@ -53,14 +53,14 @@ def test_they_train_as_a_plain_loop_does(model: str, digits: Dataset) -> None:
             optimizer.zero_grad()
             F.cross_entropy(plain(digits.train_x[batch]), digits.train_y[batch]).backward()
             optimizer.step()
-    state = training._stack.state_dict(0)
+    state = training.stack.state_dict(0)
     assert set(state) == set(plain.state_dict())
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4)
     assert events[-1].values["train_loss"] != events[0].values["train_loss"]
 
 
-def test_a_transformer_refuses_what_its_patches_do_not_cover(digits: Dataset) -> None:
+def test_a_transformer_refuses_images_that_its_patches_do_not_cover(digits: Dataset) -> None:
     data = dataclasses.replace(digits, train_x=digits.train_x[..., :6, :6], val_x=digits.val_x[..., :6, :6])
     with pytest.raises(UserError, match=r"model vit needs images whose side is a multiple of 4 pixels; .* has 6"):
         Training([RunConfig(model="vit")], data, CPU)
@@ -76,11 +76,11 @@ def test_they_are_planned_one_by_one() -> None:
 
 
 @pytest.mark.parametrize(("model", "width"), [("mlp", 16), ("cnn", 10), ("resnet9", 10), ("vit", 16), ("densenet", 6)])
-def test_blocks_have_the_metrics_that_measure_gives(model: str, width: int, digits: Dataset) -> None:
+def test_blocks_have_the_metrics_of_measure(model: str, width: int, digits: Dataset) -> None:
     run = RunConfig(model=model, width=width, epochs=2, limit=200, lr=0.02, layers="all", eval_every=2)  # type: ignore[arg-type]
     training, events = evaluations([run], digits)
     plain = build(model, 1, 8, 10, 0, width)
-    plain.load_state_dict(training._stack.state_dict(0))
+    plain.load_state_dict(training.stack.state_dict(0))
 
     def pool(output: torch.Tensor) -> torch.Tensor:
         return output.mean((-2, -1)) if output.dim() == 4 else output.mean(1) if output.dim() == 3 else output
@@ -118,15 +118,15 @@ def muons(**settings: Any) -> list[RunConfig]:
     ]
 
 
-def test_muons_train_together_as_alone(digits: Dataset) -> None:
+def test_stacked_muons_match_single_runs(digits: Dataset) -> None:
     together, _ = evaluations(muons(), digits)
     for i, run in enumerate(muons()):
         alone, _ = evaluations([run], digits)
-        for name, theirs in alone._stack.state_dict(0).items():
-            torch.testing.assert_close(together._stack.state_dict(i)[name], theirs, rtol=1e-3, atol=1e-3)
+        for name, theirs in alone.stack.state_dict(0).items():
+            torch.testing.assert_close(together.stack.state_dict(i)[name], theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_muons_go_on_from_a_checkpoint_and_leave_the_stack(digits: Dataset) -> None:
+def test_muons_continue_from_a_checkpoint_and_are_removed_from_the_stack(digits: Dataset) -> None:
     runs = [*muons(), dataclasses.replace(muons()[0], epochs=1)]
     whole = Training(runs, digits, CPU)
     *_, expected = (event for event in whole if isinstance(event, Evaluation))
@@ -134,12 +134,12 @@ def test_muons_go_on_from_a_checkpoint_and_leave_the_stack(digits: Dataset) -> N
     checkpoint = next(half.checkpoint() for event in half if event == 2)
     resumed = Training(runs, digits, CPU, checkpoint=checkpoint)
     *_, last = (event for event in resumed if isinstance(event, Evaluation))
-    assert resumed._stack.runs == 3
+    assert resumed.stack.runs == 3
     assert last.values == expected.values
 
 
-def test_decoupled_muon_moves_the_row_sum_by_its_decay_alone(digits: Dataset) -> None:
-    """Also once the loss is small, when Newton–Schulz would make much of what rounding had left of a row sum."""
+def test_decoupled_muon_changes_the_row_sum_only_by_its_decay(digits: Dataset) -> None:
+    """Also at a small loss, where Newton–Schulz would amplify the rounding error of the gradient's row sum."""
     run = RunConfig(optimizer="muonw", lr=1e-2, weight_decay=0.05, epochs=80, limit=400, eval_every=80, lr_drops=0)
     _, events = evaluations([run], digits)
     assert events[-1].values["train_loss"][0] < 2e-3
@@ -148,7 +148,7 @@ def test_decoupled_muon_moves_the_row_sum_by_its_decay_alone(digits: Dataset) ->
     assert events[-1].values["nc0"][0] == pytest.approx(factor**2 * events[0].values["nc0"][0], rel=1e-3)
 
 
-def test_muons_have_stacks_of_their_own() -> None:
+def test_muons_have_separate_stacks() -> None:
     runs = [RunConfig(optimizer=name, seed=s) for s in range(3) for name in ("sgd", "lionw", "muon", "muonw")]  # type: ignore[arg-type]
     kinds = [{run.family == "muon" for run in stack} for stack in make_stacks(runs, lambda key: 100)]
     assert sorted(kinds, key=str) == [{False}, {True}]

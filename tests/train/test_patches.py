@@ -9,7 +9,7 @@ from ncollapse.train.networks.patches import convolve, is_small_filter
 
 @pytest.mark.parametrize("shape", [(5, 1, 28, 28), (3, 3, 7, 9), (1, 2, 1, 1), (0, 1, 8, 8)], ids=str)
 @pytest.mark.parametrize(("kernel", "padding"), [((3, 3), (1, 1)), ((2, 3), (0, 2)), ((1, 1), (0, 0))], ids=str)
-def test_as_a_convolution(shape: tuple[int, ...], kernel: tuple[int, int], padding: tuple[int, int]) -> None:
+def test_matches_conv2d(shape: tuple[int, ...], kernel: tuple[int, int], padding: tuple[int, int]) -> None:
     if shape[2] + 2 * padding[0] < kernel[0]:
         pytest.skip("an image smaller than a filter")
     images = torch.randn(shape, dtype=torch.float64)
@@ -26,7 +26,7 @@ def test_as_a_convolution(shape: tuple[int, ...], kernel: tuple[int, int], paddi
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts(dtype: torch.dtype) -> None:
-    """Maps come out channels-last, whatever the layout of images and filters."""
+    """The output is channels-last for every layout of images and filters."""
     images = torch.randn(4, 3, 6, 6).to(dtype)
     weight = torch.randn(8, 3, 3, 3).to(dtype)
     expected = convolve(images, weight, (1, 1))
@@ -36,7 +36,7 @@ def test_layouts(dtype: torch.dtype) -> None:
     assert torch.equal(convolve(*last, (1, 1)), expected)
 
 
-def test_what_is_few() -> None:
+def test_small_filters() -> None:
     assert is_small_filter(torch.empty(64, 1, 3, 3))
     assert is_small_filter(torch.empty(64, 3, 3, 3))
     assert not is_small_filter(torch.empty(64, 64, 3, 3))

@@ -1,4 +1,4 @@
-"""Runs in bfloat16 and tf32: what is rounded and what is not, the exact law of the row sum, and networks that learn."""
+"""Runs in bfloat16 and tf32: which tensors are rounded, the exact law of the row sum, and networks that learn."""
 
 import dataclasses
 import itertools
@@ -33,17 +33,17 @@ def trained(run: RunConfig, data: Dataset) -> tuple[Training, list[Evaluation]]:
     return training, [event for event in training if isinstance(event, Evaluation)]
 
 
-def both(model: str, data: Dataset, precision: str, **settings: Any) -> tuple[Stack, Step, torch.Tensor]:
+def stack_and_step(model: str, data: Dataset, precision: str, **settings: Any) -> tuple[Stack, Step, torch.Tensor]:
     run = RunConfig(model=model, width=8, precision=precision, **settings)  # type: ignore[arg-type]
     stack = Stack.of([build(model, data.channels, data.size, 10, 0, width=8)], CPU)
     return stack, Step(stack, make_optimizer(stack, [run]), data), torch.arange(64)
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "resnet9", "vit", "densenet"])
-def test_bf16_forward_and_gradients_are_those_of_fp32_to_its_rounding(model: str, digits: Dataset) -> None:
+def test_bf16_forward_and_gradients_match_fp32_up_to_rounding(model: str, digits: Dataset) -> None:
     grads, outputs = [], []
     for precision in ("fp32", "bf16"):
-        stack, step, batch = both(model, digits, precision)
+        stack, step, batch = stack_and_step(model, digits, precision)
         features, logits = stack(digits.train_x[:64], train=True)
         # A transformer ends in a layer norm, which autocast leaves in float32.
         assert features.dtype == (torch.bfloat16 if precision == "bf16" and model != "vit" else torch.float32)
@@ -57,13 +57,13 @@ def test_bf16_forward_and_gradients_are_those_of_fp32_to_its_rounding(model: str
         assert not any(name.startswith("fc.") for name in stack.copies)
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0.05, atol=0.05)
     assert not torch.equal(outputs[1], outputs[0])
-    exact, half = (torch.cat([g.double().flatten() for g in each.values()]) for each in grads)  # type: ignore[union-attr]
-    assert torch.dot(exact, half) / (exact.norm() * half.norm()) > 0.95  # ReLU gates that rounding has moved
+    exact, half = (torch.cat([g.double().flatten() for g in of_run.values()]) for of_run in grads)  # type: ignore[union-attr]
+    assert torch.dot(exact, half) / (exact.norm() * half.norm()) > 0.95  # rounding flips some ReLU gates
 
 
 def test_copies_follow_the_weights(digits: Dataset) -> None:
     for optimizer in ("adam", "muon"):
-        stack, step, batch = both("cnn", digits, "bf16", optimizer=optimizer)
+        stack, step, batch = stack_and_step("cnn", digits, "bf16", optimizer=optimizer)
         before = {name: copy.clone() for name, copy in stack.copies.items()}
         for _ in range(3):
             step(batch)
@@ -74,8 +74,8 @@ def test_copies_follow_the_weights(digits: Dataset) -> None:
 
 
 def test_the_cpu_rounds_bf16_as_a_gpu_does(digits: Dataset) -> None:
-    """Factors in bfloat16, sums in float32, the result rounded once."""
-    stack, _, _ = both("cnn", digits, "bf16")
+    """Inputs in bfloat16, accumulated in float32, the result rounded once."""
+    stack, _, _ = stack_and_step("cnn", digits, "bf16")
     _, logits = stack(digits.train_x[:8], train=False)
     x = digits.train_x[:8].bfloat16().double()
     norms = {name: value[0].double() for name, value in stack.tensors().items()}
@@ -96,7 +96,7 @@ def test_the_cpu_rounds_bf16_as_a_gpu_does(digits: Dataset) -> None:
     [*itertools.product(["resnet9", "cnn"], ["sgdw"], ["fp32", "tf32", "bf16"]), ("vgg9", "sgd", "bf16")],
 )
 def test_the_row_sum_follows_theory(model: str, optimizer: str, precision: str, digits: Dataset) -> None:
-    """Under SGDW the norm of Wᵀ1 ends at ∏(1 − η_t λ) of its start, to float32's rounding, whatever the net."""
+    """Under SGDW the norm of Wᵀ1 ends at ∏(1 − η_t λ) of its start up to float32 rounding, in every network."""
     run = RunConfig(
         model=model, width=8, optimizer=optimizer, precision=precision,  # type: ignore[arg-type]
         lr=0.0679, weight_decay=0.05, epochs=6, limit=400,
@@ -112,7 +112,7 @@ def test_the_row_sum_follows_theory(model: str, optimizer: str, precision: str, 
     assert end / start == pytest.approx(abs(factor), rel=1e-3)
 
 
-def test_a_bf16_checkpoint_goes_on_bit_for_bit(digits: Dataset) -> None:
+def test_a_bf16_checkpoint_continues_bit_for_bit(digits: Dataset) -> None:
     sgd = RunConfig(model="cnn", lr=1e-2, epochs=4, limit=300, precision="bf16")
     runs = [sgd, dataclasses.replace(sgd, optimizer="adam")]
     whole = Training(runs, digits, CPU)
@@ -123,11 +123,11 @@ def test_a_bf16_checkpoint_goes_on_bit_for_bit(digits: Dataset) -> None:
     *_, last = (event for event in resumed if isinstance(event, Evaluation))
     assert last.values == expected.values
     for i in range(2):
-        for name, value in whole._stack.state_dict(i).items():
-            assert torch.equal(resumed._stack.state_dict(i)[name], value)
+        for name, value in whole.stack.state_dict(i).items():
+            assert torch.equal(resumed.stack.state_dict(i)[name], value)
 
 
-def test_arithmetic_is_set_and_put_back() -> None:
+def test_arithmetic_is_set_and_restored() -> None:
     def flags() -> tuple[Any, ...]:
         cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
         return cudnn.benchmark, cudnn.deterministic, cudnn.conv.fp32_precision, matmul.fp32_precision
@@ -146,14 +146,14 @@ def test_arithmetic_is_set_and_put_back() -> None:
 
 
 @pytest.mark.parametrize(("model", "precision"), [("resnet9", "fp32"), ("resnet9", "bf16"), ("vgg9", "bf16")])
-def test_small_ones_learn_digits_by_heart(model: str, precision: str, digits: Dataset) -> None:
+def test_small_networks_memorise_digits(model: str, precision: str, digits: Dataset) -> None:
     run = RunConfig(model=model, width=8, lr=0.02, epochs=16, limit=256, batch_size=32, precision=precision)  # type: ignore[arg-type]
     _, events = trained(run, digits)
-    learnt(events, 0.99)
+    assert_learnt(events, 0.99)
 
 
-def learnt(events: list[Evaluation], accuracy: float) -> None:
-    """It fits the training data, collapses a good deal, and has every metric."""
+def assert_learnt(events: list[Evaluation], accuracy: float) -> None:
+    """Assert that the run fits the training data, collapses clearly, and has every metric."""
     first, last = ({name: values[0] for name, values in event.values.items()} for event in (events[0], events[-1]))
     assert set(last) == set(METRICS)
     assert all(np.isfinite(value) for value in last.values())
@@ -164,7 +164,7 @@ def learnt(events: list[Evaluation], accuracy: float) -> None:
 
 @needs_fashion
 @pytest.mark.parametrize(("model", "precision"), [("resnet9", "bf16"), ("vgg9", "fp32")])
-def test_2000_images_of_fashion_mnist_are_learnt_by_heart(model: str, precision: str) -> None:
+def test_2000_images_of_fashion_mnist_are_memorised(model: str, precision: str) -> None:
     data = load("fashion-mnist", CPU, data_dir=FASHION, download=False)
     small = Dataset(data.train_x, data.train_y, data.val_x[:500], data.val_y[:500], data.classes, "")
     run = RunConfig(
@@ -172,7 +172,7 @@ def test_2000_images_of_fashion_mnist_are_learnt_by_heart(model: str, precision:
         optimizer="sgdw", precision=precision,  # type: ignore[arg-type]
     )  # fmt: skip
     _, events = trained(run, small)
-    learnt(events, 0.99)
+    assert_learnt(events, 0.99)
     assert events[-1].values["val_accuracy"][0] > 0.8
     lrs = [run.lr * run.lr_factor(epoch) for epoch in range(run.epochs) for _ in range(16)]
     start, end = (event.values["nc0"][0] ** 0.5 for event in (events[0], events[-1]))

@@ -17,19 +17,21 @@ _BATCH = {"cpu": 256, "cuda": 1024}
 
 
 @torch.no_grad()
-def evaluate_stack(stack: Stack, data: Dataset, *, layers: bool = False) -> tuple[Values, dict[str, Values]]:
+def evaluate_stack(
+    stack: Stack, data: Dataset, *, layers: bool = False, keep_bytes: int = 2**30
+) -> tuple[Values, dict[str, Values]]:
     """Measure losses, accuracies, and NC0–NC4 on the training data in evaluation mode.
-
-    Features that take more than 1 GiB per run are not kept for NC4; then there is a second pass over the training data.
 
     Args:
         layers: whether to measure the output of every block too.
+        keep_bytes: the most that the features kept for NC4 may take per run; if they take more, the stack runs over the
+            training data a second time.
 
     Returns:
         The metrics of each run; and block -> metrics of its output, in the order of the blocks, empty without `layers`.
     """
     size = _BATCH.get(stack.weight.device.type, 256)
-    measurement = Measurement(stack.weight, nan_policy="propagate")
+    measurement = Measurement(stack.weight, keep_bytes=keep_bytes, nan_policy="propagate")
 
     def add_all() -> Tensor:
         """Add the training data to the measurement; return the logits `[R, N, K]`."""

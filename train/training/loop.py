@@ -42,6 +42,10 @@ class Training:
             on the same device with the same versions.
         keep_weights: whether evaluations hold the final weights of the runs that end.
 
+    Attributes:
+        epoch: the number of epochs that have ended.
+        stack: the runs that still train, and ended ones that have not been removed yet.
+
     Raises:
         UserError: images of a size that the model or the augmentation cannot use, training samples of one class only.
         CheckpointError: a checkpoint that is unreadable or of other runs.
@@ -105,7 +109,7 @@ class Training:
 
     def _use(self, stack: Stack, optimizer_state: dict[int, Any] | None = None) -> None:
         """Continue with another stack, of the runs `self._stacked`."""
-        self._stack, self._optimizer = stack, make_optimizer(stack, [self.runs[i] for i in self._stacked])
+        self.stack, self._optimizer = stack, make_optimizer(stack, [self.runs[i] for i in self._stacked])
         if optimizer_state:
             # The removed runs may have needed states that the others do not have.
             names = set(self._optimizer.state_names)
@@ -137,9 +141,7 @@ class Training:
         """Measure; add the time since `started` to the runs, including those that end now."""
         first = self.runs[0]
         with arithmetic(first.precision):
-            values, layers = evaluate_stack(
-                self._stack, self.data, layers=first.layers == "all"
-            )  # waits for the device
+            values, layers = evaluate_stack(self.stack, self.data, layers=first.layers == "all")  # waits for the device
         self._add_seconds(started)
         rows, ended = [], {}
         for position, i in enumerate(self._stacked):
@@ -162,7 +164,7 @@ class Training:
         return Evaluation(self.epoch, tuple(rows), of_rows(values), of_layers, ended, weights)
 
     def _weights(self, i: int) -> bytes:
-        state = self._stack.state_dict(self._stacked.index(i))
+        state = self.stack.state_dict(self._stacked.index(i))
         return _serialised({"config": self.runs[i].as_dict(), "state_dict": state})
 
     def _shrink(self) -> None:
@@ -175,7 +177,7 @@ class Training:
         # A state has the shape of its parameter, except for the step, which all runs of the stack share.
         kept = {p: {n: v[positions] if v.dim() else v for n, v in of.items()} for p, of in state.items()}
         self._stacked = [self._stacked[position] for position in keep]
-        self._use(self._stack.select(positions), kept)
+        self._use(self.stack.select(positions), kept)
 
     def checkpoint(self) -> bytes:
         """Serialise the state of the training; call it after the iteration yielded an epoch's number."""
@@ -187,7 +189,7 @@ class Training:
             "over": sorted(self._ended),
             "seconds": self._seconds,
             "orders": {seed: generator.get_state() for seed, generator in self._generators.items()},
-            "tensors": self._stack.tensors(),
+            "tensors": self.stack.tensors(),
             "optimizer": self._optimizer.state_dict()["state"],
         }
         return _serialised(content)
@@ -203,7 +205,7 @@ class Training:
         self._seconds = content["seconds"]
         for seed, generator in self._generators.items():
             generator.set_state(content["orders"][seed].cpu())
-        self._use(self._stack.with_tensors(content["tensors"]), content["optimizer"])
+        self._use(self.stack.with_tensors(content["tensors"]), content["optimizer"])
 
 
 def _check_size(config: RunConfig, size: int) -> None:
