@@ -20,7 +20,7 @@ from ncollapse.train.data.sets import Dataset, load
 from ncollapse.train.grid import Grid
 from ncollapse.train.optimizers import PAPER_OPTIMIZERS
 from ncollapse.train.results import atomic_write as files
-from ncollapse.train.results import writer as store
+from ncollapse.train.results import schema
 from ncollapse.train.sweep.options import Options
 from ncollapse.train.sweep.scheduler import sweep
 
@@ -77,7 +77,7 @@ def sweep_into(out: Path, die_at: int | None) -> None:
         out,
         _data,
         torch.device("cpu"),
-        Options(stack=8, checkpoint_minutes=0, save_weights=True),
+        Options(stack=8, workers=1, checkpoint_minutes=0, save_weights=True),
         Console(quiet=True),
     )
     if die_at == _NEVER:
@@ -101,14 +101,14 @@ def _die(now: Callable[[], bool]) -> None:
 
         return acting
 
-    connect = store.connect
+    connect = schema.connect
 
     def traced(*args: Any, **options: Any) -> sqlite3.Connection:
         connection = connect(*args, **options)
         connection.set_trace_callback(lambda statement: chance())  # before each statement, COMMIT included
         return connection
 
-    store.connect = traced
+    schema.connect = traced
     for name in ("replace", "fsync"):
         setattr(files.os, name, guarded(getattr(os, name)))
     Path.unlink = guarded(Path.unlink)  # type: ignore[method-assign]

@@ -231,3 +231,19 @@ def test_several_workers_that_cannot_start_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=r"2 workers need a load_data that can be sent .*, or workers=1"):
         sweep(small_grid, tmp_path, lambda name, device: digits, CPU, Options(workers=2), quiet)
+
+
+@pytest.mark.usefixtures("quick_starts")
+def test_the_number_of_workers_can_change_between_measurements() -> None:
+    before = torch.get_num_threads()
+    engine = ThisMachine(CPU, WorkerSettings(LOAD, 60.0, keep_weights=False))
+    try:
+        for workers, threads in ((1, before), (2, 1), (3, 1), (2, 1), (1, before)):
+            engine.use(workers, threads)
+            assert len(multiprocessing.active_children()) == (workers if workers > 1 else 0)
+            assert (engine.measure_rate(MLP, DIGITS, 2, quick=True) or 0) > 0
+            assert engine.room(MLP, DIGITS) >= 1
+    finally:
+        engine.close()
+    assert multiprocessing.active_children() == []
+    assert torch.get_num_threads() == before

@@ -11,7 +11,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -24,7 +23,7 @@ from ncollapse.train.sweep.messages import Failed, Finished, Message, WorkerSett
 from ncollapse.train.sweep.throughput import DataFacts, measure_rate
 
 #: How workers start: a fork of this process would copy torch's threads and the state of the GPU.
-_CONTEXT: BaseContext = multiprocessing.get_context("spawn")
+_CONTEXT = multiprocessing.get_context("spawn")
 
 
 class Trainer:
