@@ -1,7 +1,7 @@
 """ncollapse: which optimizers drive a classifier into neural collapse, and why (arXiv 2602.16642).
 
-`ncollapse.optim` holds the optimizers, `ncollapse.metrics` NC0–NC4, `ClassStats` and `measure` feed them, and
-`ncollapse.ufm` is the theory.
+`ncollapse.optim` has the optimizers, `ncollapse.metrics` NC0–NC4, and `ncollapse.ufm` the theory. `measure` computes the
+metrics of a model, `ClassStats` gathers the statistics for them.
 """
 
 from importlib import import_module
@@ -20,7 +20,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 __all__ = ["ClassStats", "NCCallback", "NCResult", "measure", "metrics", "optim", "ufm"]
 
-_HOME = {
+_MODULE_OF = {
     "ClassStats": "stats",
     "NCCallback": "measurement",
     "NCResult": "measurement",
@@ -30,8 +30,8 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: `import ncollapse` must stay quick, and `ncollapse --help` must not wait for torch.
-    if name in _HOME:
-        return getattr(import_module(f"ncollapse.{_HOME[name]}"), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f"ncollapse.{_MODULE_OF[name]}"), name)
     if name in __all__:
         return import_module(f"ncollapse.{name}")
     raise AttributeError(f"module 'ncollapse' has no attribute {name!r}")
