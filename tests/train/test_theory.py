@@ -12,7 +12,7 @@ from rich.console import Console
 from ncollapse.train.commands.theory import Setting, print_theory, trajectories
 from ncollapse.train.errors import UserError
 from ncollapse.train.optimizers import LABELS, OPTIMIZERS, TABLE
-from ncollapse.train.report.tables.trajectory import Trajectory
+from ncollapse.train.report.figures.theory import Trajectory, nc0_over_steps
 
 SMALL = Setting(classes=4, dim=5, steps=120, lr=0.1, weight_decay=0.1)
 
@@ -73,8 +73,6 @@ def test_prints_a_table_and_writes_a_figure(tmp_path: Path, decay: float) -> Non
 
 
 def test_the_figure_has_a_line_for_every_trajectory_and_prediction(found: list[Trajectory]) -> None:
-    from ncollapse.train.report.figures.theory import nc0_over_steps
-
     figure = nc0_over_steps(found)
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata())]
     predicted = [one for one in found if one.prediction]

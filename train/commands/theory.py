@@ -14,12 +14,13 @@ from rich.table import Table
 
 from ncollapse.train.errors import UserError
 from ncollapse.train.optimizers import OPTIMIZERS, TABLE
-from ncollapse.train.report.tables.trajectory import Trajectory
 from ncollapse.train.sweep.options import hide_default
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from ncollapse.train.report.figures.theory import Trajectory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,11 +69,12 @@ class Setting:
         return self.lr * np.power(0.1, 3 * np.arange(self.steps) // self.steps, dtype=np.float64)
 
 
-def trajectories(setting: Setting) -> list[Trajectory]:
+def trajectories(setting: Setting) -> "list[Trajectory]":
     """Simulate every optimizer from the same initial weights; in the order of `OPTIMIZERS`."""
     import torch
 
     from ncollapse import ufm
+    from ncollapse.train.report.figures.theory import Trajectory
 
     shared: dict[str, Any] = {"lr": setting.lrs, "steps": setting.steps, "momentum": setting.momentum}
     shared |= {"weight_decay": setting.weight_decay}

@@ -1,15 +1,12 @@
 """Final metrics over the coupling, the share of the weight decay that is added to the gradient."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from ncollapse.train.optimizers import LABELS
-from ncollapse.train.report.figures.style import COLOURS, GROUND, Drawing, lines_legend, panels, scale, styled
-
-if TYPE_CHECKING:
-    from ncollapse.train.report.figures.style import Axes
+from ncollapse.train.report.figures import style
+from ncollapse.train.report.figures.style import COLOURS, GROUND, Drawing
 
 #: Lines of one colour differ in these; with more lines than markers, only the colours tell them apart.
 _MARKERS = "osD^vP"
@@ -25,26 +22,28 @@ def metrics_over_coupling(slug: str, runs: pd.DataFrame, names: Sequence[str]) -
     """
     groups = [group for _, group in runs.groupby("group")]
     with_markers = len(groups) <= len(_MARKERS)
-    with styled():
-        figure, grid = panels(2, 3, (9.6, 5.7), gaps=(0.55, 0.8))
+    with style.styled():
+        figure, grid = style.panels(2, 3, (9.6, 5.7), gaps=(0.55, 0.8))
         for axes, name in zip(grid.flat, names, strict=False):
             values = 100 * runs[name] if name == "val_accuracy" else runs[name]
-            scale(axes, "y", values)
+            style.scale(axes, "y", values)
             for k, group in enumerate(groups):
                 colour, marker = COLOURS[group.optimizer.iloc[0]], _MARKERS[k] if with_markers else ""
                 label = f"{LABELS[group.optimizer.iloc[0]]} {group.settings.iloc[0]}" if with_markers else None
-                style = {"color": colour, "marker": marker, "alpha": 1.0 if with_markers else 0.4}
-                axes.plot(group.coupling, values[group.index], **style, label=label)
+                look = {"color": colour, "marker": marker, "alpha": 1.0 if with_markers else 0.4}
+                axes.plot(group.coupling, values[group.index], **look, label=label)
                 missed = group[~group.reached]
                 axes.plot(missed.coupling, values[missed.index], marker or "o", color=colour, mfc=GROUND)
             if name == "val_accuracy":
-                _show_at_least(axes, _LEAST_SPAN)
+                low, high = axes.get_ylim()
+                margin = max(0.0, _LEAST_SPAN - (high - low)) / 2
+                axes.set_ylim(low - margin, high + margin)
             axes.set_title("validation accuracy, %" if name == "val_accuracy" else name.upper())
             axes.set_xlabel("coupled share c of the decay")
         for axes in grid.flat[len(names) :]:
             axes.set_axis_off()
         if not with_markers:
-            lines_legend(grid[0, 0], [(name, 1.0) for name in dict.fromkeys(runs.optimizer)])
+            style.legend_entries(grid[0, 0], [(name, 1.0) for name in dict.fromkeys(runs.optimizer)])
         grid[1, 2].legend(*grid[0, 0].get_legend_handles_labels(), loc="center left")
     hollow = "" if runs.reached.all() else " Hollow: the run missed the training-accuracy threshold."
     caption = (
@@ -52,10 +51,3 @@ def metrics_over_coupling(slug: str, runs: pd.DataFrame, names: Sequence[str]) -
         f"applied to the weights directly. Each line joins runs that differ only in c.{hollow}"
     )
     return Drawing(f"coupling-{slug}", caption, figure)
-
-
-def _show_at_least(axes: "Axes", span: float) -> None:
-    """Widen the vertical axis to `span`, around its middle, if it shows less."""
-    low, high = axes.get_ylim()
-    margin = max(0.0, span - (high - low)) / 2
-    axes.set_ylim(low - margin, high + margin)

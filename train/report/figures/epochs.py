@@ -1,26 +1,13 @@
 """Metrics over epochs of each optimizer's best run: NC0 with its exact prediction, and NC1–NC3."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from ncollapse.train.optimizers import LABELS
-from ncollapse.train.report.figures.style import (
-    COLOURS,
-    GROUND,
-    Drawing,
-    line,
-    lines_legend,
-    one_legend,
-    panels,
-    scale,
-    styled,
-)
+from ncollapse.train.report.figures import style
+from ncollapse.train.report.figures.style import COLOURS, GROUND
 from ncollapse.train.report.tables.prediction import predicted_nc0
-
-if TYPE_CHECKING:
-    from ncollapse.train.report.figures.style import Axes
 
 #: Least distance between two labels at the ends of the lines, as a share of the axes' height.
 _LABEL_DISTANCE = 0.055
@@ -29,26 +16,25 @@ _CIRCLES = 14
 _STYLES = "Solid: weight decay coupled into the gradient; dashed: decoupled."
 
 
-def nc0_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame) -> Drawing:
+def nc0_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame) -> style.Drawing:
     """Draw NC0 over epochs, a line per run, with the exact prediction for SGD and SGDW as circles.
 
     Args:
         best: the runs, as rows of `load_runs`.
         histories: their evaluated epochs, as rows of `load_metrics`.
     """
-    with styled():
-        figure, grid = panels(1, 1, (7.6, 4.2), margins=(0.65, 0.85, 0.5, 0.1))
-        axes: Axes = grid[0, 0]
-        scale(axes, "y", histories.nc0)
-        measured = [histories[histories.run == run].dropna(subset=["nc0"]) for run in best.id]
-        ends: list[tuple[float, str]] = []
-        for (_, run), history in zip(best.iterrows(), measured, strict=True):
-            axes.plot(history.epoch, history.nc0, **line(run.optimizer, run.coupling))
-            ends += [(float(value), run.optimizer) for value in history.nc0.tail(1)]
+    with style.styled():
+        figure, grid = style.panels(1, 1, (7.6, 4.2), margins=(0.65, 0.85, 0.5, 0.1))
+        axes: style.Axes = grid[0, 0]
+        style.scale(axes, "y", histories.nc0)
+        style.run_lines(axes, best, histories, "epoch", "nc0")
         # Fix the range before the predictions are drawn: they may be smaller than float32 can measure.
         axes.set_ylim(axes.get_ylim())
         predicted = False
-        for (_, run), history in zip(best.iterrows(), measured, strict=True):
+        ends: list[tuple[float, str]] = []
+        for _, run in best.iterrows():
+            history = histories[histories.run == run["id"]].dropna(subset=["nc0"])
+            ends += [(float(value), run.optimizer) for value in history.nc0.tail(1)]
             prediction = predicted_nc0(run)
             if prediction is not None and len(history):
                 # At evaluated epochs only, since the line between them is not measured.
@@ -59,17 +45,19 @@ def nc0_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame) -> D
         axes.set_ylabel("NC0 = ‖Wᵀ1‖²")
         axes.set_xlim(0, float(best.epochs.max()) * 1.005)
         _label_ends(axes, ends)
-        lines_legend(axes, zip(best.optimizer, best.coupling, strict=True), predicted=predicted)
-        one_legend(figure, axes, 7)
+        style.legend_entries(
+            axes, zip(best.optimizer, best.coupling, strict=True), hollow="exact prediction" if predicted else ""
+        )
+        style.one_legend(figure, axes, 7)
     circles = " Circles: the exact recursion of the row sum under SGD and SGDW, from the run's measured start."
     caption = (
         "NC0 = ‖Wᵀ1‖², the squared row sum of the last layer's weights, over epochs of each optimizer's best run. "
         f"Collapse needs NC0 → 0. {_STYLES}{circles if predicted else ''}"
     )
-    return Drawing(f"nc0-{slug}", caption, figure)
+    return style.Drawing(f"nc0-{slug}", caption, figure)
 
 
-def _label_ends(axes: "Axes", ends: list[tuple[float, str]]) -> None:
+def _label_ends(axes: "style.Axes", ends: list[tuple[float, str]]) -> None:
     """Write the optimizers' names at the right ends of their lines, moved apart where they would overlap."""
     to_axes = axes.transData + axes.transAxes.inverted()
     shown = sorted((value, name) for value, name in ends if value > 0 or axes.get_yscale() != "log")
@@ -84,27 +72,25 @@ def _label_ends(axes: "Axes", ends: list[tuple[float, str]]) -> None:
         axes.text(1.01, height, LABELS[name], color=COLOURS[name], transform=axes.transAxes, va="center", weight="bold")
 
 
-def nc123_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame, names: Sequence[str]) -> Drawing:
+def nc123_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame, names: Sequence[str]) -> style.Drawing:
     """Draw the metrics in `names`, of NC1, NC2 and NC3, over epochs: a panel per metric, a line per run.
 
     Args:
         best: the runs, as rows of `load_runs`.
         histories: their evaluated epochs, as rows of `load_metrics`.
     """
-    with styled():
-        figure, grid = panels(1, len(names), (max(4.8, 3.2 * len(names)), 3.4))
+    with style.styled():
+        figure, grid = style.panels(1, len(names), (max(4.8, 3.2 * len(names)), 3.4))
         for axes, name in zip(grid[0], names, strict=True):
-            scale(axes, "y", histories[name])
-            for _, run in best.iterrows():
-                history = histories[histories.run == run["id"]].dropna(subset=[name])
-                axes.plot(history.epoch, history[name], **line(run.optimizer, run.coupling))
+            style.scale(axes, "y", histories[name])
+            style.run_lines(axes, best, histories, "epoch", name)
             axes.set_title(name.upper())
             axes.set_xlabel("epoch")
             axes.set_xlim(0, float(best.epochs.max()))
-        lines_legend(grid[0, 0], zip(best.optimizer, best.coupling, strict=True))
-        one_legend(figure, grid[0, 0], 8 if len(names) > 1 else 4)
+        style.legend_entries(grid[0, 0], zip(best.optimizer, best.coupling, strict=True))
+        style.one_legend(figure, grid[0, 0], 8 if len(names) > 1 else 4)
     caption = (
         "NC1 = tr(Σ_W Σ_B⁺)/K, the scatter within classes relative to that between them; NC2 and NC3, the distances "
         f"of the class means M and of the product W·Mᵀ from a simplex; over epochs of the same runs. {_STYLES}"
     )
-    return Drawing(f"nc123-{slug}", caption, figure)
+    return style.Drawing(f"nc123-{slug}", caption, figure)

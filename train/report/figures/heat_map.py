@@ -1,31 +1,17 @@
 """Heat maps of the final metrics over weight decay and learning rate or momentum, a row per optimizer."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ncollapse.train.formatting import short_number
 from ncollapse.train.optimizers import LABELS
-from ncollapse.train.report.figures.style import (
-    COLOURS,
-    GROUND,
-    INK,
-    ON_DARK,
-    ON_LIGHT,
-    QUIET,
-    Drawing,
-    panels,
-    spans_decades,
-    styled,
-    ticks,
-)
+from ncollapse.train.report.figures import style
+from ncollapse.train.report.figures.style import COLOURS, GROUND, INK, ON_DARK, ON_LIGHT, QUIET
 from ncollapse.train.report.selection import NC
 from ncollapse.train.report.settings import tried
 from ncollapse.train.report.tables.heat_map import AXES
-
-if TYPE_CHECKING:
-    from ncollapse.train.report.figures.style import Axes, Figure
 
 #: Weight decays beyond which cells are too narrow for their numbers.
 _NUMBERED = 5
@@ -35,7 +21,7 @@ _CELL, _BARE, _GAP, _NARROW = 0.25, 0.17, 0.3, 0.1
 _LEFT = 1.25
 
 
-def heat_maps(slug: str, cells: pd.DataFrame, axis: str, threshold: str) -> Drawing:
+def heat_maps(slug: str, cells: pd.DataFrame, axis: str, threshold: str) -> style.Drawing:
     """Draw the cells: a row of maps per optimizer, a column per metric.
 
     Args:
@@ -53,8 +39,10 @@ def heat_maps(slug: str, cells: pd.DataFrame, axis: str, threshold: str) -> Draw
         block.labelled = below is None or list(below.decays) != list(block.decays)
         bottom -= (_GAP if block.labelled else _NARROW) / cell
     size = (9.6, -bottom * cell + 0.97 - _GAP)
-    with styled():
-        figure, grid = panels(1, len(metrics), size, margins=(_LEFT, 0.1, 0.35, 0.62), gaps=(0.18, 0), sharey=True)
+    with style.styled():
+        figure, grid = style.panels(
+            1, len(metrics), size, margins=(_LEFT, 0.1, 0.35, 0.62), gaps=(0.18, 0), sharey=True
+        )
         for axes, metric in zip(grid[0], metrics, strict=True):
             limits = _limits(cells[metric], cells.reached > 0)
             axes.set_xlim(0, 1)
@@ -83,20 +71,20 @@ def heat_maps(slug: str, cells: pd.DataFrame, axis: str, threshold: str) -> Draw
         "Hatched: no run reached it; the smallest value of all runs that ended well is shown. Dot: some of the cell's "
         "runs missed it. Empty: no run ended well."
     )
-    return Drawing(f"heat-{axis}-{slug}", caption, figure)
+    return style.Drawing(f"heat-{axis}-{slug}", caption, figure)
 
 
 def _limits(values: "pd.Series[float]", counted: "pd.Series[bool]") -> dict[str, Any]:
     """Return the range of colours, common to all optimizers; cells that are not counted matter only if none is."""
     finite = values[np.isfinite(values)]
     finite = finite[counted] if counted[finite.index].any() else finite
-    if spans_decades(finite):
+    if style.spans_decades(finite):
         return {"norm": "log", "vmin": finite[finite > 0].min(), "vmax": finite.max()}
     low, high = finite.min(), finite.max()
     return {"vmin": low, "vmax": high if high > low else low + 1}
 
 
-def _colour_bar(figure: "Figure", axes: "Axes", mesh: Any, metric: str, *, log: bool) -> None:
+def _colour_bar(figure: "style.Figure", axes: "style.Axes", mesh: Any, metric: str, *, log: bool) -> None:
     """Draw the colour bar above a column of maps."""
     place, height = axes.get_position(), figure.get_figheight()
     bar = figure.colorbar(
@@ -107,7 +95,7 @@ def _colour_bar(figure: "Figure", axes: "Axes", mesh: Any, metric: str, *, log: 
     bar.outline.set_visible(False)
     bar.ax.tick_params(which="both", length=0, labelsize=7.5, labelcolor=INK, pad=1)
     if log:
-        ticks(bar.ax.xaxis, mesh.norm.vmin, mesh.norm.vmax)
+        style.ticks(bar.ax.xaxis, mesh.norm.vmin, mesh.norm.vmax)
         bar.ax.locator_params(axis="x", numticks=5)
     else:
         bar.ax.locator_params(axis="x", nbins=4)
@@ -131,7 +119,7 @@ class _Block:
         self.row = np.searchsorted(self.rows, cells[axis])
         self.bottom, self.labelled = 0.0, True
 
-    def draw(self, axes: "Axes", metric: str, limits: dict[str, Any]) -> Any:
+    def draw(self, axes: "style.Axes", metric: str, limits: dict[str, Any]) -> Any:
         """Draw colours, hatches, numbers and labels; return the mesh, which the colour bar needs."""
         edges = np.linspace(0, 1, len(self.decays) + 1), self.bottom + np.arange(len(self.rows) + 1)
         shown = np.ma.masked_invalid(self._table(self.cells[metric]))

@@ -5,7 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from ncollapse.train.report.figures.style import Drawing, marker, one_legend, panels, points_legend, scale, styled
+from ncollapse.train.report.figures import style
+from ncollapse.train.report.figures.style import Drawing
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.settings import tried
 
@@ -25,21 +26,21 @@ _SHAPES = "Discs: weight decay coupled into the gradient; diamonds: decoupled."
 def accuracy_against_collapse(slug: str, runs: pd.DataFrame, selection: Selection, names: Sequence[str]) -> Drawing:
     """Draw validation accuracy over each of these final metrics, of the runs that reached the threshold."""
     eligible = selection.eligible(runs).dropna(subset=["val_accuracy"])
-    with styled():
-        figure, grid = panels(2, 2, (7.6, 5.6), sharey=True, gaps=(0.25, 0.5), margins=(0.65, 0.15, 0.5, 0.1))
+    with style.styled():
+        figure, grid = style.panels(2, 2, (7.6, 5.6), sharey=True, gaps=(0.25, 0.5), margins=(0.65, 0.15, 0.5, 0.1))
         drawing = Drawing(f"accuracy-{slug}", "", figure)
         groups = _groups(eligible, selection)
         for axes in grid.flat[len(names) :]:
             axes.set_axis_off()
         for axes, name in zip(grid.flat, names, strict=False):
-            scale(axes, "x", eligible[name])
-            for group, style in groups:
-                drawing.points(axes, group[name], 100 * group.val_accuracy, group.id, **style)
+            style.scale(axes, "x", eligible[name])
+            for group, look in groups:
+                drawing.points(axes, group[name], 100 * group.val_accuracy, group.id, **look)
             axes.set_xlabel(name.upper())
         for axes in grid[:, 0]:
             axes.set_ylabel("validation accuracy, %")
-        points_legend(grid[0, 0], _used(eligible))
-        one_legend(figure, grid[0, 0], 6)
+        style.legend_entries(grid[0, 0], _used(eligible), points=True)
+        style.one_legend(figure, grid[0, 0], 6)
     drawing.caption = (
         "Validation accuracy over each final metric. Each point is a run that reached the training-accuracy threshold. "
         f"{_SHAPES}"
@@ -51,26 +52,26 @@ def metric_pairs(slug: str, runs: pd.DataFrame, selection: Selection, pairs: Seq
     """Draw one metric over another, for some of the pairs of `PARTIAL`, of all runs that ended well."""
     done = runs[runs.status == "done"]
     missed = len(selection.eligible(done)) < len(done)
-    with styled():
+    with style.styled():
         size = max(4.8, 3.2 * len(pairs)), 3.5
-        figure, grid = panels(1, len(pairs), size, gaps=(0.65, 0), margins=(0.65, 0.15, 0.5, 0.1))
+        figure, grid = style.panels(1, len(pairs), size, gaps=(0.65, 0), margins=(0.65, 0.15, 0.5, 0.1))
         drawing, groups = Drawing(f"partial-{slug}", "", figure), _groups(done, selection)
         for axes, (x, y) in zip(grid[0], pairs, strict=True):
             percent = y == "nc4"
             if not percent:
-                scale(axes, "x", done[x])
-                scale(axes, "y", done[y])
-            for group, style in groups:
+                style.scale(axes, "x", done[x])
+                style.scale(axes, "y", done[y])
+            for group, look in groups:
                 factor = 100 if percent else 1
-                drawing.points(axes, factor * group[x], factor * group[y], group.id, **style)
+                drawing.points(axes, factor * group[x], factor * group[y], group.id, **look)
             axes.set_xlabel("training accuracy, %" if percent else x.upper())
             axes.set_ylabel("NC4, % of the samples" if percent else y.upper())
             if y == "nc0" and (start := float(done.nc0_start.median())) > 0:
                 axes.axhline(start, color=_START_COLOUR, lw=1, ls=":")
                 at = {"xy": (0.99, start), "xycoords": ("axes fraction", "data")}
                 axes.annotate("start", **at, ha="right", va="bottom", color=_START_COLOUR, fontsize=8)
-        points_legend(grid[0, 0], _used(done), missed=missed)
-        one_legend(figure, grid[0, 0], 8 if len(pairs) > 1 else 4)
+        style.legend_entries(grid[0, 0], _used(done), points=True, hollow="missed the threshold" if missed else "")
+        style.one_legend(figure, grid[0, 0], 8 if len(pairs) > 1 else 4)
     hollow = " Hollow: the run missed the training-accuracy threshold." if missed else ""
     about = " ".join(_CAPTIONS[y] for _, y in pairs)
     drawing.caption = f"{about} Each point is a run that ended well. {_SHAPES}{hollow}"
@@ -84,7 +85,7 @@ def _groups(runs: pd.DataFrame, selection: Selection) -> list[tuple[pd.DataFrame
     )
     size = {"markersize": 3.0} if len(runs) > _MANY_POINTS else {}
     return [
-        (group, marker(group.optimizer.iloc[0], float(bool(coupled)), reached=bool(reached)) | size)
+        (group, style.marker(group.optimizer.iloc[0], float(bool(coupled)), reached=bool(reached)) | size)
         for (reached, _, coupled), group in runs.groupby(["reached", "optimizer", "coupled"])
     ]
 

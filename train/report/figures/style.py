@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from ncollapse.train.formatting import superscript
 from ncollapse.train.optimizers import LABELS, TABLE
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
@@ -26,37 +27,16 @@ INK, QUIET, GRID, GROUND = "#1b1b1b", "#5b6066", "#e4e6e8", "#fdfdfd"
 ON_DARK, ON_LIGHT = "#ffffff", "#101010"
 
 STYLE: Any = {
-    "font.size": 9,
-    "text.color": INK,
-    "text.parse_math": False,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": QUIET,
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
+    "font.size": 9, "text.color": INK, "text.parse_math": False, "figure.facecolor": "white",
+    "axes.facecolor": "none", "axes.labelcolor": INK, "axes.edgecolor": QUIET, "axes.linewidth": 0.8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+    "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
     "axes.titley": 1.0,  # otherwise matplotlib measures the surroundings of every title to place it
-    "axes.facecolor": "none",
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4.5,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "hatch.color": ON_DARK,
-    "hatch.linewidth": 0.6,
-    "figure.facecolor": "white",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "ncollapse",
-}
+    "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.8,
+    "xtick.color": QUIET, "ytick.color": QUIET, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "lines.linewidth": 1.8, "lines.markersize": 4.5, "legend.frameon": False, "legend.fontsize": 9,
+    "hatch.color": ON_DARK, "hatch.linewidth": 0.6, "svg.fonttype": "none", "svg.hashsalt": "ncollapse",
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -93,14 +73,10 @@ def styled() -> Any:
 
 
 def panels(
-    rows: int,
-    columns: int,
-    size: tuple[float, float],
-    *,
-    margins: tuple[float, float, float, float] = (0.65, 0.15, 0.5, 0.3),
-    gaps: tuple[float, float] = (0.55, 0.45),
+    rows: int, columns: int, size: tuple[float, float], *,
+    margins: tuple[float, float, float, float] = (0.65, 0.15, 0.5, 0.3), gaps: tuple[float, float] = (0.55, 0.45),
     **options: Any,
-) -> "tuple[Figure, np.ndarray[Any, np.dtype[Any]]]":
+) -> "tuple[Figure, np.ndarray[Any, np.dtype[Any]]]":  # fmt: skip
     """Return an empty figure, and its axes as an array `[rows, columns]`. Lengths are in inches.
 
     Margins are given, because measuring labels and titles, as matplotlib's layouts do, takes as long as drawing them.
@@ -116,13 +92,10 @@ def panels(
     figure = Figure(figsize=size)
     grid = figure.subplots(rows, columns, squeeze=False, **options)
     figure.subplots_adjust(
-        left=left / width,
-        right=1 - right / width,
-        bottom=bottom / height,
-        top=1 - top / height,
+        left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height,
         wspace=gaps[0] * columns / (width - left - right - gaps[0] * (columns - 1)),
         hspace=gaps[1] * rows / (height - top - bottom - gaps[1] * (rows - 1)),
-    )
+    )  # fmt: skip
     return figure, grid
 
 
@@ -143,6 +116,13 @@ def encode(figure: "Figure") -> tuple[bytes, str]:
 def line(optimizer: str, coupling: float) -> dict[str, Any]:
     """Return the style of a line: the family's colour; solid where decay is coupled, even in part, dashed where not."""
     return {"color": COLOURS[optimizer], "linestyle": "-" if coupling > 0 else (0, (3.2, 1.6))}
+
+
+def run_lines(axes: "Axes", best: "pd.DataFrame", rows: "pd.DataFrame", x: str, y: str, **options: Any) -> None:
+    """Draw a line per run: the column `y` of its rows over their column `x`."""
+    for _, run in best.iterrows():
+        shown = rows[rows.run == run["id"]].dropna(subset=[y])
+        axes.plot(shown[x], shown[y], **line(run.optimizer, run.coupling), **options)
 
 
 def marker(optimizer: str, coupling: float, *, reached: bool) -> dict[str, Any]:
@@ -174,62 +154,48 @@ def _positive(values: Any) -> "np.ndarray[Any, np.dtype[np.float64]]":
 
 def ticks(axis: "Axis", low: float, high: float) -> None:
     """Set the ticks of a logarithmic axis: powers of ten, also 2 and 5 times them where there are few."""
-    plain = low >= 1e-3 and high < 1e5
-    axis.set_major_formatter(_formatter(plain))
-    if high < 300 * low:
-        axis.set_minor_locator(_locator(2.0, 5.0))
-        axis.set_minor_formatter(_formatter(True))
-    else:
-        axis.set_minor_locator(_locator())
-
-
-def _locator(*digits: float) -> Any:
     from matplotlib.ticker import LogLocator, NullLocator
 
-    return LogLocator(subs=digits) if digits else NullLocator()
+    few = high < 300 * low
+    axis.set_major_formatter(_plain if low >= 1e-3 and high < 1e5 else _power_of_ten)
+    axis.set_minor_locator(LogLocator(subs=(2.0, 5.0)) if few else NullLocator())
+    if few:
+        axis.set_minor_formatter(_plain)
 
 
-def _formatter(plain: bool) -> Callable[[float, float], str]:
-    def text(value: float, _: float) -> str:
-        if plain or value <= 0:
-            return f"{value:.6g}"
-        # matplotlib's own mathematics would take more time than the rest of a figure.
-        return f"10{superscript(round(math.log10(value)))}"
-
-    return text
+def _plain(value: float, _: float) -> str:
+    return f"{value:.6g}"
 
 
-def lines_legend(axes: "Axes", optimizers: Iterable[tuple[str, float]], *, predicted: bool = False) -> None:
-    """Add the legend's entries to a figure of lines: pairs of an optimizer and its coupling."""
+def _power_of_ten(value: float, _: float) -> str:
+    # matplotlib's own mathematics would take more time than the rest of a figure.
+    return f"10{superscript(round(math.log10(value)))}" if value > 0 else f"{value:.6g}"
+
+
+def legend_entries(
+    axes: "Axes", optimizers: Iterable[tuple[str, float]], *, points: bool = False, hollow: str = ""
+) -> None:
+    """Add the entries of a legend.
+
+    Args:
+        optimizers: pairs of an optimizer and its coupling.
+        points: whether the figure shows a run as a point, not as a line.
+        hollow: what hollow circles mean; empty: there are none.
+    """
     for optimizer, coupling in optimizers:
-        axes.plot([], [], label=LABELS[optimizer], **line(optimizer, coupling))
-    if predicted:
-        axes.plot([], [], "o", mfc=GROUND, mec=QUIET, label="exact prediction")
-
-
-def points_legend(axes: "Axes", optimizers: Iterable[tuple[str, float]], *, missed: bool = False) -> None:
-    """Add the legend's entries to a figure of points: pairs of an optimizer and its coupling."""
-    for optimizer, coupling in optimizers:
-        axes.plot(
-            [], [], linestyle="", label=LABELS[optimizer], **marker(optimizer, coupling, reached=True) | {"alpha": 1}
-        )
-    if missed:
-        axes.plot([], [], "o", mfc=GROUND, mec=QUIET, label="missed the threshold")
+        point = marker(optimizer, coupling, reached=True) | {"linestyle": "", "alpha": 1}
+        axes.plot([], [], label=LABELS[optimizer], **(point if points else line(optimizer, coupling)))
+    if hollow:
+        axes.plot([], [], "o", mfc=GROUND, mec=QUIET, label=hollow)
 
 
 def one_legend(figure: "Figure", axes: "Axes", columns: int) -> None:
     """Draw one legend above the whole figure, with the labelled entries of one of its axes."""
     handles, labels = axes.get_legend_handles_labels()
-    rows = -(-len(labels) // columns)
     height = figure.get_figheight()
     figure.legend(
-        handles,
-        labels,
-        loc="upper left",
-        bbox_to_anchor=(0.01, 1 - 0.03 / height),
-        borderaxespad=0,
-        ncols=columns,
-        columnspacing=1.4,
-        handlelength=2.2,
-    )
+        handles, labels, loc="upper left", bbox_to_anchor=(0.01, 1 - 0.03 / height), borderaxespad=0,
+        ncols=columns, columnspacing=1.4, handlelength=2.2,
+    )  # fmt: skip
+    rows = -(-len(labels) // columns)
     figure.subplots_adjust(top=figure.subplotpars.top - (0.2 * rows + 0.12) / height)
