@@ -41,6 +41,7 @@ def test_a_plain_function_is_a_rule_without_a_kernel(mine: str) -> None:
     assert hypers.rule == MIXED
 
 
+@pytest.mark.compiled  # otherwise the warning names the missing compiler
 @pytest.mark.parametrize("rules", [["mine"], ["sgd", "mine", "adam"]], ids=["alone", "stacked"])
 def test_the_reference_runs_it(mine: str, rules: list[str]) -> None:
     param = torch.randn(len(rules), 6, 5)
@@ -73,6 +74,7 @@ def test_other_parameters_keep_their_kernel(mine: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(params, copies, strict=True))
 
 
+@pytest.mark.compiled
 def test_the_operator_runs_it_too(mine: str) -> None:
     param, grad, first = torch.randn(9), torch.randn(9), torch.zeros(9)
     copy, twin = param.clone(), Slot(torch.zeros(9))

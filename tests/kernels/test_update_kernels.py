@@ -64,11 +64,14 @@ def test_every_rule_and_dtype(
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_twenty_steps_with_other_hyperparameters_at_each(launch: Launch, device: torch.device, rule: str) -> None:
-    twins = Twins(rule, [normal((4000,), device)])
+@cases("size", [700], [4000], backends=BACKENDS)
+def test_twenty_steps_with_other_hyperparameters_at_each(
+    launch: Launch, device: torch.device, rule: str, size: int
+) -> None:
+    twins = Twins(rule, [normal((size,), device)])
     for k in range(20):
         h = numbers(rule, lr=0.1 / (k + 1), coupling=k / 19, weight_decay=0.1 * (k % 3), beta1=0.04 * k)
-        twins.step(launch, [normal((4000,), device)], h)
+        twins.step(launch, [normal((size,), device)], h)
     twins.check()
 
 
