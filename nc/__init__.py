@@ -1,7 +1,7 @@
 """ncollapse: which optimizers drive a classifier into neural collapse, and why (arXiv 2602.16642).
 
-`ncollapse.optim` has the optimizers, `ncollapse.metrics` NC0–NC4, and `ncollapse.ufm` the theory. `measure` computes the
-metrics of a model, `ClassStats` gathers the statistics for them.
+`ncollapse.optim` has the optimizers, `ncollapse.metrics` NC0–NC4 and `ncollapse.ufm` the theory. `measure` computes the
+metrics of a model; `ClassStats` gathers the statistics for them.
 """
 
 from importlib import import_module
