@@ -205,7 +205,7 @@ class ByHand:
 
     def __init__(self, rule: Rule, params: list[Tensor]) -> None:
         ours: Any = rule.ours(params, **rule.numbers)
-        self._rule, self._h, self._params = ours.rule, ours.param_groups[0], params
+        self._rule, self._h, self._params = ours.rule.name, ours.param_groups[0], params
         self._first = [torch.zeros_like(p) for p in params]
         self._second = [torch.zeros_like(p) for p in params] if self._rule == "adam" else []
         self._t = 0

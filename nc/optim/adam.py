@@ -22,7 +22,7 @@ class Adam(Optimizer):
         params: parameters or param groups, as in `torch.optim`.
         lr: η ≥ 0.
         betas: β₁ and β₂, each in [0, 1).
-        eps: ε ≥ 0, added to the square root of the second moment.
+        eps: ε ≥ 0.
         weight_decay: λ ≥ 0.
         coupling: c in [0, 1], the share of the decay that is added to the gradient. Default 1 here, 0 in `AdamW`.
         maximize: ascend instead of descend.
@@ -36,21 +36,10 @@ class Adam(Optimizer):
     rule = Rule("adam", states=("exp_avg", "exp_avg_sq"), counts_steps=True, takes_betas=True)
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: Hyper = 1e-3,
-        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
-        eps: Hyper = 1e-8,
-        weight_decay: Hyper = 0.0,
-        amsgrad: bool = False,
-        *,
-        coupling: Hyper | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        capturable: bool = False,
-        differentiable: bool = False,
-    ) -> None:
+        self, params: ParamsT, lr: Hyper = 1e-3, betas: tuple[Hyper, Hyper] = (0.9, 0.999), eps: Hyper = 1e-8,
+        weight_decay: Hyper = 0.0, amsgrad: bool = False, *, coupling: Hyper | None = None, maximize: bool = False,
+        foreach: bool | None = None, fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
+    ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults, coupling, amsgrad=amsgrad, differentiable=differentiable)
 
@@ -66,13 +55,7 @@ class AdamW(Adam):
     default_coupling = 0.0
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: Hyper = 1e-3,
-        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
-        eps: Hyper = 1e-8,
-        weight_decay: Hyper = 1e-2,
-        amsgrad: bool = False,
-        **kwargs: Any,
-    ) -> None:
+        self, params: ParamsT, lr: Hyper = 1e-3, betas: tuple[Hyper, Hyper] = (0.9, 0.999), eps: Hyper = 1e-8,
+        weight_decay: Hyper = 1e-2, amsgrad: bool = False, **kwargs: Any,
+    ) -> None:  # fmt: skip
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **kwargs)

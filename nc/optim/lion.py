@@ -28,14 +28,8 @@ class Lion(Optimizer, aliases=("lionw",)):
     default_coupling = 0.0
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: Hyper = 1e-4,
-        betas: tuple[Hyper, Hyper] = (0.9, 0.99),
-        weight_decay: Hyper = 0.0,
-        *,
-        coupling: Hyper | None = None,
-        maximize: bool = False,
-    ) -> None:
+        self, params: ParamsT, lr: Hyper = 1e-4, betas: tuple[Hyper, Hyper] = (0.9, 0.99), weight_decay: Hyper = 0.0,
+        *, coupling: Hyper | None = None, maximize: bool = False,
+    ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults, coupling)

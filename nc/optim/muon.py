@@ -111,12 +111,11 @@ class _MatrixStepper(Stepper):
         dtype, shape, lead = compute_dtype(first), first.shape, int(group["stacked"])
         rows, columns = shape[lead], math.prod(shape[lead + 1 :])
         values = next(v for v in self.numbers.values if v.device == first.device)[place]
-        user_tensors = dict(zip(self.numbers.read_places, self.numbers.read, strict=True))
 
         def number(name: str) -> Tensor:
             """A hyperparameter in memory that a CUDA graph reads again at each replay; float64, 0-d or `[R]`."""
             column = HYPERS.index(name)
-            tensor = user_tensors.get(len(HYPERS) * place + column)
+            tensor = self.numbers.read.get(len(HYPERS) * place + column)
             return values[column] if tensor is None or tensor.device != first.device else tensor.double()
 
         def broadcast(value: Tensor) -> Tensor:
@@ -192,22 +191,11 @@ class Muon(Optimizer, aliases=("muonw",)):
     _step_supports_amp_scaling = False  # torch.amp.GradScaler divides the gradients itself
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: Hyper = 1e-3,
-        *,
-        momentum: Hyper = 0.95,
-        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
-        eps: Hyper = 1e-8,
-        weight_decay: Hyper = 0.1,
-        coupling: Hyper | None = None,
-        nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = _COEFFICIENTS,
-        ns_steps: int = 5,
-        adjust_lr_fn: str | None = "match_rms_adamw",
-        stacked: bool = False,
-        maximize: bool = False,
-    ) -> None:
+        self, params: ParamsT, lr: Hyper = 1e-3, *, momentum: Hyper = 0.95, betas: tuple[Hyper, Hyper] = (0.9, 0.999),
+        eps: Hyper = 1e-8, weight_decay: Hyper = 0.1, coupling: Hyper | None = None, nesterov: bool = True,
+        ns_coefficients: tuple[float, float, float] = _COEFFICIENTS, ns_steps: int = 5,
+        adjust_lr_fn: str | None = "match_rms_adamw", stacked: bool = False, maximize: bool = False,
+    ) -> None:  # fmt: skip
         defaults: dict[str, Any] = {"nesterov": nesterov, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}
         defaults |= {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"adjust_lr_fn": adjust_lr_fn, "stacked": stacked, "maximize": maximize}
@@ -244,19 +232,10 @@ class Muon(Optimizer, aliases=("muonw",)):
         for name, value in (self._numbers(group) | {"momentum": group["momentum"]}).items():
             if isinstance(value, Tensor) and value.numel() != 1 and not group["stacked"]:
                 raise ValueError(f"Muon: {name} has a value for each of {len(value)} stacked runs; give stacked=True")
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as in `torch.optim`; raises ValueError or TypeError before anything is changed."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            if any(map(is_sharded, group["params"])):
-                raise TypeError("Muon updates whole matrices; got a DTensor; use torch.optim's")
-            runs = {tuple(p.shape[:1]) for g in self.param_groups for p in g["params"]}
-            if group["stacked"] and (len(runs) > 1 or () in runs):
-                raise ValueError(
-                    f"Muon: stacked parameters are [R, …] with one R; their first dimensions are {sorted(runs)}"
-                )
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
+        if any(map(is_sharded, group["params"])):
+            raise TypeError("Muon updates whole matrices; got a DTensor; use torch.optim's")
+        runs = {tuple(p.shape[:1]) for g in (*self.param_groups, group) for p in g["params"]}
+        if group["stacked"] and (len(runs) > 1 or () in runs):
+            raise ValueError(
+                f"Muon: stacked parameters are [R, …] with one R; their first dimensions are {sorted(runs)}"
+            )

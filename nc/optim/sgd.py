@@ -43,28 +43,12 @@ class SGD(Optimizer):
     rule = Rule("sgd", law="linear", law_if_coupled=True)
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: Hyper = 1e-3,
-        momentum: Hyper = 0.0,
-        dampening: float = 0.0,
-        weight_decay: Hyper = 0.0,
-        nesterov: bool = False,
-        *,
-        coupling: Hyper | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-        differentiable: bool = False,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-        }
+        self, params: ParamsT, lr: Hyper = 1e-3, momentum: Hyper = 0.0, dampening: float = 0.0,
+        weight_decay: Hyper = 0.0, nesterov: bool = False, *, coupling: Hyper | None = None, maximize: bool = False,
+        foreach: bool | None = None, fused: bool | None = None, differentiable: bool = False,
+    ) -> None:  # fmt: skip
+        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        defaults |= {"nesterov": nesterov, "maximize": maximize}
         super().__init__(params, defaults, coupling, differentiable=differentiable)
 
 

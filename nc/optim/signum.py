@@ -28,15 +28,9 @@ class Signum(Optimizer):
     rule = Rule("signum", law="sign", law_if_coupled=True)
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: Hyper = 1e-3,
-        momentum: Hyper = 0.9,
-        weight_decay: Hyper = 0.0,
-        *,
-        coupling: Hyper | None = None,
-        maximize: bool = False,
-    ) -> None:
+        self, params: ParamsT, lr: Hyper = 1e-3, momentum: Hyper = 0.9, weight_decay: Hyper = 0.0, *,
+        coupling: Hyper | None = None, maximize: bool = False,
+    ) -> None:  # fmt: skip
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, defaults, coupling)
 

@@ -21,11 +21,8 @@ class Stacked(Optimizer):
     Args:
         params: parameters or param groups of shape `[R, …]`.
         rules: for each run the name of an optimizer, as in `by_name`. Its rule must be elementwise.
-        lr: η.
-        momentum: β of the runs whose rule takes momentum.
-        betas: β₁ and β₂ of the runs whose rule takes betas.
-        eps: ε of the runs whose rule takes it.
-        weight_decay: λ.
+        lr, weight_decay: η and λ.
+        momentum, betas, eps: β, (β₁, β₂) and ε of the runs whose rule takes them.
         coupling: c; by default each class's own default.
 
     Each of the numbers is a float for all runs or a tensor `[R]`. All runs have as many states as the rule that needs
@@ -42,31 +39,17 @@ class Stacked(Optimizer):
     _derived = True
 
     def __init__(
-        self,
-        params: ParamsT,
-        rules: Sequence[str],
-        lr: Hyper = 1e-3,
-        momentum: Hyper = 0.0,
-        betas: tuple[Hyper, Hyper] = (0.9, 0.999),
-        eps: Hyper = 1e-8,
-        weight_decay: Hyper = 0.0,
-        *,
+        self, params: ParamsT, rules: Sequence[str], lr: Hyper = 1e-3, momentum: Hyper = 0.0,
+        betas: tuple[Hyper, Hyper] = (0.9, 0.999), eps: Hyper = 1e-8, weight_decay: Hyper = 0.0, *,
         coupling: Hyper | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         classes = [by_name(name) for name in rules]
         if others := sorted({cls.__name__ for cls in classes if not cls.rule.elementwise}):
             raise ValueError(f"Stacked: {', '.join(others)} does not update elementwise; use it with stacked=True")
         if coupling is None:
             coupling = torch.tensor([cls.default_coupling for cls in classes], dtype=torch.float64)
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": False,
-            "rules": list(rules),
-        }
+        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"maximize": False, "rules": list(rules)}
         super().__init__(params, defaults, coupling)
 
     @property

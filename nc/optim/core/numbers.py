@@ -33,18 +33,16 @@ class Numbers:
     Attributes:
         host: `[G, 6]` float64 on the CPU; 0 where the user gave a tensor.
         values: the same on each device; on the CPU the same tensor.
-        read: the user's tensors that the kernel reads itself, and their places in `values`.
-        copied: the user's CPU tensors for parameters on other devices, and their places.
+        read: the user's tensors that the kernel reads itself, by their places in `values`.
+        copied: the user's CPU tensors for parameters on other devices, by their places.
         codes: for each set, the code of each run.
     """
 
     def __init__(self) -> None:
         self.host = torch.empty(0, len(HYPERS), dtype=torch.float64)
         self.values: list[Tensor] = []
-        self.read: list[Tensor] = []
-        self.read_places: list[int] = []
-        self.copied: list[Tensor] = []
-        self.copied_places: list[int] = []
+        self.read: dict[int, Tensor] = {}
+        self.copied: dict[int, Tensor] = {}
         self.codes: list[list[int]] = []
         self._dirty = False
 
@@ -57,17 +55,12 @@ class Numbers:
         old = {v.device: v for v in self.values if v.shape == self.host.shape and v.device.type != "cpu"}
         self.values = [old.get(d, self.host.to(d)) if d.type != "cpu" else self.host for d in devices]
         self.flush()
-        tensors = [
-            (len(HYPERS) * row + column, value)
-            for row, each in enumerate(sets)
-            for column, name in enumerate(HYPERS)
-            if isinstance(value := each.numbers[name], Tensor)
-        ]
-        read = [(place, t) for place, t in tensors if t.device in devices]
-        copied = [(place, t) for place, t in tensors if t.device not in devices]
-        self.read, self.read_places = [t for _, t in read], [place for place, _ in read]
-        self.copied, self.copied_places = [t for _, t in copied], [place for place, _ in copied]
-        return {v.device: HyperTable(v, self.read, self.read_places, self.codes) for v in self.values}
+        flat = enumerate(each.numbers[name] for each in sets for name in HYPERS)
+        tensors = {place: number for place, number in flat if isinstance(number, Tensor)}
+        self.read = {place: t for place, t in tensors.items() if t.device in devices}
+        self.copied = {place: t for place, t in tensors.items() if t.device not in devices}
+        read, places = list(self.read.values()), list(self.read)
+        return {v.device: HyperTable(v, read, places, self.codes) for v in self.values}
 
     def write(self, row: int, numbers: dict[str, Hyper]) -> None:
         """Take a set's plain numbers, on the CPU only; `flush` sends them to the devices."""
@@ -86,7 +79,7 @@ class Numbers:
     def refresh(self) -> None:
         """Before a step: send the numbers that were written, and CPU tensors that were changed in place."""
         flat = self.host.view(-1)
-        for place, tensor in zip(self.copied_places, self.copied, strict=True):
+        for place, tensor in self.copied.items():
             if flat[place] != tensor:
                 flat[place] = tensor
                 self._dirty = True

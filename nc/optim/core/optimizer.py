@@ -113,15 +113,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in `torch.optim`; raises ValueError or TypeError before anything is changed."""
-        if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
-            param_group["params"] = list(param_group["params"])  # may be a generator
-        if isinstance(param_group, dict) and not isinstance(param_group["params"], set):
-            group = {**self.defaults, **param_group}
+        if isinstance(param_group, dict) and not isinstance(params := param_group["params"], set):
+            param_group["params"] = [params] if isinstance(params, Tensor) else list(params)  # may be a generator
+            # A named parameter comes as (name, tensor). torch.optim reports what is no tensor.
+            tensors = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
+            group = {**self.defaults, **param_group, "params": [p for p in tensors if isinstance(p, Tensor)]}
             self._check_group(group)
-            params = group["params"]
-            # A named parameter comes as (name, tensor).
-            params = [params] if isinstance(params, Tensor) else [p[1] if isinstance(p, tuple) else p for p in params]
-            group["params"] = [p for p in params if isinstance(p, Tensor)]  # torch.optim reports the others
             for hypers in self._sets(group):
                 for param in group["params"]:
                     check_param(type(self).__name__, param, hypers.numbers)
@@ -139,8 +136,15 @@ class Optimizer(torch.optim.Optimizer):
         before = {param: dict(state) for param, state in self.state.items()}
 
         def check(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:  # runs after the user's hooks
-            self._check_state_dict(state_dict)
             final.append(state_dict)
+            saved = state_dict["param_groups"]
+            if [len(g["params"]) for g in self.param_groups] != [len(g["params"]) for g in saved]:
+                return  # torch.optim reports that
+            for group, old in zip(self.param_groups, saved, strict=True):
+                for param, i in zip(group["params"], old["params"], strict=True):
+                    state = state_dict["state"].get(i, {})
+                    check_state(type(self).__name__, param, state, self._states_of(param, group))
+                self._check_group({**group, **old, "params": group["params"]})
 
         handle = self.register_load_state_dict_pre_hook(check)
         try:
@@ -160,17 +164,6 @@ class Optimizer(torch.optim.Optimizer):
                     self.state[param][name] = new
         if self._stepper.live:
             self._stepper.prepare_again(self)
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise ValueError for a state dict of other parameters or of another optimizer."""
-        groups, saved = self.param_groups, state_dict["param_groups"]
-        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in saved]:
-            return  # torch.optim reports that
-        for group, old in zip(groups, saved, strict=True):
-            for param, i in zip(group["params"], old["params"], strict=True):
-                state = state_dict["state"].get(i, {})
-                check_state(type(self).__name__, param, state, self._states_of(param, group))
-            self._check_group({**group, **{name: value for name, value in old.items() if name != "params"}})
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -159,42 +159,28 @@ class Stepper:
             raise RuntimeError("a step of DTensor parameters cannot be compiled; call it outside of torch.compile")
         assert not self.stale  # also a guard for Dynamo: when the stepper becomes stale, the step is traced again
         lists, extras, numbers = self._lists, self._lists.extras, self.numbers
-        params: list[Tensor] = []
-        grads, slots, sets, copies, head = [], [], [], [], -1
-        for i, param in enumerate(lists.params):
-            if param.grad is None:
-                continue
-            head = len(params) if i == extras.head else head
-            params.append(param)
-            grads.append(param.grad)
-            slots.append(lists.slots[i])
-            sets.append(lists.sets[i])
-            copies.append(extras.copies[i] if extras.copies else None)
-        if not params:
+        kept = [i for i, param in enumerate(lists.params) if param.grad is not None]
+        if not kept:
             return
+        slots = [lists.slots[i] for i in kept]
+        copies = [extras.copies[i] if extras.copies else None for i in kept]
+        head = kept.index(extras.head) if extras.head in kept else -1
         for values in numbers.values:
-            for place, number in zip(numbers.copied_places, numbers.copied, strict=True):
+            for place, number in numbers.copied.items():
                 values.view(-1)[place].copy_(number)
         update_op(
-            params,
-            grads,
+            [lists.params[i] for i in kept],
+            [lists.params[i].grad for i in kept],
             [s.first for s in slots if s.first is not None],
             [s.second for s in slots if s.second is not None],
             [s.step for s in slots if s.step is not None],
             [c for c in copies if c is not None],
-            extras.norms,
-            extras.row_sum if head >= 0 else None,
-            numbers.values,
-            numbers.read,
-            numbers.read_places,
-            [c for row in numbers.codes for c in row],
-            [len(row) for row in numbers.codes],
-            sets,
-            [parts(s, c) for s, c in zip(slots, copies, strict=True)],
-            head,
-            getattr(optimizer, "grad_scale", None),
-            getattr(optimizer, "found_inf", None),
-        )
+            extras.norms, extras.row_sum if head >= 0 else None,
+            numbers.values, list(numbers.read.values()), list(numbers.read),
+            [c for row in numbers.codes for c in row], [len(row) for row in numbers.codes],
+            [lists.sets[i] for i in kept], [parts(s, c) for s, c in zip(slots, copies, strict=True)], head,
+            getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None),
+        )  # fmt: skip
         if self.fresh:
             self.stale = True
 
@@ -211,7 +197,7 @@ def _prepare_for_trace(name: str) -> None:
     if not stepper._holds(optimizer, params, present):
         stepper.prepare(optimizer, params, present)
     stepper.live = True
-    for value in (*stepper._held, *stepper.numbers.values, *stepper.numbers.read):
+    for value in (*stepper._held, *stepper.numbers.values, *stepper.numbers.read.values()):
         if isinstance(value, Tensor):
             torch._dynamo.mark_static_address(value)
 
