@@ -6,7 +6,7 @@ import pandas as pd
 
 from ncollapse.train.config import FIELDS
 from ncollapse.train.formatting import setting_value
-from ncollapse.train.optimizers import FAMILY, OPTIMIZERS, TABLE
+from ncollapse.train.optimizers import OPTIMIZERS, TABLE
 
 #: Settings that are written as symbols; all others by their names.
 SYMBOLS = {"momentum": "β", "weight_decay": "λ", "coupling": "c"}
@@ -14,11 +14,6 @@ SYMBOLS = {"momentum": "β", "weight_decay": "λ", "coupling": "c"}
 _ALWAYS = ("lr", "momentum", "weight_decay")
 #: Never written: the section's title or the table's first column has them.
 _IN_TITLES = ("model", "data", "optimizer")
-
-
-def family(optimizers: "pd.Series[str]") -> "pd.Series[str]":
-    """Return the update rules: an optimizer and its form with decoupled decay have the same."""
-    return optimizers.map(FAMILY)
 
 
 def in_order(frame: pd.DataFrame) -> pd.DataFrame:
@@ -39,30 +34,21 @@ def varying(runs: pd.DataFrame) -> list[str]:
 def alike(runs: pd.DataFrame, ignore: Iterable[str]) -> "pd.Series[int]":
     """Number the groups of runs that have the same settings, except for the settings in `ignore`."""
     names = [name for name in varying(runs) if name not in set(ignore)]
-    if not names:
-        return pd.Series(0, runs.index)
-    return runs.groupby(names, dropna=False, sort=False).ngroup()
+    return runs.groupby(names, dropna=False, sort=False).ngroup() if names else pd.Series(0, runs.index)
 
 
 def described(runs: pd.DataFrame, ignore: Iterable[str] = ()) -> "pd.Series[str]":
-    """Describe each run's settings in a line.
+    """Describe the settings of each run in a line, without those in `ignore`.
 
     The line has the learning rate, momentum and weight decay, the other settings that vary in `runs`, and the coupling
     where it is not the optimizer's default.
-
-    Args:
-        ignore: settings to leave out.
     """
     names = [*_ALWAYS, *(name for name in varying(runs) if name not in (*_ALWAYS, *_IN_TITLES, "coupling"))]
     parts = [[f"{SYMBOLS.get(name, name)}={written(v)}" for v in runs[name]] for name in names if name not in ignore]
     if "coupling" not in ignore:
-        default = runs.coupling == runs.optimizer.map({name: row.coupling for name, row in TABLE.items()})
-        parts.append(
-            [
-                "" if is_default else f"{SYMBOLS['coupling']}={written(c)}"
-                for is_default, c in zip(default, runs.coupling, strict=True)
-            ]
-        )
+        defaults = runs.optimizer.map({name: row.coupling for name, row in TABLE.items()})
+        pairs = zip(runs.coupling, defaults, strict=True)
+        parts.append(["" if c == default else f"{SYMBOLS['coupling']}={written(c)}" for c, default in pairs])
     return pd.Series([" ".join(texts).strip() for texts in zip(*parts, strict=True)], runs.index, dtype=object)
 
 

@@ -4,7 +4,7 @@ The data and columns of a section's tables are in `tables/`, its figures in `fig
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 
 import pandas as pd
 
@@ -59,12 +59,16 @@ class Section:
         else:
             self.files.append((view.name, view.frame))
 
-    def note_undefined(self, frame: pd.DataFrame, names: Iterable[str]) -> None:
-        """Note which of these metrics are NaN in all rows."""
+    def without(self, reason: str) -> "Section":
+        """Note why something is missing, and return the section."""
+        self.lacks.append(reason)
+        return self
+
+    def note_undefined(self, frame: pd.DataFrame, names: Iterable[str]) -> "Section":
+        """Note which of these metrics are NaN in all rows, and return the section."""
         missing = [name for name in names if len(frame) and frame[name].isna().all()]
-        if missing:
-            texts = ("validation accuracy" if name == "val_accuracy" else name.upper() for name in missing)
-            self.lacks.append(f"Undefined (NaN) in all of these runs: {', '.join(texts)}.")
+        texts = ("validation accuracy" if name == "val_accuracy" else name.upper() for name in missing)
+        return self.without(f"Undefined (NaN) in all of these runs: {', '.join(texts)}.") if missing else self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,103 +86,81 @@ class Part:
     results: Results
     selection: Selection
 
-    def sections(self) -> Iterable[Section]:
-        """Return the sections in order; each is made when it is asked for."""
-        makers: list[Callable[[], Section]] = [
-            self.best,
-            self.over_epochs,
-            self.heat_maps,
-            self.coupling,
-            self.momentum,
-            self.accuracy,
-            self.partial,
-        ]
+    def sections(self) -> Iterator[Section]:
+        """Yield the sections in order; each is made when it is asked for."""
+        yield self._best()
+        yield self._over_epochs()
+        yield self._heat_maps()
+        yield self._coupling()
+        yield self._momentum()
+        yield self._accuracy()
+        yield self._partial()
         # Few sweeps measure all layers, so the others have no section that says that they did not.
         if (self.runs.layers == "all").any():
-            makers.append(self.layers)
-        return (make() for make in makers)
+            yield self._layers()
 
-    def best(self) -> Section:
-        """Return the section with the paper's table."""
+    def _best(self) -> Section:
         view = main_view(self.slug, self.runs, self.selection)
         section = Section("best", "Best run of each optimizer", tables=[view])
         finished = self.runs.status.isin(FINISHED)
         if not finished.all():
-            section.lacks.append(f"{int((~finished).sum())} of {len(self.runs)} runs are not finished yet.")
-        changed = view.frame.dropna(subset=["nc0_change"])
-        for verb, names in (
-            ("fell", changed.optimizer[changed.nc0_change < 0]),
-            ("did not fall", changed.optimizer[changed.nc0_change >= 0]),
-        ):
+            section.without(f"{int((~finished).sum())} of {len(self.runs)} runs are not finished yet.")
+        change = view.frame.set_index("optimizer").nc0_change
+        for verb, names in (("fell", change.index[change < 0]), ("did not fall", change.index[change >= 0])):
             if len(names):
                 section.text += f"NC0 {verb} in the best run of {', '.join(LABELS[name] for name in names)}. "
-        section.note_undefined(self.runs[finished], (*NC, "nc4"))
-        return section
+        return section.note_undefined(self.runs[finished], (*NC, "nc4"))
 
-    def over_epochs(self) -> Section:
-        """Return the section with the metrics over epochs."""
-        section = Section("epochs", "NC0–NC3 over epochs", f"The best run of each optimizer: {self._best_text()}.")
+    def _over_epochs(self) -> Section:
+        section = Section("epochs", "NC0–NC3 over epochs", self._best_text())
         best = best_runs(self.runs, self.selection)
         if best.empty:
-            section.lacks.append(self._none_reached())
-            return section
+            return section.without(self._none_reached())
         histories = self.results.histories(best.id)
         section.drawings.append(nc0_over_epochs(self.slug, best, histories))
-        shown = _present(histories, ("nc1", "nc2", "nc3"))
-        if shown:
+        if shown := _present(histories, ("nc1", "nc2", "nc3")):
             section.drawings.append(nc123_over_epochs(self.slug, best, histories, shown))
-        section.note_undefined(histories, ("nc1", "nc2", "nc3"))
-        return section
+        return section.note_undefined(histories, ("nc1", "nc2", "nc3"))
 
-    def heat_maps(self) -> Section:
-        """Return the section with the heat maps."""
+    def _heat_maps(self) -> Section:
         section = Section("heat", "Final metrics over weight decay, learning rate and momentum")
         ended = self.runs[self.runs.status.isin(FINISHED)]
         several = ended.groupby("optimizer")[["weight_decay", *AXES]].nunique().max() > 1
         for axis, label in AXES.items():
-            if not several[axis] and not (axis == "lr" and several.weight_decay):
-                if several.any():
-                    section.lacks.append(f"No optimizer has finished runs with more than one {label}.")
-                continue
-            frame = cells(ended, axis, self.selection)
-            section.files.append((f"heat-{axis}-{self.slug}", frame))
-            if _present(frame, NC):
-                section.drawings.append(heat_maps(self.slug, frame, axis, self.selection.percent))
+            if several[axis] or (axis == "lr" and several.weight_decay):
+                frame = cells(ended, axis, self.selection)
+                section.files.append((f"heat-{axis}-{self.slug}", frame))
+                if _present(frame, NC):
+                    section.drawings.append(heat_maps(self.slug, frame, axis, self.selection.percent))
+            elif several.any():
+                section.without(f"No optimizer has finished runs with more than one {label}.")
         if ended.empty:
-            section.lacks.append("No run has ended yet.")
+            section.without("No run has ended yet.")
         elif not several.any():
-            section.lacks.append(
-                "No optimizer has finished runs that differ in weight decay, learning rate or momentum."
-            )
-        section.note_undefined(ended[ended.status == "done"], NC)
-        return section
+            section.without("No optimizer has finished runs that differ in weight decay, learning rate or momentum.")
+        return section.note_undefined(ended[ended.status == "done"], NC)
 
-    def coupling(self) -> Section:
-        """Return the section on runs that differ only in their coupling."""
+    def _coupling(self) -> Section:
         section = Section("coupling", "From decoupled to coupled weight decay")
         runs = interpolations(self.runs, self.selection)
         shown = _present(runs, (*NC, "val_accuracy"))
         if not shown:
-            section.lacks.append(
+            return section.without(
                 f"No {SHARES} finished runs differ only in the coupled share of their weight decay "
                 "(ncollapse sweep coupling has such runs)."
             )
-            return section
         section.drawings.append(metrics_over_coupling(self.slug, runs, shown))
         section.add(interpolations_view(self.slug, runs))
-        section.note_undefined(runs, (*NC, "val_accuracy"))
-        return section
+        return section.note_undefined(runs, (*NC, "val_accuracy"))
 
-    def momentum(self) -> Section:
-        """Return the section on runs that differ only in momentum."""
+    def _momentum(self) -> Section:
         section = Section("momentum", "Momentum at equal training loss")
         readings = at_equal_loss(self.runs, self.results, self.selection)
         shown = _present(readings, NC)
         if not shown:
-            section.lacks.append(
+            return section.without(
                 f"No two runs that reached {self.selection.percent} training accuracy differ only in momentum."
             )
-            return section
         section.text = (
             "Does momentum help collapse beyond making training faster? This compares runs that differ only in "
             "momentum, each where it first reaches the same training loss."
@@ -192,61 +174,50 @@ class Part:
         section.drawings.append(metrics_over_momentum(self.slug, readings, shown))
         section.add(momentum_view(self.slug, readings))
         section.files.append((f"momentum-runs-{self.slug}", readings))
-        section.note_undefined(readings, NC)
-        return section
+        return section.note_undefined(readings, NC)
 
-    def accuracy(self) -> Section:
-        """Return the section on validation accuracy."""
+    def _accuracy(self) -> Section:
         section = Section("accuracy", "Validation accuracy against collapse")
         eligible = self.selection.eligible(self.runs)
         if len(eligible) < 3:
-            section.lacks.append(f"Fewer than three runs reached {self.selection.percent} training accuracy.")
-            return section
+            return section.without(f"Fewer than three runs reached {self.selection.percent} training accuracy.")
         if eligible.val_accuracy.isna().all():
-            section.lacks.append("The runs have no validation accuracy.")
-            return section
-        shown = _present(eligible.dropna(subset=["val_accuracy"]), NC)
-        if shown:
+            return section.without("The runs have no validation accuracy.")
+        if shown := _present(eligible.dropna(subset=["val_accuracy"]), NC):
             section.drawings.append(accuracy_against_collapse(self.slug, self.runs, self.selection, shown))
             section.add(correlations_view(self.slug, self.runs, self.selection))
-        section.note_undefined(eligible, NC)
-        return section
+        return section.note_undefined(eligible, NC)
 
-    def partial(self) -> Section:
-        """Return the section on partial collapse."""
+    def _partial(self) -> Section:
         section = Section("partial", "Partial collapse")
         done = self.runs[self.runs.status == "done"]
-        shown = [pair for pair in PARTIAL if len(_present(done, pair)) == 2]
         if done.empty:
-            section.lacks.append("No run has ended well yet.")
-        if shown:
+            section.without("No run has ended well yet.")
+        if shown := [pair for pair in PARTIAL if len(_present(done, pair)) == 2]:
             section.drawings.append(metric_pairs(self.slug, self.runs, self.selection, shown))
         frame = partial_collapse(self.runs, self.selection)
         if frame.nc1.notna().any():
             section.add(partial_view(self.slug, frame))
-        section.note_undefined(done, (*NC, "nc4"))
-        return section
+        return section.note_undefined(done, (*NC, "nc4"))
 
-    def layers(self) -> Section:
-        """Return the section on collapse through the layers."""
-        section = Section(
-            "layers", "Collapse through the layers", f"The best run of each optimizer: {self._best_text()}."
-        )
+    def _layers(self) -> Section:
+        section = Section("layers", "Collapse through the layers", self._best_text())
         best = best_runs(self.runs[self.runs.layers == "all"], self.selection)
         blocks = self.results.last_layers(best.id)
         if blocks.empty:
-            section.lacks.append(self._none_reached())
-            return section
+            return section.without(self._none_reached())
         rows = blocks_at_the_end(best, blocks)
         if _present(rows, BLOCK_METRICS):
             section.drawings.append(metrics_over_depth(self.slug, best, rows))
         section.add(blocks_view(self.slug, rows))
-        section.note_undefined(rows, BLOCK_METRICS)
-        return section
+        return section.note_undefined(rows, BLOCK_METRICS)
 
     def _best_text(self) -> str:
         by, threshold = self.selection.best_by.upper(), self.selection.percent
-        return f"the one with the smallest {by} of those that reached {threshold} training accuracy"
+        return (
+            f"The best run of each optimizer: the one with the smallest {by} of those that reached {threshold} "
+            "training accuracy."
+        )
 
     def _none_reached(self) -> str:
         highest = self.runs.train_accuracy[self.runs.status == "done"].max()

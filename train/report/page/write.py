@@ -4,7 +4,6 @@ import base64
 import dataclasses
 import re
 from collections.abc import Iterable, Sequence
-from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +19,7 @@ from ncollapse.train.report.queries import Results, read_results
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.report.settings import described
 from ncollapse.train.report.tables.best import decay_view, main_view
-from ncollapse.train.report.tables.inventory import runs_view, settings_view, status_counts
+from ncollapse.train.report.tables.inventory import runs_view, settings_view
 from ncollapse.train.report.terminal import print_across, print_down
 from ncollapse.train.results.schema import FINISHED
 
@@ -105,24 +104,16 @@ def _write_csv(folder: Path, name: str, frame: pd.DataFrame) -> None:
 
 
 def render(
-    folder: Path,
-    results: Results,
-    selection: Selection,
+    folder: Path, results: Results, selection: Selection,
     drawn: Sequence[tuple[Part, Sequence[tuple[Section, Sequence[Picture]]]]],
-) -> str:
+) -> str:  # fmt: skip
     """Return the page; also write the tables of what was run."""
     import jinja2
 
-    def source(name: str) -> str:
-        return (files("ncollapse.train.report.page") / name).read_text("utf-8")
-
     environment = jinja2.Environment(
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        loader=jinja2.FunctionLoader(source),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    )  # fmt: skip
     runs = results.runs
     inventory = [runs_view(runs, selection), settings_view(runs)]
     for view in inventory:
@@ -136,7 +127,7 @@ def render(
         optimizers=TABLE,
         families=FAMILY_COLOURS,
         threshold=selection.percent,
-        counts=status_counts(runs),
+        counts=runs.status.value_counts().to_dict(),
         total=len(runs),
         finished=int(runs.status.isin(FINISHED).sum()),
         reached=len(selection.eligible(runs)),

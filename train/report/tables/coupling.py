@@ -2,8 +2,9 @@
 
 import pandas as pd
 
+from ncollapse.train.optimizers import FAMILY
 from ncollapse.train.report.selection import NC, Selection
-from ncollapse.train.report.settings import alike, described, family, in_order
+from ncollapse.train.report.settings import alike, described, in_order
 from ncollapse.train.report.tables.view import Column, View
 
 #: The fewest couplings that show more than the two ends.
@@ -17,7 +18,7 @@ def interpolations(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
     `runs`; `optimizer` is the update rule, so adamw with coupling 1 counts as adam.
     """
     done = runs[runs.status == "done"]
-    done = done.assign(optimizer=family(done.optimizer))
+    done = done.assign(optimizer=done.optimizer.map(FAMILY))
     done["group"] = alike(done, ignore=("coupling",))
     done["settings"] = described(done, ignore=("coupling",))
     done["reached"] = done.id.isin(selection.eligible(done).id)

@@ -15,11 +15,6 @@ from ncollapse.train.results.schema import FINISHED
 _LISTED = 12
 
 
-def status_counts(runs: pd.DataFrame) -> dict[str, int]:
-    """Return how many runs have each status."""
-    return {str(status): int(count) for status, count in runs.status.value_counts().items()}
-
-
 def what_was_run(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
     """Return a row per model, data set and optimizer: runs by status, runs that reached the threshold, seconds."""
     runs = runs.assign(reached=runs.id.isin(selection.eligible(runs).id))

@@ -20,25 +20,18 @@ def predicted_nc0(row: "pd.Series[Any]") -> NDArray[np.float64] | None:
     Returns:
         float64, or None for all other optimizers.
     """
-    config = run_config(row)
+    settings: dict[str, Any] = {field.name: row[field.name] for field in FIELDS}
+    config = make_run({name: None if pd.isna(v) else v for name, v in settings.items()}, "the store")
     if config.family != "sgd":
         return None
     return np.asarray(row.nc0_start * _factor(config, int(row.train_samples)) ** 2)
 
 
-def run_config(row: "pd.Series[Any]") -> RunConfig:
-    """Return the settings of a row of `load_runs`."""
-    values: dict[str, Any] = {field.name: row[field.name] for field in FIELDS}
-    return make_run({name: None if pd.isna(value) else value for name, value in values.items()}, "the store")
-
-
 @functools.lru_cache(maxsize=64)  # a table and a figure ask for the same runs
 def _factor(config: RunConfig, samples: int) -> NDArray[np.float64]:
     steps = config.steps_per_epoch(samples)
+    lrs = [config.lr * config.lr_factor(epoch) for epoch in range(config.epochs) for _ in range(steps)]
     factor = ufm.row_sum_factor(
-        [config.lr * config.lr_factor(epoch) for epoch in range(config.epochs) for _ in range(steps)],
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        coupling=config.decay_coupling,
+        lrs, momentum=config.momentum, weight_decay=config.weight_decay, coupling=config.decay_coupling
     )
     return factor[::steps]
