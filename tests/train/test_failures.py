@@ -111,9 +111,7 @@ def test_a_full_disk_keeps_what_is_finished(
         return ended
 
     monkeypatch.setattr(Store, "record", fill_up)
-    with pytest.raises(
-        UserError, match=r"cannot write to .*: database or disk is full. Every finished run in it is kept"
-    ):
+    with pytest.raises(UserError, match=r"cannot write to .*: database or disk is full. Every finished run is kept"):
         run_sweep(small_grid, tmp_path, stack=1)
     kept = int((load_runs(tmp_path).status == "done").sum())
     assert kept >= 1

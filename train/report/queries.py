@@ -11,7 +11,8 @@ from typing import Any
 
 import pandas as pd
 
-from ncollapse.train.results.reader import load_meta, load_runs, load_sessions, query, select_layers, select_metrics
+from ncollapse.train.results.columns import EPOCH_COLUMNS, LAYER_COLUMNS
+from ncollapse.train.results.reader import load_meta, load_runs, load_sessions, query
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,8 @@ class Results:
 
     def histories(self, runs: Iterable[str]) -> pd.DataFrame:
         """Return the evaluated epochs of these runs, in the columns of `load_metrics`."""
-        return select_metrics(self.folder, f"SELECT * FROM metrics WHERE run IN ({_listed(runs)}) ORDER BY run, epoch")
+        sql = f"SELECT * FROM metrics WHERE run IN ({_listed(runs)}) ORDER BY run, epoch"
+        return query(self.folder, sql, EPOCH_COLUMNS)
 
     def last_layers(self, runs: Iterable[str]) -> pd.DataFrame:
         """Return the blocks of these runs at their last evaluated epochs, in the columns of `load_layers`."""
@@ -40,7 +42,7 @@ class Results:
             "AND epoch = (SELECT MAX(epoch) FROM layers AS all_layers WHERE all_layers.run = layers.run) "
             "ORDER BY run, position"
         )
-        return select_layers(self.folder, sql)
+        return query(self.folder, sql, LAYER_COLUMNS)
 
     def lowest_loss(self, runs: Iterable[str]) -> "pd.Series[float]":
         """Return the smallest training loss over the evaluated epochs, indexed by run."""
@@ -55,7 +57,7 @@ class Results:
             f"WITH wanted(run, loss) AS (VALUES {wanted}) SELECT metrics.*, MIN(epoch) AS first FROM wanted "
             "JOIN metrics ON metrics.run = wanted.run AND train_loss <= loss GROUP BY metrics.run"
         )
-        return select_metrics(self.folder, found if losses else "SELECT * FROM metrics WHERE 0")
+        return query(self.folder, found if losses else "SELECT * FROM metrics WHERE 0", EPOCH_COLUMNS)
 
 
 def read_results(folder: Path) -> Results:

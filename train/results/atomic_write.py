@@ -1,4 +1,4 @@
-"""Write files atomically: after a crash a file is complete, or as it was before."""
+"""Write files atomically: after a crash or a loss of power a file has its old content or the new one, never a part."""
 
 import contextlib
 import os
@@ -8,9 +8,7 @@ from ncollapse.train.errors import UserError
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that after a crash or a loss of power it has its old content or the new one, never a part.
-
-    Folders that are missing are made.
+    """Write a file atomically; missing folders are made.
 
     Raises:
         UserError: the file cannot be written; no partial file is left.
@@ -35,8 +33,8 @@ def write_whole(path: Path, content: bytes) -> None:
         raise cannot_write(path, error) from None
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
-    """Return the error that tells the user why a file was not written and what to do."""
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """Return the error that tells the user why a file or folder was not written and what to do."""
     return UserError(
         f"cannot write to {path.resolve()}: {error}. Every finished run is kept; make room or make the folder "
         "writable, then give the same command again"

@@ -1,7 +1,7 @@
 """The columns of the results, as DataFrames and exported files have them: name, meaning and type of each."""
 
-import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from ncollapse.train.config import DESCRIPTIONS, RunConfig
 
@@ -31,19 +31,11 @@ METRICS: dict[str, str] = {
 }
 
 #: The metrics of every block's output; maps and tokens are averaged over space.
-LAYER_METRICS: tuple[str, ...] = (
-    "nc1", "nc1_trace_ratio", "nc1_cdnv", "nc2", "nc2_equinorm", "nc2_equiangularity",
-)  # fmt: skip
+LAYER_METRICS = ("nc1", "nc1_trace_ratio", "nc1_cdnv", "nc2", "nc2_equinorm", "nc2_equiangularity")
 
 
-@dataclasses.dataclass(frozen=True)
-class ResultColumn:
-    """A column of results.
-
-    Attributes:
-        meaning: what it holds, for `columns.csv`.
-        dtype: in pandas, the same whatever is missing.
-    """
+class ResultColumn(NamedTuple):
+    """A column of results: its name, what it holds, and its dtype in pandas, the same whatever is missing."""
 
     name: str
     meaning: str
@@ -52,20 +44,16 @@ class ResultColumn:
 
 def dtypes(columns: Iterable[ResultColumn]) -> dict[str, str]:
     """Return the dtype of each column in pandas, by its name."""
-    return {column.name: column.dtype for column in columns}
+    return {name: dtype for name, _, dtype in columns}
 
 
 #: Type of a setting's default -> dtype in pandas; None is the default of integers that may be missing.
 _DTYPES = {str: "string", int: "int64", float: "float64", type(None): "Int64"}
-
-
-def _settings() -> Iterable[ResultColumn]:
-    for name, default in RunConfig().as_dict().items():
-        yield ResultColumn(name, DESCRIPTIONS[name], _DTYPES[type(default)])
-
-
 _RUN = "12 hexadecimal digits: the hash of the settings"
-_EPOCH = ResultColumn("epoch", "epochs trained so far; 0 is before the first step", "int64")
+_EVALUATION = (
+    ResultColumn("run", _RUN, "string"),
+    ResultColumn("epoch", "epochs trained so far; 0 is before the first step", "int64"),
+)
 
 #: One row per run.
 RUN_COLUMNS: tuple[ResultColumn, ...] = (
@@ -75,7 +63,7 @@ RUN_COLUMNS: tuple[ResultColumn, ...] = (
         "status", "pending, running, done, diverged (NaN or inf) or degenerate (features or weights have vanished)",
         "string",
     ),
-    *_settings(),
+    *(ResultColumn(name, DESCRIPTIONS[name], _DTYPES[type(value)]) for name, value in RunConfig().as_dict().items()),
     ResultColumn("stack", "number of the stack that it trained in", "Int64"),
     ResultColumn("session", "number of the start of the sweep that trained it", "Int64"),
     ResultColumn("train_samples", "training samples", "Int64"),
@@ -86,16 +74,11 @@ RUN_COLUMNS: tuple[ResultColumn, ...] = (
 )  # fmt: skip
 
 #: One row per run and evaluated epoch.
-EPOCH_COLUMNS: tuple[ResultColumn, ...] = (
-    ResultColumn("run", _RUN, "string"),
-    _EPOCH,
-    *(ResultColumn(name, meaning) for name, meaning in METRICS.items()),
-)
+EPOCH_COLUMNS: tuple[ResultColumn, ...] = (*_EVALUATION, *(ResultColumn(*metric) for metric in METRICS.items()))
 
 #: One row per run, evaluated epoch and block, of the runs with `layers` = "all".
 LAYER_COLUMNS: tuple[ResultColumn, ...] = (
-    ResultColumn("run", _RUN, "string"),
-    _EPOCH,
+    *_EVALUATION,
     ResultColumn("position", "place of the block in the network, from 0 at the images", "int64"),
     ResultColumn("layer", "name of the block, as the model's modules are named", "string"),
     *(

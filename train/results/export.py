@@ -16,18 +16,12 @@ Format = Literal["parquet", "csv"]
 
 
 def export_results(folder: Path, format: Format, out: Path | None = None) -> list[Path]:
-    """Write the tables `runs` (a row per run) and `epochs` (a row per run and evaluated epoch), and `columns.csv`.
+    """Write the tables of a results folder, finished or not, and return the paths of the files.
 
-    If there are runs with `layers` = "all", also write `layers` (a row per run, evaluated epoch and block).
-    `columns.csv` has a row per column of these tables: table, column, meaning.
-
-    Args:
-        folder: a results folder, finished or not.
-        format: of the tables; missing values are null in parquet, empty in csv.
-        out: folder for the files, made if missing; by default `export` in the results folder.
-
-    Returns:
-        The paths of the files.
+    The tables are `runs` (a row per run), `epochs` (a row per run and evaluated epoch) and, if there are runs with
+    `layers` = "all", `layers` (a row per run, evaluated epoch and block). Missing values are null in parquet, empty in
+    csv. `columns.csv` has a row per column of these tables: table, column, meaning. The files go into `out`, made if
+    missing; by default into `export` in the results folder.
 
     Raises:
         UserError: no results there; parquet without pyarrow; a file cannot be written, and then each file is complete
@@ -43,10 +37,10 @@ def export_results(folder: Path, format: Format, out: Path | None = None) -> lis
     contents = {f"{table}.{format}": encode(frame) for table, (frame, _) in tables.items()}
     columns = [(table, column.name, column.meaning) for table, (_, each) in tables.items() for column in each]
     contents["columns.csv"] = _csv(pd.DataFrame(columns, columns=["table", "column", "meaning"]))
-    paths = {(out or folder / "export") / name: content for name, content in contents.items()}
-    for path, content in paths.items():
-        write_whole(path, content)
-    return list(paths)
+    out = out or folder / "export"
+    for name, content in contents.items():
+        write_whole(out / name, content)
+    return [out / name for name in contents]
 
 
 def _csv(frame: "pd.DataFrame") -> bytes:

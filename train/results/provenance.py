@@ -11,14 +11,7 @@ _PACKAGES = ("ncollapse", "torch", "triton", "torchvision", "numpy", "scikit-lea
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Return what a sweep runs on, as values for JSON.
-
-    Args:
-        device: the name of the device, see `device_name`.
-
-    Returns:
-        commit (None outside a git checkout), versions (package -> version or None), device, threads, platform.
-    """
+    """Return commit (None outside a git checkout), versions (None: not installed), device, threads and platform."""
     import torch
 
     return {
@@ -39,11 +32,7 @@ def package_version(name: str) -> str | None:
 
 
 def device_name(device: str) -> str:
-    """Return the name of the GPU or of the processor.
-
-    Args:
-        device: "cpu" or "cuda:0" ….
-    """
+    """Return the name of the GPU or of the processor for a device of torch: "cpu", "cuda:0" …."""
     import torch
 
     if device.startswith("cuda"):

@@ -1,7 +1,4 @@
-"""The record of a run: what an evaluation measured, and how a run ended.
-
-It stands below both the training, which makes it, and the results folder, which keeps it.
-"""
+"""The record of a run, which the training makes and the results folder keeps: what was measured, and how it ended."""
 
 import dataclasses
 
@@ -11,13 +8,7 @@ Values = dict[str, list[float]]
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a run ended.
-
-    Attributes:
-        status: done, diverged (NaN or inf) or degenerate (features or weights have vanished).
-        diverged_epoch: the first evaluated epoch with NaN or inf; None unless diverged.
-        seconds: the run's share of the training time.
-    """
+    """How a run ended: its status, the first evaluated epoch with NaN or inf, its share of the training time."""
 
     status: str
     diverged_epoch: int | None

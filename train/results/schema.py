@@ -2,9 +2,7 @@
 
 Tables: `runs`, one row per run of the grid with its settings and status; `metrics`, one row per run and evaluated
 epoch; `layers`, the same per block, of runs with `layers` = "all"; `stacks`, the runs that train as one program, with
-their progress; `sessions`, one row per start of a sweep with command, versions, commit and device; `meta`. The status
-of a run is pending or running until it ends as done, diverged (NaN or inf) or degenerate (features or weights have
-vanished).
+their progress; `sessions`, one row per start of a sweep with command, versions, commit and device; `meta`.
 
 A column can be added in any version: it has a default or may be NULL. A database that lacks it is completed when a
 sweep opens it, and read as if it were there. `SCHEMA_VERSION` rises only for changes that this cannot express. The
@@ -13,7 +11,7 @@ columns of settings are those of `runs` without a declared type.
 
 import math
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from ncollapse.train.results.columns import LAYER_METRICS, METRICS
 FILE = "runs.sqlite"
 SCHEMA_VERSION = 3
 
-#: The statuses of a run that has ended, and all statuses.
+#: The statuses of a run that has ended (diverged: NaN or inf; degenerate: features or weights have vanished), and all.
 FINISHED = ("done", "diverged", "degenerate")
 STATUSES = (*FINISHED, "running", "pending")
 #: `FINISHED` in SQL.
@@ -57,9 +55,7 @@ TABLES: dict[str, dict[str, str]] = {
     "meta": {"key": "TEXT PRIMARY KEY", "value": "TEXT NOT NULL"},
     "sessions": {
         "id": "INTEGER PRIMARY KEY",
-        "started": "TEXT NOT NULL",
-        "command": "TEXT NOT NULL",
-        "provenance": "TEXT NOT NULL",
+        **dict.fromkeys(("started", "command", "provenance"), "TEXT NOT NULL"),
     },
     "stacks": {
         "id": "INTEGER PRIMARY KEY",
@@ -90,10 +86,7 @@ TABLES: dict[str, dict[str, str]] = {
         **dict.fromkeys(LAYER_METRICS, "REAL"),
     },
 }
-_KEYS = {
-    "metrics": "PRIMARY KEY (run, epoch)",
-    "layers": "PRIMARY KEY (run, epoch, position)",
-}
+_KEYS = {"metrics": "PRIMARY KEY (run, epoch)", "layers": "PRIMARY KEY (run, epoch, position)"}
 
 
 def connect(folder: Path, *, create: bool) -> sqlite3.Connection:
@@ -127,12 +120,7 @@ def is_empty(connection: sqlite3.Connection) -> bool:
 
 
 def check_version(connection: sqlite3.Connection, folder: Path) -> None:
-    """Check that the database has the format that this version reads.
-
-    Raises:
-        NoResultsError: nothing is in it yet.
-        UserError: it has another format.
-    """
+    """Raise `NoResultsError` for a database with nothing in it yet, `UserError` for one of another format."""
     if is_empty(connection):
         raise NoResultsError(
             f"no results in {folder} yet: the sweep that makes them is just starting; if it was stopped as it started, "
@@ -185,18 +173,13 @@ def _default(declaration: str) -> str:
 
 
 def check_unknown_settings(connection: sqlite3.Connection, folder: Path) -> None:
-    """Check that settings which a newer version has added are at their default in all runs.
-
-    Raises:
-        UserError: naming the settings that are not; this version would train the runs without them.
-    """
+    """Raise `UserError` where a setting that a newer version has added, unknown here, is not at its default."""
     parts = []
     for name, kind, default in _stored_columns(connection, "runs"):
         if name not in TABLES["runs"] and not kind:
             column = quoted([name], "runs")
             rows = connection.execute(f"SELECT DISTINCT {column} FROM runs WHERE {column} IS NOT ({default or 'NULL'})")
-            values = {row[0] for row in rows}
-            if values:
+            if values := {value for (value,) in rows}:
                 parts.append(f"{name} = {_listing(values)}")
     if parts:
         raise UserError(
@@ -205,7 +188,7 @@ def check_unknown_settings(connection: sqlite3.Connection, folder: Path) -> None
         )
 
 
-def difference(stored: list[tuple[Any, ...]], wanted: list[tuple[Any, ...]]) -> str:
+def difference(stored: Collection[tuple[Any, ...]], wanted: Collection[tuple[Any, ...]]) -> str:
     """Return the settings whose values differ between two lists of runs, as text."""
     parts = []
     for i, name in enumerate(SETTINGS):

@@ -4,7 +4,6 @@ The file of a run is opened, appended to and closed each time. SummaryWriter wou
 training, write minutes later, and take five times as long: too much for stacks of hundreds of runs.
 """
 
-import io
 import os
 import re
 import socket
@@ -22,10 +21,7 @@ if TYPE_CHECKING:
 
 
 class Logs:
-    """The logs of all runs, in the folder `tensorboard` of a results folder.
-
-    Args:
-        folder: the results folder.
+    """The logs of all runs of a results folder, in its folder `tensorboard`.
 
     Raises:
         UserError: the package tensorboard is missing.
@@ -45,12 +41,9 @@ class Logs:
         self._last: dict[str, int] = {}  # run -> last epoch recorded since this start
 
     def evaluated(self, runs: Sequence[RunConfig], evaluation: "Evaluation", finished: Collection[str]) -> None:
-        """Record an evaluation of a stack.
+        """Record an evaluation of a stack of runs, whose ids in `finished` had ended before.
 
-        Args:
-            runs: the runs of the stack.
-            finished: ids of runs that had ended before. They train again only so that the stack stays the same; their
-                logs are left as they are.
+        Those train again only so that the stack stays the same; their logs are left as they are.
         """
         for n, i in enumerate(evaluation.rows):
             if runs[i].id not in finished:
@@ -60,13 +53,10 @@ class Logs:
                 self.record(runs[i], evaluation.epoch, values)
 
     def record(self, run: RunConfig, epoch: int, values: dict[str, float]) -> None:
-        """Record the metrics of a run at an epoch, each as a scalar.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Record the metrics of a run at an epoch, each as a scalar; `UserError` where the file cannot be written."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         now = time.time()
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
@@ -74,21 +64,15 @@ class Logs:
         if epoch <= self._last.get(run.id, epoch):
             # The stack has started, perhaps again or from a checkpoint: TensorBoard drops what it has from here on.
             start = SessionLog(status=SessionLog.START)
-            events.insert(0, Event(wall_time=now, step=epoch, session_log=start))
-            events.insert(0, Event(wall_time=now, file_version="brain.Event:2"))
+            version = Event(wall_time=now, file_version="brain.Event:2")
+            events = [version, Event(wall_time=now, step=epoch, session_log=start), *events]
         self._last[run.id] = epoch
-        self._append(self._folder / folder_name(run), [event.SerializeToString() for event in events])
-
-    def _append(self, folder: Path, events: list[bytes]) -> None:
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        buffer = io.BytesIO()
-        for event in events:
-            RecordWriter(buffer).write(event)
+        folder = self._folder / folder_name(run)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with open(folder / self._name, "ab") as file:
-                file.write(buffer.getvalue())
+                for event in events:
+                    RecordWriter(file).write(event.SerializeToString())
         except OSError as error:
             raise cannot_write(folder, error) from None
 

@@ -5,11 +5,12 @@ file is complete; a file without a row does not count.
 """
 
 import dataclasses
+import itertools
 import json
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,20 +20,10 @@ from filelock import FileLock, Timeout
 from ncollapse.train.config import RunConfig
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
-from ncollapse.train.results.atomic_write import write_whole
+from ncollapse.train.results import schema
+from ncollapse.train.results.atomic_write import cannot_write, write_whole
 from ncollapse.train.results.columns import LAYER_METRICS, METRICS
-from ncollapse.train.results.schema import (
-    ENDED,
-    SETTINGS,
-    add_missing_columns,
-    check_unknown_settings,
-    check_version,
-    connect,
-    create_tables,
-    difference,
-    is_empty,
-    quoted,
-)
+from ncollapse.train.results.schema import ENDED, SETTINGS, quoted
 
 if TYPE_CHECKING:
     from ncollapse.train.results.record import Evaluation
@@ -66,23 +57,19 @@ class Store:
 
     def __init__(self, folder: Path, grid: Grid) -> None:
         self.folder, self.grid = folder, grid
+        self._checkpoints = folder / "checkpoints"
         self._progress: dict[int, int] = {}  # stack -> epoch; not written yet
         self._written = time.monotonic()
-        with self._user_errors():
+        with ExitStack() as undo, self._user_errors():
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(folder / LOCK)
             try:
-                self._lock.acquire(timeout=0)
+                undo.enter_context(FileLock(folder / LOCK, timeout=0))
             except Timeout:
                 raise UserError(
                     f"{folder} is in use by another process; wait for it, or choose another --out"
                 ) from None
-        with ExitStack() as undo:
-            undo.callback(self._lock.release)
-            with self._user_errors():
-                self._db = connect(folder, create=True)
-                undo.callback(self._db.close)
-                self._open_or_create()
+            self._db = undo.enter_context(closing(schema.connect(folder, create=True)))
+            self._open_or_create()
             self._close = undo.pop_all().close
 
     def __enter__(self) -> "Store":
@@ -93,16 +80,16 @@ class Store:
 
     def _open_or_create(self) -> None:
         with self._transaction():
-            if is_empty(self._db):
-                create_tables(self._db)
-                meta = [("grid", self.grid.name), ("description", self.grid.description)]
-                self._db.executemany("INSERT INTO meta (key, value) VALUES (?, ?)", meta)
+            if schema.is_empty(self._db):
+                schema.create_tables(self._db)
+                self._insert_one("meta", key="grid", value=self.grid.name)
+                self._insert_one("meta", key="description", value=self.grid.description)
                 rows = [(run.id, i, "pending", *run.as_dict().values()) for i, run in enumerate(self.grid.runs)]
                 self._insert("runs", ("id", "position", "status", *SETTINGS), rows)
-        check_version(self._db, self.folder)
-        check_unknown_settings(self._db, self.folder)
+        schema.check_version(self._db, self.folder)
+        schema.check_unknown_settings(self._db, self.folder)
         with self._transaction():  # rolled back where the grid is another one
-            add_missing_columns(self._db)
+            schema.add_missing_columns(self._db)
             self._check_grid()
         self._tidy()
 
@@ -112,13 +99,25 @@ class Store:
         if stored != wanted:
             raise UserError(
                 f"{self.folder} was made by another grid ({len(stored)} runs there, {len(wanted)} now): "
-                f"{difference(list(stored.values()), list(wanted.values()))}. "
+                f"{schema.difference(stored.values(), wanted.values())}. "
                 "Choose another --out, or go back to the grid that made it"
             )
 
     def _insert(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         places = ", ".join("?" * len(columns))
         self._db.executemany(f"INSERT INTO {table} ({quoted(columns)}) VALUES ({places})", rows)
+
+    def _insert_one(self, table: str, **values: Any) -> int:
+        """Insert a row and return its number."""
+        places = ", ".join("?" * len(values))
+        row = self._db.execute(f"INSERT INTO {table} ({quoted(values)}) VALUES ({places})", tuple(values.values()))
+        assert row.lastrowid is not None
+        return row.lastrowid
+
+    def _value(self, sql: str, *parameters: Any) -> Any:
+        """Return the first value of the first row that a query finds; None where it finds none."""
+        row = self._db.execute(sql, parameters).fetchone()
+        return row[0] if row else None
 
     def _tidy(self) -> None:
         """Remove what a killed sweep has left: files without a row, checkpoints of stacks whose runs have all ended."""
@@ -127,32 +126,23 @@ class Store:
                 "UPDATE stacks SET checkpoint = NULL, checkpoint_epoch = NULL WHERE checkpoint IS NOT NULL "
                 f"AND id NOT IN (SELECT stack FROM runs WHERE stack IS NOT NULL AND status NOT IN ({ENDED}))"
             )
-        known = {row[0] for row in self._db.execute("SELECT checkpoint FROM stacks")}
+        known = {name for (name,) in self._db.execute("SELECT checkpoint FROM stacks")}
         for path in (*self._checkpoints.glob("*"), *(self.folder / "weights").glob("*.partial")):
             if path.name not in known:
                 path.unlink()
 
     def begin_session(self, command: str, provenance: Mapping[str, Any]) -> int:
-        """Record the start of a sweep and return the number of the session, for `begin`.
-
-        Runs that a killed sweep left running are pending again.
-        """
+        """Record the start of a sweep and return its number; runs that a killed one left running are pending again."""
         with self._transaction():
             self._db.execute("UPDATE runs SET status = 'pending' WHERE status = 'running'")
-            row = (_now(), command, json.dumps(provenance))
-            cursor = self._db.execute("INSERT INTO sessions (started, command, provenance) VALUES (?, ?, ?)", row)
-        assert cursor.lastrowid is not None
-        return cursor.lastrowid
+            return self._insert_one("sessions", started=_now(), command=command, provenance=json.dumps(provenance))
 
     def check_data(self, name: str, fingerprint: str) -> None:
-        """Check that the earlier runs of the folder were trained on the same data set.
-
-        Raises:
-            UserError: its fingerprint differs.
-        """
+        """Raise `UserError` where earlier runs of the folder were trained on data with another fingerprint."""
+        key = f"data {name}"
         with self._transaction():
-            self._db.execute("INSERT OR IGNORE INTO meta (key, value) VALUES (?, ?)", (f"data {name}", fingerprint))
-        known = self._db.execute("SELECT value FROM meta WHERE key = ?", (f"data {name}",)).fetchone()[0]
+            self._db.execute("INSERT OR IGNORE INTO meta (key, value) VALUES (?, ?)", (key, fingerprint))
+            known = self._value("SELECT value FROM meta WHERE key = ?", key)
         if known != fingerprint:
             raise UserError(
                 f"{self.folder}: the data set {name} is not the one that its earlier runs were trained on "
@@ -167,16 +157,14 @@ class Store:
 
     def stacks(self) -> list[PlannedStack]:
         """Return the stacks with runs that have not ended, in order; empty before there is a plan."""
-        members: dict[int, list[RunConfig]] = {}
         by_id = {run.id: run for run in self.grid.runs}
-        for run, stack in self._db.execute("SELECT id, stack FROM runs WHERE stack IS NOT NULL ORDER BY stack, id"):
-            members.setdefault(stack, []).append(by_id[run])
-        finished = self.finished().keys()
-        files = dict(self._db.execute("SELECT id, checkpoint FROM stacks WHERE checkpoint IS NOT NULL"))
+        rows = self._db.execute(
+            "SELECT stack, checkpoint, runs.id FROM runs LEFT JOIN stacks ON stacks.id = stack WHERE stack IN "
+            f"(SELECT stack FROM runs WHERE status NOT IN ({ENDED})) ORDER BY stack, runs.id"
+        )
         return [
-            PlannedStack(stack, tuple(runs), self._checkpoints / files[stack] if stack in files else None)
-            for stack, runs in members.items()
-            if any(run.id not in finished for run in runs)
+            PlannedStack(stack, tuple(by_id[run] for *_, run in members), self._checkpoints / file if file else None)
+            for (stack, file), members in itertools.groupby(rows, key=lambda row: row[:2])
         ]
 
     def begun(self) -> set[int]:
@@ -184,62 +172,49 @@ class Store:
         rows = self._db.execute(
             f"SELECT stack FROM runs WHERE status IN ({ENDED}) UNION SELECT id FROM stacks WHERE checkpoint IS NOT NULL"
         )
-        return {row[0] for row in rows}
+        return {stack for (stack,) in rows}
 
     def set_plan(self, stacks: Sequence[Sequence[RunConfig]], engine: Mapping[str, Any] | None = None) -> list[int]:
-        """Move runs into new stacks and return the numbers of the stacks.
-
-        Args:
-            engine: how the runs are trained and why, as values for JSON; kept as meta "engine".
-        """
-        ids = []
+        """Move runs into new stacks and return their numbers; `engine` is kept, which says how runs train and why."""
         with self._transaction():
-            for runs in stacks:
-                cursor = self._db.execute("INSERT INTO stacks (size) VALUES (?)", (len(runs),))
-                ids.append(cursor.lastrowid)
-                self._db.executemany(
-                    "UPDATE runs SET stack = ?, status = 'pending' WHERE id = ?",
-                    [(cursor.lastrowid, run.id) for run in runs],
-                )
+            numbers = [self._insert_one("stacks", size=len(runs)) for runs in stacks]
+            self._db.executemany(
+                "UPDATE runs SET stack = ?, status = 'pending' WHERE id = ?",
+                [(number, run.id) for number, runs in zip(numbers, stacks, strict=True) for run in runs],
+            )
             self._db.execute("DELETE FROM stacks WHERE id NOT IN (SELECT stack FROM runs WHERE stack IS NOT NULL)")
             if engine is not None:
                 row = ("engine", json.dumps(engine))
                 self._db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", row)
-        return [i for i in ids if i is not None]
+        return numbers
 
     def engine(self) -> dict[str, Any] | None:
         """Return what the last `set_plan` kept of how the runs are trained; None before there is a plan."""
-        row = self._db.execute("SELECT value FROM meta WHERE key = 'engine'").fetchone()
-        return json.loads(row[0]) if row else None
+        return json.loads(self._value("SELECT value FROM meta WHERE key = 'engine'") or "null")
 
     # The events of a stack in training.
 
     def begin(self, stack: PlannedStack, session: int, train_samples: int, *, resume: bool) -> int:
-        """Record that a stack starts and return the epoch at which it does.
+        """Record that a stack starts and return the epoch at which it does: its checkpoint's to resume, else 0.
 
         Evaluations of its unfinished runs after that epoch are deleted.
-
-        Args:
-            session: the number that `begin_session` returned.
-            train_samples: number of training samples.
-            resume: start from the checkpoint, else from epoch 0.
         """
-        where = f"run IN (SELECT id FROM runs WHERE stack = ? AND status NOT IN ({ENDED}))"
+        unfinished = f"stack = ? AND status NOT IN ({ENDED})"
         with self._transaction():
-            row = self._db.execute("SELECT checkpoint_epoch FROM stacks WHERE id = ?", (stack.id,)).fetchone()
-            epoch = row[0] if resume else -1
+            kept = self._value("SELECT checkpoint_epoch FROM stacks WHERE id = ?", stack.id) if resume else -1
+            start = max(kept, 0)
             for table in ("metrics", "layers"):
-                self._db.execute(f"DELETE FROM {table} WHERE {where} AND epoch > ?", (stack.id, epoch))
+                where = f"run IN (SELECT id FROM runs WHERE {unfinished}) AND epoch > ?"
+                self._db.execute(f"DELETE FROM {table} WHERE {where}", (stack.id, kept))
             self._db.execute(
-                f"UPDATE runs SET status = 'running', session = ?, train_samples = ? "
-                f"WHERE stack = ? AND status NOT IN ({ENDED})",
+                f"UPDATE runs SET status = 'running', session = ?, train_samples = ? WHERE {unfinished}",
                 (session, train_samples, stack.id),
             )
             self._db.execute(
                 "UPDATE stacks SET session = ?, updated = ?, begun_epoch = ?, epoch = ? WHERE id = ?",
-                (session, _now(), max(epoch, 0), max(epoch, 0), stack.id),
+                (session, _now(), start, start, stack.id),
             )
-        return max(epoch, 0)
+        return start
 
     def record(self, stack: PlannedStack, evaluation: "Evaluation") -> dict[str, str]:
         """Add an evaluated epoch of the runs of a stack; return id -> status of the runs that end with it.
@@ -247,29 +222,28 @@ class Store:
         A run that had already ended is left as it is: a stack that starts again trains its finished runs too, so that
         it stays the same program. NaN is stored as NULL.
         """
-        finished = self.finished().keys()
-        new = [(n, i) for n, i in enumerate(evaluation.rows) if stack.runs[i].id not in finished]
-        ended = [(i, evaluation.ended[i]) for _, i in new if i in evaluation.ended]
-        for i, _ in ended:
+        finished, epoch = self.finished(), evaluation.epoch
+        new = [(n, i, stack.runs[i].id) for n, i in enumerate(evaluation.rows) if stack.runs[i].id not in finished]
+        ended = {run: evaluation.ended[i] for _, i, run in new if i in evaluation.ended}
+        for _, i, run in new:
             if i in evaluation.weights:  # before the row says that the run has ended
-                write_whole(self.folder / "weights" / f"{stack.runs[i].id}.pt", evaluation.weights[i])
-        keys = [(n, (stack.runs[i].id, evaluation.epoch)) for n, i in new]
-        rows = [(*key, *(evaluation.values[name][n] for name in METRICS)) for n, key in keys]
+                write_whole(self.folder / "weights" / f"{run}.pt", evaluation.weights[i])
+        rows = [(run, epoch, *(evaluation.values[name][n] for name in METRICS)) for n, _, run in new]
         layers = [
-            (*key, position, layer, *(values[name][n] for name in LAYER_METRICS))
-            for n, key in keys
+            (run, epoch, position, layer, *(values[name][n] for name in LAYER_METRICS))
+            for n, _, run in new
             for position, (layer, values) in enumerate(evaluation.layers.items())
         ]
-        self._progress[stack.id] = evaluation.epoch
+        self._progress[stack.id] = epoch
         with self._transaction():
             self._insert("metrics", ("run", "epoch", *METRICS), rows)
             self._insert("layers", ("run", "epoch", "position", "layer", *LAYER_METRICS), layers)
             self._db.executemany(
                 "UPDATE runs SET status = ?, diverged_epoch = ?, seconds = ? WHERE id = ?",
-                [(end.status, end.diverged_epoch, end.seconds, stack.runs[i].id) for i, end in ended],
+                [(end.status, end.diverged_epoch, end.seconds, run) for run, end in ended.items()],
             )
             self._write_progress()
-        return {stack.runs[i].id: end.status for i, end in ended}
+        return {run: end.status for run, end in ended.items()}
 
     def progress(self, stack: PlannedStack, epoch: int) -> None:
         """Record the progress of a stack, in epochs; written once a second, so that `ncollapse status` can show it."""
@@ -297,41 +271,27 @@ class Store:
         self._set_checkpoint(stack.id, None, None)
 
     def _set_checkpoint(self, stack: int, name: str | None, epoch: int | None) -> None:
-        old = self._db.execute("SELECT checkpoint FROM stacks WHERE id = ?", (stack,)).fetchone()[0]
+        old = self._value("SELECT checkpoint FROM stacks WHERE id = ?", stack)
         if old == name:
             return
+        row = (name, epoch, stack)
         with self._transaction():
-            self._db.execute(
-                "UPDATE stacks SET checkpoint = ?, checkpoint_epoch = ? WHERE id = ?", (name, epoch, stack)
-            )
+            self._db.execute("UPDATE stacks SET checkpoint = ?, checkpoint_epoch = ? WHERE id = ?", row)
         if old is not None:
             (self._checkpoints / old).unlink(missing_ok=True)
 
-    @property
-    def _checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        with self._user_errors():
+        with self._user_errors(), self._db:  # commits, or rolls back after an exception
             self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+            yield
 
     @contextmanager
     def _user_errors(self) -> Iterator[None]:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise UserError(
-                f"cannot write to {self.folder.resolve()}: {error}. Every finished run in it is kept; make room or "
-                "make it writable, then give the same command again"
-            ) from error
+            raise cannot_write(self.folder, error) from error
 
 
 def _now() -> str:
