@@ -7,21 +7,20 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from tyro import conf
 
 import ncollapse
-from ncollapse.train.commands.theory import Setting
+from ncollapse.train.commands import theory
 from ncollapse.train.config import DESCRIPTIONS, FIELDS, make_run
 from ncollapse.train.errors import InterruptError, UserError
-from ncollapse.train.grid import preset_names
+from ncollapse.train.grid import Grid, load_grid, presets, run_settings
 from ncollapse.train.report.selection import Selection
+from ncollapse.train.results.export import Format, export_results
 from ncollapse.train.sweep.options import KeepOptions, Options, PlaceOptions, hide_default
-
-if TYPE_CHECKING:
-    from ncollapse.train.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,9 +28,7 @@ class Demo(PlaceOptions, Options, Selection):
     """Six optimizers on scikit-learn's digits: the paper's table, figures and a report in under a minute."""
 
     def main(self, console: Console) -> None:
-        from ncollapse.train.grid import load_grid
-
-        _sweep(load_grid("demo"), self, self, self, console)
+        _report(_train(load_grid("demo"), self, self, console), self, console)
         name = "ncollapse" if shutil.which("ncollapse") else sys.argv[0]
         console.print(
             f"Next: {name} sweep coupling (Adam to AdamW in steps), or {name} run --help for a run of your own."
@@ -48,7 +45,7 @@ def _settings(name: str, several: bool) -> Any:
         kind = tuple[f.type, ...] if several else f.type  # type: ignore[name-defined]
         default = "" if f.default is None else f"(default: {f.default})"
         hint = "(default: the grid's)" if several else default
-        argument = tyro.conf.arg(help=DESCRIPTIONS[f.name], help_behavior_hint=hint)
+        argument = conf.arg(help=DESCRIPTIONS[f.name], help_behavior_hint=hint)
         return f.name, Annotated[kind | None, argument], None  # type: ignore[operator]
 
     return dataclasses.make_dataclass(name, [field(f) for f in FIELDS], kw_only=True, frozen=True)
@@ -68,39 +65,33 @@ class Run(PlaceOptions, KeepOptions):
     """The run's settings."""
 
     def main(self, console: Console) -> None:
-        from ncollapse.train.grid import Grid, run_settings
         from ncollapse.train.report.terminal import print_run
 
         given = {name: value for name, value in vars(self.settings).items() if value is not None}
         run = make_run(given if self.preset is None else run_settings(self.preset, given), "run")
         grid = Grid(f"{run.model}-{run.data}-{run.optimizer}-{run.id}", (run,))
         options = Options(**{f.name: getattr(self, f.name) for f in dataclasses.fields(KeepOptions)})
-        out = _train(grid, self, options, console)
-        print_run(out, console)
+        print_run(_train(grid, self, options, console), console)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep(PlaceOptions, Options, Selection):
     """Train every run of a grid; the same command continues a sweep that was stopped."""
 
-    grid: Annotated[
-        tyro.conf.Positional[str], tyro.conf.arg(help=f"A TOML file, or a preset: {', '.join(preset_names())}.")
-    ]
+    grid: Annotated[conf.Positional[str], conf.arg(help=f"A TOML file, or a preset: {', '.join(presets())}.")]
     axes: _Axes = dataclasses.field(default_factory=_Axes)  # type: ignore[valid-type]
     """Values that replace those of the grid."""
 
     def main(self, console: Console) -> None:
-        from ncollapse.train.grid import load_grid
-
         given = {name: list(values) for name, values in vars(self.axes).items() if values is not None}
-        _sweep(load_grid(self.grid, given), self, self, self, console)
+        _report(_train(load_grid(self.grid, given), self, self, console), self, console)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report(Selection):
     """Write tables, figures and one HTML page from a results folder, finished or not."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: conf.Positional[Path]
     """The results folder."""
 
     def main(self, console: Console) -> None:
@@ -111,7 +102,7 @@ class Report(Selection):
 class Status:
     """Show the progress of a sweep, from another terminal while it runs or after it has stopped."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: conf.Positional[Path]
     """The results folder."""
 
     def main(self, console: Console) -> None:
@@ -124,31 +115,27 @@ class Status:
 class Export:
     """Write every run, every evaluated epoch and the meaning of the columns as files for other programs."""
 
-    folder: tyro.conf.Positional[Path]
+    folder: conf.Positional[Path]
     """The results folder, finished or not."""
-    format: Literal["parquet", "csv"] = "parquet"
+    format: Format = "parquet"
     """parquet keeps types and missing values and needs pyarrow; csv needs no package."""
     out: Annotated[Path | None, hide_default] = None
     """Folder for the files; by default export in the results folder."""
 
     def main(self, console: Console) -> None:
-        from ncollapse.train.results.export import export_results
-
         for path in export_results(self.folder, self.format, self.out):
             console.print(path, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Theory(Setting):
+class Theory(theory.Setting):
     """Simulate NC0 under every optimizer in the unconstrained features model, and compare it with theory."""
 
     out: Path = Path("results/theory")
     """Folder for the figure, theory.png and theory.svg."""
 
     def main(self, console: Console) -> None:
-        from ncollapse.train.commands.theory import print_theory
-
-        print_theory(self, self.out, console)
+        theory.print_theory(self, self.out, console)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,12 +171,7 @@ def main(args: list[str] | None = None) -> None:
             prog="ncollapse",
             description="Which optimizers drive a classifier into neural collapse, and why.",
             args=args,
-            config=(
-                tyro.conf.OmitSubcommandPrefixes,
-                tyro.conf.OmitArgPrefixes,
-                tyro.conf.FlagCreatePairsOff,
-                tyro.conf.DisallowNone,
-            ),
+            config=(conf.OmitSubcommandPrefixes, conf.OmitArgPrefixes, conf.FlagCreatePairsOff, conf.DisallowNone),
         )
         command.main(console)
     except UserError as error:
@@ -200,7 +182,7 @@ def main(args: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _train(grid: "Grid", place: PlaceOptions, options: Options, console: Console) -> Path:
+def _train(grid: Grid, place: PlaceOptions, options: Options, console: Console) -> Path:
     """Train the unfinished runs of a grid and return the results folder."""
     from ncollapse.train.data.sets import load
     from ncollapse.train.sweep.scheduler import sweep
@@ -214,10 +196,6 @@ def _train(grid: "Grid", place: PlaceOptions, options: Options, console: Console
     else:
         console.print(f"All {len(grid.runs)} runs in {out} are done; nothing to train.")
     return out
-
-
-def _sweep(grid: "Grid", place: PlaceOptions, options: Options, selection: Selection, console: Console) -> None:
-    _report(_train(grid, place, options, console), selection, console)
 
 
 def _report(folder: Path, selection: Selection, console: Console) -> None:

@@ -118,8 +118,7 @@ class RunConfig:
 
     def lr_factor(self, epoch: int) -> float:
         """Return the factor of the learning rate in an epoch, counted from 0."""
-        pieces = self.lr_drops + 1
-        drops = [self.epochs * i // pieces for i in range(1, pieces)]
+        drops = (self.epochs * i // (self.lr_drops + 1) for i in range(1, self.lr_drops + 1))
         return self.lr_drop_factor ** sum(epoch >= drop > 0 for drop in drops)
 
 
@@ -132,8 +131,7 @@ def make_run(settings: dict[str, Any], where: str) -> RunConfig:
     """Make a run from settings by name, and check them.
 
     Raises:
-        UserError: a key is unknown or its value not allowed; the message names `where`, all such keys and what is
-            allowed.
+        UserError: unknown keys or values that are not allowed; the message names `where`, these, and what is allowed.
     """
     try:
         return RunConfig(**settings)
@@ -149,11 +147,7 @@ def _explain(error: Any) -> str:
 
 
 def unknown_key(key: str, also: tuple[str, ...] = ()) -> str:
-    """Return the message for a key that is no setting.
-
-    Args:
-        also: further keys that are allowed there.
-    """
+    """Return the message for a key that is no setting and none of `also`, which are allowed there too."""
     names = [f.name for f in FIELDS] + list(also)
     near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
     return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(names)}")

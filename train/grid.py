@@ -33,7 +33,6 @@ from typing import Any
 from ncollapse.train.config import FIELDS, RunConfig, make_run, unknown_key
 from ncollapse.train.errors import UserError
 
-_FOLDER = files("ncollapse.train") / "grids"
 _TOP_LEVEL = ("name", "description", "grid", "run")
 
 
@@ -54,35 +53,33 @@ class Grid:
 
 
 def presets() -> dict[str, str]:
-    """Return the grids that come with the package: name -> TOML text."""
-    return {name: (_FOLDER / f"{name}.toml").read_text("utf-8") for name in preset_names()}
-
-
-def preset_names() -> list[str]:
-    """Return the names of the grids that come with the package."""
-    return sorted(file.name.removesuffix(".toml") for file in _FOLDER.iterdir() if file.name.endswith(".toml"))
+    """Return the grids that come with the package, sorted: name -> TOML text."""
+    found = [file for file in (files("ncollapse.train") / "grids").iterdir() if file.name.endswith(".toml")]
+    return dict(sorted((file.name.removesuffix(".toml"), file.read_text("utf-8")) for file in found))
 
 
 def load_grid(source: str, overrides: dict[str, list[Any]] | None = None) -> Grid:
-    """Read a grid from a file, or a preset by its name.
-
-    Args:
-        source: a path to a TOML file or the name of a preset.
-        overrides: setting -> values that replace that setting in every table of the grid.
+    """Read a grid from a TOML file, or a preset by its name; `overrides` replace values in every table of it.
 
     Raises:
         UserError: unreadable file, bad TOML, unknown keys, values out of range, an empty axis, duplicate runs.
     """
     tree, where = _read(source)
-    return parse_grid(tree, where, overrides or {})
+    shared = {key: value for key, value in tree.items() if key not in _TOP_LEVEL}
+    tables = tree.get("grid", [{}])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"{where}: 'grid' must be tables, each begun with [[grid]]")
+    runs: list[RunConfig] = []
+    for number, table in enumerate(tables, 1):
+        place = f"{where}, [[grid]] {number}" if "grid" in tree else where
+        runs += _product({**shared, **table, **(overrides or {})}, place)
+    if overrides:  # which can make runs of several tables equal: each is trained once
+        runs = list(dict.fromkeys(runs))
+    return Grid(str(tree.get("name", Path(where).stem)), tuple(runs), str(tree.get("description", "")))
 
 
 def run_settings(source: str, given: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a single run: the grid's values that are no lists, then `[run]`, then those given.
-
-    Args:
-        source: as in `load_grid`.
-        given: settings by name; they take precedence.
 
     Raises:
         UserError: as in `load_grid`; the grid has no `[run]`.
@@ -90,7 +87,7 @@ def run_settings(source: str, given: dict[str, Any]) -> dict[str, Any]:
     tree, where = _read(source)
     table = tree.get("run")
     if not isinstance(table, dict):
-        with_run = ", ".join(name for name, text in sorted(presets().items()) if "run" in tomllib.loads(text))
+        with_run = ", ".join(name for name, text in presets().items() if "run" in tomllib.loads(text))
         raise UserError(f"{where} does not say what its single run is: it has no [run]; presets that do: {with_run}")
     shared = {key: value for key, value in tree.items() if key not in _TOP_LEVEL and not isinstance(value, list)}
     settings = {key: value for key, value in table.items() if not isinstance(value, dict)}
@@ -101,36 +98,16 @@ def run_settings(source: str, given: dict[str, Any]) -> dict[str, Any]:
 def _read(source: str) -> tuple[dict[str, Any], str]:
     """Return the TOML tree of a file or a preset, and its name for messages."""
     known = presets()
-    if source in known:
-        where, text = f"preset {source}", known[source]
-    else:
-        where = source
-        try:
-            text = Path(source).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            names = ", ".join(sorted(known))
-            raise UserError(
-                f"cannot read the grid {source!r}: {error}; it is neither a file nor a preset ({names})"
-            ) from None
+    where = f"preset {source}" if source in known else source
     try:
-        return tomllib.loads(text), where
+        return tomllib.loads(known[source] if source in known else Path(source).read_text("utf-8")), where
+    except (OSError, UnicodeDecodeError) as error:
+        names = ", ".join(known)
+        raise UserError(
+            f"cannot read the grid {source!r}: {error}; it is neither a file nor a preset ({names})"
+        ) from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{where}: not valid TOML: {error}") from None
-
-
-def parse_grid(tree: dict[str, Any], where: str, overrides: dict[str, list[Any]]) -> Grid:
-    """Make the grid that a TOML tree describes; see `load_grid`."""
-    shared = {key: value for key, value in tree.items() if key not in _TOP_LEVEL}
-    tables = tree.get("grid", [{}])
-    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise UserError(f"{where}: 'grid' must be tables, each begun with [[grid]]")
-    runs: list[RunConfig] = []
-    for number, table in enumerate(tables, 1):
-        place = f"{where}, [[grid]] {number}" if "grid" in tree else where
-        runs += _product({**shared, **table, **overrides}, place)
-    name = str(tree.get("name", Path(where).stem))
-    # An override can make runs of several tables equal: each is trained once.
-    return Grid(name, tuple(dict.fromkeys(runs)) if overrides else tuple(runs), str(tree.get("description", "")))
 
 
 def _product(table: dict[str, Any], where: str) -> list[RunConfig]:

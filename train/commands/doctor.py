@@ -14,11 +14,7 @@ from ncollapse.train.results.provenance import device_name, package_version
 
 
 def inspect_machine(data_dir: Path | None) -> Iterator[tuple[str, str]]:
-    """Yield pairs (subject, finding) for a table.
-
-    Args:
-        data_dir: folder of the data sets; None: $NCOLLAPSE_DATA, else ./data.
-    """
+    """Yield pairs (subject, finding) for a table."""
     yield "ncollapse", package_version("ncollapse") or "not installed"
     yield "torch", torch.__version__
     yield "processor", f"{device_name('cpu')}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
@@ -28,8 +24,7 @@ def inspect_machine(data_dir: Path | None) -> Iterator[tuple[str, str]]:
             yield f"GPU {i}", f"{device_name(f'cuda:{i}')}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
     else:
         yield "GPU", "none that torch can use; runs train on the processor"
-    triton = package_version("triton")
-    yield "Triton", triton or "not installed"
+    yield "Triton", package_version("triton") or "not installed"
     kernels: list[tuple[str, Callable[[torch.device], str | None], str]] = [
         ("optimizers", update.why_no_kernel, "a fused kernel, one launch a step"),
         ("metrics", class_stats.why_no_kernel, "fused kernels, one read of the features"),

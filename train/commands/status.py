@@ -10,20 +10,17 @@ from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 
-from ncollapse.train.formatting import rate, rough_duration
+from ncollapse.train.formatting import DASH, is_missing, rate, rough_duration
 from ncollapse.train.optimizers import OPTIMIZERS
-from ncollapse.train.results.reader import load_meta, query
+from ncollapse.train.results.reader import load_meta, load_sessions, query
 from ncollapse.train.results.schema import FINISHED, STATUSES
 from ncollapse.train.results.writer import LOCK
 from ncollapse.train.sweep.stack_size import Plan
 
 if TYPE_CHECKING:
     import pandas as pd
-
-#: Columns that are NULL for a run without a plan or a stack that has not begun.
-_MAY_LACK = ("session", "stack", "size", "begun_epoch", "epoch", "checkpoint_epoch")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +29,9 @@ class StackStatus:
 
     Attributes:
         size: number of runs.
-        epoch: epochs trained.
-        epochs: epochs of its longest run.
+        epoch, epochs: epochs trained, and those of its longest run.
         updated: time of its last progress.
-        checkpoint: epoch of its last checkpoint; None without one.
+        checkpoint: epoch of its last checkpoint.
     """
 
     id: int
@@ -53,7 +49,6 @@ class SweepStatus:
     """The progress of a sweep.
 
     Attributes:
-        grid: name of the grid.
         sweeping: whether a process trains the sweep now; None where that cannot be found out.
         counts: status, of `STATUSES` -> number of runs. Runs that a stopped sweep left running count as pending.
         optimizers: optimizer -> number of finished runs and of all runs.
@@ -61,7 +56,6 @@ class SweepStatus:
         trained: runs trained in that session; fractions of runs count.
         seconds: from the start of that session to its last progress.
         left: seconds until all runs are finished at that rate; None without a rate.
-        stacks: the stacks in training.
         engine: how the runs are trained, as the store keeps it; None before there is a plan.
     """
 
@@ -96,7 +90,7 @@ def read_status(folder: Path) -> SweepStatus:
         UserError: no results there, or results of another format.
     """
     meta = load_meta(folder)
-    sessions = query(folder, "SELECT * FROM sessions ORDER BY id").to_dict("records")
+    sessions = load_sessions(folder)
     sweeping = _sweeping(folder)
     # One query, since the sweep may write between two.
     runs = query(
@@ -104,10 +98,12 @@ def read_status(folder: Path) -> SweepStatus:
         "SELECT status, model, data, optimizer, epochs, runs.session, stack, size, begun_epoch, epoch, updated, "
         "checkpoint_epoch FROM runs LEFT JOIN stacks ON stacks.id = runs.stack ORDER BY stack",
     )
-    runs = runs.astype(dict.fromkeys(_MAY_LACK, float))
-    last = sessions[-1] if sessions else None
+    # NULL for a run without a plan or a stack that has not begun
+    nullable = ("session", "stack", "size", "begun_epoch", "epoch", "checkpoint_epoch")
+    runs = runs.astype(dict.fromkeys(nullable, float))
+    last = sessions[-1] if sessions else {}
     started = datetime.fromisoformat(last["started"]) if last else None
-    trained, seconds = _trained(runs[runs.session == last["id"]], started) if last and started else (0, 0.0)
+    trained, seconds = _trained(runs[runs.session == last["id"]], started) if started else (0, 0.0)
     stacks = tuple(_stack(part) for _, part in runs[runs.status == "running"].groupby("stack"))
     if sweeping is False:
         runs.loc[runs.status == "running", "status"] = "pending"
@@ -122,9 +118,9 @@ def read_status(folder: Path) -> SweepStatus:
             for name in OPTIMIZERS
             if (chosen := runs.optimizer == name).any()
         },
-        session=last["id"] if last else None,
+        session=last.get("id"),
         started=started,
-        command=last["command"] if last else "",
+        command=last.get("command", ""),
         trained=trained / float(runs.epochs.mean()),
         seconds=seconds,
         left=0.0 if left == 0 else left * seconds / trained if trained and seconds > 0 else None,
@@ -137,15 +133,13 @@ def _sweeping(folder: Path) -> bool | None:
     """Return whether another process holds the folder's lock; None where the lock may not be tried."""
     if not (folder / LOCK).is_file():  # trying the lock would make the file
         return False
-    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        with FileLock(folder / LOCK, timeout=0):
+            return False
     except Timeout:
         return True
     except OSError:  # a folder of another user, or a read-only one
         return None
-    lock.release()
-    return False
 
 
 def _trained(runs: "pd.DataFrame", started: datetime) -> tuple[int, float]:
@@ -167,28 +161,17 @@ def _left(runs: "pd.DataFrame") -> int:
 
 
 def _stack(runs: "pd.DataFrame") -> StackStatus:
-    import pandas as pd
-
     row = runs.iloc[0]
-    checkpoint = None if pd.isna(row["checkpoint_epoch"]) else int(row["checkpoint_epoch"])
+    checkpoint = None if is_missing(row["checkpoint_epoch"]) else int(row["checkpoint_epoch"])
     return StackStatus(
-        id=int(row["stack"]),
-        size=int(row["size"]),
-        model=row["model"],
-        data=row["data"],
+        id=int(row["stack"]), size=int(row["size"]), model=row["model"], data=row["data"],
         epoch=max(int(row["epoch"]), checkpoint or 0),  # a checkpoint may be newer than the progress
-        epochs=int(runs.epochs.max()),
-        updated=datetime.fromisoformat(row["updated"]),
-        checkpoint=checkpoint,
-    )
+        epochs=int(runs.epochs.max()), updated=datetime.fromisoformat(row["updated"]), checkpoint=checkpoint,
+    )  # fmt: skip
 
 
 def print_status(status: SweepStatus, console: Console, now: datetime | None = None) -> None:
-    """Print the progress within 80 columns.
-
-    Args:
-        now: the time from which "ago" is counted; by default the current time.
-    """
+    """Print the progress within 80 columns; `now`, from which "ago" is counted, is by default the current time."""
 
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False)
@@ -215,34 +198,28 @@ def print_status(status: SweepStatus, console: Console, now: datetime | None = N
         console.print(f"To continue: {status.command}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _table(title: str | None = None) -> Table:
-    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
-
-
 def _optimizers(status: SweepStatus) -> Table:
-    table = _table()
-    table.add_column("optimizer")
-    table.add_column("finished", justify="right")
-    table.add_column("")
+    table = _table("optimizer", _right("finished"), "")
     for name, (finished, total) in status.optimizers.items():
         table.add_row(name, f"{finished}/{total}", ProgressBar(total=total, completed=finished, width=40))
     return table
 
 
 def _stacks(status: SweepStatus, now: datetime) -> Table:
-    title = "Stopped in the middle" if status.sweeping is False else "In training"
-    table = _table(title)
-    for name in ("stack", "runs", "epoch", "checkpoint"):
-        table.add_column(name, justify="right")
-    table.add_column("training")
-    table.add_column("updated", justify="right")
+    table = _table(*map(_right, ("stack", "runs", "epoch", "checkpoint")), "training", _right("updated"))
+    table.title = "Stopped in the middle" if status.sweeping is False else "In training"
     for stack in status.stacks:
         table.add_row(
-            str(stack.id),
-            str(stack.size),
-            f"{stack.epoch} of {stack.epochs}",
-            "–" if stack.checkpoint is None else str(stack.checkpoint),
-            f"{stack.model} on {stack.data}",
+            str(stack.id), str(stack.size), f"{stack.epoch} of {stack.epochs}",
+            DASH if stack.checkpoint is None else str(stack.checkpoint), f"{stack.model} on {stack.data}",
             f"{rough_duration((now - stack.updated).total_seconds())} ago",
-        )
+        )  # fmt: skip
     return table
+
+
+def _table(*columns: str | Column) -> Table:
+    return Table(*columns, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
+
+
+def _right(name: str) -> Column:
+    return Column(name, justify="right")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from ncollapse.train.errors import UserError
 from ncollapse.train.optimizers import OPTIMIZERS, TABLE
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ncollapse.train.report.figures.theory import Trajectory
+    from ncollapse.train.report.theory import Trajectory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def trajectories(setting: Setting) -> "list[Trajectory]":
     import torch
 
     from ncollapse import ufm
-    from ncollapse.train.report.figures.theory import Trajectory
+    from ncollapse.train.report.theory import Trajectory
 
     shared: dict[str, Any] = {"lr": setting.lrs, "steps": setting.steps, "momentum": setting.momentum}
     shared |= {"weight_decay": setting.weight_decay}
@@ -95,25 +95,20 @@ def trajectories(setting: Setting) -> "list[Trajectory]":
 
 
 def print_theory(setting: Setting, out: Path, console: Console) -> None:
-    """Print a table, and write theory.png and theory.svg into a folder.
-
-    Args:
-        out: the folder, made if missing.
+    """Print a table, and write theory.png and theory.svg into a folder, made if missing.
 
     Raises:
         UserError: the folder cannot be written to.
     """
-    from ncollapse.train.report.figures.style import encode
-    from ncollapse.train.report.figures.theory import nc0_over_steps
+    from ncollapse.train.report.style import encode
+    from ncollapse.train.report.theory import nc0_over_steps
     from ncollapse.train.results.atomic_write import write_whole
 
     found = trajectories(setting)
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
-    table.add_column("NC0")
-    for name in ("start", "end", "predicted"):
-        table.add_column(name, justify="right")
-    table.add_column("")
-    table.add_column("theory (theorem)")
+    numbers = (Column(name, justify="right") for name in ("start", "end", "predicted"))
+    table = Table(
+        "NC0", *numbers, "", "theory (theorem)", box=box.SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0)
+    )
     for one in found:
         theory = one.prediction
         predicted = ("–", "") if theory is None else (f"{theory.nc0[-1]:.3g}", theory.kind)
