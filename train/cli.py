@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
+from rich.table import Table
 from tyro import conf
 
 import ncollapse
@@ -146,8 +147,6 @@ class Doctor:
     """Folder of the data sets; by default $NCOLLAPSE_DATA, else ./data."""
 
     def main(self, console: Console) -> None:
-        from rich.table import Table
-
         from ncollapse.train.commands.doctor import inspect_machine
 
         table = Table(show_header=False, box=None)

@@ -40,10 +40,9 @@ def duration(seconds: float) -> str:
     """Format a measured duration in the largest unit of which it has at least one; a dash for NaN."""
     if is_missing(seconds):
         return DASH
-    for unit, size in (("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
 def rough_duration(seconds: float) -> str:

@@ -102,10 +102,8 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
     try:
         return tomllib.loads(known[source] if source in known else Path(source).read_text("utf-8")), where
     except (OSError, UnicodeDecodeError) as error:
-        names = ", ".join(known)
-        raise UserError(
-            f"cannot read the grid {source!r}: {error}; it is neither a file nor a preset ({names})"
-        ) from None
+        neither = f"it is neither a file nor a preset ({', '.join(known)})"
+        raise UserError(f"cannot read the grid {source!r}: {error}; {neither}") from None
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{where}: not valid TOML: {error}") from None
 

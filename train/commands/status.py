@@ -189,20 +189,16 @@ def print_status(status: SweepStatus, console: Console, now: datetime | None = N
         say(f"Engine {status.engine.get('engine', 'local')}")
         for line in Plan.from_dict(status.engine).describe():
             say(f"  {line}")
-    console.print(_optimizers(status))
+    table = _table("optimizer", _right("finished"), "")
+    for name, (done, total) in status.optimizers.items():
+        table.add_row(name, f"{done}/{total}", ProgressBar(total=total, completed=done, width=40))
+    console.print(table)
     if status.stacks:
         console.print(_stacks(status, now or datetime.now(UTC)))
     elif status.sweeping and not finished:
         say("No stack is training at the moment: a sweep measures speeds before it starts")
     if status.sweeping is False and status.command and not finished:
         console.print(f"To continue: {status.command}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _optimizers(status: SweepStatus) -> Table:
-    table = _table("optimizer", _right("finished"), "")
-    for name, (finished, total) in status.optimizers.items():
-        table.add_row(name, f"{finished}/{total}", ProgressBar(total=total, completed=finished, width=40))
-    return table
 
 
 def _stacks(status: SweepStatus, now: datetime) -> Table:
