@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -124,8 +124,10 @@ class Case:
 
         return step
 
-    def eager(self, *, compiled: bool = False, half: bool = True) -> tuple[timing.Step, Classifier]:
-        model = self.built().to(self.device, memory_format=torch.channels_last)
+    def eager(
+        self, *, compiled: bool = False, half: bool = True, dtype: torch.dtype = torch.float32
+    ) -> tuple[timing.Step, Classifier]:
+        model = self.built().to(self.device, dtype, memory_format=torch.channels_last)
         run = torch.compile(model, mode="max-autotune") if compiled else model
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
         source = batches(len(self.data.train_y), self.device)
@@ -134,34 +136,39 @@ class Case:
             batch = next(source)
             optimizer.zero_grad()
             with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-                loss = F.cross_entropy(run(self.data.train_x[batch]), self.data.train_y[batch])
+                loss = F.cross_entropy(run(self.data.train_x[batch].to(dtype)), self.data.train_y[batch])
             loss.backward()
             optimizer.step()
 
         return step, model
 
     def check(self) -> float:
-        """How far the trainer's step and the eager one are apart in float32, relative to what they change.
+        """Distance of the trainer's step from the eager one in float32, relative to what they change.
 
         Raises:
-            AssertionError: further than rounding takes them.
+            AssertionError: ours is further from float64 than rounding takes the eager one, and than 1e-3.
         """
         with arithmetic("fp32"):
             mine, stack = self.ours("fp32")
-            theirs, model = self.eager(half=False)
-            source = batches(len(self.data.train_y), self.device)
-            mine(next(source))
-            theirs()
-        start = {name: value.detach() for name, value in self.built().named_parameters()}
-        # One step, and all weights together: rounding grows 30 times with each step that follows, also between float32
-        # and float64 of the same loop, and what a bias learns is little more than that.
-        ours, expected = (
-            torch.cat([(state[name].cpu() - start[name]).double().flatten() for name in start])
-            for state in (stack.state_dict(0), model.state_dict())
-        )
-        apart = float((ours - expected).norm() / expected.norm())
-        assert apart < 1e-3, f"the trainer's step is {apart:.1e} from the plain loop's"
-        return apart
+            mine(next(batches(len(self.data.train_y), self.device)))
+            changed = {}
+            for dtype in (torch.float32, torch.float64):
+                step, model = self.eager(half=False, dtype=dtype)
+                step()
+                changed[dtype] = self._change(model.state_dict())
+        ours, eager, exact = self._change(stack.state_dict(0)), changed[torch.float32], changed[torch.float64]
+        distance, rounding = (float((one - exact).norm() / exact.norm()) for one in (ours, eager))
+        assert distance < max(1e-3, 2 * rounding), f"{distance:.1e} from float64, the eager step {rounding:.1e}"
+        return float((ours - eager).norm() / exact.norm())
+
+    def _change(self, state: dict[str, Tensor]) -> Tensor:
+        """The change of all weights since their start, as one float64 vector.
+
+        One step, and all weights together: rounding grows 30 times with each step that follows, also between float32
+        and float64 of the same loop, and what a bias learns is little more than that.
+        """
+        start = {name: value.detach().double() for name, value in self.built().named_parameters()}
+        return torch.cat([(state[name].cpu().double() - value).flatten() for name, value in start.items()])
 
     def flops(self) -> int:
         """Of forward and backward, by torch's counter; one multiplication and one sum are two."""
@@ -204,7 +211,7 @@ def torchs_batch_norm() -> Any:
 
 def cudnns_first_layer() -> Any:
     """The trainer with a convolution where it has a matrix product."""
-    return mock.patch.object(stacked_layers, "few", _none)
+    return mock.patch.object(stacked_layers, "is_small_filter", _none)
 
 
 def _none(weight: Tensor) -> bool:
@@ -224,8 +231,13 @@ def trials(deterministic: bool) -> Iterator[None]:
         cudnn.benchmark, cudnn.deterministic = before
 
 
-def measured(case: Case, seconds: float, end: float, save: Callable[[dict[str, Any]], None]) -> None:
-    """Fill the record of a model, and save it as it grows."""
+def measured(case: Case, seconds: float, end: float, save: Callable[[dict[str, Any]], None], *, compiled: bool) -> None:
+    """Fill the record of a model, and save it as it grows.
+
+    Args:
+        end: no candidate is begun after that time.
+        compiled: also time torch.compile, which takes minutes.
+    """
     apart = case.check()
     on_gpu = case.device.type == "cuda"
     makers: dict[str, Callable[[], timing.Step]] = {
@@ -238,42 +250,37 @@ def measured(case: Case, seconds: float, end: float, save: Callable[[dict[str, A
         "nc, fp32": lambda: case.stepping("fp32"),
         "eager": lambda: case.eager()[0],
         "plain": case.plain,
-        "compiled": lambda: case.eager(compiled=True)[0],
     }
+    if compiled:
+        makers["compiled"] = lambda: case.eager(compiled=True)[0]
     record: dict[str, Any] = {
         "batch": BATCH, "gflop_per_step": round(case.flops() / 1e9, 2), "difference": float(f"{apart:.1e}")
     }  # fmt: skip
     if on_gpu:
         record["profile"] = case.profile()
     save(record)
-    steps: dict[str, timing.Step] = {}
-
-    def take(names: Collection[str]) -> None:
-        """Time those that run, beside ours."""
-        for name in names:
-            if time.monotonic() > end:
-                record.setdefault("left_out", []).append(name)
-                continue
-            try:
-                steps[name] = makers[name]()
-                for _ in range(3):
-                    steps[name]()
-            except Exception as error:  # a candidate that does not run is told, the others are timed
-                steps.pop(name, None)
-                record.setdefault("failed", {})[name] = first_line(error)
-        timed = {name: step for name, step in steps.items() if name == "nc" or name in names}
-        if "nc" in timed:
-            timings, _ = timing.interleaved(timed, timing.wall_cuda if on_gpu else timing.wall_cpu, seconds)
-            for name, one in timings.items():
-                if name != "nc" or "nc" not in record:
-                    record[name] = one.record() | {"images_per_second": round(BATCH * 1e6 / one.median)}
-                if name != "nc":
-                    record[name]["nc_is_faster_by"] = round(one.median / timings["nc"].median, 3)
+    ours: timing.Step | None = None
+    for name, maker in makers.items():  # each beside ours, and saved at once: time may run out
+        if time.monotonic() > end:
+            record.setdefault("left_out", []).append(name)
+            continue
+        try:
+            step = maker()
+            for _ in range(3):
+                step()
+        except Exception as error:  # a candidate that does not run is recorded, the others are timed
+            record.setdefault("failed", {})[name] = first_line(error)
+            save(record)
+            continue
+        ours = step if name == "nc" else ours
+        timed = {"nc": ours, name: step} if ours is not None else {name: step}
+        timings, _ = timing.interleaved(timed, timing.wall_cuda if on_gpu else timing.wall_cpu, seconds)
+        record[name] = timings[name].record() | {"images_per_second": round(BATCH * 1e6 / timings[name].median)}
+        if name != "nc" and ours is not None:
+            record[name]["nc_is_faster_by"] = round(timings[name].median / timings["nc"].median, 3)
+        if "nc" in record:
             record.update(floor(case, record))
         save(record)
-
-    take([name for name in makers if name != "compiled"])
-    take(["compiled"])  # takes minutes to compile
 
 
 def floor(case: Case, record: dict[str, Any]) -> dict[str, Any]:
@@ -293,7 +300,8 @@ def floor(case: Case, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    options = timing_options(__doc__, arguments, seconds=20.0)
+    flags = {"compiled": "also time torch.compile, which takes minutes"}
+    options = timing_options(__doc__, arguments, seconds=20.0, flags=flags)
     device = torch.device(options.device)
     # On a CPU to see that it works: a quarter of the width, few images.
     width, samples = (64, 60_000) if device.type == "cuda" else (16, 1280)
@@ -302,15 +310,16 @@ def main(arguments: list[str] | None = None) -> None:
     record = Record(options.out / f"cnn-{options.device}.json", command, options.device, options.commit)
     record.data |= {"width": width, "samples": samples, "models": {}}
     end = time.monotonic() + 60 * options.minutes
-    for model in ("resnet9", "vgg9"):
-        if options.only not in model or time.monotonic() > end:
-            continue
+    models = [model for model in ("resnet9", "vgg9") if options.only in model]
+    for left, model in zip(range(len(models), 0, -1), models, strict=True):
+        # Each of the models that are left has its share of the time.
+        last = time.monotonic() + (end - time.monotonic()) / left
 
         def save(one: dict[str, Any], model: str = model) -> None:
             record.data["models"][model] = one
             record.save()
 
-        measured(Case(model, width, samples, device), options.seconds, end, save)
+        measured(Case(model, width, samples, device), options.seconds, last, save, compiled=options.compiled)
         one = record.data["models"][model]
         for name in [key for key, value in one.items() if isinstance(value, dict) and "median" in value]:
             faster = one[name].get("nc_is_faster_by", 1.0)

@@ -1,10 +1,12 @@
-"""Everything that needs a GPU, in one go and in time: its tests, the update kernel's tuning, the benchmarks.
+"""Everything that needs a GPU, in one go and in time: its tests, then the benchmarks in order of value.
 
-make gpu                                        in a checkout
-python bench/gpu.py --out DIR --minutes 9       on a bare machine with PyTorch, Triton, pytest, pydantic and tyro
+make gpu                                             in a checkout
+python bench/gpu.py --out DIR --wheels .whl          on a bare machine with PyTorch, Triton and pytest
+python bench/gpu.py --out DIR --device cpu           try every step on a CPU, with small sizes
 
-What fails is recorded and does not stop the rest. DIR takes gpu.json, stats-cuda.json, norm-cuda.json, cnn-cuda.json,
-sweep-cuda.json, update-tuning.json and optim-cuda.json; with --logs another folder takes everything that was printed.
+Each step has its seconds and is ended there; it saves its record after every case. After each step DIR/gpu.tgz holds
+all records, and everything that was printed: one file to bring home. A step that fails is recorded and does not stop
+the rest. `--steps tests,cnn` runs only those.
 """
 
 import argparse
@@ -14,23 +16,40 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-#: name -> its share of the time that is left, and the command; {minutes} is a little less than what it gets.
-STEPS = {
-    "tests": (0.40, "-m pytest tests/gpu -q -p no:cacheprovider --durations=5"),
-    "statistics": (0.30, "-m bench.bench_stats --device cuda --minutes {minutes} --seconds 1 --out {out}"),
-    "batch norm": (0.25, "-m bench.bench_norm --minutes {minutes} --out {out}"),
-    "cnn": (0.40, "-m bench.bench_cnn --device cuda --minutes {minutes} --seconds 5 --out {out}"),
-    "sweep": (0.40, "-m bench.bench_sweep --device cuda --minutes {minutes} --seconds 10 --out {out}"),
-    "tuning": (0.40, "-m bench.tune_update --minutes {minutes} --out {out}"),
-    "benchmark": (1.0, "-m bench.bench_optim --device cuda --minutes {minutes} --seconds 2 --out {out}"),
-}
-_KEPT = 12  # lines of a step's output that the record keeps: what it ended with
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command, ended after `seconds`; {seconds} in it is a little less, for what it times by itself."""
+
+    name: str
+    seconds: float
+    command: str
+    record: str = ""  # the file that it writes; {device} is cuda or cpu
+
+
+STEPS = (
+    Step("tests", 90, "-m pytest tests/gpu tests/kernels -m gpu -q -p no:cacheprovider {parallel} --durations=5"),
+    Step("cnn", 90, "-m bench.bench_cnn --seconds 1.5", "cnn-{device}.json"),
+    Step("statistics", 50, "-m bench.bench_stats --seconds 0.5", "stats-{device}.json"),
+    Step("optimizers", 45, "-m bench.bench_optim --no-compile --seconds 0.2 --only {large}", "optim-{device}.json"),
+    Step("tiny tensors", 30, "-m bench.bench_optim --no-compile --seconds 0.2 --only tiny", "optim-{device}.json"),
+    Step("batch norm", 45, "-m bench.bench_norm --seconds 0.3", "norm-cuda.json"),
+    Step("races", 50, "-m pytest tests/kernels/test_update_kernels.py -m gpu -q -p no:cacheprovider -k twenty"),
+    Step("tuning", 60, "-m bench.tune_update", "update-tuning.json"),
+    Step("small cnns", 60, "-m bench.bench_sweep --seconds 3 --only cnn", "sweep-{device}.json"),
+)
+#: Without a GPU: what says so and ends is no failure, for a trial of the whole script.
+_CUDA_ONLY = ("batch norm", "tuning", "races")
+_KEPT = 12  # lines of a step's output that the report keeps: what it ended with
 
 
 def lay_out(folder: Path) -> Path:
@@ -43,10 +62,17 @@ def lay_out(folder: Path) -> Path:
     return folder
 
 
-def run(arguments: list[str], seconds: float, **where: Any) -> tuple[int | None, str]:
-    """Exit status, None where time was up, and output of a Python command, which is ended with all that it started."""
+def run(arguments: list[str], seconds: float, prefix: tuple[str, ...] = (), **where: Any) -> tuple[int | None, str]:
+    """Run a Python command; end it with all that it started when its time is up.
+
+    Args:
+        prefix: what runs Python, e.g. compute-sanitizer.
+
+    Returns:
+        The exit status, None where time was up, and the output.
+    """
     process = subprocess.Popen(
-        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [*prefix, sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True, **where,
     )  # fmt: skip
     try:
@@ -80,7 +106,7 @@ def why_not() -> str | None:
 def table(out: Path, began: float) -> list[str]:
     """What was measured since then, in lines."""
     lines = []
-    found = {p.stem: json.loads(p.read_text()) for p in out.glob("*.json") if p.stat().st_mtime >= began}
+    found = {p.stem: json.loads(p.read_text()) for p in out.rglob("*.json") if p.stat().st_mtime >= began}
     if "update-tuning" in found:
         lines += ["", "tuning: time over that of the library's own constants"]
         for row in found["update-tuning"].get("best", [])[:4]:
@@ -132,59 +158,108 @@ def statistics_table(record: dict[str, Any]) -> list[str]:
     return [*lines, f"  measure of ResNet9 over its forward passes: {over}"]
 
 
+def arguments_of(step: Step, device: str, records: Path, commit: str | None) -> list[str]:
+    """The step's command on this device."""
+    cuda = device == "cuda"
+    words = {"large": "100M" if cuda else "resnet9", "parallel": "-p xdist -n 8" if cuda else "-p xdist -n 2"}
+    arguments = step.command.format(**words).split()
+    if step.record:
+        arguments += ["--out", str(records), "--minutes", f"{(step.seconds - 12) / 60:.2f}"]
+        arguments += ["--commit", commit] if commit else []
+        arguments += ["--device", device] if "{device}" in step.record else []
+    return arguments
+
+
+def install(wheels: Path, target: Path) -> None:
+    """Install the packages that this machine lacks from a folder of wheels."""
+    files = [str(path) for path in sorted(wheels.glob("*.whl"))]
+    pip = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", str(target)]
+    status, output = run([*pip, *files], 60)
+    if status != 0:
+        raise SystemExit(f"gpu: the wheels in {wheels} cannot be installed:\n{output[-2000:]}")
+
+
 def main() -> int:
+    names = ", ".join(step.name for step in STEPS)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the records")
-    parser.add_argument("--logs", type=Path, help="folder for everything that was printed")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of gpu.tgz")
+    parser.add_argument("--steps", default="", help=f"separated by commas, in place of all: {names}")
+    parser.add_argument("--wheels", type=Path, help="a folder of packages that the machine lacks")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--commit", default=commit_of_checkout(), help="of the sources, where git cannot tell")
     options = parser.parse_args()
-    if reason := why_not():
+    wanted = [name.strip() for name in options.steps.split(",") if name.strip()] or [step.name for step in STEPS]
+    if unknown := set(wanted) - {step.name for step in STEPS}:
+        parser.error(f"unknown steps {', '.join(sorted(unknown))}; there are {names}")
+    if options.device == "cuda" and (reason := why_not()):
         print(
             f"gpu: nothing was run: {reason}. The same kernels are tested without a GPU by `make test`.",
             file=sys.stderr,
         )
         return 1
-    end, began = time.monotonic() + 60 * options.minutes, time.time()
-    out = options.out.resolve()
+    began, out = time.time(), options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        return run_steps([step for step in STEPS if step.name in wanted], options, Path(temporary), out, began)
+
+
+def run_steps(steps: list[Step], options: argparse.Namespace, scratch: Path, out: Path, began: float) -> int:
+    """Run the steps in a copy of the sources, if they are not installed, and pack what they leave."""
     import torch
 
+    cuda = options.device == "cuda"
     report: dict[str, Any] = {
-        "command": f"python bench/gpu.py --minutes {options.minutes:g}",
+        "command": f"python bench/gpu.py --device {options.device} --steps {options.steps or 'all'}",
         "commit": options.commit,
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "cuda": torch.version.cuda},
     }
-    with tempfile.TemporaryDirectory() as temporary:
-        installed = run(["-c", "import ncollapse.optim, ncollapse.train"], 120, cwd=ROOT)[0] == 0
-        folder = ROOT if installed else lay_out(Path(temporary))
-        for name, (share, command) in STEPS.items():
-            seconds = max(10.0, (end - time.monotonic()) * share - 5)
-            arguments = command.format(minutes=round((seconds - 20) / 60, 2), out=out).split()
-            if options.commit and name != "tests":
-                arguments += ["--commit", options.commit]
-            start = time.monotonic()
-            print(f"gpu: {name}, {seconds:.0f} s at most", flush=True)
-            # The tests need none of the plugins that a machine may have, whose warnings would be errors.
-            status, output = run(
-                arguments, seconds, cwd=folder, env=os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-            )
-            report[name] = {
-                "exit": status, "seconds": round(time.monotonic() - start, 1), "output": output.splitlines()[-_KEPT:]
-            }  # fmt: skip
-            (out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-            if options.logs is not None:
-                options.logs.mkdir(parents=True, exist_ok=True)
-                (options.logs / f"{name}.log").write_text(output)
-            print(output[-3500:], flush=True)
-    print("\n".join(table(out, began)))
+    # The tests need none of the plugins that a machine may have, whose warnings would be errors.
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONUNBUFFERED": "1"}
+    if options.wheels is not None:
+        install(options.wheels, scratch / "site")
+        environment["PYTHONPATH"] = f"{scratch / 'site'}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+    installed = run(["-c", "import ncollapse.optim, ncollapse.train"], 120, cwd="/", env=environment)[0] == 0
+    folder = ROOT if installed else lay_out(scratch / "sources")
+    records, logs = scratch / "records", scratch / "logs"
+    records.mkdir()
+    logs.mkdir()
+    for step in steps:
+        arguments = arguments_of(step, options.device, records / step.name.replace(" ", "-"), options.commit)
+        prefix = ("compute-sanitizer", "--tool", "racecheck") if step.name == "races" and cuda else ()
+        print(f"gpu: {step.name}, {step.seconds:.0f} s at most", flush=True)
+        start = time.monotonic()
+        try:
+            status, output = run(arguments, step.seconds, prefix, cwd=folder, env=environment)
+        except OSError as error:  # no compute-sanitizer here
+            status, output = 127, str(error)
+        report[step.name] = {
+            "exit": status, "seconds": round(time.monotonic() - start, 1), "output": output.splitlines()[-_KEPT:]
+        }  # fmt: skip
+        (records / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+        (logs / f"{step.name}.log").write_text(output)
+        pack(out / "gpu.tgz", {"records": records, "logs": logs})
+        print(output[-2500:], flush=True)
+    print("\n".join(table(records, began)))
     print()
-    for name in STEPS:
-        status = report[name]["exit"]
-        said = {0: "done", None: "stopped, time was up"}.get(status, f"failed, exit status {status}")
-        print(f"gpu: {name:<10} {report[name]['seconds']:6.1f} s  {said}")
-    return 0 if all(report[name]["exit"] == 0 for name in STEPS) else 1
+    failed = 0
+    for step in steps:
+        status = report[step.name]["exit"]
+        expected = not cuda and step.name in _CUDA_ONLY
+        said = {0: "done", None: "ended at its limit"}.get(status, f"failed, exit status {status}")
+        print(f"gpu: {step.name:<12} {report[step.name]['seconds']:6.1f} s  {'needs a GPU' if expected else said}")
+        failed += status not in (0, None) and not expected
+    print(f"gpu: records and logs in {out / 'gpu.tgz'}")
+    return 1 if failed else 0
+
+
+def pack(archive: Path, folders: dict[str, Path]) -> None:
+    """Write folders into an archive that is whole or as it was before."""
+    partial = archive.with_suffix(".partial")
+    with tarfile.open(partial, "w:gz") as tar:
+        for name, folder in folders.items():
+            tar.add(folder, name)
+    os.replace(partial, archive)
 
 
 if __name__ == "__main__":
