@@ -7,16 +7,16 @@ nor to Adam's division by √v. η is the learning rate, β the momentum, λ the
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ncollapse.ufm.checks import Features, check_shape, learning_rates
-
 Floats = NDArray[np.float64]
+#: "fixed": the unit vectors e_k; "etf": a simplex; "free": trained.
+Features = Literal["fixed", "etf", "free"]
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,12 @@ def row_sum_factor(lrs: Iterable[float], *, momentum: float = 0.0, weight_decay:
 
     Only decay and momentum change s: v ← βv + cλs, then s ← (1 − η(1 − c)λ)s − ηv, a linear recursion that holds for
     every network and data set (arXiv 2602.16642, Theorems 3.1 and 3.2). NC0 is its square: NC0_t = factor[t]² · NC0_0.
-    A real run deviates from it only by rounding.
+    A real run deviates from it only by rounding. The factors are `[T + 1]` float64, beginning with 1.
 
     Args:
         lrs: η_t of each step, T of them.
         momentum: β; heavy ball without dampening or Nesterov.
-        weight_decay: λ.
-        coupling: c; 1 for SGD, 0 for SGDW.
-
-    Returns:
-        `[T + 1]` float64, beginning with 1.
+        weight_decay, coupling: λ and c, which is 1 for SGD and 0 for SGDW.
     """
     s, v = 1.0, 0.0
     factors = [s]
@@ -61,17 +57,9 @@ def row_sum_factor(lrs: Iterable[float], *, momentum: float = 0.0, weight_decay:
 
 def predict(
     optimizer: str,
-    K: int,
-    d: int,
-    *,
-    start: ArrayLike,
-    lr: ArrayLike,
-    steps: int,
-    momentum: float = 0.0,
-    weight_decay: float = 0.0,
-    coupling: float | None = None,
-    features: Features | None = None,
-) -> Prediction | None:
+    K: int, d: int, *, start: ArrayLike, lr: ArrayLike, steps: int, momentum: float = 0.0, weight_decay: float = 0.0,
+    coupling: float | None = None, features: Features | None = None,
+) -> Prediction | None:  # fmt: skip
     """NC0 over the steps of a run; None where no prediction is known.
 
     The optimizer's rule decides (`ncollapse.optim.Rule.law`, `law_if_coupled`):
@@ -95,10 +83,8 @@ def predict(
         optimizer: its name, as in `ncollapse.optim.by_name`.
         K, d: numbers of classes and features.
         start: W_0 `[K, d]`; or only NC0_0, which is enough for any network.
-        lr: η, a number or `[steps]`.
-        steps: T.
+        lr, weight_decay: η, a number or `[steps]`, and λ.
         momentum: β of heavy-ball momentum, without dampening or Nesterov.
-        weight_decay: λ.
         coupling: c; by default the optimizer's own.
         features: as in `simulate`. "fixed" selects the last column; by default any network.
 
@@ -240,3 +226,31 @@ def _limit(K: int, columns: int, nc0: float, weight_decay: float) -> float:
     if weight_decay == 0:
         return math.inf if K > 2 else nc0
     return columns * ((K - 2) / weight_decay) ** 2
+
+
+def check_shape(K: int, d: int, features: str | None) -> None:
+    """Raise ValueError for numbers of classes and features that do not make a model."""
+    if K < 2 or d < 1:
+        raise ValueError(f"the model needs K ≥ 2 classes and d ≥ 1 features; got K = {K} and d = {d}")
+    if features is not None and features not in get_args(Features):
+        raise ValueError(f"features is {', '.join(map(repr, get_args(Features)))}; got {features!r}")
+    if features == "etf" and d < K - 1:
+        raise ValueError(f"a simplex of {K} classes needs d ≥ K − 1 = {K - 1} features; got d = {d}")
+    if features == "fixed" and d < K:
+        raise ValueError(f"the features e_1 … e_{K} need d ≥ K = {K}; got d = {d}. features='etf' needs one less")
+
+
+def learning_rates(lr: ArrayLike, steps: int, lead: Sequence[int] = ()) -> Floats:
+    """The learning rate of every step, `[*lead, steps]`; raises ValueError for steps < 1 or an unusable `lr`."""
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    rates = np.asarray(lr, dtype=np.float64)
+    if (wrong := rates[~((rates > 0) & (rates < np.inf))]).size:
+        raise ValueError(f"lr must be positive and finite; got {wrong[0]:g}")
+    try:
+        return np.broadcast_to(rates, (*lead, steps))
+    except ValueError:
+        raise ValueError(
+            f"lr is a number or has the shape [{', '.join(map(str, (*lead, steps)))}], one for each step; "
+            f"got shape {list(rates.shape)}"
+        ) from None

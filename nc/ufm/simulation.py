@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ncollapse import optim
 from ncollapse.measurement import Measurement
-from ncollapse.ufm.checks import Features, check_shape, learning_rates
+from ncollapse.ufm.prediction import Features, check_shape, learning_rates
 
 _Floats = NDArray[np.float64]
 _RECORDED = ("nc0", "nc1", "nc2", "nc3", "degenerate")
@@ -44,18 +44,9 @@ class Simulation:
 
 def simulate(
     optimizer: str | Sequence[str] | Callable[..., torch.optim.Optimizer],
-    K: int,
-    d: int,
-    n: int = 10,
-    *,
-    lr: ArrayLike,
-    steps: int,
-    features: Features = "fixed",
-    start: ArrayLike | None = None,
-    record: int | Sequence[int] = 100,
-    seed: int = 0,
-    **options: Any,
-) -> Simulation:
+    K: int, d: int, n: int = 10, *, lr: ArrayLike, steps: int, features: Features = "fixed",
+    start: ArrayLike | None = None, record: int | Sequence[int] = 100, seed: int = 0, **options: Any,
+) -> Simulation:  # fmt: skip
     """Train a classifier W without bias on unconstrained features: full-batch cross-entropy, in float64.
 
     Args:
@@ -64,7 +55,6 @@ def simulate(
             `torch.optim.Optimizer` of (parameters, lr=…, **options).
         K, d, n: numbers of classes, features and samples of each class.
         lr: η, a number or `[steps]`; for several names also `[R, 1]` or `[R, steps]`.
-        steps: the number of steps.
         features: "fixed": e_k for all samples of class k, which needs d ≥ K. "etf": a random simplex of unit vectors,
             d ≥ K − 1. "free": a parameter `[K·n, d]` of the same optimizer and decay, from N(0, I).
         start: W_0 `[K, d]`; by default uniform within ±1/√d, as `torch.nn.Linear` has it.
@@ -86,27 +76,42 @@ def simulate(
     check_shape(K, d, features)
     if n < 1:
         raise ValueError(f"n, the samples of each class, must be at least 1; got {n}")
-    names = None if callable(optimizer) else [optimizer] if isinstance(optimizer, str) else list(optimizer)
+    names = [] if callable(optimizer) else [optimizer] if isinstance(optimizer, str) else list(optimizer)
     several = not callable(optimizer) and not isinstance(optimizer, str)
-    runs = 1 if names is None else len(names)
-    rates = learning_rates(lr, steps, (runs,) if several else ()).reshape(-1, steps)
+    runs = 1 if callable(optimizer) else len(names)
+    schedule = torch.tensor(learning_rates(lr, steps, (runs,) if several else ()).reshape(-1, steps).T)
+    changes = set(((schedule.diff(dim=0) != 0).any(1).nonzero().flatten() + 1).tolist())
     at = _recorded(record, steps)
     generator = torch.Generator().manual_seed(seed)
     W, H = _weight(K, d, start, generator), _features(K, d, n, features, generator)
-    if names is not None:
+    if not callable(optimizer):
         W = W.repeat(runs, 1, 1)
         H = H.repeat(runs, 1, 1) if features == "free" else H
     model = _Model(W.clone(), H, trained=features == "free")
-    step = (
-        _given(optimizer, model, rates, options) if callable(optimizer) else _named(names or [], model, rates, options)
-    )
+    rate = schedule[0].expand(runs).clone()
+    if callable(optimizer):
+        chosen = optimizer(model.parameters, lr=rate.item(), **options)
+        if not isinstance(chosen, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must make a torch.optim.Optimizer; got {type(chosen).__name__}")
+    else:  # its steps read the tensor `rate`
+        chosen = _by_names(names, model.parameters, {"lr": rate, "momentum": 0.0, "weight_decay": 0.0} | options)
     records = []
     with torch.no_grad():
         for t in range(steps + 1):
             if t in at:
                 records.append(model.measure())
-            if t < steps:
-                step(t)
+            if t == steps:
+                break
+            if t in changes:
+                rate.copy_(schedule[t])
+                if callable(optimizer):
+                    for group in chosen.param_groups:
+                        group["lr"] = rate.item()
+            if callable(optimizer):
+                chosen.step(model.closure)  # which some optimizers need
+            else:
+                model.gradients()
+                chosen.step()
         if features != "free":
             H = H.repeat_interleave(n, 0)
         arrays = [a.expand(runs, *a.shape[-2:]) for a in (W, model.W.detach(), H.detach())]
@@ -150,82 +155,42 @@ class _Model:
         label = (logits * self._targets).sum(-2)
         return torch.logaddexp(torch.zeros_like(label), others - label).mean(-1)
 
+    @torch.no_grad()
+    def closure(self) -> Any:
+        self.gradients()
+        return self.loss()
+
     def measure(self) -> Tensor:
         """The loss and NC0–NC3, `[5, R]`."""
         W = self.W.detach().reshape(-1, self.K, self.d)
         measurement = Measurement(W, _RECORDED, nan_policy="propagate", dtype=torch.float64)
         measurement.add(self.H.detach().expand(len(W), -1, -1), None, self._labels)
         values, _ = measurement.finish()
-        geometry = torch.stack([values["nc1"], values["nc2"], values["nc3"]])
-        geometry = geometry.masked_fill(values["degenerate"], torch.nan)
-        return torch.cat([torch.stack([self.loss().reshape(-1), values["nc0"]]), geometry])
+        geometry = [values[name].masked_fill(values["degenerate"], torch.nan) for name in ("nc1", "nc2", "nc3")]
+        return torch.stack([self.loss().reshape(-1), values["nc0"], *geometry])
 
 
-def _named(names: list[str], model: _Model, rates: _Floats, options: dict[str, Any]) -> Callable[[int], None]:
-    """A function that takes step t with optimizers of `ncollapse.optim`, as one stack."""
+def _by_names(names: list[str], parameters: list[Tensor], numbers: dict[str, Any]) -> torch.optim.Optimizer:
+    """One optimizer of `ncollapse.optim` for the whole stack."""
     if not names:
         raise ValueError("no optimizer: the list of names is empty")
     try:
         classes = [optim.by_name(name) for name in names]
     except ValueError as error:
         raise ValueError(f"{error}, or give a class of torch.optim") from None
-    schedule = torch.tensor(rates.T).expand(-1, len(names))
-    lr = schedule[0].clone()
-    numbers: dict[str, Any] = {"lr": lr, "momentum": 0.0, "weight_decay": 0.0} | options
-    optimizer: torch.optim.Optimizer
     if all(cls.rule.elementwise for cls in classes):
-        optimizer = optim.Stacked(model.parameters, names, **numbers)
-    elif len(set(classes)) == 1:
+        return optim.Stacked(parameters, names, **numbers)
+    if len(set(classes)) == 1:
         make: Callable[..., torch.optim.Optimizer] = classes[0]
-        optimizer = make(model.parameters, **numbers, stacked=True)
-    else:
-        single = next(name for name, cls in zip(names, classes, strict=True) if not cls.rule.elementwise)
-        raise ValueError(f"{single} cannot share a stack with others: simulate it by itself; got {', '.join(names)}")
-    changes = _changes(rates)
-
-    def step(t: int) -> None:
-        if t in changes:
-            lr.copy_(schedule[t])
-        model.gradients()
-        optimizer.step()
-
-    return step
-
-
-def _given(
-    make: Callable[..., torch.optim.Optimizer], model: _Model, rates: _Floats, options: dict[str, Any]
-) -> Callable[[int], None]:
-    """A function that takes step t with the user's optimizer, through a closure, which some optimizers need."""
-    optimizer = make(model.parameters, lr=float(rates[0, 0]), **options)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer must make a torch.optim.Optimizer; got {type(optimizer).__name__}")
-    changes = _changes(rates)
-
-    @torch.no_grad()
-    def closure() -> Any:
-        model.gradients()
-        return model.loss()
-
-    def step(t: int) -> None:
-        if t in changes:
-            for group in optimizer.param_groups:
-                group["lr"] = float(rates[0, t])
-        optimizer.step(closure)
-
-    return step
-
-
-def _changes(rates: _Floats) -> set[int]:
-    """The steps whose learning rates differ from those of the step before."""
-    return set((np.flatnonzero((np.diff(rates, axis=1) != 0).any(0)) + 1).tolist())
+        return make(parameters, **numbers, stacked=True)
+    single = next(name for name, cls in zip(names, classes, strict=True) if not cls.rule.elementwise)
+    raise ValueError(f"{single} cannot share a stack with others: simulate it by itself; got {', '.join(names)}")
 
 
 def _recorded(record: int | Sequence[int], steps: int) -> set[int]:
     at = np.geomspace(1, steps, record).round().astype(int).tolist() if isinstance(record, int) else list(record)
-    if any(not 0 <= t <= steps for t in at):
-        raise ValueError(
-            f"record: steps lie in [0, {steps}]; got {', '.join(str(t) for t in at if not 0 <= t <= steps)}"
-        )
+    if wrong := [t for t in at if not 0 <= t <= steps]:
+        raise ValueError(f"record: steps lie in [0, {steps}]; got {', '.join(map(str, wrong))}")
     return {0, *at, steps}
 
 
