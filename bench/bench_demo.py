@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ncollapse.train.report.best import main_table
 from ncollapse.train.report.selection import Selection
-from ncollapse.train.report.tables.best import main_table
 from ncollapse.train.results.reader import load_runs
 
 FIGURE = Path(__file__).parents[1] / "docs" / "nc0.png"

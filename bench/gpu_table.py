@@ -22,7 +22,7 @@ from bench.gpu import run, why_not
 from bench.record import RESULTS, Record
 from ncollapse.train import load_metrics, load_runs
 from ncollapse.train.errors import NoResultsError
-from ncollapse.train.report.tables.prediction import predicted_nc0
+from ncollapse.train.report.prediction import predicted_nc0
 
 #: What arXiv 2602.16642 has for ResNet9 on Fashion-MNIST; its NC0 is most likely ‖Wᵀ1‖, the root of ours, and its NC3
 #: by all signs our `nc3_difference`: 0.35 after a fall by 75.1 % began at 1.41, as that does.

@@ -18,12 +18,12 @@ from ncollapse.train.errors import UserError
 from ncollapse.train.formatting import change, number
 from ncollapse.train.grid import Grid
 from ncollapse.train.optimizers import LABELS, OPTIMIZERS
+from ncollapse.train.report.best import best_runs, main_table
 from ncollapse.train.report.page.write import parts_of, write_report
 from ncollapse.train.report.queries import read_results
 from ncollapse.train.report.selection import Selection
-from ncollapse.train.report.tables.best import best_runs, main_table
-from ncollapse.train.report.tables.view import Column, View
 from ncollapse.train.report.terminal import print_across, print_run
+from ncollapse.train.report.view import Column, View
 from ncollapse.train.results.reader import load_metrics, load_runs
 from ncollapse.train.results.schema import FILE
 

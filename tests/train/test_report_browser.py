@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from ncollapse.train.formatting import number
+from ncollapse.train.report.best import main_table
 from ncollapse.train.report.page.write import write_report
 from ncollapse.train.report.selection import Selection
-from ncollapse.train.report.tables.best import main_table
 from ncollapse.train.results.reader import load_runs
 from ncollapse.train.results.schema import FILE
 

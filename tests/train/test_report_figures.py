@@ -16,10 +16,16 @@ from ncollapse.train import load_layers
 from ncollapse.train.config import RunConfig
 from ncollapse.train.grid import Grid
 from ncollapse.train.optimizers import FAMILY_COLOURS, LABELS, OPTIMIZERS, TABLE
-from ncollapse.train.report.figures.epochs import nc0_over_epochs
-from ncollapse.train.report.figures.heat_map import heat_maps
-from ncollapse.train.report.figures.scatter import accuracy_against_collapse
-from ncollapse.train.report.figures.style import (
+from ncollapse.train.report.best import best_runs
+from ncollapse.train.report.epochs import nc0_over_epochs
+from ncollapse.train.report.heat_map import cells, heat_maps
+from ncollapse.train.report.page.inline_svg import inline
+from ncollapse.train.report.page.write import parts_of, write_report
+from ncollapse.train.report.prediction import predicted_nc0
+from ncollapse.train.report.queries import read_results
+from ncollapse.train.report.scatter import accuracy_against_collapse
+from ncollapse.train.report.selection import NC, Selection
+from ncollapse.train.report.style import (
     COLOURS,
     Drawing,
     encode,
@@ -30,13 +36,6 @@ from ncollapse.train.report.figures.style import (
     spans_decades,
     styled,
 )
-from ncollapse.train.report.page.inline_svg import inline
-from ncollapse.train.report.page.write import parts_of, write_report
-from ncollapse.train.report.queries import read_results
-from ncollapse.train.report.selection import NC, Selection
-from ncollapse.train.report.tables.best import best_runs
-from ncollapse.train.report.tables.heat_map import cells
-from ncollapse.train.report.tables.prediction import predicted_nc0
 
 ALL = Selection(threshold=0.0)
 
@@ -90,7 +89,7 @@ def test_the_pages_light_colours_are_the_figures() -> None:
 
 
 def test_a_colour_needs_no_matplotlib() -> None:
-    code = "from ncollapse.train.report.figures.style import COLOURS; import sys; print('matplotlib' in sys.modules)"
+    code = "from ncollapse.train.report.style import COLOURS; import sys; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -10,15 +10,14 @@ import pandas as pd
 import pytest
 
 from ncollapse.train.config import RunConfig
+from ncollapse.train.report.coupling import interpolations
+from ncollapse.train.report.heat_map import cells
+from ncollapse.train.report.inventory import what_was_run
+from ncollapse.train.report.momentum import at_equal_loss, momentum_steps
 from ncollapse.train.report.queries import Results, read_results
+from ncollapse.train.report.scatter import partial_collapse, rank_correlations
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.report.settings import alike, described, varying
-from ncollapse.train.report.tables.accuracy import rank_correlations
-from ncollapse.train.report.tables.coupling import interpolations
-from ncollapse.train.report.tables.heat_map import cells
-from ncollapse.train.report.tables.inventory import what_was_run
-from ncollapse.train.report.tables.momentum import at_equal_loss, momentum_steps
-from ncollapse.train.report.tables.partial import partial_collapse
 from ncollapse.train.results.columns import METRICS, RUN_COLUMNS, dtypes
 from ncollapse.train.results.reader import load_metrics, load_runs
 from ncollapse.train.results.schema import FILE, SCHEMA_VERSION

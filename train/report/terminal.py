@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ncollapse.train.formatting import number
-from ncollapse.train.report.tables.prediction import predicted_nc0
-from ncollapse.train.report.tables.view import View
+from ncollapse.train.report.prediction import predicted_nc0
+from ncollapse.train.report.view import View
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.reader import load_runs
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from ncollapse.train.optimizers import FAMILY_COLOURS
-from ncollapse.train.report.figures.style import GRID, GROUND, INK, QUIET
+from ncollapse.train.report.style import GRID, GROUND, INK, QUIET
 
 #: Colour in the files -> the page's CSS variable, which differs between light and dark.
 _VARIABLES = {INK: "ink", QUIET: "quiet", GRID: "grid", GROUND: "card"} | {

@@ -1,6 +1,6 @@
 """The sections of the report on the runs of one model and data set. Each has its figures and tables, or says why not.
 
-The data and columns of a section's tables are in `tables/`, its figures in `figures/`, under the section's name.
+What a section computes, its tables' columns and its figures stand in one file, for instance `report/heat_map.py`.
 """
 
 import dataclasses
@@ -10,23 +10,24 @@ import pandas as pd
 
 from ncollapse.train.formatting import percentage
 from ncollapse.train.optimizers import LABELS
-from ncollapse.train.report.figures.coupling import metrics_over_coupling
-from ncollapse.train.report.figures.depth import metrics_over_depth
-from ncollapse.train.report.figures.epochs import nc0_over_epochs, nc123_over_epochs
-from ncollapse.train.report.figures.heat_map import heat_maps
-from ncollapse.train.report.figures.momentum import metrics_over_momentum
-from ncollapse.train.report.figures.scatter import PARTIAL, accuracy_against_collapse, metric_pairs
-from ncollapse.train.report.figures.style import Drawing
+from ncollapse.train.report.best import best_runs, main_view
+from ncollapse.train.report.coupling import SHARES, interpolations, interpolations_view, metrics_over_coupling
+from ncollapse.train.report.depth import BLOCK_METRICS, blocks_at_the_end, blocks_view, metrics_over_depth
+from ncollapse.train.report.epochs import nc0_over_epochs, nc123_over_epochs
+from ncollapse.train.report.heat_map import AXES, cells, heat_maps
+from ncollapse.train.report.momentum import at_equal_loss, metrics_over_momentum, momentum_view
 from ncollapse.train.report.queries import Results
+from ncollapse.train.report.scatter import (
+    PARTIAL,
+    accuracy_against_collapse,
+    correlations_view,
+    metric_pairs,
+    partial_collapse,
+    partial_view,
+)
 from ncollapse.train.report.selection import NC, Selection
-from ncollapse.train.report.tables.accuracy import correlations_view
-from ncollapse.train.report.tables.best import best_runs, main_view
-from ncollapse.train.report.tables.coupling import SHARES, interpolations, interpolations_view
-from ncollapse.train.report.tables.depth import BLOCK_METRICS, blocks_at_the_end, blocks_view
-from ncollapse.train.report.tables.heat_map import AXES, cells
-from ncollapse.train.report.tables.momentum import at_equal_loss, momentum_view
-from ncollapse.train.report.tables.partial import partial_collapse, partial_view
-from ncollapse.train.report.tables.view import View
+from ncollapse.train.report.style import Drawing
+from ncollapse.train.report.view import View
 from ncollapse.train.results.schema import FINISHED
 
 #: Rows beyond which a table is only a file, which the page links to.

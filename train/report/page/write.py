@@ -12,14 +12,14 @@ from rich.console import Console
 from ncollapse.train.errors import UserError
 from ncollapse.train.formatting import duration, number, percentage
 from ncollapse.train.optimizers import FAMILY_COLOURS, LABELS, TABLE
-from ncollapse.train.report.figures.style import encode
+from ncollapse.train.report.best import decay_view, main_view
+from ncollapse.train.report.inventory import runs_view, settings_view
 from ncollapse.train.report.page.inline_svg import inline
 from ncollapse.train.report.page.sections import Part, Section
 from ncollapse.train.report.queries import Results, read_results
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.report.settings import described
-from ncollapse.train.report.tables.best import decay_view, main_view
-from ncollapse.train.report.tables.inventory import runs_view, settings_view
+from ncollapse.train.report.style import encode
 from ncollapse.train.report.terminal import print_across, print_down
 from ncollapse.train.results.schema import FINISHED
 

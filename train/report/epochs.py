@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from ncollapse.train.optimizers import LABELS
-from ncollapse.train.report.figures import style
-from ncollapse.train.report.figures.style import COLOURS, GROUND
-from ncollapse.train.report.tables.prediction import predicted_nc0
+from ncollapse.train.report import style
+from ncollapse.train.report.prediction import predicted_nc0
+from ncollapse.train.report.style import COLOURS, GROUND
 
 #: Least distance between two labels at the ends of the lines, as a share of the axes' height.
 _LABEL_DISTANCE = 0.055

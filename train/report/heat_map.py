@@ -7,12 +7,13 @@ import pandas as pd
 
 from ncollapse.train.formatting import short_number
 from ncollapse.train.optimizers import LABELS
-from ncollapse.train.report.figures import style
-from ncollapse.train.report.figures.style import COLOURS, GROUND, INK, ON_DARK, ON_LIGHT, QUIET
-from ncollapse.train.report.selection import NC
-from ncollapse.train.report.settings import tried
-from ncollapse.train.report.tables.heat_map import AXES
+from ncollapse.train.report import style
+from ncollapse.train.report.selection import NC, Selection
+from ncollapse.train.report.settings import in_order, tried
+from ncollapse.train.report.style import COLOURS, GROUND, INK, ON_DARK, ON_LIGHT, QUIET
 
+#: Setting on the vertical axis -> its name in texts.
+AXES = {"lr": "learning rate", "momentum": "momentum β"}
 #: Weight decays beyond which cells are too narrow for their numbers.
 _NUMBERED = 5
 #: Inches: height of a cell with and without a number; gap below an optimizer with and without labels.
@@ -21,16 +22,34 @@ _CELL, _BARE, _GAP, _NARROW = 0.25, 0.17, 0.3, 0.1
 _LEFT = 1.25
 
 
-def heat_maps(slug: str, cells: pd.DataFrame, axis: str, threshold: str) -> style.Drawing:
+def cells(runs: pd.DataFrame, axis: str, selection: Selection) -> pd.DataFrame:
+    """Return final metrics over weight decay and the setting `axis`: a row per optimizer and cell with a finished run.
+
+    The value of a cell is the smallest of its runs that reached the threshold; where none did, of all its runs that
+    ended well. Columns: optimizer, weight_decay, `axis`, done, reached, missed (counts), NC0–NC3.
+    """
+    runs = runs[runs.status.isin(("done", "diverged", "degenerate"))]
+    done = runs.status == "done"
+    reached = runs.id.isin(selection.eligible(runs).id)
+    keys = ["optimizer", "weight_decay", axis]
+    groups = runs.assign(done=done, reached=reached, missed=~reached).groupby(keys)
+    frame = groups[["done", "reached", "missed"]].sum()
+    best = runs[reached].groupby(keys)[list(NC)].min()
+    others = runs[done].groupby(keys)[list(NC)].min()
+    frame[list(NC)] = best.reindex(frame.index).where(frame.reached > 0, others.reindex(frame.index))
+    return in_order(frame.reset_index())
+
+
+def heat_maps(slug: str, frame: pd.DataFrame, axis: str, threshold: str) -> style.Drawing:
     """Draw the cells: a row of maps per optimizer, a column per metric.
 
     Args:
-        cells: from `tables.heat_map.cells`.
+        frame: from `cells`.
         axis: the setting on the vertical axis, a key of `AXES`.
         threshold: the training accuracy that runs had to reach, as text.
     """
-    blocks = [_Block(name, cells[cells.optimizer == name], axis) for name in tried(cells)]
-    metrics = [name for name in NC if cells[name].notna().any()]
+    blocks = [_Block(name, frame[frame.optimizer == name], axis) for name in tried(frame)]
+    metrics = [name for name in NC if frame[name].notna().any()]
     cell = _CELL if all(len(block.decays) <= _NUMBERED for block in blocks) else _BARE
     bottom = 0.0  # of the current block; in cells, decreasing from the top down
     for block, below in zip(blocks, [*blocks[1:], None], strict=True):
@@ -44,7 +63,7 @@ def heat_maps(slug: str, cells: pd.DataFrame, axis: str, threshold: str) -> styl
             1, len(metrics), size, margins=(_LEFT, 0.1, 0.35, 0.62), gaps=(0.18, 0), sharey=True
         )
         for axes, metric in zip(grid[0], metrics, strict=True):
-            limits = _limits(cells[metric], cells.reached > 0)
+            limits = _limits(frame[metric], frame.reached > 0)
             axes.set_xlim(0, 1)
             axes.set_ylim(bottom + _GAP / cell, 0)
             for block in blocks:

@@ -8,7 +8,7 @@ from ncollapse.train.config import DESCRIPTIONS, FIELDS
 from ncollapse.train.formatting import duration
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.report.settings import in_order, written
-from ncollapse.train.report.tables.view import Cell, Column, View
+from ncollapse.train.report.view import Cell, Column, View
 from ncollapse.train.results.schema import FINISHED
 
 #: Values of a setting beyond which only their number, the first and the last are shown.

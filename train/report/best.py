@@ -4,10 +4,10 @@ import math
 
 import pandas as pd
 
+from ncollapse.train.report.prediction import predicted_nc0
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.report.settings import described, in_order, tried
-from ncollapse.train.report.tables.prediction import predicted_nc0
-from ncollapse.train.report.tables.view import Cell, Column, View
+from ncollapse.train.report.view import Cell, Column, View
 from ncollapse.train.results.schema import FINISHED
 
 #: Metrics shown with their change from initialisation.
@@ -26,32 +26,20 @@ def main_table(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
 
     An optimizer without an eligible run has a row with NaN.
     """
-    best = {run.optimizer: run for _, run in best_runs(runs, selection).iterrows()}
-    settings = described(runs).set_axis(runs.id)
-    rows = []
-    for optimizer in tried(runs):
-        part = runs[runs.optimizer == optimizer]
-        row: dict[str, object] = {
-            "optimizer": optimizer,
-            "eligible": len(selection.eligible(part)),
-            "runs": int(part.status.isin(FINISHED).sum()),
-        }
-        if optimizer in best:
-            run = best[optimizer]
-            for name in CHANGES:
-                start = run[f"{name}_start"]
-                row[name] = run[name]
-                row[f"{name}_change"] = 100 * (run[name] / start - 1) if start else math.nan
-            prediction = predicted_nc0(run)
-            row["nc0_predicted"] = math.nan if prediction is None else prediction[-1]
-            row |= {name: run[name] for name in ("train_accuracy", "val_accuracy")}
-            row["settings"] = settings[run["id"]]
-            row["run"] = run["id"]
-        rows.append(row)
+    best = best_runs(runs, selection)
+    frame = best[["optimizer", *CHANGES, "train_accuracy", "val_accuracy"]].assign(
+        settings=described(runs)[best.index], run=best.id,
+        nc0_predicted=[math.nan if (nc0 := predicted_nc0(run)) is None else nc0[-1] for _, run in best.iterrows()],
+    )  # fmt: skip
+    for name in CHANGES:
+        start = best[f"{name}_start"]
+        frame[f"{name}_change"] = 100 * (best[name] / start.where(start != 0) - 1)
+    frame = frame.set_index("optimizer").reindex(tried(runs)).rename_axis("optimizer").reset_index()
+    for count, counted in (("eligible", selection.eligible(runs)), ("runs", runs[runs.status.isin(FINISHED)])):
+        frame[count] = [int((counted.optimizer == name).sum()) for name in frame.optimizer]
     columns = ["optimizer", "nc0", "nc0_change", "nc0_predicted"]
     columns += [name for metric in CHANGES[1:] for name in (metric, f"{metric}_change")]
-    columns += ["train_accuracy", "val_accuracy", "settings", "eligible", "runs", "run"]
-    return pd.DataFrame(rows, columns=columns)
+    return frame[[*columns, "train_accuracy", "val_accuracy", "settings", "eligible", "runs", "run"]]
 
 
 def main_view(slug: str, runs: pd.DataFrame, selection: Selection) -> View:

@@ -1,14 +1,15 @@
-"""Scatter plots, each point a run: validation accuracy over the metrics, and partial collapse."""
+"""Scatter plots, each point a run, and their tables: validation accuracy over the metrics, and partial collapse."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
 
-from ncollapse.train.report.figures import style
-from ncollapse.train.report.figures.style import Drawing
+from ncollapse.train.report import style
 from ncollapse.train.report.selection import NC, Selection
-from ncollapse.train.report.settings import tried
+from ncollapse.train.report.settings import described, in_order, tried
+from ncollapse.train.report.style import Drawing
+from ncollapse.train.report.view import Column, View
 
 #: Pairs of metrics that show partial collapse: horizontal, vertical.
 PARTIAL = (("nc1", "nc0"), ("nc2", "nc3"), ("train_accuracy", "nc4"))
@@ -21,6 +22,80 @@ _CAPTIONS = {
 _MANY_POINTS = 300
 _START_COLOUR = "#8a8f95"
 _SHAPES = "Discs: weight decay coupled into the gradient; diamonds: decoupled."
+
+
+def rank_correlations(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
+    """Return Spearman's rank correlation of validation accuracy with each metric, over the eligible runs.
+
+    A row per optimizer and metric, the optimizer "all" first. Columns: optimizer, metric, correlation (NaN where either
+    does not vary), runs.
+    """
+    eligible = selection.eligible(runs).dropna(subset=["val_accuracy"])
+    rows = []
+    for optimizer in ("all", *tried(eligible)):
+        part = eligible if optimizer == "all" else eligible[eligible.optimizer == optimizer]
+        for name in NC:
+            both = part[[name, "val_accuracy"]].dropna().rank()
+            varies = (both.nunique() > 1).all()
+            rows.append((optimizer, name, both[name].corr(both.val_accuracy) if varies else float("nan"), len(both)))
+    return pd.DataFrame(rows, columns=["optimizer", "metric", "correlation", "runs"])
+
+
+def correlations_view(slug: str, runs: pd.DataFrame, selection: Selection) -> View:
+    """Show `rank_correlations`, a row per optimizer."""
+    frame = rank_correlations(runs, selection)
+    wide = frame.pivot(index="optimizer", columns="metric", values="correlation").reset_index()
+    wide["runs"] = wide.optimizer.map(frame.groupby("optimizer").runs.max())
+    wide = wide.set_index("optimizer").loc[list(dict.fromkeys(frame.optimizer))].reset_index()
+    columns = (Column.optimizer(), Column.count("runs"), *(Column.metric(name) for name in NC))
+    caption = (
+        "Spearman's rank correlation of validation accuracy with each metric: −1 where more collapse (a smaller "
+        "metric) always goes with a higher accuracy, 0 where they are unrelated."
+    )
+    return View(f"accuracy-{slug}", caption, columns, wide)
+
+
+def partial_collapse(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
+    """Return a row per optimizer, over its runs that reached the threshold.
+
+    Columns: optimizer, runs, good (runs whose NC1 and NC2 are both in the better half of all runs), partial (good runs
+    whose NC0 did not fall or whose NC3 is in the worse half), and of the run with the smallest NC1 its NC1, NC2, NC0
+    over its start, NC3, settings and id.
+    """
+    eligible = selection.eligible(runs)
+    middle = eligible[list(NC)].median()
+    good = (eligible.nc1 <= middle.nc1) & (eligible.nc2 <= middle.nc2)
+    fails = (eligible.nc0 >= eligible.nc0_start) | (eligible.nc3 > middle.nc3)
+    eligible = eligible.assign(
+        good=good, partial=good & fails, settings=described(runs)[eligible.index], run=eligible.id,
+        nc0_over_start=eligible.nc0 / eligible.nc0_start,
+    )  # fmt: skip
+    groups = eligible.groupby("optimizer")
+    counts = groups[["good", "partial"]].sum().assign(runs=groups.size())
+    smallest = eligible.loc[eligible.dropna(subset=["nc1"]).groupby("optimizer").nc1.idxmin()].set_index("optimizer")
+    columns = ["optimizer", "runs", "good", "partial", "nc1", "nc2", "nc0_over_start", "nc3", "settings", "run"]
+    return in_order(counts.join(smallest[columns[4:]]).reset_index())[columns]
+
+
+def partial_view(slug: str, frame: pd.DataFrame) -> View:
+    """Show the rows of `partial_collapse`."""
+    columns = (
+        Column.optimizer(),
+        Column.count("runs"),
+        Column.count("good", "NC1, NC2 good"),
+        Column.count("partial", "of these partial"),
+        Column.metric("nc1", "smallest NC1", best=True),
+        Column.metric("nc2", "its NC2"),
+        Column.metric("nc0_over_start", "its NC0 / start"),
+        Column.metric("nc3", "its NC3"),
+        Column.text("settings"),
+    )
+    caption = (
+        "Good: NC1 and NC2 are both in the better half of the runs that reached the threshold. Partial: good runs "
+        "whose NC0 did not fall or whose NC3 is in the worse half. The columns on the right describe the run with the "
+        "smallest NC1."
+    )
+    return View(f"partial-{slug}", caption, columns, frame)
 
 
 def accuracy_against_collapse(slug: str, runs: pd.DataFrame, selection: Selection, names: Sequence[str]) -> Drawing:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ncollapse.train.optimizers import TABLE
-from ncollapse.train.report.figures import style
+from ncollapse.train.report import style
 
 if TYPE_CHECKING:
     from ncollapse.ufm import Prediction

@@ -1,1 +1,0 @@
-"""The tables of the report: a file per section has its data and its columns."""
