@@ -15,14 +15,7 @@ moving the maps alone takes 150 to 175 (bench/results/cnn-cuda.json).
 import torch
 from torch import Tensor
 
-from ncollapse.kernels.batch_norm.gpu_kernels import (
-    apply_kernel,
-    backward_kernel,
-    finish_moments_kernel,
-    finish_sums_kernel,
-    moments_kernel,
-    sums_kernel,
-)
+from ncollapse.kernels.batch_norm import gpu_kernels as kernels
 from ncollapse.kernels.operators import multiprocessors
 
 #: The most channels per program: 128 bytes of a row in half precision, one cache line.
@@ -71,8 +64,8 @@ def launch_moments(
     with torch.cuda.device_of(x):  # Triton launches on the current device
         rows_each, parts = _cut(rows, tile, blocks, x.device)
         partial = x.new_empty(3, parts, channels, dtype=torch.float32)
-        moments_kernel[(parts * blocks,)](x, rows, rows_each, channels, partial, tile, columns, **OPTIONS)
-        finish_moments_kernel[(_blocks(channels, FINISHED),)](
+        kernels.moments_kernel[(parts * blocks,)](x, rows, rows_each, channels, partial, tile, columns, **OPTIONS)
+        kernels.finish_moments_kernel[(_blocks(channels, FINISHED),)](
             partial, parts, rows, rows_each, channels, mean, rstd, running_mean, running_var, momentum, eps,
             PARTS, FINISHED, **FINISH_OPTIONS,
         )  # fmt: skip
@@ -87,7 +80,7 @@ def launch_apply(
     columns = channels_per_program(channels)
     tile = elements_per_program(x.dtype, pool) // columns
     with torch.cuda.device_of(x):
-        apply_kernel[(_blocks(rows, tile) * _blocks(channels, columns),)](
+        kernels.apply_kernel[(_blocks(rows, tile) * _blocks(channels, columns),)](
             x, weight, bias, mean, rstd, x if residual is None else residual, out,
             rows, *x.shape[2:], channels, pool, residual is not None, tile, columns, **OPTIONS,
         )  # fmt: skip
@@ -108,16 +101,16 @@ def launch_backward(
         tile, rows = (WINDOWS if pool else SUMMED) // columns, grad.numel() // channels
         rows_each, parts = _cut(rows, tile, blocks, x.device)
         partial = x.new_empty(2, parts, channels, dtype=torch.float32)
-        sums_kernel[(parts * blocks,)](
+        kernels.sums_kernel[(parts * blocks,)](
             grad, x, weight, bias, mean, rstd, rows, rows_each, height, width, channels, partial,
             pool, tile, columns, **OPTIONS,
         )  # fmt: skip
-        finish_sums_kernel[(_blocks(channels, FINISHED),)](
+        kernels.finish_sums_kernel[(_blocks(channels, FINISHED),)](
             partial, parts, channels, rstd, weight_grad, bias_grad, PARTS, FINISHED, **FINISH_OPTIONS
         )
         tile = elements_per_program(x.dtype, pool) // columns
         rows = samples * _blocks(height, 2) * _blocks(width, 2) if pool else pixels
-        backward_kernel[(_blocks(rows, tile) * blocks,)](
+        kernels.backward_kernel[(_blocks(rows, tile) * blocks,)](
             grad, x, weight, bias, mean, rstd, weight_grad, bias_grad, x_grad,
             rows, height, width, channels, pixels, pool, tile, columns, **OPTIONS,
         )  # fmt: skip

@@ -53,9 +53,7 @@ def _beats(z, best):
 
 
 @triton.jit
-def _window(
-    x_ptr, corner, width, right, lower, column, channels, mean, scale, bias,
-):  # fmt: skip
+def _window(x_ptr, corner, width, right, lower, column, channels, mean, scale, bias):
     """The four pixels of each window in row-major order, which of them beat those before, and the maximum.
 
     Args:
@@ -107,8 +105,8 @@ def moments_kernel(
     part's mean, so that at worst the variance loses t units in the last place.
 
     Args:
-        x_ptr: `[rows, C]`, the map.
-        parts_ptr: `[3, parts, C]` float32, written: of each part the shift, the mean minus the shift, Σ (x − mean)².
+        x_ptr: `[rows, C]`.
+        parts_ptr: `[3, parts, C]`, written: of each part the shift, the mean minus the shift, Σ (x − mean)².
     """
     # 1. Compute the shift from the first rows.
     part, column = _program(channels, COLUMNS)
@@ -145,14 +143,12 @@ def finish_moments_kernel(
 ):  # fmt: skip
     """Merge the parts (Chan et al. 1979), and update the running statistics: a program does COLUMNS channels.
 
-    Means are taken relative to the first part's shift: the shifts are close to each other, so their differences are
-    exact.
+    Means are relative to the first part's shift: shifts are close to each other, so their differences are exact.
 
     Args:
-        parts_ptr: `[3, parts, C]` float32, from `moments_kernel`.
-        mean_ptr, rstd_ptr: `[C]` float32, written: mean and 1/√(variance + eps).
-        running_mean_ptr, running_var_ptr: `[C]` float32, updated with the unbiased variance.
-        PARTS: a power of two, at least `parts`.
+        parts_ptr: `[3, parts, C]`, from `moments_kernel`; PARTS is a power of two, at least `parts`.
+        mean_ptr, rstd_ptr: `[C]`, written: mean and 1/√(variance + eps).
+        running_mean_ptr, running_var_ptr: `[C]`, updated with the unbiased variance.
     """
     # 1. Count the rows of each part.
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -186,15 +182,11 @@ def apply_kernel(
     rows, height, width, channels,
     POOL: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """relu(batch_norm(x)), then 2 × 2 max pooling, or plus a residual.
-
-    A program writes ROWS × COLUMNS elements of `out`.
+    """relu(batch_norm(x)), then 2 × 2 max pooling, or plus a residual: a program writes ROWS × COLUMNS elements.
 
     Args:
         x_ptr: `[N·height·width, C]`.
-        residual_ptr: like `out`, read with HAS_RESIDUAL.
-        out_ptr: `[rows, C]`, written.
-        rows: the rows of `out`.
+        residual_ptr, out_ptr: `[rows, C]`: the residual, read with HAS_RESIDUAL, and the result, written.
     """
     # 1. Load scale and bias of the channels.
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -230,9 +222,8 @@ def sums_kernel(
     g is the gradient of the normalised map: the incoming gradient where ReLU and pooling passed the value, else 0.
 
     Args:
-        grad_ptr: `[rows, C]`, the gradient of the result.
-        x_ptr: `[N·height·width, C]`.
-        parts_ptr: `[2, parts, C]` float32, written: Σ g and Σ g·(x − mean) of each part.
+        grad_ptr, x_ptr: `[rows, C]`, the gradient of the result, and `[N·height·width, C]`.
+        parts_ptr: `[2, parts, C]`, written: Σ g and Σ g·(x − mean) of each part.
     """
     # 1. Load scale and bias of the channels.
     dtype: tl.constexpr = x_ptr.dtype.element_ty
@@ -274,9 +265,8 @@ def finish_sums_kernel(
     """Add the parts of `sums_kernel` to the gradients of bias and weight: a program does COLUMNS channels.
 
     Args:
-        parts_ptr: `[2, parts, C]` float32: Σ g and Σ g·(x − mean).
-        weight_grad_ptr, bias_grad_ptr: `[C]` float32, written: rstd·Σ g·(x − mean), and Σ g.
-        PARTS: a power of two, at least `parts`.
+        parts_ptr: `[2, parts, C]`: Σ g and Σ g·(x − mean); PARTS is a power of two, at least `parts`.
+        weight_grad_ptr, bias_grad_ptr: `[C]`, written: rstd·Σ g·(x − mean), and Σ g.
     """
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.arange(0, PARTS)
@@ -302,7 +292,7 @@ def backward_kernel(
     Args:
         grad_ptr: the gradient of the result: `[samples, C]`, or with POOL `[N·(height // 2)·(width // 2), C]`.
         x_ptr, out_ptr: `[samples, C]`, samples = N·height·width; `out` is written.
-        weight_grad_ptr, bias_grad_ptr: `[C]` float32, from `finish_sums_kernel`.
+        weight_grad_ptr, bias_grad_ptr: `[C]`, from `finish_sums_kernel`.
         rows: pixels, or with POOL windows, including those that an odd height or width cuts off.
     """
     # 1. Load the channels' vectors.
@@ -338,11 +328,8 @@ def backward_kernel(
         out = out_ptr + _at(corner + width, column, channels)
         tl.store(out, ((g2 - grad_mean - (x2 - mean) * coefficient) * scale).to(dtype), mask=lower[:, None] & inside)
         out = out_ptr + _at(corner + width + 1, column, channels)
-        tl.store(
-            out,
-            ((g3 - grad_mean - (x3 - mean) * coefficient) * scale).to(dtype),
-            mask=(right & lower)[:, None] & inside,
-        )
+        corner_inside = (right & lower)[:, None] & inside
+        tl.store(out, ((g3 - grad_mean - (x3 - mean) * coefficient) * scale).to(dtype), mask=corner_inside)
     else:
         # 2. Compute the gradient where ReLU passed the value, and store it.
         at, mask = _at(row, column, channels), exists[:, None] & inside

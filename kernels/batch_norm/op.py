@@ -18,18 +18,9 @@ _MOST_ROWS = 2**30  # the kernels count rows in int32, with room for a tile afte
 
 
 def batch_norm_relu(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    *,
-    train: bool,
-    momentum: float,
-    eps: float,
-    pool: bool = False,
-    residual: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, *,
+    train: bool, momentum: float, eps: float, pool: bool = False, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """relu(batch_norm(x)), then 2 × 2 max pooling, or a residual added: `F.batch_norm`, `F.relu`, `F.max_pool2d`, `+`.
 
     Reads x once for mean and variance and once for the result; keeps nothing of the size of a map but x for the
@@ -41,7 +32,6 @@ def batch_norm_relu(
         running_mean, running_var: `[C]` float32; in training `(1 − momentum) · running + momentum · batch` in place,
             the variance unbiased; in evaluation they normalise x.
         train: normalise with the batch's own mean and (biased) variance.
-        eps: added to the variance.
         pool: take the maximum of each 2 × 2 pixels; a last odd row or column is ignored.
         residual: added to the result; shape and dtype of x.
 
@@ -65,8 +55,10 @@ def batch_norm_relu(
             raise ValueError(
                 f"the residual must be like x, {tuple(x.shape)} {x.dtype}, not {tuple(residual.shape)} {residual.dtype}"
             )
+    # For empty maps or results, and for one value per channel, torch has its own errors.
+    trivial = x.numel() <= x.shape[1] or (pool and min(x.shape[2:]) < 2)
     implementation = fused
-    if x.device.type == "cpu" or _trivial(x, pool):
+    if x.device.type == "cpu" or trivial:
         implementation = batch_norm_relu_reference
     elif reason := why_no_kernel(x, (weight, bias, running_mean, running_var), train, residual):
         operators.warn_once("normalises maps", reason)
@@ -80,46 +72,30 @@ def why_no_kernel(x: Tensor, vectors: tuple[Tensor, ...], train: bool, residual:
         return reason
     if x.dtype not in _DTYPES:
         return f"there is no batch-norm kernel for {x.dtype} maps"
-    for maps in (x,) if residual is None else (x, residual):
-        if not maps.is_contiguous(memory_format=torch.channels_last):
-            return "the maps are not channels-last"
-    for vector in vectors:
-        if vector.shape != x.shape[1:2] or vector.dtype != torch.float32 or not vector.is_contiguous():
-            return "weight, bias and running statistics are not dense [C] in float32"
-    if any(t.device != x.device for t in (vectors if residual is None else (*vectors, residual))):
+    maps = (x,) if residual is None else (x, residual)
+    if not all(m.is_contiguous(memory_format=torch.channels_last) for m in maps):
+        return "the maps are not channels-last"
+    if any(v.shape != x.shape[1:2] or v.dtype != torch.float32 or not v.is_contiguous() for v in vectors):
+        return "weight, bias and running statistics are not dense [C] in float32"
+    if any(t.device != x.device for t in (*vectors, *maps)):
         return "its tensors are on several devices"
     if x.numel() // x.shape[1] > _MOST_ROWS:
         return "the maps have more than 2³⁰ pixels"
-    inputs = (x, *vectors[:2]) if residual is None else (x, *vectors[:2], residual)
-    if not train and torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+    if not train and torch.is_grad_enabled() and any(t.requires_grad for t in (*maps, *vectors[:2])):
         return "the kernels have no gradient in evaluation mode"
     return None
 
 
 def fused(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    train: bool,
-    momentum: float,
-    eps: float,
-    pool: bool,
-    residual: Tensor | None,
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor,
+    train: bool, momentum: float, eps: float, pool: bool, residual: Tensor | None,
+) -> Tensor:  # fmt: skip
     """As `batch_norm_relu_reference`, by the kernels, without a check that the arguments fit them."""
     if train:
         mean, rstd = moments_op(x.detach(), running_mean, running_var, momentum, eps)
     else:
         mean, rstd = running_mean, (running_var + eps).rsqrt()
     return batch_norm_relu_op(x, weight, bias, mean, rstd, residual, pool)
-
-
-def _trivial(x: Tensor, pool: bool) -> bool:
-    """Whether maps or results are empty, or have one value per channel, for which torch has its own errors."""
-    height, width = x.shape[2:]
-    return x.numel() <= x.shape[1] or (pool and min(height, width) < 2)
 
 
 def _moments(
@@ -171,9 +147,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if any(ctx.needs_input_grad[:3]):
-        grads = backward_op(grad, *ctx.saved_tensors, ctx.pool)
+    needed = any(ctx.needs_input_grad[:3])
+    grads = backward_op(grad, *ctx.saved_tensors, ctx.pool) if needed else (None, None, None)
     return *grads, None, None, grad if ctx.has_residual else None, None
 
 
@@ -181,23 +156,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _EXACT = (torch.Tag.needs_exact_strides,)
 moments_op = operators.register_operator(
     "batch_norm_moments(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, float eps) "
-    "-> (Tensor, Tensor)",
-    _moments,
-    _vectors,
-    _EXACT,
-)
+    "-> (Tensor, Tensor)", _moments, _vectors, _EXACT,
+)  # fmt: skip
 batch_norm_relu_op = operators.register_operator(
     "batch_norm_relu(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor? residual, bool pool) "
-    "-> Tensor",
-    _batch_norm_relu,
-    _result,
-    _EXACT,
-)
+    "-> Tensor", _batch_norm_relu, _result, _EXACT,
+)  # fmt: skip
 backward_op = operators.register_operator(
     "batch_norm_relu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, bool pool) "
-    "-> (Tensor, Tensor, Tensor)",
-    _batch_norm_relu_backward,
-    lambda _, x, *__: (torch.empty_like(x), *_vectors(x)),
-    _EXACT,
-)
+    "-> (Tensor, Tensor, Tensor)", _batch_norm_relu_backward,
+    lambda _, x, *__: (torch.empty_like(x), *_vectors(x)), _EXACT,
+)  # fmt: skip
 torch.library.register_autograd("ncollapse::batch_norm_relu", _backward, setup_context=_keep)
