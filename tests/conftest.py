@@ -9,7 +9,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
-# Without a GPU, Triton kernels run in Triton's interpreter. Triton must be told before anyone imports it.
+# Without a GPU, Triton kernels run in Triton's interpreter. Triton reads the variable when it is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

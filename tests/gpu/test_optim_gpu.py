@@ -177,17 +177,17 @@ def test_bfloat16_parameters_keep_float32_states_through_a_state_dict(device: to
 @pytest.mark.compiled
 def test_parameters_on_both_devices(device: torch.device) -> None:
     values = [torch.randn(700), torch.randn(40, 30)]
-    there, here = (nn.Parameter(v.to(d)) for v, d in zip(values, (device, "cpu"), strict=True))
-    alone = [nn.Parameter(p.detach().clone()) for p in (there, here)]
-    both = optim.Adam([{"params": [there]}, {"params": [here], "lr": 0.02}], lr=0.01)
+    on_gpu, on_cpu = (nn.Parameter(v.to(d)) for v, d in zip(values, (device, "cpu"), strict=True))
+    alone = [nn.Parameter(p.detach().clone()) for p in (on_gpu, on_cpu)]
+    both = optim.Adam([{"params": [on_gpu]}, {"params": [on_cpu], "lr": 0.02}], lr=0.01)
     each = [optim.Adam([alone[0]], lr=0.01), optim.Adam([alone[1]], lr=0.02)]
     for _ in range(5):
-        for p, q in zip((there, here), alone, strict=True):
+        for p, q in zip((on_gpu, on_cpu), alone, strict=True):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
         for optimizer in (both, *each):
             optimizer.step()
             for group in optimizer.param_groups:
                 group["lr"] *= 0.5
-    assert torch.equal(there, alone[0])
-    assert torch.equal(here, alone[1])
+    assert torch.equal(on_gpu, alone[0])
+    assert torch.equal(on_cpu, alone[1])
