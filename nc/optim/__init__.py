@@ -17,16 +17,5 @@ from ncollapse.optim.signum import Signum, SignumW
 from ncollapse.optim.stacked import Stacked
 
 __all__ = [
-    "SGD",
-    "SGDW",
-    "Adam",
-    "AdamW",
-    "Lion",
-    "Muon",
-    "Optimizer",
-    "Rule",
-    "Signum",
-    "SignumW",
-    "Stacked",
-    "by_name",
-]
+    "SGD", "SGDW", "Adam", "AdamW", "Lion", "Muon", "Optimizer", "Rule", "Signum", "SignumW", "Stacked", "by_name",
+]  # fmt: skip

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from ncollapse.kernels.update.reference import Hyper, compute_dtype
 from ncollapse.kernels.update.table import HYPERS, code
 from ncollapse.optim.adam import Adam
-from ncollapse.optim.core.checks import check_grad
+from ncollapse.optim.core.checks import check_grads
 from ncollapse.optim.core.numbers import HyperSet
 from ncollapse.optim.core.optimizer import Optimizer
 from ncollapse.optim.core.rule import Rule
@@ -46,25 +46,17 @@ def newton_schulz(x: Tensor, coefficients: tuple[float, float, float] = _COEFFIC
     return x.mT if tall else x
 
 
-def _is_matrix(param: Tensor, group: dict[str, Any]) -> bool:
-    return param.dim() - group["stacked"] > 1
-
-
 class _MatrixStepper(Stepper):
     """Orthogonalises the matrices, then updates all parameters in the common launch.
 
     The launch takes the orthogonalised matrices as gradients of SGD without momentum, the others as Adam's.
     """
 
-    def __init__(self, optimizer: Stepped) -> None:
-        super().__init__(optimizer)
+    def prepare(self, optimizer: Stepped, params: list[Tensor], present: list[bool]) -> None:
+        super().prepare(optimizer, params, present)
         # Indices of active matrices, by the place of their hyperparameters, device, dtype and shape.
         self._batches: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         self._directions: dict[int, Tensor] = {}  # by index
-
-    def prepare(self, optimizer: Stepped, params: list[Tensor], present: list[bool]) -> None:
-        super().prepare(optimizer, params, present)
-        self._batches, self._directions = defaultdict(list), {}
         for i, (param, place) in enumerate(zip(self._active, self._lists.sets, strict=True)):
             if place % 2:  # the second set of a group
                 continue
@@ -77,8 +69,7 @@ class _MatrixStepper(Stepper):
         self._held = state_values(optimizer)
 
     def directions(self, optimizer: Stepped, grads: list[Tensor]) -> list[Tensor]:
-        for param, grad in zip(self._active, grads, strict=True):
-            check_grad(type(optimizer).__name__, param, grad, optimizer.state.get(param, {}))
+        check_grads(type(optimizer).__name__, self._active, grads, optimizer.state)
         if capturing(self._active):
             self._graphs.append(self._directions)
         for (place, *_), indices in self._batches.items():
@@ -99,12 +90,8 @@ class _MatrixStepper(Stepper):
     def _orthogonalise(self, optimizer: Stepped, place: int, indices: list[int], grads: list[Tensor]) -> None:
         """Update the momentum buffers of matrices of one shape, and write their `_directions`.
 
-        The update kernel adds the coupled decay c·λ·W to what it takes as the gradient, so it is subtracted here.
-
-        Args:
-            place: of their hyperparameters among all sets.
-            indices: of the matrices `[A, …]`, or `[R, A, …]` for stacked runs, among the active parameters.
-            grads: of all active parameters.
+        `indices` are those of the matrices `[A, …]`, or `[R, A, …]`, among the active parameters and `grads`; `place`
+        that of their hyperparameters. The kernel adds the coupled decay c·λ·W to a gradient, so it is subtracted here.
         """
         first = self._active[indices[0]]
         group = optimizer.param_groups[place // 2]
@@ -175,9 +162,8 @@ class Muon(Optimizer, aliases=("muonw",)):
     step.
 
     Raises:
-        ValueError: as in `SGD`; for an unknown `adjust_lr_fn`, and for a stack whose first dimensions differ.
+        ValueError, RuntimeError: as in `SGD`; also for an unknown `adjust_lr_fn`, and for stacks of different R.
         TypeError: a parameter is complex, or a DTensor: a matrix cannot be orthogonalised shard by shard.
-        RuntimeError: (from `step`) a gradient is sparse, or a parameter was moved to another device than its state.
 
     Example:
         >>> model = torch.nn.Linear(5, 3)
@@ -213,10 +199,10 @@ class Muon(Optimizer, aliases=("muonw",)):
         return [HyperSet(matrices, codes[0]), HyperSet(numbers, codes[1], Adam.rule.states, Adam.rule.counts_steps)]
 
     def _set_of(self, param: Tensor, group: dict[str, Any]) -> int:
-        return 0 if _is_matrix(param, group) else 1
+        return 0 if param.dim() - group["stacked"] > 1 else 1  # 0: of matrices
 
     def _states_of(self, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if _is_matrix(param, group) else (*Adam.rule.states, "step")
+        return ("momentum_buffer",) if self._set_of(param, group) == 0 else (*Adam.rule.states, "step")
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

@@ -48,8 +48,8 @@ class Stacked(Optimizer):
             raise ValueError(f"Stacked: {', '.join(others)} does not update elementwise; use it with stacked=True")
         if coupling is None:
             coupling = torch.tensor([cls.default_coupling for cls in classes], dtype=torch.float64)
-        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"maximize": False, "rules": list(rules)}
+        defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps}
+        defaults |= {"weight_decay": weight_decay, "maximize": False, "rules": list(rules)}
         super().__init__(params, defaults, coupling)
 
     @property

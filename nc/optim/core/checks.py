@@ -20,7 +20,6 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "eps": (0, float("inf"), False),
     "betas": (0, 1, False),
 }
-_TENSORS = (torch.float32, torch.float64)
 
 
 def _check_range(owner: str, name: str, value: Any) -> None:
@@ -28,7 +27,7 @@ def _check_range(owner: str, name: str, value: Any) -> None:
     interval = f"[{low}, {high}{']' if closed else ')'}"
     wanted = f"{owner}: {name} must be a number, or one per stacked run, in {interval}"
     if isinstance(value, Tensor):
-        if value.dtype not in _TENSORS:
+        if value.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{owner}: {name} as a tensor must be float32 or float64; got {value.dtype}")
         if value.dim() > 1:
             raise ValueError(f"{wanted}; got a tensor of shape {tuple(value.shape)}")
@@ -45,13 +44,10 @@ def _check_range(owner: str, name: str, value: Any) -> None:
 def check_group(owner: str, group: Mapping[str, Any]) -> None:
     """Raise ValueError for a hyperparameter out of its range, NaN included. `owner` is the optimizer's class name."""
     for name in _RANGES.keys() & group.keys():
-        if name == "betas":
-            if len(group[name]) != 2:
-                raise ValueError(f"{owner}: betas must be two numbers; got {group[name]!r}")
-            for value in group[name]:
-                _check_range(owner, name, value)
-        else:
-            _check_range(owner, name, group[name])
+        if name == "betas" and len(group[name]) != 2:
+            raise ValueError(f"{owner}: betas must be two numbers; got {group[name]!r}")
+        for value in group[name] if name == "betas" else [group[name]]:
+            _check_range(owner, name, value)
     damped = group.get("dampening", 0) != 0 or not torch.as_tensor(group.get("momentum", 1)).gt(0).all()
     if "dampening" in group and group.get("nesterov") and damped:
         raise ValueError(f"{owner}: Nesterov momentum needs momentum > 0 and dampening = 0")
@@ -83,16 +79,23 @@ def check_param(owner: str, param: Tensor, numbers: Mapping[str, Hyper]) -> None
             )
 
 
-def check_grad(owner: str, param: Tensor, grad: Tensor, state: Mapping[str, Any]) -> None:
+def check_grads(
+    owner: str, params: Sequence[Tensor], grads: Sequence[Tensor | None], states: Mapping[Tensor, Mapping[str, Any]]
+) -> None:
     """Raise RuntimeError for a gradient or a state that cannot be used."""
-    if grad.layout != torch.strided:
-        raise RuntimeError(f"{owner} does not take sparse gradients; make the layer's gradient dense (sparse=False)")
-    for name, value in state.items():
-        if isinstance(value, Tensor) and value.device != param.device and name != "step":
+    for param, grad in zip(params, grads, strict=True):
+        if grad is None:
+            continue
+        if grad.layout != torch.strided:
             raise RuntimeError(
-                f"{owner}: a parameter is on {param.device}, its {name} on {value.device}; move the model before the "
-                "optimizer's first step, or load the optimizer's state_dict again after moving it"
+                f"{owner} does not take sparse gradients; make the layer's gradient dense (sparse=False)"
             )
+        for name, value in states.get(param, {}).items():
+            if isinstance(value, Tensor) and value.device != param.device and name != "step":
+                raise RuntimeError(
+                    f"{owner}: a parameter is on {param.device}, its {name} on {value.device}; move the model before "
+                    "the optimizer's first step, or load the optimizer's state_dict again after moving it"
+                )
 
 
 def check_state(owner: str, param: Tensor, state: Mapping[str, Any], wanted: Sequence[str]) -> None:

@@ -15,12 +15,8 @@ class Group(dict[str, Any]):
     """A param group, as a dict that reports writes.
 
     An optimizer that has been captured in a CUDA graph or compiled reads its hyperparameters from device memory, but
-    learning rate schedules write floats into dicts; this one passes them on.
-
-    Args:
-        items: the settings of the group.
-        listener: the optimizer.
-        row: the group's index among the param groups.
+    learning rate schedules write floats into dicts; this one passes them on to the optimizer, its `listener`. `row` is
+    the group's index among the param groups.
     """
 
     def __init__(self, items: Mapping[str, Any], listener: Listener, row: int) -> None:

@@ -61,13 +61,10 @@ class Observed:
 
 
 def observed(owner: str, params: Sequence[Tensor], runs: int, head: Tensor | None, norms: bool, bf16: bool) -> Observed:
-    """Allocate the requested quantities; raises ValueError if one is not defined for these parameters.
+    """Allocate what `Optimizer.observe` asks for, for `runs` stacked runs; 1 if the parameters are not stacked.
 
-    Args:
-        owner: the optimizer's class name, for messages.
-        params: all parameters.
-        runs: R, the number of stacked runs; 1 for none.
-        head, norms, bf16: as in `Optimizer.observe`.
+    Raises:
+        ValueError: a quantity is not defined for these parameters.
     """
     row_sum = None
     if head is not None:

@@ -171,9 +171,12 @@ class Optimizer(torch.optim.Optimizer):
         if "_stepper" not in self.__dict__:
             self._stepper = self._new_stepper()
         self._stepper.stale = True
-        # A state dict of torch.optim has no coupling; one of an older version may lack other keys.
-        groups = [{**self.defaults, **_coupling_of(group), **group} for group in self.param_groups]
-        self.param_groups = [Group(group, self, row) for row, group in enumerate(groups)]
+        groups, self.param_groups = self.param_groups, []
+        for row, group in enumerate(groups):
+            # A state dict of torch.optim has no coupling; one of an older version may lack other keys.
+            decoupled = group.get("decoupled_weight_decay")
+            implied = {} if decoupled is None else {"coupling": 0.0 if decoupled else 1.0}
+            self.param_groups.append(Group({**self.defaults, **implied, **group}, self, row))
 
     def _written(self, group: Group, key: str, before: Any) -> None:
         """After a write into a param group: send a number to the device; for anything else, mark the stepper stale."""
@@ -234,12 +237,6 @@ class Optimizer(torch.optim.Optimizer):
         self._stepper.observed = observed(type(self).__name__, params, runs.pop(), head, norms, bf16)
         self._stepper.stale = True
         return self._stepper.observed
-
-
-def _coupling_of(group: dict[str, Any]) -> dict[str, float]:
-    """The coupling that a param group of torch.optim.Adam or AdamW implies."""
-    decoupled = group.get("decoupled_weight_decay")
-    return {} if decoupled is None else {"coupling": 0.0 if decoupled else 1.0}
 
 
 def _plain(value: Any) -> bool:

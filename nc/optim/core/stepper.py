@@ -14,7 +14,7 @@ from ncollapse.kernels.update.launch import Update
 from ncollapse.kernels.update.op import parts, update_op
 from ncollapse.kernels.update.reference import Slot, compute_dtype
 from ncollapse.kernels.update.table import Extras, Lists
-from ncollapse.optim.core.checks import check_grad
+from ncollapse.optim.core.checks import check_grads
 from ncollapse.optim.core.groups import Group, Listener
 from ncollapse.optim.core.numbers import HyperSet, Numbers
 from ncollapse.optim.core.observe import Observed
@@ -91,9 +91,7 @@ class Stepper:
         self._active = [p for p, _ in active]
         if len(set(map(id, self._active))) < len(active):
             raise ValueError(f"{owner}: a parameter occurs twice in the param groups; give it once")
-        for param in self._active:
-            if param.grad is not None:
-                check_grad(owner, param, param.grad, optimizer.state.get(param, {}))
+        check_grads(owner, self._active, [p.grad for p in self._active], optimizer.state)
         sets = [hypers for group in groups for hypers in optimizer._sets(group)]
         per_group = len(sets) // max(len(groups), 1)
         places = [row * per_group + optimizer._set_of(p, groups[row]) for p, row in active]
@@ -147,8 +145,7 @@ class Stepper:
         try:
             self._update.step(self._lists.params, taken, lambda: self._lists, scale, inf)
         except (RuntimeError, NotImplementedError):
-            for param, grad in zip(self._lists.params, taken, strict=True):
-                check_grad(type(optimizer).__name__, param, grad, optimizer.state.get(param, {}))
+            check_grads(type(optimizer).__name__, self._lists.params, taken, optimizer.state)
             raise
         self.stale = self.fresh
 
