@@ -108,7 +108,7 @@ def simulate(
                     for group in chosen.param_groups:
                         group["lr"] = rate.item()
             if callable(optimizer):
-                chosen.step(model.closure)  # which some optimizers need
+                chosen.step(model.closure)  # some optimizers need one
             else:
                 model.gradients()
                 chosen.step()

@@ -19,9 +19,9 @@ class Group(dict[str, Any]):
     the group's index among the param groups.
     """
 
-    def __init__(self, items: Mapping[str, Any], listener: Listener, row: int) -> None:
+    def __init__(self, items: Mapping[str, Any], listener: Listener) -> None:
         super().__init__(items)
-        self.row = row
+        self.row = 0  # the stepper sets it
         # Weak, so that an optimizer and its states are freed with its last reference.
         self._listener = weakref.ref(listener)
 

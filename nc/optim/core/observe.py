@@ -61,11 +61,7 @@ class Observed:
 
 
 def observed(owner: str, params: Sequence[Tensor], runs: int, head: Tensor | None, norms: bool, bf16: bool) -> Observed:
-    """Allocate what `Optimizer.observe` asks for, for `runs` stacked runs; 1 if the parameters are not stacked.
-
-    Raises:
-        ValueError: a quantity is not defined for these parameters.
-    """
+    """Allocate what `Optimizer.observe` asks for, for `runs` stacked runs; ValueError for what is not defined."""
     row_sum = None
     if head is not None:
         if not any(p is head for p in params):

@@ -45,12 +45,9 @@ class Optimizer(torch.optim.Optimizer):
         TypeError: a parameter cannot be updated.
     """
 
-    #: The update rule.
     rule: ClassVar[Rule]
-    #: The coupling that a class uses when none is given.
     default_coupling: ClassVar[float] = 1.0
-    # Whether `_numbers` makes tensors of plain numbers.
-    _derived: ClassVar[bool] = False
+    _derived: ClassVar[bool] = False  # whether `_numbers` makes tensors of plain numbers
     # torch.amp.GradScaler then leaves the scale, and a step that is to be skipped, to the kernel.
     _step_supports_amp_scaling = True
 
@@ -123,7 +120,7 @@ class Optimizer(torch.optim.Optimizer):
                 for param in group["params"]:
                     check_param(type(self).__name__, param, hypers.numbers)
         super().add_param_group(param_group)
-        self.param_groups[-1] = Group(self.param_groups[-1], self, len(self.param_groups) - 1)
+        self.param_groups[-1] = Group(self.param_groups[-1], self)
         self._stepper.stale = True
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -172,11 +169,11 @@ class Optimizer(torch.optim.Optimizer):
             self._stepper = self._new_stepper()
         self._stepper.stale = True
         groups, self.param_groups = self.param_groups, []
-        for row, group in enumerate(groups):
+        for group in groups:
             # A state dict of torch.optim has no coupling; one of an older version may lack other keys.
             decoupled = group.get("decoupled_weight_decay")
             implied = {} if decoupled is None else {"coupling": 0.0 if decoupled else 1.0}
-            self.param_groups.append(Group({**self.defaults, **implied, **group}, self, row))
+            self.param_groups.append(Group({**self.defaults, **implied, **group}, self))
 
     def _written(self, group: Group, key: str, before: Any) -> None:
         """After a write into a param group: send a number to the device; for anything else, mark the stepper stale."""
@@ -245,11 +242,7 @@ def _plain(value: Any) -> bool:
 
 
 def by_name(name: str) -> type[Optimizer]:
-    """The optimizer class of a name in lower case, such as "adamw"; includes the user's classes based on `Optimizer`.
-
-    Raises:
-        ValueError: there is no class of that name.
-    """
+    """The optimizer class, the package's or the user's, of a name in lower case ("adamw"); ValueError if unknown."""
     if name not in _classes:
         raise ValueError(f"unknown optimizer {name!r}; there are {', '.join(sorted(_classes))}")
     return _classes[name]

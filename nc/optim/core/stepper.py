@@ -45,12 +45,9 @@ class Stepper:
         #: Key in `_traced`. A string: Dynamo would make a number symbolic when a second optimizer comes.
         self.name = str(next(_names))
         _traced[self.name] = optimizer
-        #: Whether the next step must call `prepare`.
-        self.stale = True
-        #: Whether the next step is a first one with dampening, which applies only from the second on.
-        self.fresh = False
-        #: Whether a CUDA graph or compiled code reads the numbers on the device, so that `step` may not be called.
-        self.live = False
+        self.stale = True  # the next step must call `prepare`
+        self.fresh = False  # the next step is a first one with dampening, which applies only from the second on
+        self.live = False  # a CUDA graph or compiled code reads the numbers on the device: `step` may not be called
         self.observed: Observed | None = None
         self.numbers = Numbers()
         self._params: list[Tensor] = []  # of all groups
@@ -82,10 +79,9 @@ class Stepper:
         self._params, self._present, self.stale = params, present, True  # until all of it has succeeded
         groups = optimizer.param_groups
         for row, group in enumerate(groups):
-            if isinstance(group, Group):
-                group.row = row
-            else:  # the user's own dict
-                groups[row] = Group(group, optimizer, row)
+            if not isinstance(group, Group):  # the user's own dict
+                groups[row] = group = Group(group, optimizer)
+            group.row = row
         rows = [row for row, group in enumerate(groups) for _ in group["params"]]
         active = [(p, row) for p, row, has_grad in zip(params, rows, present, strict=True) if has_grad]
         self._active = [p for p, _ in active]
