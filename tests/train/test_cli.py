@@ -57,7 +57,7 @@ def test_sweep_reads_a_grid_and_options_replace_its_axes(capsys: pytest.CaptureF
     ("args", "message"),
     [
         (["run", "--lr", "-1"], "run: lr = -1.0: input should be greater than 0"),
-        (["run", "--data", "fashion-mnist"], "--data-dir or NCOLLAPSE_DATA, or let it be fetched with --download"),
+        (["run", "--data", "fashion-mnist"], "--data-dir or NCOLLAPSE_DATA, or fetch it with --download"),
         (["run", "--device", "cuda:99"], "--device cuda:99: "),
         (["run", "--device", "toaster"], "--device toaster: "),
         (["run", "--preset", "demo"], "it has no [run]; presets that do: paper"),
