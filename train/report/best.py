@@ -17,8 +17,7 @@ CHANGES = ("nc0", "nc1", "nc2", "nc3", "nc3_difference", "nc4")
 def best_runs(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
     """Return the best eligible run of each optimizer, in the order of the table of optimizers."""
     eligible = selection.eligible(runs).dropna(subset=[selection.best_by])
-    best = eligible.loc[eligible.groupby("optimizer")[selection.best_by].idxmin()]
-    return in_order(best)
+    return in_order(eligible.loc[eligible.groupby("optimizer")[selection.best_by].idxmin()])
 
 
 def main_table(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
@@ -77,11 +76,8 @@ def decay_view(slug: str, runs: pd.DataFrame, selection: Selection) -> View:
     """Show `nc0_by_decay`."""
     caption = f"Final NC0 as a multiple of its start, over the runs that reached {selection.percent} training accuracy."
     columns = (
-        Column.optimizer(),
-        Column.setting("weight_decay"),
-        Column.setting("coupling"),
-        Column.metric("smallest", "smallest NC0 / start"),
-        Column.metric("largest", "largest NC0 / start"),
+        Column.optimizer(), Column.setting("weight_decay"), Column.setting("coupling"),
+        Column.metric("smallest", "smallest NC0 / start"), Column.metric("largest", "largest NC0 / start"),
         Column.count("runs"),
-    )
+    )  # fmt: skip
     return View(f"decay-{slug}", caption, columns, nc0_by_decay(runs, selection))

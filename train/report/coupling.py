@@ -27,8 +27,7 @@ def interpolations(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
     """
     done = runs[runs.status == "done"]
     done = done.assign(optimizer=done.optimizer.map(FAMILY))
-    done["group"] = alike(done, ignore=("coupling",))
-    done["settings"] = described(done, ignore=("coupling",))
+    done["group"], done["settings"] = alike(done, ["coupling"]), described(done, ["coupling"])
     done["reached"] = done.id.isin(selection.eligible(done).id)
     done = done.drop_duplicates(["group", "coupling"])
     shares = done.groupby("group").coupling.transform("nunique")
@@ -38,22 +37,15 @@ def interpolations(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
 def interpolations_view(slug: str, runs: pd.DataFrame) -> View:
     """Show the rows of `interpolations`."""
     columns = (
-        Column.optimizer(),
-        Column.text("settings"),
-        Column.setting("coupling"),
-        *(Column.metric(name) for name in NC),
-        Column.share("val_accuracy", "val. acc."),
-    )
+        Column.optimizer(), Column.text("settings"), Column.setting("coupling"),
+        *(Column.metric(name) for name in NC), Column.share("val_accuracy", "val. acc."),
+    )  # fmt: skip
     kept = ["optimizer", "settings", "coupling", *NC, "train_accuracy", "val_accuracy", "reached", "id"]
     return View(f"coupling-{slug}", "The runs of the figure.", columns, runs[kept])
 
 
 def metrics_over_coupling(slug: str, runs: pd.DataFrame, names: Sequence[str]) -> Drawing:
-    """Draw final metrics, five at most, over the coupling: a panel per metric, a line per group.
-
-    Args:
-        runs: from `interpolations`.
-    """
+    """Draw final metrics, five at most, over the coupling: a panel per metric, a line per group of `interpolations`."""
     groups = [group for _, group in runs.groupby("group")]
     with_markers = len(groups) <= len(_MARKERS)
     with style.styled():

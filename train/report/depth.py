@@ -10,12 +10,7 @@ BLOCK_METRICS = ("nc1", "nc2")
 
 
 def blocks_at_the_end(best: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
-    """Return a row per run and block, and one for the input of the run's last layer, named "head".
-
-    Args:
-        best: runs, as rows of `load_runs`.
-        layers: the blocks of these runs at their last evaluations.
-    """
+    """Return a row per run of `best` and block, and one for the input of the run's last layer, named "head"."""
     head = best[["id", *BLOCK_METRICS]].rename(columns={"id": "run"})
     head = head.assign(position=layers.groupby("run").position.max().reindex(head.run).to_numpy() + 1, layer="head")
     columns = ["run", "position", "layer", *BLOCK_METRICS]
@@ -32,12 +27,7 @@ def blocks_view(slug: str, rows: pd.DataFrame) -> View:
 
 
 def metrics_over_depth(slug: str, best: pd.DataFrame, rows: pd.DataFrame) -> style.Drawing:
-    """Draw NC1 and NC2 over the blocks, a line per run.
-
-    Args:
-        best: the runs, as rows of `load_runs`.
-        rows: from `blocks_at_the_end`.
-    """
+    """Draw NC1 and NC2 of `blocks_at_the_end` over the blocks, a line per run of `best`."""
     last = int(rows.position.max())
     with style.styled():
         figure, grid = style.panels(1, 2, (7.6, 3.4))

@@ -17,12 +17,7 @@ _STYLES = "Solid: weight decay coupled into the gradient; dashed: decoupled."
 
 
 def nc0_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame) -> style.Drawing:
-    """Draw NC0 over epochs, a line per run, with the exact prediction for SGD and SGDW as circles.
-
-    Args:
-        best: the runs, as rows of `load_runs`.
-        histories: their evaluated epochs, as rows of `load_metrics`.
-    """
+    """Draw NC0 over epochs, a line per run of `best`, with the exact prediction for SGD and SGDW as circles."""
     with style.styled():
         figure, grid = style.panels(1, 1, (7.6, 4.2), margins=(0.65, 0.85, 0.5, 0.1))
         axes: style.Axes = grid[0, 0]
@@ -73,12 +68,7 @@ def _label_ends(axes: "style.Axes", ends: list[tuple[float, str]]) -> None:
 
 
 def nc123_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame, names: Sequence[str]) -> style.Drawing:
-    """Draw the metrics in `names`, of NC1, NC2 and NC3, over epochs: a panel per metric, a line per run.
-
-    Args:
-        best: the runs, as rows of `load_runs`.
-        histories: their evaluated epochs, as rows of `load_metrics`.
-    """
+    """Draw the metrics in `names`, of NC1, NC2 and NC3, over epochs: a panel per metric, a line per run."""
     with style.styled():
         figure, grid = style.panels(1, len(names), (max(4.8, 3.2 * len(names)), 3.4))
         for axes, name in zip(grid[0], names, strict=True):

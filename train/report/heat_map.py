@@ -41,13 +41,7 @@ def cells(runs: pd.DataFrame, axis: str, selection: Selection) -> pd.DataFrame:
 
 
 def heat_maps(slug: str, frame: pd.DataFrame, axis: str, threshold: str) -> style.Drawing:
-    """Draw the cells: a row of maps per optimizer, a column per metric.
-
-    Args:
-        frame: from `cells`.
-        axis: the setting on the vertical axis, a key of `AXES`.
-        threshold: the training accuracy that runs had to reach, as text.
-    """
+    """Draw `cells`: a row of maps per optimizer, a column per metric; the setting `axis` of `AXES` is vertical."""
     blocks = [_Block(name, frame[frame.optimizer == name], axis) for name in tried(frame)]
     metrics = [name for name in NC if frame[name].notna().any()]
     cell = _CELL if all(len(block.decays) <= _NUMBERED for block in blocks) else _BARE
@@ -106,9 +100,8 @@ def _limits(values: "pd.Series[float]", counted: "pd.Series[bool]") -> dict[str,
 def _colour_bar(figure: "style.Figure", axes: "style.Axes", mesh: Any, metric: str, *, log: bool) -> None:
     """Draw the colour bar above a column of maps."""
     place, height = axes.get_position(), figure.get_figheight()
-    bar = figure.colorbar(
-        mesh, cax=figure.add_axes((place.x0, place.y1 + 0.13 / height, place.width, 0.09 / height)), location="top"
-    )
+    place_above = (place.x0, place.y1 + 0.13 / height, place.width, 0.09 / height)
+    bar = figure.colorbar(mesh, cax=figure.add_axes(place_above), location="top")
     assert bar.solids
     bar.solids.set_rasterized(True)
     bar.outline.set_visible(False)
@@ -122,13 +115,9 @@ def _colour_bar(figure: "style.Figure", axes: "style.Axes", mesh: Any, metric: s
 
 
 class _Block:
-    """The cells of an optimizer: the column is 1 wide, rows are 1 high and start at `bottom`.
+    """The cells of an optimizer: the block is 1 wide, and each row of cells 1 high, upwards from `bottom`.
 
-    Attributes:
-        decays: weight decays in order, one per column of cells.
-        rows: values of the other setting in order, one per row of cells.
-        bottom: vertical position of the lower edge, in cells.
-        labelled: whether the weight decays are written below.
+    `decays` and `rows` are the values of weight decay and of the other setting, in order.
     """
 
     def __init__(self, optimizer: str, cells: pd.DataFrame, axis: str) -> None:
@@ -136,7 +125,8 @@ class _Block:
         self.decays, self.rows = np.sort(cells.weight_decay.unique()), np.sort(cells[axis].unique())
         self.column = np.searchsorted(self.decays, cells.weight_decay)
         self.row = np.searchsorted(self.rows, cells[axis])
-        self.bottom, self.labelled = 0.0, True
+        self.bottom = 0.0
+        self.labelled = True  # whether the weight decays are written below
 
     def draw(self, axes: "style.Axes", metric: str, limits: dict[str, Any]) -> Any:
         """Draw colours, hatches, numbers and labels; return the mesh, which the colour bar needs."""

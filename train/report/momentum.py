@@ -23,9 +23,7 @@ def at_equal_loss(runs: pd.DataFrame, results: Results, selection: Selection) ->
     momentum, loss (of the group), epoch, train_loss and NC0–NC3 at that epoch, run.
     """
     eligible = selection.eligible(runs)
-    eligible = eligible.assign(
-        group=alike(eligible, ignore=("momentum",)), settings=described(eligible, ignore=("momentum",))
-    )
+    eligible = eligible.assign(group=alike(eligible, ["momentum"]), settings=described(eligible, ["momentum"]))
     eligible = eligible[eligible.groupby("group").momentum.transform("nunique") > 1]
     lowest = eligible.id.map(results.lowest_loss(eligible.id)).astype(float)
     eligible = eligible.assign(loss=lowest.groupby(eligible.group).transform("max"))
@@ -38,12 +36,8 @@ def at_equal_loss(runs: pd.DataFrame, results: Results, selection: Selection) ->
 def momentum_steps(readings: pd.DataFrame) -> pd.DataFrame:
     """Return the effect of more momentum at equal loss: a row per optimizer and step from one momentum to the next.
 
-    Args:
-        readings: from `at_equal_loss`.
-
-    Returns:
-        Columns: optimizer, lower, higher (momenta), pairs, and for each of NC0–NC3 the median over pairs of its value
-        at the higher momentum divided by that at the lower one.
+    Columns: optimizer, lower, higher (momenta), pairs, and for each of NC0–NC3 the median over pairs of its value
+    at the higher momentum divided by that at the lower one.
     """
     ordered = readings.sort_values(["group", "momentum"])
     before = ordered.groupby("group")[["momentum", *NC]].shift()
@@ -68,11 +62,7 @@ def momentum_view(slug: str, readings: pd.DataFrame) -> View:
 
 
 def metrics_over_momentum(slug: str, readings: pd.DataFrame, names: Sequence[str]) -> style.Drawing:
-    """Draw metrics, four at most, over momentum: a panel per metric, a line per group.
-
-    Args:
-        readings: from `at_equal_loss`.
-    """
+    """Draw metrics, four at most, over momentum: a panel per metric, a line per group of `at_equal_loss`."""
     momenta = np.sort(readings.momentum.unique())
     groups = [group for _, group in readings.groupby("group")]
     few = len(groups) <= _MANY_LINES

@@ -12,13 +12,9 @@ from ncollapse.train.config import FIELDS, RunConfig, make_run
 
 
 def predicted_nc0(row: "pd.Series[Any]") -> NDArray[np.float64] | None:
-    """Return NC0 after each epoch by the exact recursion of the row sum under SGD and SGDW, `[epochs + 1]`.
+    """Return NC0 after each epoch, `[epochs + 1]`, of a row of `load_runs`; None if its rule is not SGD.
 
-    Args:
-        row: a run, as a row of `load_runs`; its NC0 before the first step is where the recursion starts.
-
-    Returns:
-        float64, or None for all other optimizers.
+    The exact recursion of the row sum under SGD and SGDW, from NC0 before the first step.
     """
     settings: dict[str, Any] = {field.name: row[field.name] for field in FIELDS}
     config = make_run({name: None if pd.isna(v) else v for name, v in settings.items()}, "the store")

@@ -17,13 +17,7 @@ from ncollapse.train.results.reader import load_meta, load_runs, load_sessions, 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """A results folder, finished or not.
-
-    Attributes:
-        runs: a row per run, as returned by `ncollapse.train.results.reader.load_runs`.
-        meta: the grid's name and description, the fingerprints of the data, and how the runs are grouped and trained.
-        sessions: each start of the sweep, oldest first.
-    """
+    """A results folder, finished or not: what `load_runs`, `load_meta` and `load_sessions` return, and queries."""
 
     folder: Path
     runs: pd.DataFrame

@@ -44,9 +44,8 @@ def rank_correlations(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
 def correlations_view(slug: str, runs: pd.DataFrame, selection: Selection) -> View:
     """Show `rank_correlations`, a row per optimizer."""
     frame = rank_correlations(runs, selection)
-    wide = frame.pivot(index="optimizer", columns="metric", values="correlation").reset_index()
-    wide["runs"] = wide.optimizer.map(frame.groupby("optimizer").runs.max())
-    wide = wide.set_index("optimizer").loc[list(dict.fromkeys(frame.optimizer))].reset_index()
+    wide = frame.pivot(index="optimizer", columns="metric", values="correlation")
+    wide = wide.join(frame.groupby("optimizer").runs.max()).loc[frame.optimizer.unique()].reset_index()
     columns = (Column.optimizer(), Column.count("runs"), *(Column.metric(name) for name in NC))
     caption = (
         "Spearman's rank correlation of validation accuracy with each metric: −1 where more collapse (a smaller "
@@ -80,16 +79,12 @@ def partial_collapse(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
 def partial_view(slug: str, frame: pd.DataFrame) -> View:
     """Show the rows of `partial_collapse`."""
     columns = (
-        Column.optimizer(),
-        Column.count("runs"),
-        Column.count("good", "NC1, NC2 good"),
-        Column.count("partial", "of these partial"),
-        Column.metric("nc1", "smallest NC1", best=True),
-        Column.metric("nc2", "its NC2"),
-        Column.metric("nc0_over_start", "its NC0 / start"),
-        Column.metric("nc3", "its NC3"),
+        Column.optimizer(), Column.count("runs"),
+        Column.count("good", "NC1, NC2 good"), Column.count("partial", "of these partial"),
+        Column.metric("nc1", "smallest NC1", best=True), Column.metric("nc2", "its NC2"),
+        Column.metric("nc0_over_start", "its NC0 / start"), Column.metric("nc3", "its NC3"),
         Column.text("settings"),
-    )
+    )  # fmt: skip
     caption = (
         "Good: NC1 and NC2 are both in the better half of the runs that reached the threshold. Partial: good runs "
         "whose NC0 did not fall or whose NC3 is in the worse half. The columns on the right describe the run with the "
@@ -136,8 +131,8 @@ def metric_pairs(slug: str, runs: pd.DataFrame, selection: Selection, pairs: Seq
             if not percent:
                 style.scale(axes, "x", done[x])
                 style.scale(axes, "y", done[y])
+            factor = 100 if percent else 1
             for group, look in groups:
-                factor = 100 if percent else 1
                 drawing.points(axes, factor * group[x], factor * group[y], group.id, **look)
             axes.set_xlabel("training accuracy, %" if percent else x.upper())
             axes.set_ylabel("NC4, % of the samples" if percent else y.upper())
@@ -167,9 +162,5 @@ def _groups(runs: pd.DataFrame, selection: Selection) -> list[tuple[pd.DataFrame
 
 def _used(runs: pd.DataFrame) -> list[tuple[str, float]]:
     """Return the optimizers for the legend, once where decay is coupled and once where it is not."""
-    return [
-        (name, float(coupled))
-        for name in tried(runs)
-        for coupled in (True, False)
-        if ((runs.coupling[runs.optimizer == name] > 0) == coupled).any()
-    ]
+    used = set(zip(runs.optimizer, runs.coupling > 0, strict=True))
+    return [(name, float(coupled)) for name in tried(runs) for coupled in (True, False) if (name, coupled) in used]

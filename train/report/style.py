@@ -41,17 +41,13 @@ STYLE: Any = {
 
 @dataclasses.dataclass
 class Drawing:
-    """A figure with its caption.
-
-    Attributes:
-        name: the stem of its files.
-        runs: id of a group of points in the SVG -> the run of each point, in the order in which they are drawn.
-    """
+    """A figure with its caption; `name` is the stem of its files."""
 
     name: str
     caption: str
     figure: "Figure"
     runs: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """Id of a group of points in the SVG -> the run of each point, in the order in which they are drawn."""
 
     def points(self, axes: "Axes", x: Any, y: Any, runs: Iterable[str], **style: Any) -> None:
         """Draw a point per run; leave out points that are not finite, or not positive on a logarithmic axis."""
@@ -79,11 +75,8 @@ def panels(
 ) -> "tuple[Figure, np.ndarray[Any, np.dtype[Any]]]":  # fmt: skip
     """Return an empty figure, and its axes as an array `[rows, columns]`. Lengths are in inches.
 
-    Margins are given, because measuring labels and titles, as matplotlib's layouts do, takes as long as drawing them.
-
-    Args:
-        margins: left, right, bottom, top; `one_legend` adds its own height to the top.
-        gaps: horizontal and vertical, between axes.
+    Margins (left, right, bottom, top) and gaps (horizontal, vertical) are given, because measuring labels and titles,
+    as matplotlib's layouts do, takes as long as drawing them. `one_legend` adds its own height to the top.
     """
     # The object interface draws off screen, whatever backend the user has configured.
     from matplotlib.figure import Figure
@@ -175,13 +168,7 @@ def _power_of_ten(value: float, _: float) -> str:
 def legend_entries(
     axes: "Axes", optimizers: Iterable[tuple[str, float]], *, points: bool = False, hollow: str = ""
 ) -> None:
-    """Add the entries of a legend.
-
-    Args:
-        optimizers: pairs of an optimizer and its coupling.
-        points: whether the figure shows a run as a point, not as a line.
-        hollow: what hollow circles mean; empty: there are none.
-    """
+    """Add an entry per optimizer and coupling, as a point or as a line, and one that says what hollow circles mean."""
     for optimizer, coupling in optimizers:
         point = marker(optimizer, coupling, reached=True) | {"linestyle": "", "alpha": 1}
         axes.plot([], [], label=LABELS[optimizer], **(point if points else line(optimizer, coupling)))

@@ -41,11 +41,9 @@ def print_down(console: Console, view: View, title: str) -> None:
 def print_run(folder: Path, console: Console) -> None:
     """Print every metric of the folder's only run, at its start and its end."""
     run = load_runs(folder).iloc[0]
-    table = Table(
-        "metric", "start", "end", header_style="bold", title=f"{run.model} on {run.data}, {run.epochs} epochs"
-    )
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("metric", header_style="bold", title=f"{run.model} on {run.data}, {run.epochs} epochs")
+    table.add_column("start", justify="right")
+    table.add_column("end", justify="right")
     for name in METRICS:
         table.add_row(name, number(run[f"{name}_start"]), number(run[name]))
     prediction = predicted_nc0(run)
@@ -58,11 +56,6 @@ def print_run(folder: Path, console: Console) -> None:
 
 def _empty_table(title: str, caption: str | None = None) -> Table:
     return Table(
-        title=title,
-        caption=caption,
-        title_justify="left",
-        caption_justify="left",
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
+        title=title, title_justify="left", caption=caption, caption_justify="left",
+        header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
+    )  # fmt: skip

@@ -23,18 +23,12 @@ _SHOWN = 1e-10
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """NC0 under one optimizer.
-
-    Attributes:
-        steps: `[T]`, the recorded steps.
-        nc0: `[T]`, as simulated.
-        prediction: over all steps; None where theory has none.
-    """
+    """NC0 under one optimizer: as simulated, at the recorded steps, and as predicted, over all steps."""
 
     optimizer: str
     coupling: float
-    steps: NDArray[np.int64]
-    nc0: NDArray[np.float64]
+    steps: NDArray[np.int64]  # [T]
+    nc0: NDArray[np.float64]  # [T]
     prediction: "Prediction | None"
 
 

@@ -13,45 +13,35 @@ from ncollapse.train.optimizers import LABELS
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """The content of a cell.
-
-    Attributes:
-        small: a second, smaller line below the text.
-        value: the sort key of the cell, NaN last; None: sort by the text.
-        optimizer: the optimizer whose line (colour, dashes) is drawn beside the text.
-        best: whether the value is the smallest of its column; set only in columns that mark it.
-    """
+    """The content of a cell."""
 
     text: str
     small: str = ""
+    """A second, smaller line below the text."""
     value: float | None = None
+    """The sort key, NaN last; None: sort by the text."""
     optimizer: str = ""
+    """The optimizer whose line (colour, dashes) is drawn beside the text."""
     best: bool = False
+    """Whether the value is the smallest of a column that marks it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A column of a table.
-
-    Attributes:
-        cell: makes the cell from a row of the DataFrame.
-        best: whether the smallest number is marked.
-        words: whether the column holds text, which is aligned to the left.
-    """
+    """A column of a table: `cell` makes a cell from a row of the DataFrame."""
 
     title: str
     cell: Callable[["pd.Series[Any]"], Cell]
     best: bool = False
+    """Whether the smallest number is marked."""
     words: bool = False
+    """Whether the column holds text, which is aligned to the left."""
 
     @classmethod
     def optimizer(cls) -> "Column":
         """Show the optimizer's label, beside its line."""
-        return cls(
-            "optimizer",
-            lambda row: Cell(LABELS.get(row.optimizer, row.optimizer), optimizer=row.optimizer),
-            words=True,
-        )
+        name = "optimizer"
+        return cls(name, lambda row: Cell(LABELS.get(row[name], row[name]), optimizer=row[name]), words=True)
 
     @classmethod
     def text(cls, name: str, title: str = "", *, missing: str = "") -> "Column":

@@ -10,21 +10,9 @@ import pandas as pd
 
 from ncollapse.train.formatting import percentage
 from ncollapse.train.optimizers import LABELS
+from ncollapse.train.report import coupling, depth, epochs, heat_map, momentum, scatter
 from ncollapse.train.report.best import best_runs, main_view
-from ncollapse.train.report.coupling import SHARES, interpolations, interpolations_view, metrics_over_coupling
-from ncollapse.train.report.depth import BLOCK_METRICS, blocks_at_the_end, blocks_view, metrics_over_depth
-from ncollapse.train.report.epochs import nc0_over_epochs, nc123_over_epochs
-from ncollapse.train.report.heat_map import AXES, cells, heat_maps
-from ncollapse.train.report.momentum import at_equal_loss, metrics_over_momentum, momentum_view
 from ncollapse.train.report.queries import Results
-from ncollapse.train.report.scatter import (
-    PARTIAL,
-    accuracy_against_collapse,
-    correlations_view,
-    metric_pairs,
-    partial_collapse,
-    partial_view,
-)
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.style import Drawing
 from ncollapse.train.report.view import View
@@ -36,22 +24,17 @@ LONG = 60
 
 @dataclasses.dataclass
 class Section:
-    """A part of the page.
-
-    Attributes:
-        key: its name in links.
-        text: what it shows, in a sentence or two.
-        lacks: why a table or a figure is missing or incomplete, a sentence each.
-        files: name and content of tables that are written, but are too long for the page.
-    """
+    """A part of the page; `key` is its name in links."""
 
     key: str
     title: str
     text: str = ""
     lacks: list[str] = dataclasses.field(default_factory=list)
+    """Why a table or a figure is missing or incomplete, a sentence each."""
     tables: list[View] = dataclasses.field(default_factory=list)
     drawings: list[Drawing] = dataclasses.field(default_factory=list)
     files: list[tuple[str, pd.DataFrame]] = dataclasses.field(default_factory=list)
+    """Name and content of tables that are written, but are too long for the page."""
 
     def add(self, view: View) -> None:
         """Add a table, or only its file if it is long."""
@@ -74,15 +57,11 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The runs of one model and data set, and their sections.
-
-    Attributes:
-        slug: `title` in the characters that are allowed in names of files and links.
-        runs: rows of `load_runs`.
-    """
+    """The runs of one model and data set, and their sections."""
 
     title: str
     slug: str
+    """The title in the characters that are allowed in names of files and links."""
     runs: pd.DataFrame
     results: Results
     selection: Selection
@@ -118,21 +97,21 @@ class Part:
         if best.empty:
             return section.without(self._none_reached())
         histories = self.results.histories(best.id)
-        section.drawings.append(nc0_over_epochs(self.slug, best, histories))
+        section.drawings.append(epochs.nc0_over_epochs(self.slug, best, histories))
         if shown := _present(histories, ("nc1", "nc2", "nc3")):
-            section.drawings.append(nc123_over_epochs(self.slug, best, histories, shown))
+            section.drawings.append(epochs.nc123_over_epochs(self.slug, best, histories, shown))
         return section.note_undefined(histories, ("nc1", "nc2", "nc3"))
 
     def _heat_maps(self) -> Section:
         section = Section("heat", "Final metrics over weight decay, learning rate and momentum")
         ended = self.runs[self.runs.status.isin(FINISHED)]
-        several = ended.groupby("optimizer")[["weight_decay", *AXES]].nunique().max() > 1
-        for axis, label in AXES.items():
+        several = ended.groupby("optimizer")[["weight_decay", *heat_map.AXES]].nunique().max() > 1
+        for axis, label in heat_map.AXES.items():
             if several[axis] or (axis == "lr" and several.weight_decay):
-                frame = cells(ended, axis, self.selection)
+                frame = heat_map.cells(ended, axis, self.selection)
                 section.files.append((f"heat-{axis}-{self.slug}", frame))
                 if _present(frame, NC):
-                    section.drawings.append(heat_maps(self.slug, frame, axis, self.selection.percent))
+                    section.drawings.append(heat_map.heat_maps(self.slug, frame, axis, self.selection.percent))
             elif several.any():
                 section.without(f"No optimizer has finished runs with more than one {label}.")
         if ended.empty:
@@ -143,20 +122,20 @@ class Part:
 
     def _coupling(self) -> Section:
         section = Section("coupling", "From decoupled to coupled weight decay")
-        runs = interpolations(self.runs, self.selection)
+        runs = coupling.interpolations(self.runs, self.selection)
         shown = _present(runs, (*NC, "val_accuracy"))
         if not shown:
             return section.without(
-                f"No {SHARES} finished runs differ only in the coupled share of their weight decay "
+                f"No {coupling.SHARES} finished runs differ only in the coupled share of their weight decay "
                 "(ncollapse sweep coupling has such runs)."
             )
-        section.drawings.append(metrics_over_coupling(self.slug, runs, shown))
-        section.add(interpolations_view(self.slug, runs))
+        section.drawings.append(coupling.metrics_over_coupling(self.slug, runs, shown))
+        section.add(coupling.interpolations_view(self.slug, runs))
         return section.note_undefined(runs, (*NC, "val_accuracy"))
 
     def _momentum(self) -> Section:
         section = Section("momentum", "Momentum at equal training loss")
-        readings = at_equal_loss(self.runs, self.results, self.selection)
+        readings = momentum.at_equal_loss(self.runs, self.results, self.selection)
         shown = _present(readings, NC)
         if not shown:
             return section.without(
@@ -172,8 +151,8 @@ class Part:
                 " Not every epoch was evaluated, so the training loss where a run is read is up to "
                 f"{below:.2g} times smaller than the loss that it is compared at (--eval-every 1 makes this exact)."
             )
-        section.drawings.append(metrics_over_momentum(self.slug, readings, shown))
-        section.add(momentum_view(self.slug, readings))
+        section.drawings.append(momentum.metrics_over_momentum(self.slug, readings, shown))
+        section.add(momentum.momentum_view(self.slug, readings))
         section.files.append((f"momentum-runs-{self.slug}", readings))
         return section.note_undefined(readings, NC)
 
@@ -185,8 +164,8 @@ class Part:
         if eligible.val_accuracy.isna().all():
             return section.without("The runs have no validation accuracy.")
         if shown := _present(eligible.dropna(subset=["val_accuracy"]), NC):
-            section.drawings.append(accuracy_against_collapse(self.slug, self.runs, self.selection, shown))
-            section.add(correlations_view(self.slug, self.runs, self.selection))
+            section.drawings.append(scatter.accuracy_against_collapse(self.slug, self.runs, self.selection, shown))
+            section.add(scatter.correlations_view(self.slug, self.runs, self.selection))
         return section.note_undefined(eligible, NC)
 
     def _partial(self) -> Section:
@@ -194,11 +173,11 @@ class Part:
         done = self.runs[self.runs.status == "done"]
         if done.empty:
             section.without("No run has ended well yet.")
-        if shown := [pair for pair in PARTIAL if len(_present(done, pair)) == 2]:
-            section.drawings.append(metric_pairs(self.slug, self.runs, self.selection, shown))
-        frame = partial_collapse(self.runs, self.selection)
+        if shown := [pair for pair in scatter.PARTIAL if len(_present(done, pair)) == 2]:
+            section.drawings.append(scatter.metric_pairs(self.slug, self.runs, self.selection, shown))
+        frame = scatter.partial_collapse(self.runs, self.selection)
         if frame.nc1.notna().any():
-            section.add(partial_view(self.slug, frame))
+            section.add(scatter.partial_view(self.slug, frame))
         return section.note_undefined(done, (*NC, "nc4"))
 
     def _layers(self) -> Section:
@@ -207,11 +186,11 @@ class Part:
         blocks = self.results.last_layers(best.id)
         if blocks.empty:
             return section.without(self._none_reached())
-        rows = blocks_at_the_end(best, blocks)
-        if _present(rows, BLOCK_METRICS):
-            section.drawings.append(metrics_over_depth(self.slug, best, rows))
-        section.add(blocks_view(self.slug, rows))
-        return section.note_undefined(rows, BLOCK_METRICS)
+        rows = depth.blocks_at_the_end(best, blocks)
+        if _present(rows, depth.BLOCK_METRICS):
+            section.drawings.append(depth.metrics_over_depth(self.slug, best, rows))
+        section.add(depth.blocks_view(self.slug, rows))
+        return section.note_undefined(rows, depth.BLOCK_METRICS)
 
     def _best_text(self) -> str:
         by, threshold = self.selection.best_by.upper(), self.selection.percent

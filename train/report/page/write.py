@@ -38,12 +38,7 @@ class Picture:
 
 
 def write_report(folder: Path, selection: Selection, console: Console) -> Path:
-    """Print the tables and write figures, tables and `report.html` into a results folder, finished or not.
-
-    Figures are `figures/NAME.png` and `.svg`, tables `tables/NAME.csv`.
-
-    Returns:
-        The page's path.
+    """Print the tables, write `figures/`, `tables/` and `report.html` into a results folder; return the page's path.
 
     Raises:
         UserError: the folder holds no results, or cannot be written to.
@@ -79,11 +74,7 @@ def parts_of(results: Results, selection: Selection) -> list[Part]:
 
 
 def draw(folder: Path, section: Section, numbers: dict[str, int]) -> list[Picture]:
-    """Write the section's figures and tables; return the figures for the page.
-
-    Args:
-        numbers: run -> its number on the page.
-    """
+    """Write the section's figures and tables; return the figures for the page, on which the runs have these numbers."""
     for name, frame in (*section.files, *((view.name, view.frame) for view in section.tables)):
         _write_csv(folder, name, frame)
     pictures = []
@@ -120,21 +111,12 @@ def render(
         _write_csv(folder, view.name, view.frame)
     has_points = any(drawing.runs for _, sections in drawn for section, _ in sections for drawing in section.drawings)
     return environment.get_template("page.html.j2").render(
-        name=results.meta.get("grid", folder.name),
-        description=results.meta.get("description", ""),
-        parts=drawn,
-        inventory=inventory,
-        optimizers=TABLE,
-        families=FAMILY_COLOURS,
-        threshold=selection.percent,
-        counts=runs.status.value_counts().to_dict(),
-        total=len(runs),
-        finished=int(runs.status.isin(FINISHED).sum()),
-        reached=len(selection.eligible(runs)),
-        seconds=duration(float(runs.seconds.sum())),
-        sessions=results.sessions,
-        runs=list(_tooltips(runs)) if has_points else [],
-    )
+        name=results.meta.get("grid", folder.name), description=results.meta.get("description", ""),
+        parts=drawn, inventory=inventory, sessions=results.sessions, runs=list(_tooltips(runs)) if has_points else [],
+        optimizers=TABLE, families=FAMILY_COLOURS, threshold=selection.percent,
+        total=len(runs), counts=runs.status.value_counts().to_dict(), finished=int(runs.status.isin(FINISHED).sum()),
+        reached=len(selection.eligible(runs)), seconds=duration(float(runs.seconds.sum())),
+    )  # fmt: skip
 
 
 def _tooltips(runs: pd.DataFrame) -> Iterable[str]:
