@@ -146,3 +146,10 @@ def test_dir_lists_the_public_names(package: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.split()[0] == "True"
+
+
+def test_contributing_names_files_that_exist() -> None:
+    words = (ROOT / "CONTRIBUTING.md").read_text().split("`")[1::2]
+    paths = [word for word in words if "/" in word and not set(" *~$") & set(word)]
+    assert len(paths) > 20
+    assert [path for path in paths if not (ROOT / path).exists()] == []
