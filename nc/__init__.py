@@ -20,12 +20,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 __all__ = ["ClassStats", "NCCallback", "NCResult", "measure", "metrics", "optim", "ufm"]
 
-_MODULE_OF = {
-    "ClassStats": "stats",
-    "NCCallback": "measurement",
-    "NCResult": "measurement",
-    "measure": "measurement",
-}
+_MODULE_OF = {"ClassStats": "stats", "NCCallback": "measurement", "NCResult": "measurement", "measure": "measurement"}
 
 
 def __getattr__(name: str) -> Any:

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ncollapse import metrics
-from ncollapse.batches import Loader, labelled_batches
-from ncollapse.heads import find_head, find_module
-from ncollapse.hooks import FeatureHooks, Pool, eval_mode
+from ncollapse.forward_passes import Loader, Pool, capture_features, find_module, labelled_batches
 from ncollapse.stats import ClassStats
 
 # The metrics of a layer's features, by the names of `LayerResult`.
@@ -44,20 +42,17 @@ _BYTES_PER_CALL = {"cpu": 2**20, "cuda": 2**26}
 class Measurement:
     """Gather batches and compute NC0–NC4, for one model or R stacked runs.
 
-    NC4 asks which class mean is nearest, and the means are known only after all batches. So the features are kept until
-    then, up to `keep_bytes`; if they take more, NC4 needs a second pass over the same data. With `previous` neither is
-    needed. Nothing waits for a GPU before `end_pass`.
+    For NC4 the features are kept until the class means are known; if they take more than `keep_bytes`, it needs a
+    second pass over the same data. With `previous` neither is needed. Nothing waits for a GPU before `end_pass`.
 
     Args:
         weight: W of the head, `[K, d]`, or `[R, K, d]` of stacked runs. `*` below is R or nothing.
         names: the metrics to compute, of `HEAD_METRICS`.
-        moment: "full" keeps d × d values for the head and each layer; "projected" at most K × K, and needs a second
-            pass.
+        moment: "full" keeps d × d values for the head and each layer. "projected" keeps at most K × K, for wide layers,
+            and needs a second pass.
         previous: `[*, K, d]` float64, class means of an earlier measurement, which NC4 then takes for the nearest mean.
         keep_bytes: the most that the kept features of a run may take, on their device.
-        nan_policy: of values that are NaN or infinite, as in `ClassStats`.
-        name: of the head, for errors and warnings.
-        dtype: of the sums, float32 or float64, as in `ClassStats`.
+        nan_policy, name, dtype: as in `ClassStats`.
 
     Raises:
         ValueError: unknown names, fewer than two classes.
@@ -76,17 +71,10 @@ class Measurement:
     """
 
     def __init__(
-        self,
-        weight: Tensor,
-        names: Collection[str] = HEAD_METRICS,
-        *,
-        moment: Literal["full", "projected"] = "full",
-        previous: Tensor | None = None,
-        keep_bytes: int = 2**30,
-        nan_policy: Literal["raise", "propagate"] = "raise",
-        name: str = "",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+        self, weight: Tensor, names: Collection[str] = HEAD_METRICS, *,
+        moment: Literal["full", "projected"] = "full", previous: Tensor | None = None, keep_bytes: int = 2**30,
+        nan_policy: Literal["raise", "propagate"] = "raise", name: str = "", dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         if not set(names) <= set(HEAD_METRICS):
             raise ValueError(f"Measurement: metrics are {', '.join(HEAD_METRICS)}; got {', '.join(names)}")
         self._weight, self._names, self._moment = weight.detach(), names, moment
@@ -113,9 +101,8 @@ class Measurement:
         """Add a batch.
 
         Args:
-            features: the head's input `[*, B, d]`, any floating dtype.
+            features, labels: of the head's input, as in `ClassStats.update`.
             logits: `[*, B, K]`, bias included; may be None if neither NC4 nor the accuracy is among the names.
-            labels: `[B]` integers in [0, K), shared by stacked runs.
             layers: name -> features `[*, B, d']` of further layers; in every batch the same names.
 
         Raises:
@@ -140,7 +127,14 @@ class Measurement:
         if self._centres is not None:
             self._compare(features, predicted, self._centres)
         elif self._kept is not None:
-            self._keep(features, predicted)
+            features = features.detach()
+            # A view, such as the first token of a sequence, would keep the whole tensor alive.
+            if features.untyped_storage().nbytes() > features.nbytes:
+                features = features.clone()
+            self._kept.append((features, predicted))
+            self._bytes_left -= features.nbytes
+            if self._bytes_left < 0:
+                self._kept = None
 
     def end_pass(self) -> bool:
         """End the first pass over the data; return whether a second is needed, in which the same batches are added."""
@@ -177,9 +171,8 @@ class Measurement:
             values["nc4"] = (self._differ.double() / self._compared).masked_fill(~finite, float("nan"))
         if "train_accuracy" in self._names:
             values["train_accuracy"] = self._correct.double() / self.samples
-        return values, {
-            layer: {name: of(stats) for name, of in _OF_LAYER.items()} for layer, stats in self._layers.items()
-        }
+        layers = {key: {name: of(stats) for name, of in _OF_LAYER.items()} for key, stats in self._layers.items()}
+        return values, layers
 
     def _statistics(self, dim: int, name: str, device: torch.device) -> ClassStats:
         *runs, classes, _ = self._weight.shape
@@ -187,17 +180,6 @@ class Measurement:
             classes, dim, moment="full" if self._moment == "full" else "trace", runs=runs[0] if runs else None,
             nan_policy=self._nan_policy, name=name, device=device, dtype=self._dtype,
         )  # fmt: skip
-
-    def _keep(self, features: Tensor, predicted: Tensor) -> None:
-        assert self._kept is not None
-        features = features.detach()
-        # A view, such as the first token of a sequence, would keep the whole tensor alive.
-        if features.untyped_storage().nbytes() > features.nbytes:
-            features = features.clone()
-        self._bytes_left -= features.nbytes
-        self._kept.append((features, predicted))
-        if self._bytes_left < 0:
-            self._kept = None
 
     def _compare(self, features: Tensor, predicted: Tensor, means: Tensor) -> None:
         """Count the samples whose predicted class is not that of the nearest mean."""
@@ -260,51 +242,41 @@ class NCResult(LayerResult):
 
 
 def measure(
-    model: nn.Module,
-    loader: Loader,
-    *,
-    head: str = "fc",
-    layers: Sequence[str] = (),
-    pool: Pool | None = None,
-    moment: Literal["full", "projected"] = "full",
-    previous: NCResult | None = None,
-    keep_bytes: int = 2**30,
-    nan_policy: Literal["raise", "propagate"] = "raise",
-    batch_size: int = 1024,
-) -> NCResult:
+    model: nn.Module, loader: Loader, *, head: str = "fc", layers: Sequence[str] = (), pool: Pool | None = None,
+    moment: Literal["full", "projected"] = "full", previous: NCResult | None = None, keep_bytes: int = 2**30,
+    nan_policy: Literal["raise", "propagate"] = "raise", batch_size: int = 1024,
+) -> NCResult:  # fmt: skip
     """Measure NC0–NC4 of a classifier on its training data.
 
-    The model runs once over the data, in evaluation mode without gradients. NC4 needs the class means, which are known
-    only after that pass. By default the head's inputs are kept for it (N × d values); if they take more than
-    `keep_bytes`, there is a second forward pass instead. With `previous` neither is needed: NC4 takes the class means
-    of that earlier result, a good approximation if they have hardly moved since. Two passes see the same data only if
-    the loader yields the same data twice, so use it without random augmentation.
+    The model runs once over the data, in evaluation mode without gradients; its modes and hooks are restored, also
+    after an error. For NC4 the head's inputs (N × d values) are kept until the class means are known; if they take more
+    than `keep_bytes`, there is a second forward pass instead. With `previous` NC4 takes the class means of that earlier
+    result, a good approximation if they have hardly moved since. Two passes see the same data only if the loader yields
+    the same data twice, so use it without random augmentation.
 
     Args:
         model: any module; of a compiled one the original runs, since hooks are not part of compiled code.
-        loader: batches, or one pair of tensors (inputs, labels), which is cut into batches. A batch is a pair (inputs,
-            labels `[B]`), where inputs are a tensor, a tuple (positional arguments of the model) or a mapping (keyword
-            arguments); or it is a mapping of keyword arguments and "labels".
+        loader: batches, or one pair of tensors (inputs, labels). A batch is a mapping of the model's keyword arguments
+            and "labels", or a pair (inputs, labels `[B]`), where inputs are a tensor, a tuple (positional arguments) or
+            a mapping (keyword arguments).
         head: name of the last layer, as in `model.named_modules()`: an `nn.Linear` with features `[B, d]` as input.
         layers: names of further layers; NC1 and NC2 of their outputs are measured.
         pool: makes features `[B, d]` of a layer's output. Default: outputs `[B, d]` unchanged, of maps `[B, d, H, W]`
             (or with three dimensions of space) the mean over space, of a tuple the first entry.
-        moment: "full" keeps d × d values for the head and each layer. "projected" keeps at most K × K, for wide layers,
-            and takes a second forward pass.
+        moment, nan_policy: as in `Measurement` and `ClassStats`.
         previous: an earlier result of the same model.
         keep_bytes: the most that the features kept for NC4 may take, on the head's device.
-        nan_policy: of values that are NaN or infinite, as in `ClassStats`: an error, or metrics that are NaN.
         batch_size: of the batches into which a pair of tensors is cut.
 
     Raises:
         ValueError: no module of that name (near matches are listed), an empty loader, labels out of range, features
             that are NaN or not `[B, d]`, fewer than two classes.
         TypeError: the head is not linear, labels are not integers.
-
-    The model's training modes and hooks are restored, also after an error.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    linear = find_head(model, head)
+    linear = find_module(model, head)
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"measure: the head must be an nn.Linear; {head!r} is a {type(linear).__name__}")
     if previous is not None and previous.means.shape != linear.weight.shape:
         raise ValueError(
             f"measure: previous has means {tuple(previous.means.shape)}; the head {head!r} has K × d = "
@@ -318,12 +290,12 @@ def measure(
         nan_policy=nan_policy, name=head,
     )  # fmt: skip
     modules = {name: find_module(model, name) for name in layers}
-    with eval_mode(model), torch.no_grad(), FeatureHooks(linear, modules, pool) as hooks:
+    with torch.no_grad(), capture_features(model, linear, modules, pool) as run:
 
         def add_all() -> None:
             for inputs, labels in labelled_batches(loader, batch_size):
-                features, logits = hooks.forward(model, inputs)
-                measurement.add(features, logits, labels, hooks.features)
+                features, logits, features_of_layers = run(inputs)
+                measurement.add(features, logits, labels, features_of_layers)
 
         add_all()
         if not measurement.samples:
@@ -337,26 +309,23 @@ def measure(
                 )
             else:
                 add_all()
-        values, of_layers = measurement.finish()
-    numbers = _numbers(values)
-    return NCResult(
-        **{name: value for name, value in numbers.items() if name != "degenerate"},
-        degenerate=bool(numbers["degenerate"]),
-        layers={name: LayerResult(**_numbers(of_layer)) for name, of_layer in of_layers.items()},
-        means=measurement.stats.means.cpu(),
-    )
+        values, values_of_layers = measurement.finish()
+    numbers = to_numbers(values)
+    numbers["degenerate"] = bool(numbers["degenerate"])
+    layer_results = {name: LayerResult(**to_numbers(of_layer)) for name, of_layer in values_of_layers.items()}
+    return NCResult(**numbers, layers=layer_results, means=measurement.stats.means.cpu())
 
 
-def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:
+def to_numbers(values: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Convert values `[*]` to numbers, or to lists of the stacked runs, with one wait for the device."""
     return dict(zip(values, torch.stack([value.double() for value in values.values()]).tolist(), strict=True))
 
 
 class NCCallback:
-    """Call `measure` at regular intervals; call this object once per step (or epoch) of a training loop.
+    """Call `measure` at calls 0, `every`, 2 · `every`, … of this object, one per step (or epoch) of a training loop.
 
     Args:
         model, loader, and all options: as for `measure`.
-        every: measure at calls 0, every, 2 · every, …
 
     Attributes:
         history: pairs (number of the call, result).

@@ -1,10 +1,10 @@
 """NC0–NC4: the distance of a classifier's last layer from neural collapse. Each is 0 at collapse.
 
-W is the classifier's weight `[*, K, d]`, h its input features, μ_k the class means, μ_G the mean of the class means and
-M the rows μ_k − μ_G; Σ_W and Σ_B are the covariances within and between classes (`ClassStats`). `*` is nothing, or R
-stacked runs, and each function returns a float64 tensor of shape `[*]`. All arithmetic is float64. A run whose features
-or weights are not finite has NaN metrics. Where features or weights have vanished (`degenerate`) NC1–NC3 are NaN: zero
-would mean perfect collapse.
+W is the classifier's weight `[*, K, d]` of any floating dtype, h its input features, μ_k the class means, μ_G the mean
+of the class means and M the rows μ_k − μ_G; Σ_W and Σ_B are the covariances within and between classes (`ClassStats`).
+`*` is nothing, or R stacked runs, and each function returns a float64 tensor of shape `[*]`. All arithmetic is float64.
+A run whose features or weights are not finite has NaN metrics. Where features or weights have vanished (`degenerate`)
+NC1–NC3 are NaN: zero would mean perfect collapse.
 
 A class without samples is left out, with a warning that names it. `balance` sets the weights of classes of different
 size (`ClassStats.between_cov`): "class", the default, gives each class mean the same weight (Papyan et al.).
@@ -28,7 +28,6 @@ def nc0(weight: Tensor, *, kind: Literal["squared", "norm", "per_class"] = "squa
     """Compute the norm of the row sum of W, which is zero at collapse (arXiv 2602.16642, Proposition 2.1).
 
     Args:
-        weight: W `[*, K, d]`, any floating dtype.
         kind: "squared" is ‖Wᵀ1‖²; "norm" its root, which the result tables of arXiv 2602.16642 most likely hold;
             "per_class" ‖Wᵀ1‖²/K, whose limit under SignGD with decoupled decay λ is (K − 2)²/λ².
     """
@@ -38,19 +37,15 @@ def nc0(weight: Tensor, *, kind: Literal["squared", "norm", "per_class"] = "squa
 
 
 def nc1(
-    stats: ClassStats,
-    *,
-    kind: Literal["pinv", "trace_ratio", "cdnv"] = "pinv",
-    balance: Balance = "class",
+    stats: ClassStats, *, kind: Literal["pinv", "trace_ratio", "cdnv"] = "pinv", balance: Balance = "class",
     per_class: bool = True,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Compute the variability of features within their class, relative to the spread of the class means.
 
     Args:
         kind: "pinv" is tr(Σ_W Σ_B⁺)/K (Papyan et al. 2020), "trace_ratio" tr(Σ_W)/tr(Σ_B) (Tirer et al. 2023), "cdnv"
             the mean over pairs of classes of (tr Σ_i + tr Σ_j)/(2 ‖μ_i − μ_j‖²) (Galanti et al. 2022), which uses
             no balance.
-        balance: as in `ClassStats.between_cov`.
         per_class: for "pinv", divide by K; some published code does not.
 
     Raises:
@@ -71,24 +66,22 @@ def nc1(
         return stats.within_trace() / scaled.square().sum((-2, -1))
     # Σ_B has the eigenvalues λ_i of the K × K matrix scaled scaledᵀ, and from its eigenvectors u_i the eigenvectors
     # v_i = scaledᵀ u_i/√λ_i. So tr(Σ_W Σ_B⁺) = Σ v_iᵀ Σ_W v_i/λ_i needs no d × d pseudo-inverse.
-    not_finite = scaled.isfinite().all(-1).all(-1).logical_not()
+    not_finite = ~_finite(scaled)
     scaled = scaled.nan_to_num(0.0, 0.0, 0.0)
     values, vectors = torch.linalg.eigh(scaled @ scaled.mT)
     # Leave out directions that are only rounding error: the first, since the rows of M sum to zero, and those below the
     # rounding of the matrix or of the means before they were centred.
     values, vectors = values[..., 1:], vectors[..., 1:]
     eps = torch.finfo(values.dtype).eps * max(means.shape[-2:])
-    tiny = torch.maximum(eps * values[..., -1], (eps * _means_norm(stats)).square() / k).unsqueeze(-1)
+    not_centred = stats.means[..., stats.present, :]
+    tiny = torch.maximum(eps * values[..., -1], (eps * _norm(not_centred)).square() / k).unsqueeze(-1)
     variances = (vectors.mT @ stats.within_cov(scaled) @ vectors).diagonal(dim1=-2, dim2=-1)
     value = torch.where(values > tiny, variances / values.square(), 0.0).sum(-1)
     return value.masked_fill(not_finite, float("nan")) / (k if per_class else 1)
 
 
 def nc2(
-    of: ClassStats | Tensor,
-    *,
-    kind: Literal["etf", "equinorm", "equiangularity"] = "etf",
-    balance: Balance = "class",
+    of: ClassStats | Tensor, *, kind: Literal["etf", "equinorm", "equiangularity"] = "etf", balance: Balance = "class"
 ) -> Tensor:
     """Compute the distance from a simplex equiangular tight frame.
 
@@ -97,7 +90,6 @@ def nc2(
             and then takes the place of M below.
         kind: "etf" is ‖MMᵀ/‖MMᵀ‖_F − (I − 11ᵀ/K)/√(K−1)‖_F (Zhu et al. 2021), "equinorm" the coefficient of variation
             of the rows' norms, "equiangularity" the mean over pairs of |cos + 1/(K−1)| (both Papyan et al. 2020).
-        balance: of the class means, as in `ClassStats.centred_means`.
     """
     _check_kind(kind, "etf", "equinorm", "equiangularity")
     if isinstance(of, ClassStats):
@@ -116,21 +108,15 @@ def nc2(
 
 
 def nc3(
-    weight: Tensor,
-    stats: ClassStats,
-    *,
-    kind: Literal["product", "difference"] = "product",
-    balance: Balance = "class",
+    weight: Tensor, stats: ClassStats, *, kind: Literal["product", "difference"] = "product", balance: Balance = "class"
 ) -> Tensor:
     """Compute the distance between the classifier and the centred class means (self-duality).
 
     Args:
-        weight: W `[*, K, d]`, any floating dtype.
         stats: of the head's input.
         kind: "product" is ‖WMᵀ/‖WMᵀ‖_F − (I − 11ᵀ/K)/√(K−1)‖_F (Zhu et al. 2021), "difference"
             ‖W/‖W‖_F − M/‖M‖_F‖_F (Papyan et al. 2020), which the tables of arXiv 2602.16642 most likely hold: their
             NC3 starts at 1.41, as this does.
-        balance: of the class means, as in `ClassStats.centred_means`.
     """
     _check_kind(kind, "product", "difference")
     means = _usable_means(stats, balance, simplex=True)
@@ -138,7 +124,7 @@ def nc3(
     w = w.masked_fill(degenerate(weight, stats)[..., None, None], float("nan"))
     if kind == "product":
         return _etf_distance(w @ means.mT)
-    return (_unit(w) - _unit(means)).flatten(-2).norm(dim=-1)
+    return _norm(_unit(w) - _unit(means))
 
 
 def nc4(features: Tensor, logits: Tensor, stats: ClassStats) -> Tensor:
@@ -154,9 +140,8 @@ def nc4(features: Tensor, logits: Tensor, stats: ClassStats) -> Tensor:
     """
     if features.shape[-2] == 0:
         raise ValueError("nc4 needs at least one sample")
-    means = stats.means
-    differ = (logits.argmax(-1) != nearest_class(features, means)).double().mean(-1)
-    return differ.masked_fill(~(means[..., stats.present, :].isfinite().all(-1).all(-1)), float("nan"))
+    differ = logits.argmax(-1) != nearest_class(features, stats.means)
+    return differ.double().mean(-1).masked_fill(~_finite(stats.means[..., stats.present, :]), float("nan"))
 
 
 def nearest_class(features: Tensor, means: Tensor) -> Tensor:
@@ -187,16 +172,11 @@ def degenerate(weight: Tensor, stats: ClassStats) -> Tensor:
     1e-6, so that the softmax cannot distinguish the classes. Strong decay causes this.
     """
     means = stats.centred_means()
-    return _vanished(stats, means) | ((weight.double() @ means.mT).flatten(-2).norm(dim=-1) < 1e-6)
+    return _vanished(stats, means) | (_norm(weight.double() @ means.mT) < 1e-6)
 
 
 def _vanished(stats: ClassStats, means: Tensor) -> Tensor:
-    return means.flatten(-2).norm(dim=-1) <= torch.finfo(torch.float32).eps * _means_norm(stats)
-
-
-def _means_norm(stats: ClassStats) -> Tensor:
-    """Compute the Frobenius norm of the class means before they are centred, `[*]`."""
-    return stats.means[..., stats.present, :].flatten(-2).norm(dim=-1)
+    return _norm(means) <= torch.finfo(torch.float32).eps * _norm(stats.means[..., stats.present, :])
 
 
 def _usable_means(stats: ClassStats, balance: Balance, *, simplex: bool = False) -> Tensor:
@@ -241,12 +221,20 @@ def _off_diagonal(rows: Tensor) -> Tensor:
     return ~torch.eye(rows.shape[-2], dtype=torch.bool, device=rows.device)
 
 
+def _finite(matrix: Tensor) -> Tensor:
+    return matrix.isfinite().flatten(-2).all(-1)
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    return matrix.flatten(-2).norm(dim=-1)
+
+
 def _unit(matrix: Tensor) -> Tensor:
-    return matrix / matrix.flatten(-2).norm(dim=-1)[..., None, None]
+    return matrix / _norm(matrix)[..., None, None]
 
 
 def _etf_distance(gram: Tensor) -> Tensor:
     """Compute the Frobenius distance of the normalised matrix `[*, K, K]` from the simplex (I − 11ᵀ/K)/√(K−1)."""
     k = gram.shape[-1]
     simplex = (torch.eye(k, dtype=gram.dtype, device=gram.device) - 1 / k) / (k - 1) ** 0.5
-    return (_unit(gram) - simplex).flatten(-2).norm(dim=-1)
+    return _norm(_unit(gram) - simplex)

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ncollapse.kernels.class_stats.op import class_stats_op
 from ncollapse.kernels.class_stats.reference import State
-from ncollapse.moments import all_reduce, merge, within
 
 Moment = Literal["full", "projected", "trace"]
 Balance = Literal["class", "sample", "sample_mean"]
@@ -31,8 +31,8 @@ class ClassStats:
         axes: `[*, m, d]`, directions whose span contains the centred class means, such as the class means of an earlier
             pass; for "projected" only.
         runs: R for stacked runs with features `[R, B, d]`; None for one model with `[B, d]`. `*` below is R or nothing.
-        nan_policy: treatment of a batch with values that are NaN or infinite. "raise": it is refused, with an error
-            that counts them. "propagate": it is added; the results of its run are then NaN.
+        nan_policy: "raise" refuses a batch with values that are NaN or infinite, with an error that counts them.
+            "propagate" adds it; the results of its run are then NaN.
         name: of the layer, for errors and warnings.
         device: of the features.
         dtype: of the sums: float32, or float64 to keep the accuracy of float64 features.
@@ -42,18 +42,10 @@ class ClassStats:
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        dim: int,
-        *,
-        moment: Moment = "full",
-        axes: Tensor | None = None,
-        runs: int | None = None,
-        nan_policy: Literal["raise", "propagate"] = "raise",
-        name: str = "",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
+        self, num_classes: int, dim: int, *, moment: Moment = "full", axes: Tensor | None = None,
+        runs: int | None = None, nan_policy: Literal["raise", "propagate"] = "raise", name: str = "",
+        device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
         if num_classes < 2 or dim < 1 or (runs is not None and runs < 1):
             raise ValueError(
                 f"ClassStats needs num_classes ≥ 2, dim ≥ 1 and runs ≥ 1 or None; got {num_classes}, {dim} and {runs}"
@@ -133,8 +125,9 @@ class ClassStats:
         Raises:
             ValueError: `other` has another shape, moment or axes.
         """
-        if self._kind() != other._kind():
-            raise ValueError(f"{self._label}.merge: cannot add (K, d, R, moment) = {other._kind()} to {self._kind()}")
+        kind, other_kind = ((s.num_classes, s.dim, s.runs, s.moment) for s in (self, other))
+        if kind != other_kind:
+            raise ValueError(f"{self._label}.merge: cannot add (K, d, R, moment) = {other_kind} to {kind}")
         theirs = other._state.to(self.device)
         if self._state.axes is not None and not torch.equal(self._state.axes, theirs.axes):  # type: ignore[arg-type]
             raise ValueError(
@@ -145,16 +138,27 @@ class ClassStats:
     def all_reduce(self, group: Any = None) -> None:
         """Merge the statistics of all processes of a `torch.distributed` group into each of them.
 
-        A class's shift becomes that of the first process that has samples of it; sums are moved there and added in
-        float64. The network carries 2 · K × d values, and for the moment d × d or m × m. All processes must have the
-        same axes.
+        All must have the same axes. A class's shift becomes that of the first process that has samples of it. The
+        network carries 2 · K × d values, and for the moment d × d or m × m.
         """
-        all_reduce(self._state, group)
+        state, rank = self._state, dist.get_rank(group)
+        counts = [torch.empty_like(state.counts) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(counts, state.counts, group=group)
+        owner = (torch.stack(counts) > 0).int().argmax(0)  # argmax gives the first of equal values
+        owned = ((owner == rank) & (state.counts > 0)).unsqueeze(-1)
+        shifts = torch.where(owned, state.shifts.double(), 0.0)
+        dist.all_reduce(shifts, group=group)
+        totals = _totals(moved(state, shifts))
+        for total in totals:
+            dist.all_reduce(total, group=group)
+        for kept, total in zip((state.shifts, *_totals(state)), (shifts, *totals), strict=True):
+            kept.copy_(total)
 
     def reset(self) -> None:
         """Remove all batches; keep the axes."""
-        for tensor in self._tensors(but="axes").values():
-            tensor.zero_()
+        for name, tensor in self._tensors().items():
+            if name != "axes":
+                tensor.zero_()
 
     def to(self, device: torch.device | str) -> "ClassStats":
         """Move the statistics, in place, and return them."""
@@ -172,10 +176,12 @@ class ClassStats:
             ValueError: it is of statistics of another shape or moment; nothing has changed then.
         """
         tensors = self._tensors()
-        if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in state.items()}:
-            raise ValueError(
-                f"{self._label}.load_state_dict: it holds {_shapes(state)}; these statistics hold {_shapes(tensors)}"
-            )
+        theirs, ours = (
+            ", ".join(sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in each.items()))
+            for each in (state, tensors)
+        )
+        if theirs != ours:
+            raise ValueError(f"{self._label}.load_state_dict: it holds {theirs}; these statistics hold {ours}")
         for name, tensor in tensors.items():
             tensor.copy_(state[name])
 
@@ -213,9 +219,8 @@ class ClassStats:
     def centred_means(self, balance: Balance = "class") -> Tensor:
         """Return M, rows μ_k − μ_G of the K' classes with samples, `[*, K', d]` float64.
 
-        Args:
-            balance: "class": μ_G is the mean of the class means (Papyan et al. 2020). "sample", "sample_mean": the mean
-                of all samples. With equal counts they are the same.
+        With balance="class" μ_G is the mean of the class means (Papyan et al. 2020), with "sample" and "sample_mean"
+        that of all samples.
         """
         if balance not in get_args(Balance):
             raise ValueError(f"balance is 'class', 'sample' or 'sample_mean', not {balance!r}")
@@ -226,9 +231,7 @@ class ClassStats:
     def between_cov(self, balance: Balance = "class") -> Tensor:
         """Compute Σ_B = Σ_k w_k (μ_k − μ_G)(μ_k − μ_G)ᵀ over classes with samples, `[*, d, d]` float64.
 
-        Args:
-            balance: "class": w_k = 1/K' and μ_G the mean of the class means (Papyan et al. 2020). "sample": w_k = n_k/N
-                and μ_G the mean of all samples. "sample_mean": w_k = 1/K' and μ_G the mean of all samples.
+        w_k is that of `class_weights` and μ_G that of `centred_means`: with "sample_mean" 1/K' and the samples' mean.
         """
         means = self.centred_means(balance)
         return means.mT @ (self.class_weights(balance).unsqueeze(-1) * means)
@@ -287,16 +290,57 @@ class ClassStats:
         batch = "the batch was" if batches == 1 else f"{batches} batches were"
         raise ValueError(f"{self._label}: {batch} refused, for {' and '.join(reasons)}; the statistics hold all others")
 
-    def _tensors(self, *, but: str = "") -> dict[str, Tensor]:
-        return {n: t for n, t in self._state._asdict().items() if t is not None and n != but}
-
-    def _kind(self) -> tuple[int, int, int | None, str]:
-        return self.num_classes, self.dim, self.runs, self.moment
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self._state._asdict().items() if tensor is not None}
 
     @property
     def _label(self) -> str:
         return f"ClassStats of {self.name!r}" if self.name else "ClassStats"
 
 
-def _shapes(state: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in state.items())
+def moved(state: State, shifts: Tensor) -> State:
+    """Compute the sums about other shifts `[*, K, d]`, in float64; those of a class without samples are zero."""
+    counts, sums = state.counts.double().unsqueeze(-1), state.sums.double()
+    offset = torch.where(counts > 0, state.shifts.double() - shifts.double(), 0.0)
+    squares = state.squares.double() + 2 * (offset * sums).sum(-1) + (counts * offset.square()).sum(-1)
+    scatter = None
+    if state.scatter is not None:
+        z, by = (sums, offset) if state.axes is None else (t @ state.axes.double().mT for t in (sums, offset))
+        cross = z.mT @ by
+        scatter = state.scatter.double() + cross + cross.mT + (counts * by).mT @ by
+    return state._replace(
+        counts=state.counts.clone(), shifts=shifts, sums=sums + counts * offset, squares=squares, scatter=scatter
+    )
+
+
+def _totals(state: State) -> list[Tensor]:
+    """Return the tensors that are added when statistics about the same shifts are merged."""
+    return [t for t in (state.counts, state.sums, state.squares, state.scatter, state.refused) if t is not None]
+
+
+def merge(state: State, other: State) -> None:
+    """Add the sums of `other` in place; both have the same axes and are on one device."""
+    new = (state.counts == 0).unsqueeze(-1)
+    state.shifts.copy_(torch.where(new, other.shifts.to(state.shifts.dtype), state.shifts))
+    for kept, added in zip(_totals(state), _totals(moved(other, state.shifts)), strict=True):
+        kept.copy_(kept + added)  # float64 unless integers
+
+
+def within(state: State, directions: Tensor | None) -> Tensor:
+    """Compute D Σ Dᵀ `[*, n, n]` float64; Σ is the covariance within classes (of the projections if there are axes).
+
+    D are the directions `[*, n, m]` float64; None: the identity. The state must have a scatter.
+    """
+    assert state.scatter is not None
+    # The scatter is symmetric, and only its part on and below the diagonal is valid.
+    lower, sums = state.scatter.double().tril(), state.sums.double()
+    if state.axes is not None:
+        sums = sums @ state.axes.double().mT
+    if directions is None:
+        scatter = lower + lower.tril(-1).mT
+    else:
+        half, diagonal = directions @ lower @ directions.mT, lower.diagonal(dim1=-2, dim2=-1)
+        scatter = half + half.mT - (directions * diagonal.unsqueeze(-2)) @ directions.mT
+        sums = sums @ directions.mT
+    counts = state.counts.double()
+    return (scatter - sums.mT @ (sums / counts.clamp(min=1).unsqueeze(-1))) / counts.sum()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from class_stats_cases import MOMENTS, batch, check, copied, empty, in_float64, same_bits
 from ncollapse.kernels.class_stats.reference import State, class_stats_reference, project_reference
-from ncollapse.moments import merge, moved, within
+from ncollapse.stats import merge, moved, within
 
 
 def defined(state: State, features: Tensor, labels: Tensor) -> State:
@@ -117,9 +117,8 @@ def test_moving_shifts_and_merging_change_rounding_alone(moment: str, runs: int 
         # Sums about different shifts are compared after a move to the same ones.
         of_both = [moved(s, together.shifts) for s in (merged, together)]
         assert torch.equal(of_both[0].counts, together.counts)
-        for ours, theirs, start in zip(
-            *of_both, (None, together.sums, together.squares, together.scatter), strict=True
-        ):
+        for name in ("sums", "squares", "scatter"):
+            ours, theirs, start = (getattr(s, name) for s in (*of_both, together))
             if start is not None:
                 torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-9)
                 torch.testing.assert_close(theirs, start, rtol=1e-11, atol=1e-9)
