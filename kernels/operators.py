@@ -12,8 +12,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: Dtypes of the update kernels, with the numbers by which C++ knows them (`_half.h`).
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# With fewer elements, waking a second thread costs more than it saves.
-_ONE_THREAD = 65536
+_ONE_THREAD = 65536  # with fewer elements, waking a second thread costs more than it saves
 
 # `torch.library.custom_op` would add a Python wrapper that takes longer than a small batch or model.
 _library = torch.library.Library("ncollapse", "DEF")
@@ -21,24 +20,19 @@ _warned: set[str] = set()
 
 
 def register_operator(
-    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], tags: Sequence[torch.Tag] = ()
-) -> Any:
+    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any] = lambda *_: None,
+    tags: Sequence[torch.Tag] = (),
+) -> Any:  # fmt: skip
     """Register `torch.ops.ncollapse.<name>` for all devices, and return it.
 
     Args:
         schema: name, arguments and results, as torch writes them.
-        implementation: the function that runs, whatever the device.
-        fake: the same arguments to results of the same shape, dtype and layout, with any content.
-        tags: what the compiler must know of the operator.
+        fake: the same arguments to results of the same shape, dtype and layout, with any content; by default none.
     """
     name = _library.define(schema, tags=tuple(tags))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ncollapse::{name}", fake, lib=_library)
     return getattr(torch.ops.ncollapse, name).default
-
-
-def no_result(*_: object) -> None:
-    """The fake of an operator that changes its arguments and returns nothing."""
 
 
 def compile_time_constant(function: Function) -> Function:
@@ -53,11 +47,7 @@ def compile_time_constant(function: Function) -> Function:
 
 @compile_time_constant
 def why_no_kernel(device: torch.device, extension: str = "") -> str | None:
-    """The reason why no kernel runs on this device; None if one does.
-
-    Args:
-        extension: name of the compiled module with the kernels for the CPU.
-    """
+    """The reason why no kernel runs on this device; None if one does. On a CPU the compiled `extension` has them."""
     if device.type == "cpu":
         return None if _found(extension) else "the package was installed without a C++ compiler"
     if device.type != "cuda":

@@ -43,6 +43,7 @@ struct Part {
 
 template <class X, class R> INLINE void add_rows(const Batch &b, Part &part) {
   const int64_t dim = b.dim;
+  part.sums.reset(new char[b.classes * dim * sizeof(R)]);
   for (int64_t row = part.start; row < part.stop; ++row) {
     const int64_t k = label_of(b, row);
     const X *__restrict x = row_of<X>(b, part.run, row);
@@ -111,10 +112,32 @@ template <class X, class R> INLINE void map_rows(const Batch &b, const Rows &row
   }
 }
 
+template <class X, class R> void set_shift(const Batch &b, int64_t k, int64_t row) {
+  for (int64_t run = 0; run < b.runs; ++run) {
+    const X *x = row_of<X>(b, run, row);
+    R *shift = shift_of<R>(b, run, k);
+    for (int64_t i = 0; i < b.dim; ++i) shift[i] = get<R>(x, i);
+  }
+}
+
+template <class R>
+void commit(const Batch &b, const std::vector<Part> &parts, unsigned long long sums_at, unsigned long long squares_at) {
+  R *sums = reinterpret_cast<R *>(sums_at), *squares = reinterpret_cast<R *>(squares_at);
+  for (const Part &part : parts)  // in a fixed order, so that the result does not depend on the threads
+    for (int64_t k = 0; k < b.classes; ++k)
+      if (part.seen[k]) {
+        const int64_t index = part.run * b.classes + k;
+        const R *sum = reinterpret_cast<const R *>(part.sums.get()) + k * b.dim;
+        for (int64_t i = 0; i < b.dim; ++i) sums[index * b.dim + i] += sum[i];
+        squares[index] += R(part.squares[k]);
+      }
+}
+
 struct Functions {
   void (*add)(const Batch &, Part &);
   void (*map)(const Batch &, const Rows &);
-  int64_t wide;  // bytes of R
+  void (*set_shift)(const Batch &, int64_t k, int64_t row);
+  void (*commit)(const Batch &, const std::vector<Part> &, unsigned long long sums, unsigned long long squares);
 };
 #define KERNELS(name, X, R)                                                            \
   CLONES void add_##name(const Batch &b, Part &part) { add_rows<X, R>(b, part); }      \
@@ -127,39 +150,13 @@ KERNELS(f32_f64, float, double)
 
 Functions choose(int features, int sums) {
   switch (features * 4 + sums) {
-    case F32 * 4 + F32: return {add_f32, map_f32, 4};
-    case BF16 * 4 + F32: return {add_bf16, map_bf16, 4};
-    case F16 * 4 + F32: return {add_f16, map_f16, 4};
-    case F64 * 4 + F64: return {add_f64, map_f64, 8};
-    case F32 * 4 + F64: return {add_f32_f64, map_f32_f64, 8};
-    default: PyErr_SetString(PyExc_TypeError, "no kernel for these dtypes"); return {nullptr, nullptr, 0};
+    case F32 * 4 + F32: return {add_f32, map_f32, set_shift<float, float>, commit<float>};
+    case BF16 * 4 + F32: return {add_bf16, map_bf16, set_shift<BF16x, float>, commit<float>};
+    case F16 * 4 + F32: return {add_f16, map_f16, set_shift<F16x, float>, commit<float>};
+    case F64 * 4 + F64: return {add_f64, map_f64, set_shift<double, double>, commit<double>};
+    case F32 * 4 + F64: return {add_f32_f64, map_f32_f64, set_shift<float, double>, commit<double>};
+    default: PyErr_SetString(PyExc_TypeError, "no kernel for these dtypes"); return {};
   }
-}
-
-template <class X, class R> void set_shift(const Batch &b, int64_t k, int64_t row) {
-  for (int64_t run = 0; run < b.runs; ++run) {
-    const X *x = row_of<X>(b, run, row);
-    R *shift = shift_of<R>(b, run, k);
-    for (int64_t i = 0; i < b.dim; ++i) shift[i] = get<R>(x, i);
-  }
-}
-void set_shift(const Batch &b, int features, int sums, int64_t k, int64_t row) {
-  if (features == F32 && sums == F32) set_shift<float, float>(b, k, row);
-  if (features == BF16) set_shift<BF16x, float>(b, k, row);
-  if (features == F16) set_shift<F16x, float>(b, k, row);
-  if (features == F64) set_shift<double, double>(b, k, row);
-  if (features == F32 && sums == F64) set_shift<float, double>(b, k, row);
-}
-
-template <class R> void commit(const Batch &b, const std::vector<Part> &parts, R *sums, R *squares) {
-  for (const Part &part : parts)  // in a fixed order, so that the result does not depend on the threads
-    for (int64_t k = 0; k < b.classes; ++k)
-      if (part.seen[k]) {
-        const int64_t index = part.run * b.classes + k;
-        const R *sum = reinterpret_cast<const R *>(part.sums.get()) + k * b.dim;
-        for (int64_t i = 0; i < b.dim; ++i) sums[index * b.dim + i] += sum[i];
-        squares[index] += R(part.squares[k]);
-      }
 }
 
 // The number of parts does not depend on the number of threads, so neither do the sums.
@@ -191,24 +188,20 @@ PyObject *gather(PyObject *, PyObject *args) {
   }
   if (!bad_labels) {
     for (int64_t k = 0; k < b.classes; ++k)
-      if (in_batch[k] && !counts[k]) set_shift(b, features, sums, k, first[k]);
+      if (in_batch[k] && !counts[k]) functions.set_shift(b, k, first[k]);
     const int64_t cuts = std::clamp<int64_t>(b.rows / PART, 1, MOST_PARTS), n_parts = cuts * b.runs;
     std::vector<Part> parts(n_parts);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
     for (int64_t i = 0; i < n_parts; ++i) {
       const int64_t cut = i % cuts;
-      parts[i] = {i / cuts, b.rows * cut / cuts, b.rows * (cut + 1) / cuts, 0,
-                  std::unique_ptr<char[]>(new char[b.classes * b.dim * functions.wide]),
+      parts[i] = {i / cuts, b.rows * cut / cuts, b.rows * (cut + 1) / cuts, 0, nullptr,
                   std::vector<double>(b.classes), std::vector<char>(b.classes)};
       functions.add(b, parts[i]);
     }
     for (const Part &part : parts) bad_values += part.not_finite;
     if (propagate || !bad_values) {
       for (int64_t k = 0; k < b.classes; ++k) counts[k] += in_batch[k];
-      if (sums == F64)
-        commit(b, parts, reinterpret_cast<double *>(sums_at), reinterpret_cast<double *>(squares_at));
-      else
-        commit(b, parts, reinterpret_cast<float *>(sums_at), reinterpret_cast<float *>(squares_at));
+      functions.commit(b, parts, sums_at, squares_at);
     }
   }
   Py_END_ALLOW_THREADS;

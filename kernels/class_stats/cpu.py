@@ -10,13 +10,9 @@ EXTENSION = "ncollapse.kernels.class_stats._cpu"
 # Dtypes of features and sums for which there is a kernel.
 _PAIRS = {(x, torch.float32) for x in (torch.float32, torch.bfloat16, torch.float16)}
 _PAIRS |= {(x, torch.float64) for x in (torch.float64, torch.float32)}
-# Rows of centred features per matrix product: few enough to stay in the caches until the product reads them.
-_ROWS = 2048
-# Rows per block of a second moment. Only the part on and below the diagonal is computed, half the work; narrower blocks
-# are slow.
-_BLOCK = 256
-# With more axes a matrix product is faster than the loop over the axes.
-_MOST_AXES = 32
+_ROWS = 2048  # centred features per matrix product: few enough to stay in the caches until the product reads them
+_BLOCK = 256  # rows per block of a second moment; narrower blocks are slow
+_MOST_AXES = 32  # with more, a matrix product is faster than the loop over the axes
 
 
 def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -> None:
@@ -25,18 +21,13 @@ def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -
 
     features = _dense(features, state.shifts.dtype)
     bad_labels, bad_values = _cpu.gather(
-        *_batch(features, labels, state.shifts),
-        state.counts.data_ptr(),
-        state.sums.data_ptr(),
-        state.squares.data_ptr(),
-        propagate,
-        *_settings(features, state.shifts),
-    )
+        *_batch(features, labels, state.shifts), state.counts.data_ptr(), state.sums.data_ptr(),
+        state.squares.data_ptr(), propagate, *_settings(features, state.shifts),
+    )  # fmt: skip
     if bad_labels or (bad_values and not propagate):
         state.refused.add_(torch.tensor([1, bad_labels, bad_values]))
     elif state.scatter is not None and labels.numel():
-        for start in range(0, len(labels), _ROWS):
-            rows, row_labels = features[..., start : start + _ROWS, :], labels[start : start + _ROWS]
+        for rows, row_labels in zip(features.split(_ROWS, -2), labels.split(_ROWS), strict=True):
             if state.axes is None:
                 _add_moment(state.scatter, centre(rows, row_labels, state.shifts))
             else:
@@ -70,7 +61,7 @@ def _map(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor | None) 
 
 
 def _add_moment(scatter: Tensor, z: Tensor) -> None:
-    """scatter += zᵀz on and below the diagonal, one block row at a time."""
+    """scatter += zᵀz on and below the diagonal alone, which is half the work, one block row at a time."""
     d = z.shape[-1]
     step = _BLOCK if d >= 2 * _BLOCK else d
     for s, x in zip(scatter, z, strict=True) if z.dim() == 3 else ((scatter, z),):
@@ -87,11 +78,9 @@ def _dense(features: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _batch(features: Tensor, labels: Tensor, shifts: Tensor) -> tuple[int, int, int, int, int, int, int, int, int]:
-    runs = features.shape[0] if features.dim() == 3 else 1
-    run_stride = features.stride(0) if features.dim() == 3 else 0
-    rows, dim = features.shape[-2:]
+    runs, run_stride = (features.shape[0], features.stride(0)) if features.dim() == 3 else (1, 0)
     addresses = features.data_ptr(), labels.data_ptr(), shifts.data_ptr()
-    return *addresses, runs, rows, dim, run_stride, features.stride(-2), shifts.shape[-2]
+    return *addresses, runs, *features.shape[-2:], run_stride, features.stride(-2), shifts.shape[-2]
 
 
 def _settings(features: Tensor, shifts: Tensor) -> tuple[int, int, int]:

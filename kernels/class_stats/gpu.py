@@ -15,26 +15,15 @@ import torch
 import triton
 from torch import Tensor
 
-from ncollapse.kernels.class_stats.gpu_kernels import (
-    add_moment_kernel,
-    commit_kernel,
-    gather_kernel,
-    labels_kernel,
-    project_kernel,
-    shifts_kernel,
-    split_kernel,
-)
+from ncollapse.kernels.class_stats import gpu_kernels as kernels
 from ncollapse.kernels.class_stats.reference import State
 from ncollapse.kernels.operators import multiprocessors
 
-#: Labels per program, and classes per iteration.
-LABELS, CLASSES = 256, 32
-#: Samples and features of a tile; the most classes per program.
-ROWS, COLUMNS, MOST_CLASSES = 32, 64, 128
+LABELS, CLASSES = 256, 32  # labels per program, classes per iteration
+ROWS, COLUMNS, MOST_CLASSES = 32, 64, 128  # samples and features of a tile; the most classes per program
 #: For every launch. Fused multiply-add is allowed: the reference does not fix how products and sums are rounded.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-#: Programs per multiprocessor for sums.
-PROGRAMS = 4
+PROGRAMS = 4  # per multiprocessor, for sums
 #: Features per iteration of a projection; elements per program or iteration of an addition.
 STEP, BLOCK = 32, 1024
 #: Parts of a batch loaded at once, and elements per program, when the parts are added: loading part by part would wait
@@ -55,13 +44,12 @@ def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -
         return
     with torch.cuda.device_of(features):  # Triton launches on the current device
         runs, *strides = _runs_and_strides(features)
-        rows, dim = features.shape[-2:]
-        classes = len(state.counts)
+        (rows, dim), classes = features.shape[-2:], len(state.counts)
         batch = torch.zeros(2 * classes + 2, dtype=torch.int32, device=features.device)
-        labels_kernel[(triton.cdiv(rows, LABELS),)](labels, rows, classes, batch, LABELS, CLASSES, **OPTIONS)
-        shifts_kernel[(classes, runs)](
+        kernels.labels_kernel[(triton.cdiv(rows, LABELS),)](labels, rows, classes, batch, LABELS, CLASSES, **OPTIONS)
+        kernels.shifts_kernel[(classes, runs)](
             features, *strides, rows, dim, classes, state.counts, batch, state.shifts, BLOCK, **OPTIONS
-        )  # fmt: skip
+        )
         classes_each = min(MOST_CLASSES, max(16, triton.next_power_of_2(classes)))
         blocks, columns = triton.cdiv(classes, classes_each), triton.cdiv(dim, COLUMNS)
         wanted = PROGRAMS * multiprocessors(features.device)
@@ -70,11 +58,11 @@ def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -
         parts = triton.cdiv(rows, rows_each)
         sums = features.new_empty(parts, runs, classes, dim, dtype=torch.float32)
         squares = features.new_empty(parts, columns, runs, classes, dtype=torch.float32)
-        gather_kernel[(columns, parts, runs * blocks)](
+        kernels.gather_kernel[(columns, parts, runs * blocks)](
             features, *strides, labels, state.shifts, rows, rows_each, dim, classes, blocks, sums, squares, batch,
             ROWS, COLUMNS, classes_each, **gather_options(classes_each),
         )  # fmt: skip
-        commit_kernel[(triton.cdiv(classes * dim, ADDED) + triton.cdiv(classes, ADDED), runs)](
+        kernels.commit_kernel[(triton.cdiv(classes * dim, ADDED) + triton.cdiv(classes, ADDED), runs)](
             sums, squares, batch, parts, parts * columns, dim, classes,
             state.counts, state.sums, state.squares, state.refused, propagate, PARTS, ADDED, **OPTIONS,
         )  # fmt: skip
@@ -97,7 +85,7 @@ def project(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor) -> T
     if out.numel():
         axes_each = min(64, max(16, triton.next_power_of_2(n_axes)))
         with torch.cuda.device_of(features):
-            project_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(n_axes, axes_each), runs)](
+            kernels.project_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(n_axes, axes_each), runs)](
                 features, *strides, labels, shifts, rows, dim, classes, axes, n_axes, out,
                 ROWS, STEP, axes_each, **OPTIONS,
             )  # fmt: skip
@@ -111,22 +99,21 @@ def _moment(features: Tensor, labels: Tensor, state: State, batch: Tensor, propa
     for start in range(0, rows, PRODUCT * PRODUCTS):
         products = min(PRODUCTS, triton.cdiv(rows - start, product))
         halves = features.new_empty(runs * products, product, 2 * dim, dtype=torch.bfloat16)
-        split_kernel[(triton.cdiv(dim, COLUMNS), triton.cdiv(products * product, ROWS), runs)](
+        kernels.split_kernel[(triton.cdiv(dim, COLUMNS), triton.cdiv(products * product, ROWS), runs)](
             features, *strides, labels, state.shifts, start, rows, dim, classes, halves, products * product,
             ROWS, COLUMNS, **OPTIONS,
         )  # fmt: skip
         high, low = halves[..., :dim].mT, halves[..., dim:]
         highs, lows = _product(high, halves), _product(low.mT, low)
-        add_moment_kernel[(triton.cdiv(dim * dim, BLOCK), runs)](
+        kernels.add_moment_kernel[(triton.cdiv(dim * dim, BLOCK), runs)](
             highs, lows, products, dim, batch, classes, state.scatter, propagate, BLOCK, **OPTIONS
-        )  # fmt: skip
+        )
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """Batched product of bfloat16 matrices, in float32."""
-    if a.is_cuda:
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()  # in Triton's interpreter
+    # Without CUDA, in Triton's interpreter.
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def _runs_and_strides(features: Tensor) -> tuple[int, int, int, int]:

@@ -14,11 +14,9 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["rows"])
 def labels_kernel(labels_ptr, rows, classes, batch_ptr, LABELS: tl.constexpr, CLASSES: tl.constexpr):
-    """Count classes and wrong labels into `batch`: a program does LABELS labels, CLASSES classes per iteration.
+    """Count classes and wrong labels: a program does LABELS labels, CLASSES classes per iteration.
 
-    Args:
-        labels_ptr: `[rows]` int64.
-        batch_ptr: `[2 K + 2]` int32; all but the last number are updated.
+    `labels` is `[rows]`; all but the last number of `batch` are updated.
     """
     # 1. Count the labels that are out of range.
     index = tl.program_id(0) * LABELS + tl.arange(0, LABELS)
@@ -44,10 +42,7 @@ def shifts_kernel(
 ):  # fmt: skip
     """Set the shift of each new class to its first sample: a program does one class of one run.
 
-    Args:
-        counts_ptr: `[K]` int64; 0 for a class without samples before this batch.
-        batch_ptr: `[2 K + 2]` int32, from `labels_kernel`.
-        shifts_ptr: `[R, K, d]` float32; the rows of new classes are written.
+    `batch` comes from `labels_kernel`; `counts` is 0 for a class without samples before. Writes `shifts`.
     """
     k, run = tl.program_id(0), tl.program_id(1).to(tl.int64)
     from_end = tl.load(batch_ptr + classes + k)
@@ -160,8 +155,7 @@ def commit_kernel(
     Program (i, r) adds BLOCK elements for run r: the first ⌈K·d / BLOCK⌉ programs sums, the others squares and counts.
 
     Args:
-        part_sums_ptr: `[parts, R, K, d]` float32.
-        part_squares_ptr: `[squared_parts, R, K]` float32.
+        part_sums_ptr, part_squares_ptr: `[parts, R, K, d]` and `[squared_parts, R, K]` float32.
         counts_ptr, sums_ptr, squares_ptr: the statistics, updated.
         refused_ptr: `[3]` int64, updated: refused batches, their wrong labels, their values that are not finite.
         PROPAGATE: whether to accept values that are not finite.
@@ -203,12 +197,10 @@ def split_kernel(
     features_ptr, stride_run, stride_row, stride_column, labels_ptr, shifts_ptr, start, rows, dim, classes,
     out_ptr, out_rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Split centred values into two bfloat16 numbers, high + low.
+    """Split centred values into two bfloat16 numbers, high + low; 0 after the last sample.
 
-    Program (c, b, r) does COLUMNS features of ROWS samples of run r, counted from sample `start`.
-
-    Args:
-        out_ptr: `[R, out_rows, 2, d]` bfloat16, written: high and low; 0 after the last sample.
+    Program (c, b, r) does COLUMNS features of ROWS samples of run r, counted from sample `start`. `out` is
+    `[R, out_rows, 2, d]` bfloat16.
     """
     run = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -231,12 +223,8 @@ def add_moment_kernel(
 ):  # fmt: skip
     """scatter += Σ (HᵀH + HᵀL + LᵀH + LᵀL) over the products, if the batch is not refused.
 
-    Program (i, r) does BLOCK elements of run r.
-
-    Args:
-        highs_ptr: `[R, products, d, 2 d]` float32: HᵀH and HᵀL, side by side.
-        lows_ptr: `[R, products, d, d]` float32: LᵀL.
-        scatter_ptr: `[R, d, d]` float32, updated.
+    Program (i, r) does BLOCK elements of run r. All in float32: `highs` `[R, products, d, 2 d]` holds HᵀH and HᵀL side
+    by side, `lows` `[R, products, d, d]` LᵀL; `scatter` is `[R, d, d]`.
     """
     run = tl.program_id(1).to(tl.int64)
     refused = tl.load(batch_ptr + 2 * classes) > 0
@@ -264,9 +252,7 @@ def project_kernel(
 ):  # fmt: skip
     """axes · (h − s_y): program (b, a, r) computes AXES axes of ROWS samples of run r, STEP features per iteration.
 
-    Args:
-        axes_ptr: `[R, n_axes, d]` float32.
-        out_ptr: `[R, B, n_axes]` float32, written; 0 for a wrong label.
+    `axes` is `[R, n_axes, d]`, `out` `[R, B, n_axes]`, both float32; 0 for a wrong label.
     """
     run = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)

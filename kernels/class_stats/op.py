@@ -16,17 +16,9 @@ def why_no_kernel(device: torch.device, dtype: torch.dtype = torch.float32) -> s
 
 
 def _class_stats(
-    features: Tensor,
-    labels: Tensor,
-    counts: Tensor,
-    shifts: Tensor,
-    sums: Tensor,
-    squares: Tensor,
-    scatter: Tensor | None,
-    axes: Tensor | None,
-    refused: Tensor,
-    propagate: bool,
-) -> None:
+    features: Tensor, labels: Tensor, counts: Tensor, shifts: Tensor, sums: Tensor, squares: Tensor,
+    scatter: Tensor | None, axes: Tensor | None, refused: Tensor, propagate: bool,
+) -> None:  # fmt: skip
     state = State(counts, shifts, sums, squares, scatter, axes, refused)
     if reason := why_no_kernel(features.device, shifts.dtype):
         operators.warn_once("gathers class statistics", reason)
@@ -51,16 +43,12 @@ def _project(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor) -> 
     return gpu.project(features, labels, shifts, axes)
 
 
-def _fake_project(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor) -> Tensor:
-    return shifts.new_empty(*features.shape[:-1], axes.shape[-2])
-
-
 class_stats_op = operators.register_operator(
     "class_stats(Tensor features, Tensor labels, Tensor(a!) counts, Tensor(b!) shifts, Tensor(c!) sums, "
     "Tensor(d!) squares, Tensor(e!)? scatter, Tensor? axes, Tensor(f!) refused, bool propagate) -> ()",
     _class_stats,
-    operators.no_result,
 )
 project_op = operators.register_operator(
-    "project(Tensor features, Tensor labels, Tensor shifts, Tensor axes) -> Tensor", _project, _fake_project
-)
+    "project(Tensor features, Tensor labels, Tensor shifts, Tensor axes) -> Tensor",
+    _project, lambda features, _, shifts, axes: shifts.new_empty(*features.shape[:-1], axes.shape[-2]),
+)  # fmt: skip

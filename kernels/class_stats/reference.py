@@ -22,8 +22,7 @@ class State(NamedTuple):
         scatter: `[*, m, m]` like shifts: with z = h − s_y, or z = axes · (h − s_y) if there are axes, Σ zzᵀ over all
             samples. Only the elements on and below the diagonal are valid. None: not kept.
         axes: `[*, m, d]` like shifts, the directions in which the scatter is kept; None: all (m = d).
-        refused: `[3]` int64: the number of refused batches, of labels out of range in them, and of values that are not
-            finite.
+        refused: `[3]` int64, counts: refused batches, their labels out of range, their values that are not finite.
     """
 
     counts: Tensor
@@ -36,16 +35,9 @@ class State(NamedTuple):
 
     @classmethod
     def empty(
-        cls,
-        classes: int,
-        dim: int,
-        *,
-        runs: int | None = None,
-        scatter: bool = True,
-        axes: Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> "State":
+        cls, classes: int, dim: int, *, runs: int | None = None, scatter: bool = True, axes: Tensor | None = None,
+        dtype: torch.dtype = torch.float32, device: torch.device | str | None = None,
+    ) -> "State":  # fmt: skip
         """Statistics of no samples; `dtype` is that of the sums, to which axes are converted."""
         lead = () if runs is None else (runs,)
 
@@ -78,7 +70,7 @@ def class_stats_reference(features: Tensor, labels: Tensor, state: State, propag
         propagate: accept values that are not finite; the statistics of their run then become NaN.
     """
     counts, shifts, sums, squares, scatter, axes, refused = state
-    k = counts.shape[0]
+    k = len(counts)
     bad_labels = int(((labels < 0) | (labels >= k)).sum())
     bad_values = 0 if propagate else int(features.isfinite().logical_not().sum())
     if bad_labels or bad_values:
@@ -108,12 +100,5 @@ def centre_reference(features: Tensor, labels: Tensor, shifts: Tensor) -> Tensor
 
 
 def project_reference(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor) -> Tensor:
-    """axes · (h − s_y), `[*, B, m]` in the dtype of the shifts.
-
-    Args:
-        features: `[*, B, d]`, any floating dtype.
-        labels: `[B]` int64 in [0, K).
-        shifts: `[*, K, d]` float32 or float64.
-        axes: `[*, m, d]` like shifts.
-    """
+    """axes · (h − s_y), `[*, B, m]` in the dtype of the shifts `[*, K, d]` and of the axes `[*, m, d]`."""
     return centre_reference(features, labels, shifts) @ axes.mT

@@ -18,16 +18,12 @@ def _cross_entropy_grad_kernel(
     logits_ptr, stride_run, stride_sample, stride_class, labels_ptr, label_stride_run, label_stride_sample,
     rows, batch, classes, out_ptr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """(softmax(logits) − one-hot(labels)) / batch.
-
-    A program computes ROWS whole rows, a row being one sample of one run.
+    """(softmax(logits) − one-hot(labels)) / batch: a program computes ROWS rows, a row being one sample of one run.
 
     Args:
-        logits_ptr: `[R, B, K]` float32, with the strides given.
-        labels_ptr: `[R, B]` int64, with the strides given.
-        rows, batch, classes: R·B, B, K.
+        logits_ptr, labels_ptr: `[R, B, K]` float32 and `[R, B]` int64, with the strides given.
+        rows, batch, classes: R·B, B, K; CLASSES is the power of two that holds K.
         out_ptr: `[R, B, K]` float32, contiguous.
-        CLASSES: the power of two that holds K.
     """
     # 1. Load the logits and the labels.
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -49,17 +45,12 @@ def _cross_entropy_grad_kernel(
     tl.store(out, grad / batch.to(tl.float32), mask=inside)
 
 
-def padded_classes(classes: int) -> int:
-    """The smallest power of two that holds the classes."""
-    return 1 << (classes - 1).bit_length()
-
-
 def launch_cross_entropy_grad(logits: Tensor, labels: Tensor, out: Tensor) -> None:
     """Write the gradient into `out`, contiguous, like the logits `[R, B, K]` float32; labels `[R, B]` int64."""
     runs, batch, classes = logits.shape
     if not logits.numel():
         return
-    padded = padded_classes(classes)
+    padded = 1 << (classes - 1).bit_length()  # the next power of two
     rows = BLOCK // padded
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         _cross_entropy_grad_kernel[(-(-runs * batch // rows),)](

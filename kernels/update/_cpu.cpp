@@ -9,8 +9,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "../_half.h"
@@ -133,37 +131,36 @@ INLINE bool chunk(const Row &row, const Hyper &h, const float *scale, int64_t st
     case SGD:
       row.first ? loop<SGD, true, EXTRA, P, G>(row, s, start, end, norms)
                 : loop<SGD, false, EXTRA, P, G>(row, s, start, end, norms);
-      return true;
+      break;
     case SIGNUM:
       row.first ? loop<SIGNUM, true, EXTRA, P, G>(row, s, start, end, norms)
                 : loop<SIGNUM, false, EXTRA, P, G>(row, s, start, end, norms);
-      return true;
+      break;
     case ADAM:
       loop<ADAM, true, EXTRA, P, G>(row, s, start, end, norms);
-      return true;
+      break;
     case LION:
       loop<LION, true, EXTRA, P, G>(row, s, start, end, norms);
-      return true;
+      break;
     default:
       return false;
   }
+  return true;
 }
 
 using Function = bool (*)(const Row &, const Hyper &, const float *, int64_t, int64_t, double *);
-#define CHUNK(name, P, G, R)                                                                                           \
+#define CHUNK(name, EXTRA, P, G, R)                                                                                    \
   CLONES bool name(const Row &r, const Hyper &h, const float *s, int64_t a, int64_t b, double *n) {                    \
-    return chunk<false, P, G, R>(r, h, s, a, b, n);                                                                    \
-  }                                                                                                                    \
-  CLONES bool name##_extra(const Row &r, const Hyper &h, const float *s, int64_t a, int64_t b, double *n) {            \
-    return chunk<true, P, G, R>(r, h, s, a, b, n);                                                                     \
+    return chunk<EXTRA, P, G, R>(r, h, s, a, b, n);                                                                    \
   }
-CHUNK(f32, float, float, float)
-CHUNK(f32_bf16, float, BF16x, float)
-CHUNK(f64, double, double, double)
-CHUNK(bf16, BF16x, BF16x, float)
-CHUNK(bf16_f32, BF16x, float, float)
-CHUNK(f16, F16x, F16x, float)
-CHUNK(f16_f32, F16x, float, float)
+#define CHUNKS(name, P, G, R) CHUNK(name, false, P, G, R) CHUNK(name##_extra, true, P, G, R)
+CHUNKS(f32, float, float, float)
+CHUNKS(f32_bf16, float, BF16x, float)
+CHUNKS(f64, double, double, double)
+CHUNKS(bf16, BF16x, BF16x, float)
+CHUNKS(bf16_f32, BF16x, float, float)
+CHUNKS(f16, F16x, F16x, float)
+CHUNKS(f16_f32, F16x, float, float)
 
 Function choose(int param, int grad, bool extra) {
   switch (param * 4 + grad) {
@@ -192,10 +189,7 @@ PyObject *update(PyObject *, PyObject *args) {
   const auto *scale = reinterpret_cast<const float *>(scale_at);
   auto *norms = reinterpret_cast<double *>(norms_at);
   const Function function = choose(param, grad, extra);
-  if (!function) {
-    PyErr_SetString(PyExc_TypeError, "no kernel for these dtypes");
-    return nullptr;
-  }
+  if (!function) return PyErr_Format(PyExc_TypeError, "no kernel for these dtypes");
   int64_t unknown = 0;
   Py_BEGIN_ALLOW_THREADS;
   std::vector<double> partial(2 * n);
@@ -217,10 +211,7 @@ PyObject *update(PyObject *, PyObject *args) {
     for (int64_t i = 0; i < n; ++i)
       for (int k = 0; k < 2; ++k) norms[2 * tensors[chunks[i].row].run + k] += partial[2 * i + k];
   Py_END_ALLOW_THREADS;
-  if (unknown) {
-    PyErr_SetString(PyExc_ValueError, "the update kernel does not know a rule number of the table");
-    return nullptr;
-  }
+  if (unknown) return PyErr_Format(PyExc_ValueError, "the update kernel does not know a rule number of the table");
   Py_RETURN_NONE;
 }
 

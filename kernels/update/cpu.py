@@ -34,10 +34,7 @@ if why_no_kernel(torch.device("cpu"), EXTENSION) is None:
 
 
 def launch_update(table: Table, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    """Take one step of every parameter in the table.
-
-    Args:
-        grad_scale, found_inf: as in `update_reference`.
+    """Take one step of every parameter in the table; `grad_scale` and `found_inf` as in `update_reference`.
 
     Raises:
         ValueError: the table holds the number of a rule without a kernel.
@@ -46,20 +43,10 @@ def launch_update(table: Table, grad_scale: Tensor | None, found_inf: Tensor | N
         return
     scale = None if grad_scale is None else grad_scale.float()
     norms = table.norms
+    extra = scale is not None or norms is not None or table.row_sum is not None or table.has_copies
     _cpu.update(
-        table.tensors.data_ptr(),
-        table.chunks.data_ptr(),
-        table.programs,
-        CHUNK,
-        table.hypers.table.data_ptr(),
-        table.steps.data_ptr(),
-        table.counts,
-        0 if scale is None else scale.data_ptr(),
-        scale is not None or norms is not None or table.row_sum is not None or table.has_copies,
-        0 if norms is None else norms.data_ptr(),
-        table.add,
-        0 if norms is None else len(norms),
-        DTYPE_CODES[table.param],
-        DTYPE_CODES[table.grad],
-        cpu_threads(table.elements),
-    )
+        table.tensors.data_ptr(), table.chunks.data_ptr(), table.programs, CHUNK, table.hypers.table.data_ptr(),
+        table.steps.data_ptr(), table.counts, 0 if scale is None else scale.data_ptr(), extra,
+        0 if norms is None else norms.data_ptr(), table.add, 0 if norms is None else len(norms),
+        DTYPE_CODES[table.param], DTYPE_CODES[table.grad], cpu_threads(table.elements),
+    )  # fmt: skip

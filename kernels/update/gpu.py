@@ -22,7 +22,7 @@ from ncollapse.kernels.update.table import Col, Table
 # the kernel needs 40 (SGD) to 80 (Adam) registers on sm_90; 1,024 would double the loads in flight, with 53 to 125.
 BLOCK, CHUNK, WARPS = 512, 4096, 4
 
-# The layout of the table, as compile-time constants.
+# The layout of the table, as compile-time constants; the numbers of a set in the order of HYPERS.
 _PARAM, _GRAD = tl.constexpr(Col.PARAM.value), tl.constexpr(Col.GRAD.value)
 _FIRST, _SECOND = tl.constexpr(Col.FIRST.value), tl.constexpr(Col.SECOND.value)
 _STEP, _COPY = tl.constexpr(Col.STEP.value), tl.constexpr(Col.COPY.value)
@@ -34,9 +34,7 @@ _WIDE, _CODE = tl.constexpr(layout.WIDE), tl.constexpr(layout.CODE)
 _RULE_MASK = tl.constexpr(layout.RULE_MASK)
 _MAXIMIZE, _NESTEROV = tl.constexpr(layout.MAXIMIZE), tl.constexpr(layout.NESTEROV)
 _ALIGNED, _FRESH = tl.constexpr(layout.ALIGNED), tl.constexpr(layout.FRESH)
-_LR, _DECAY, _COUPLING, _BETA1, _BETA2, _EPS = (
-    tl.constexpr(layout.HYPERS.index(name)) for name in ("lr", "weight_decay", "coupling", "beta1", "beta2", "eps")
-)
+_LR, _DECAY, _COUPLING, _BETA1, _BETA2, _EPS = map(tl.constexpr, range(len(layout.HYPERS)))
 
 
 def block_size(param: torch.dtype) -> int:
@@ -76,13 +74,11 @@ def _update_kernel(
     whose row sum is wanted. The last program to finish counts the step and sums the norms.
 
     Args:
-        tensors_ptr: `[rows, len(Col)]` int64, addresses, sizes and flags of each parameter or run (`table.py`).
-        chunks_ptr: `[programs, 2]` int64, the row of each program and its first element.
-        hypers_ptr: `[sets, HYPER_COLUMNS]` int64, addresses of hyperparameters, and the code of the rule.
+        tensors_ptr, chunks_ptr, hypers_ptr: `[rows, len(Col)]`, `[programs, 2]` and `[sets, HYPER_COLUMNS]` int64, as
+            `table.py` describes them.
         steps_ptr: `[n_steps]` int64, addresses of the float32 counts of steps.
         arrived_ptr: `[1]` int32, the number of programs that have finished; 0 before and after the launch.
-        scale_ptr: `[1]` float32, divides the gradients, if HAS_SCALE.
-        inf_ptr: `[1]` float32, not 0 to change nothing, if HAS_INF.
+        scale_ptr, inf_ptr: `[1]` float32, read with HAS_SCALE, HAS_INF: divides the gradients; not 0: change nothing.
         partial_ptr: `[programs, 2]` float32, each program's squared norms of gradient and change, if HAS_NORMS.
         norms_ptr: `[n_runs, 2]` float64, their sums for each run; with ADD, added to the values there.
         PARAM, GRAD, REAL: dtypes of parameters and gradients; of states and arithmetic.
@@ -97,7 +93,6 @@ def _update_kernel(
     first, second = tl.load(row + _FIRST), tl.load(row + _SECOND)
     numel, hyper, flags = tl.load(row + _NUMEL), tl.load(row + _HYPER), tl.load(row + _FLAGS)
     copy = tl.load(row + _COPY)
-
     # 2. Compute the scalars in float64, as the reference does, and round them once.
     wide = tl.load(hypers_ptr + hyper * _HYPER_COLUMNS + _WIDE)
     code = tl.load(hypers_ptr + hyper * _HYPER_COLUMNS + _CODE)
@@ -119,7 +114,6 @@ def _update_kernel(
             root = 1.0 / tl.sqrt(1.0 - tl.exp(t * tl.log(beta2)))
     rate, root = rate.to(REAL), root.to(REAL)
     b1, b1c, b2, b2c = beta1.to(REAL), (1.0 - beta1).to(REAL), beta2.to(REAL), (1.0 - beta2).to(REAL)
-
     # 3. Set the range of the loop: blocks of the chunk, or the K rows of a block of columns.
     rounds, stride, end = CHUNK // BLOCK, tl.full((), BLOCK, tl.int64), numel
     pitch = tl.full((), 0, tl.int64)
@@ -135,7 +129,6 @@ def _update_kernel(
     scale = tl.full((), 1.0, REAL)
     if HAS_SCALE:
         scale = tl.load(scale_ptr).to(REAL)
-
     # 4. Update block by block.
     lanes = tl.arange(0, BLOCK)
     grad_square, change_square = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -158,7 +151,6 @@ def _update_kernel(
                 damp, nesterov, grad_square, change_square, total,
                 PARAM, GRAD, REAL, RULE, HAS_SCALE, HAS_COPY, HAS_NORMS, HAS_SUMS,
             )  # fmt: skip
-
     # 5. Store the row sum and the partial norms.
     if HAS_SUMS:  # noqa: SIM102 (the outer condition is a compile-time constant)
         if (pitch != 0) & (skip == 0):
@@ -192,7 +184,6 @@ def _block(
 
     Args:
         param, grad, first, second, copy: addresses of the tensors; 0 for those that the parameter lacks.
-        lanes: `[BLOCK]` int32, 0 … BLOCK − 1.
         rule … nesterov: scalars of the parameter, REAL unless integer or boolean.
         grad_square, change_square: `[BLOCK]` float32, sums of squares so far.
         total: `[BLOCK]` float64 with HAS_SUMS, the sums of the columns so far.
@@ -279,39 +270,21 @@ class Scratch:
 def launch_update(table: Table, scratch: Scratch, grad_scale: Tensor | None, found_inf: Tensor | None) -> Any:
     """Take one step of every parameter in the table, in one launch, without synchronising.
 
-    Args:
-        grad_scale, found_inf: float32, 0-d or `[1]`, on the table's device; as in `update_reference`.
+    `grad_scale` and `found_inf` are float32, 0-d or `[1]`, on the table's device; as in `update_reference`.
     """
     if table.device.type == "cuda" and table.device.index != torch.cuda.current_device():
         with torch.cuda.device(table.device):  # Triton launches on the current device
             return launch_update(table, scratch, grad_scale, found_inf)
     norms, unused = table.norms, table.tensors
     return _update_kernel[(table.programs,)](
-        table.tensors,
-        table.chunks,
-        table.hypers.table,
-        table.steps,
-        table.counts,
-        scratch.arrived,
-        unused if grad_scale is None else grad_scale,
-        unused if found_inf is None else found_inf,
-        scratch.partial,
-        unused if norms is None else norms,
-        0 if norms is None else len(norms),
-        PARAM=_TYPES[table.param],
-        GRAD=_TYPES[table.grad],
-        REAL=_TYPES[torch.float64 if table.param == torch.float64 else torch.float32],
-        RULE=table.hypers.rule,
-        HAS_SCALE=grad_scale is not None,
-        HAS_INF=found_inf is not None,
-        HAS_COPY=table.has_copies,
-        HAS_NORMS=norms is not None,
-        ADD=table.add,
-        HAS_SUMS=table.row_sum is not None,
-        HAS_STEPS=table.counts > 0,
-        BLOCK=block_size(table.param),
-        CHUNK=CHUNK,
-        num_warps=WARPS,
+        table.tensors, table.chunks, table.hypers.table, table.steps, table.counts, scratch.arrived,
+        unused if grad_scale is None else grad_scale, unused if found_inf is None else found_inf,
+        scratch.partial, unused if norms is None else norms, 0 if norms is None else len(norms),
+        PARAM=_TYPES[table.param], GRAD=_TYPES[table.grad],
+        REAL=_TYPES[torch.float64 if table.param == torch.float64 else torch.float32], RULE=table.hypers.rule,
+        HAS_SCALE=grad_scale is not None, HAS_INF=found_inf is not None, HAS_COPY=table.has_copies,
+        HAS_NORMS=norms is not None, ADD=table.add, HAS_SUMS=table.row_sum is not None, HAS_STEPS=table.counts > 0,
+        BLOCK=block_size(table.param), CHUNK=CHUNK, num_warps=WARPS,
         # Round products and sums separately, as the reference does; the kernel is bound by memory anyway.
         enable_fp_fusion=False,
-    )
+    )  # fmt: skip

@@ -7,11 +7,8 @@ from ncollapse.kernels.update.reference import declared
 from ncollapse.kernels.update.table import MIXED as _MIXED
 
 # The numbers of the rules in the table.
-SGD: tl.constexpr = tl.constexpr(declared("sgd").kernel)
-SIGNUM: tl.constexpr = tl.constexpr(declared("signum").kernel)
-ADAM: tl.constexpr = tl.constexpr(declared("adam").kernel)
-LION: tl.constexpr = tl.constexpr(declared("lion").kernel)
-MIXED: tl.constexpr = tl.constexpr(_MIXED)
+SGD, SIGNUM, ADAM, LION = (tl.constexpr(declared(rule).kernel) for rule in ("sgd", "signum", "adam", "lion"))
+MIXED = tl.constexpr(_MIXED)
 
 
 @triton.jit
@@ -59,11 +56,10 @@ def _lion(g, m, b1, b1c, b2, b2c):
 
 @triton.jit
 def direction(rule, g, m, v, b1, b1c, b2, b2c, root, eps, damp, nesterov, RULE: tl.constexpr):
-    """The direction and the new states of a block.
+    """The direction and the new states of a block, all `[BLOCK]`, from g and the states m and v.
 
     Args:
         rule: the rule's number; if all rows have one rule, the constant RULE, so that only its branch is compiled.
-        g, m, v: `[BLOCK]`, the gradient plus the coupled decay, and the states.
         RULE: the rule of all rows, or MIXED; an unknown one is an error when compiling. (Rows of a rule without a
             kernel never reach the table: `launch` hands their parameters to the reference.)
     """

@@ -13,12 +13,8 @@ from ncollapse.kernels.update import cpu
 from ncollapse.kernels.update.reference import declared, update_reference
 from ncollapse.kernels.update.table import HyperTable, Lists, Table
 
-# Dtypes that gradients may have other than the parameter's own.
-_GRADS = {
-    torch.float32: (torch.bfloat16,),
-    torch.bfloat16: (torch.float32,),
-    torch.float16: (torch.float32,),
-}
+# The dtype that gradients may have other than the parameter's own.
+_GRADS = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 
 def why_no_kernel(device: torch.device) -> str | None:
@@ -63,13 +59,9 @@ class Update:
         return sum(bucket.table is not None for bucket in self._buckets)
 
     def step(
-        self,
-        params: list[Tensor],
-        grads: list[Tensor],
-        lists: Callable[[], Lists],
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> None:
+        self, params: list[Tensor], grads: list[Tensor], lists: Callable[[], Lists],
+        grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Take one step, in place.
 
         Args:
@@ -102,13 +94,9 @@ class Update:
                     self._seen = None  # the replay fills the table, not the capture: the next step fills it again
 
     def _point(
-        self,
-        lists: Callable[[], Lists],
-        params: list[Tensor],
-        grads: list[Tensor],
-        pointers: list[int],
-        grad_pointers: list[int],
-    ) -> None:
+        self, lists: Callable[[], Lists], params: list[Tensor], grads: list[Tensor],
+        pointers: list[int], grad_pointers: list[int],
+    ) -> None:  # fmt: skip
         layout = [(p.dtype, p.stride(), g.dtype, g.stride()) for p, g in zip(params, grads, strict=True)]
         if layout != self._layout:
             self._plan(lists(), grads)
@@ -145,9 +133,8 @@ class Update:
                 raise ValueError(f"a parameter lacks the states that the rule {name} needs")
             if reason is None and rule.kernel is None:
                 reason = f"there is no kernel for the rule {name}"
-        if reason is None and (
-            param.dtype not in operators.DTYPE_CODES or grad.dtype not in (param.dtype, *_GRADS.get(param.dtype, ()))
-        ):
+        allowed = param.dtype, _GRADS.get(param.dtype)
+        if reason is None and (param.dtype not in operators.DTYPE_CODES or grad.dtype not in allowed):
             reason = f"there is no kernel for {param.dtype} parameters with {grad.dtype} gradients"
         if reason is None and not lists.fits(i, grad, len(names)):
             reason = "a parameter, its gradient or its state is not dense in memory, or their layouts differ"

@@ -6,14 +6,14 @@ tensors, declares which of them it changes, and builds or finds the table when i
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ncollapse.kernels.operators import no_result, register_operator
+from ncollapse.kernels.operators import register_operator
 from ncollapse.kernels.update.launch import Update
 from ncollapse.kernels.update.reference import Slot
 from ncollapse.kernels.update.table import Extras, HyperTable, Lists
@@ -36,25 +36,11 @@ _captured: list[Update] = []
 
 
 def _update(
-    params: list[Tensor],
-    grads: list[Tensor],
-    firsts: list[Tensor],
-    seconds: list[Tensor],
-    steps: list[Tensor],
-    copies: list[Tensor],
-    norms: Tensor | None,
-    row_sum: Tensor | None,
-    values: list[Tensor],
-    live: list[Tensor],
-    live_places: list[int],
-    codes: list[int],
-    runs: list[int],
-    sets: list[int],
-    parts: list[int],
-    head: int,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+    params: list[Tensor], grads: list[Tensor], firsts: list[Tensor], seconds: list[Tensor], steps: list[Tensor],
+    copies: list[Tensor], norms: Tensor | None, row_sum: Tensor | None, values: list[Tensor], live: list[Tensor],
+    live_places: list[int], codes: list[int], runs: list[int], sets: list[int], parts: list[int], head: int,
+    grad_scale: Tensor | None, found_inf: Tensor | None,
+) -> None:  # fmt: skip
     outputs = [t for t in (norms, row_sum) if t is not None]
     pointers = (t.data_ptr() for ts in (params, firsts, seconds, steps, copies, values, live, outputs) for t in ts)
     # Another model may have had the same addresses before: shapes and dtypes distinguish them.
@@ -72,28 +58,18 @@ def _update(
         _captured.append(update)
 
     def lists() -> Lists:
-        return _lists(params, firsts, seconds, steps, copies, sets, parts, Extras((), norms, False, head, row_sum))
+        spread = (_spread(t, parts, bit) for t, bit in ((firsts, FIRST), (seconds, SECOND), (steps, STEP)))
+        slots = [Slot(f, s, t, bool(p & FRESH)) for f, s, t, p in zip(*spread, parts, strict=True)]
+        extras = Extras(_spread(copies, parts, COPY) if copies else (), norms, False, head, row_sum)
+        return Lists(params, slots, sets, extras)
 
     update.step(params, grads, lists, grad_scale, found_inf)
 
 
-def _lists(
-    params: list[Tensor],
-    firsts: list[Tensor],
-    seconds: list[Tensor],
-    steps: list[Tensor],
-    copies: list[Tensor],
-    sets: list[int],
-    parts: list[int],
-    extras: Extras,
-) -> Lists:
-    def take(tensors: Iterator[Tensor], part: int, bit: int) -> Tensor | None:
-        return next(tensors) if part & bit else None
-
-    f, s, t, c = iter(firsts), iter(seconds), iter(steps), iter(copies)
-    slots = [Slot(take(f, p, FIRST), take(s, p, SECOND), take(t, p, STEP), bool(p & FRESH)) for p in parts]
-    extras.copies = [take(c, p, COPY) for p in parts] if copies else ()
-    return Lists(params, slots, sets, extras)
+def _spread(tensors: list[Tensor], parts: list[int], bit: int) -> list[Tensor | None]:
+    """One entry per parameter: the next tensor where its bit is set, else None."""
+    left = iter(tensors)
+    return [next(left) if part & bit else None for part in parts]
 
 
 def _hyper_table(values: Tensor, live: Sequence[Tensor], places: Sequence[int], codes: list[list[int]]) -> HyperTable:
@@ -106,7 +82,6 @@ update_op = register_operator(
     "Tensor(e!)[] copies, Tensor(f!)? norms, Tensor(g!)? row_sum, Tensor[] values, Tensor[] live, int[] live_places, "
     "int[] codes, int[] runs, int[] sets, int[] parts, int head, Tensor? grad_scale, Tensor? found_inf) -> ()",
     _update,
-    no_result,
     # Inductor's CUDA graphs would report the tables, which outlive a call, as a memory leak.
     tags=(torch.Tag.cudagraph_unsafe,),
 )

@@ -177,15 +177,9 @@ def _one(rule: str, param: Tensor, grad: Tensor, slot: Slot, h: Settings, scale:
 
 @torch.no_grad()
 def update_reference(
-    rule: str | Sequence[str],
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    slots: Sequence[Slot],
-    settings: Settings,
-    *,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
+    rule: str | Sequence[str], params: Sequence[Tensor], grads: Sequence[Tensor], slots: Sequence[Slot],
+    settings: Settings, *, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
+) -> None:  # fmt: skip
     """`W ← (1 − η(1 − c)λ)W − η·direction(∇L + cλW)`, in place, for lists of equal length; `RULES` has the directions.
 
     Args:

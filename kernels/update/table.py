@@ -13,7 +13,7 @@ compares them with those compiled into the C++ kernel.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
@@ -44,18 +44,9 @@ _SPARES = 32
 class Col(IntEnum):
     """Columns of the table `tensors`."""
 
-    PARAM = 0
-    GRAD = 1
-    FIRST = 2
-    SECOND = 3
-    STEP = 4
-    COPY = 5
-    NUMEL = 6
-    HYPER = 7
-    FLAGS = 8
-    RUN = 9
-    PITCH = 10  # d of the classifier [K, d] whose row sum is wanted; 0 for other parameters
-    SUMS = 11  # address of the row sum
+    PARAM, GRAD, FIRST, SECOND, STEP, COPY = range(6)  # addresses
+    NUMEL, HYPER, FLAGS, RUN = range(6, 10)
+    PITCH, SUMS = 10, 11  # of the classifier [K, d] whose row sum is wanted: d, and the sum's address; else 0
 
 
 def _rule_number(rule: str) -> int:
@@ -122,7 +113,7 @@ class HyperTable:
 
 @dataclass
 class Extras:
-    """What a step computes beside the update, in the same pass. All on one device, allocated by the caller.
+    """What a step computes beside the update, in the same pass; on one device, allocated by the caller.
 
     Attributes:
         copies: for each parameter, a bfloat16 tensor of its layout for a copy of the new weights, or None.
@@ -159,31 +150,19 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 @dataclass
 class Lists:
-    """The tensors of an update beside its gradients, in parallel lists.
+    """The tensors of an update beside its gradients, in parallel lists."""
 
-    Attributes:
-        params: W, on any devices, of any floating dtypes and layouts.
-        slots: their states.
-        sets: for each parameter, the index of its set of hyperparameters.
-        extras: what else a step computes.
-    """
-
-    params: list[Tensor]
+    params: list[Tensor]  # W, on any devices, of any floating dtypes and layouts
     slots: list[Slot]
-    sets: list[int]
+    sets: list[int]  # for each parameter, the index of its set of hyperparameters
     extras: Extras = field(default_factory=Extras)
 
     def part(self, indices: list[int], add: bool) -> "Lists":
         """The lists of some of the parameters; `add` as in `Extras`."""
         extras = self.extras
         head = indices.index(extras.head) if extras.head in indices else -1
-        extras = replace(
-            extras,
-            copies=[extras.copies[i] for i in indices] if extras.copies else (),
-            add=add,
-            head=head,
-            row_sum=extras.row_sum if head >= 0 else None,
-        )
+        copies = [extras.copies[i] for i in indices] if extras.copies else ()
+        extras = Extras(copies, extras.norms, add, head, extras.row_sum if head >= 0 else None)
         return Lists(
             [self.params[i] for i in indices], [self.slots[i] for i in indices], [self.sets[i] for i in indices], extras
         )
@@ -192,18 +171,12 @@ class Lists:
         """Whether parameter i, its gradient, states and copy are dense and alike in memory, as the kernels need."""
         param, slot = self.params[i], self.slots[i]
         copy = self.extras.copies[i] if self.extras.copies else None
-        state = [t for t in (slot.first, slot.second) if t is not None]
+        alike = all(same_layout(param, t) for t in (grad, slot.first, slot.second, copy) if t is not None)
+        typed = all(t.dtype == compute_dtype(param) for t in (slot.first, slot.second) if t is not None)
         # Runs must be contiguous in memory, and so must the rows of a classifier.
         split = runs == 1 or param.numel() == 0 or param.stride(0) == param.numel() // runs
         rows = i != self.extras.head or param.is_contiguous()
-        others = [grad, *state] if copy is None else [grad, *state, copy]
-        return (
-            dense(param)
-            and split
-            and rows
-            and all(same_layout(param, t) for t in others)
-            and all(t.dtype == compute_dtype(param) for t in state)
-        )
+        return dense(param) and split and rows and alike and typed
 
 
 class Table:
@@ -221,9 +194,8 @@ class Table:
         # Keep addresses, not tensors: a table must not keep a model alive.
         first, extras = lists.params[0], lists.extras
         self.param, self.grad, self.hypers = first.dtype, grad, hypers
-        self.norms, self.add, self.row_sum = extras.norms, extras.add, extras.row_sum
+        self.device, self.norms, self.add, self.row_sum = first.device, extras.norms, extras.add, extras.row_sum
         self.has_copies = any(copy is not None for copy in extras.copies)
-        self.device = first.device
         runs = np.array([len(hypers.codes[s]) for s in lists.sets], dtype=np.int64)
         # One row per parameter, or per run of a stacked parameter: the index of its parameter, and its run.
         self._param = np.repeat(np.arange(len(runs)), runs)
@@ -244,15 +216,10 @@ class Table:
         self._rows = rows
         state = compute_dtype(first).itemsize
         self._offsets = (numel * run)[:, None] * np.array([first.itemsize, grad.itemsize, state, state, 0, 2])
-        copies = extras.copies or [None] * len(lists.params)
-        self._fixed = np.array(
-            [
-                (0, 0, _address(s.first), _address(s.second), _address(s.step), _address(c))
-                for s, c in zip(lists.slots, copies, strict=True)
-            ],
-            dtype=np.int64,
-        )
         self.elements = int(numel.sum())
+        copies = extras.copies or [None] * len(lists.params)
+        fixed = ((None, None, s.first, s.second, s.step, c) for s, c in zip(lists.slots, copies, strict=True))
+        self._fixed = np.array([[0 if t is None else t.data_ptr() for t in row] for row in fixed], dtype=np.int64)
         chunks = _cut(spans, np.where(rows[:, Col.PITCH] > 0, block, chunk))
         self.programs = len(chunks)
         self.chunks = upload(chunks, self.device)
@@ -293,10 +260,6 @@ class Table:
         # A replay copies the table again, so its source must not change.
         self._captured.append(self._spares.pop())
         return upload(rows, self.device, self._captured[-1])
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _cut(spans: Rows, sizes: Rows) -> Rows:
