@@ -57,10 +57,10 @@ def test_side_by_side_and_killed_the_results_are_those_of_one_process(
 ) -> None:
     """A killed worker costs only the time since its last checkpoint."""
     run_sweep(small_grid, tmp_path / "one", stack=3, save_weights=True)
-    real, killed = processes.ProcessPool.run, []
+    real, killed = ThisMachine.run, []
 
     def killing(
-        self: processes.ProcessPool, next_stack: Callable[[], PlannedStack | None]
+        self: ThisMachine, next_stack: Callable[[], PlannedStack | None]
     ) -> Iterator[tuple[PlannedStack, Message]]:
         for number, item in enumerate(real(self, next_stack)):
             yield item
@@ -69,7 +69,7 @@ def test_side_by_side_and_killed_the_results_are_those_of_one_process(
                 victim.kill()
                 killed.append(victim)
 
-    monkeypatch.setattr(processes.ProcessPool, "run", killing)
+    monkeypatch.setattr(ThisMachine, "run", killing)
     pooled(small_grid, tmp_path / "two", quiet, stack=3, save_weights=True, checkpoint_minutes=0)
     assert len(killed) == 2
     assert_same(tmp_path / "one", tmp_path / "two")

@@ -5,19 +5,16 @@ import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ncollapse.train.config import ALONE, RunConfig
+from ncollapse.train.config import RunConfig
 from ncollapse.train.optimizers import TABLE
 
 T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True)
 class StackKey:
-    """The settings that all runs of a stack have in common; they may differ in all others.
-
-    Attributes:
-        own_family: the family of the runs' optimizers, if it trains in stacks of its own; else None.
-    """
+    """The settings that all runs of a stack have in common; they may differ in all others."""
 
     model: str
     data: str
@@ -27,7 +24,7 @@ class StackKey:
     precision: str = "fp32"
     augment: str = "none"
     layers: str = "head"
-    own_family: str | None = None
+    own_family: str | None = None  # of the optimizers, if this family trains in stacks of its own
 
     @staticmethod
     def of(run: RunConfig) -> "StackKey":
@@ -45,36 +42,28 @@ class StackKey:
             settings["own_family"] = flags[0] if flags else None
         return StackKey(**settings)
 
-    @property
-    def max_runs(self) -> int | None:
-        """The largest number of runs that can train as one program; None: any number."""
-        return 1 if self.model in ALONE else None
-
     def __str__(self) -> str:
-        parts = [f"{self.model} on {self.data}", f"batches of {self.batch_size}"]
-        if self.width:
-            parts.append(f"width {self.width}")
-        if self.limit:
-            parts.append(f"first {self.limit} samples")
-        if self.precision != "fp32":
-            parts.append(self.precision)
-        if self.augment != "none":
-            parts.append(self.augment)
-        if self.layers == "all":
-            parts.append("all layers")
-        if self.own_family:
-            parts.append(self.own_family)
-        return ", ".join(parts)
+        parts = [
+            f"{self.model} on {self.data}",
+            f"batches of {self.batch_size}",
+            f"width {self.width}" if self.width else "",
+            f"first {self.limit} samples" if self.limit else "",
+            self.precision if self.precision != "fp32" else "",
+            self.augment if self.augment != "none" else "",
+            "all layers" if self.layers == "all" else "",
+            self.own_family or "",
+        ]
+        return ", ".join(filter(None, parts))
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(StackKey))
 
 
-def runs_by_key(runs: Iterable[RunConfig]) -> dict[StackKey, list[RunConfig]]:
-    """Group runs by their key, in order."""
-    groups: dict[StackKey, list[RunConfig]] = {}
-    for run in runs:
-        groups.setdefault(StackKey.of(run), []).append(run)
+def group(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Group items by a key, in order."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups
 
 
@@ -86,7 +75,7 @@ def make_stacks(runs: Iterable[RunConfig], size: Callable[[StackKey], int], work
     multiple of `workers`.
     """
     stacks = []
-    for key, members in runs_by_key(runs).items():
+    for key, members in group(runs, StackKey.of).items():
         ordered = _spread(sorted(members, key=lambda run: run.id), lambda run: run.optimizer)
         count = -(-len(ordered) // size(key))
         count = min(-(-count // workers) * workers, len(ordered))
@@ -98,8 +87,5 @@ def make_stacks(runs: Iterable[RunConfig], size: Callable[[StackKey], int], work
 
 def _spread(items: Sequence[T], kind: Callable[[T], Hashable]) -> list[T]:
     """Reorder items so that those of each kind are evenly spread; within a kind they keep their order."""
-    kinds: dict[Hashable, list[T]] = {}
-    for item in items:
-        kinds.setdefault(kind(item), []).append(item)
-    placed = [((i + 0.5) / len(group), item) for group in kinds.values() for i, item in enumerate(group)]
+    placed = [((i + 0.5) / len(alike), item) for alike in group(items, kind).values() for i, item in enumerate(alike)]
     return [item for _, item in sorted(placed, key=lambda pair: pair[0])]

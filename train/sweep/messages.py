@@ -1,4 +1,4 @@
-"""What an engine is, and the messages that it sends while stacks train; the same for a process, a GPU or a cluster."""
+"""What an engine is, and the messages that it sends while stacks train."""
 
 import dataclasses
 import time
@@ -19,17 +19,10 @@ from ncollapse.train.training.loop import Training
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """A stack has trained `epoch` epochs."""
+    """A stack has trained `epoch` epochs; with its checkpoint, when one is due."""
 
     epoch: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Saved:
-    """A checkpoint of a stack after `epoch` epochs."""
-
-    epoch: int
-    content: bytes
+    checkpoint: bytes | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,50 +32,43 @@ class Finished:
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """The training of the stack has stopped.
+    """The training of the stack has stopped, for the reason `text`.
 
-    Attributes:
-        kind: "memory": it does not fit. "lost": its process or node is gone. "checkpoint": its checkpoint cannot be
-            used. "refused": the user has to change something.
-        text: the reason, for the user.
+    It does not fit in memory, its process or node is lost, its checkpoint cannot be used, or the user has to change
+    something ("refused").
     """
 
     kind: Literal["memory", "lost", "checkpoint", "refused"]
     text: str
 
 
-Message = Evaluation | Progress | Saved | Finished | Failed
+Message = Evaluation | Progress | Finished | Failed
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkerSettings:
-    """What every worker of a sweep has to know, whatever it trains.
+    """What every worker of a sweep has to know, whatever it trains."""
 
-    Attributes:
-        load_data: loads a data set by its name onto a device.
-        checkpoint_seconds: time between checkpoints of a stack.
-        keep_weights: send the final weights of each run.
-    """
-
-    load_data: Callable[[str, torch.device], Dataset]
-    checkpoint_seconds: float
-    keep_weights: bool
+    load_data: Callable[[str, torch.device], Dataset]  # by name, onto a device
+    checkpoint_seconds: float  # between checkpoints of a stack
+    keep_weights: bool  # send the final weights of each run
 
 
 class Engine(Protocol):
-    """Trains stacks side by side, and tells the policy (`stack_size.py`) what it has to train them with."""
+    """Trains stacks side by side, and tells the policy (`stack_size.py`) what it has to train them with.
+
+    Attributes:
+        device: the name of the hardware, for the user.
+        gpus: how many GPUs it trains on; 0: it trains on CPU cores.
+        in_process: whether a single worker is this process, so that none has to be started.
+    """
 
     @property
-    def device(self) -> str:
-        """The name of the hardware, for the user."""
-
+    def device(self) -> str: ...
     @property
-    def gpus(self) -> int:
-        """How many GPUs it trains on; 0: it trains on CPU cores."""
-
+    def gpus(self) -> int: ...
     @property
-    def in_process(self) -> bool:
-        """Whether a single worker is this process, so that none has to be started."""
+    def in_process(self) -> bool: ...
 
     def slots(self, per_gpu: int) -> int:
         """How many workers there is hardware for: one on each core, or `per_gpu` on each GPU."""
@@ -113,11 +99,7 @@ class Engine(Protocol):
 
 
 def train_stack(
-    runs: Sequence[RunConfig],
-    data: Dataset,
-    device: torch.device,
-    settings: WorkerSettings,
-    checkpoint: bytes | None = None,
+    runs: Sequence[RunConfig], data: Dataset, device: torch.device, settings: WorkerSettings, checkpoint: bytes | None
 ) -> Iterator[Message]:
     """Train a stack in this process, from a checkpoint if there is one; ends with Finished or Failed."""
     try:
@@ -127,9 +109,9 @@ def train_stack(
             if isinstance(event, Evaluation):
                 yield event
                 continue
-            yield Progress(event)
-            if time.monotonic() - saved >= settings.checkpoint_seconds:
-                yield Saved(event, training.checkpoint())
+            due = time.monotonic() - saved >= settings.checkpoint_seconds
+            yield Progress(event, training.checkpoint() if due else None)
+            if due:
                 saved = time.monotonic()
         yield Finished()
     except CheckpointError as error:

@@ -1,15 +1,14 @@
-"""Worker processes of this machine, which train stacks side by side, each with a device and a share of the cores."""
+"""The workers of this machine: processes that train stacks, each with a device and a share of the cores."""
 
 import contextlib
 import ctypes
-import dataclasses
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -18,9 +17,8 @@ import torch
 
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.results.writer import PlannedStack
-from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.messages import Failed, Finished, Message, WorkerSettings, train_stack
-from ncollapse.train.sweep.throughput import DataFacts, measure_rate
+from ncollapse.train.sweep.messages import Failed, Message, WorkerSettings, train_stack
+from ncollapse.train.sweep.throughput import measure_rate
 
 #: How workers start: a fork of this process would copy torch's threads and the state of the GPU.
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -36,62 +34,51 @@ class Trainer:
     def __init__(
         self, device: torch.device, settings: WorkerSettings, loaded: dict[str, Dataset] | None = None
     ) -> None:
-        self.device, self._settings, self._loaded = device, settings, loaded or {}
+        self._device, self._settings, self._loaded = device, settings, loaded or {}
         self._data: dict[str, Dataset] = {}  # all of them, since stacks of different data sets alternate
         keep_memory()
         if device.type == "cuda":
             torch.cuda.set_device(device)
 
-    def _data_set(self, name: str) -> Dataset:
-        if name not in self._data:
-            read = self._loaded.pop(name, None)
-            self._data[name] = self._settings.load_data(name, self.device) if read is None else read.to(self.device)
-        return self._data[name]
-
     def train(self, stack: PlannedStack) -> Iterator[Message]:
         """Train a stack; see `ncollapse.train.sweep.messages.train_stack`."""
-        data = self._data_set(stack.runs[0].data)
+        name = stack.runs[0].data
+        if name not in self._data:
+            data = self._loaded.pop(name, None) or self._settings.load_data(name, self._device)
+            self._data[name] = data.to(self._device)
         checkpoint = None if stack.checkpoint is None else stack.checkpoint.read_bytes()
-        return train_stack(stack.runs, data, self.device, self._settings, checkpoint)
+        return train_stack(stack.runs, self._data[name], self._device, self._settings, checkpoint)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Measure:
-    key: StackKey
-    facts: DataFacts
-    size: int
-    quick: bool
+class Worker:
+    """A process that trains stacks and measures rates, and this end of the pipe to it."""
 
-
-@dataclasses.dataclass(frozen=True)
-class _Crashed:
-    text: str
-
-
-class _Worker:
-    """A process that trains the stacks it is sent, and this end of the pipe to it."""
-
-    def __init__(self, device: str, threads: int, settings: WorkerSettings) -> None:
+    def __init__(self, device: torch.device, threads: int, settings: WorkerSettings) -> None:
         self.connection, child_end = _CONTEXT.Pipe()
         arguments = (child_end, device, threads, settings)
         self.process: BaseProcess = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         child_end.close()
 
+    def send(self, request: Any) -> None:
+        """Send a `PlannedStack` to train, or (key, facts, size, quick) to measure a rate."""
+        with contextlib.suppress(OSError):  # the process has ended: `receive` says so
+            self.connection.send(request)
+
     def receive(self) -> Any:
-        """Wait for the next message; Failed where the process has ended.
+        """Wait for the next message or rate; Failed where the process has ended.
 
         Raises:
             RuntimeError: an exception in the process, with its traceback.
         """
         try:
-            message = self.connection.recv()
+            answer = self.connection.recv()
         except (EOFError, OSError, pickle.UnpicklingError):  # it may have been killed in the middle of a message
             self.process.join(5)
             return Failed("lost", f"its process ended with exit code {self.process.exitcode}")
-        if isinstance(message, _Crashed):
-            raise RuntimeError(f"a training process failed:\n{message.text}")
-        return message
+        if isinstance(answer, str):
+            raise RuntimeError(f"a training process failed:\n{answer}")
+        return answer
 
     def kill(self) -> None:
         self.process.kill()
@@ -99,101 +86,33 @@ class _Worker:
         self.connection.close()
 
 
-class ProcessPool:
-    """Processes that train stacks side by side.
-
-    Args:
-        devices: the names of the devices on which the processes train, in turn.
-        threads: CPU threads of each process.
-        settings: must be picklable.
-    """
-
-    def __init__(self, devices: Sequence[str], threads: int, settings: WorkerSettings) -> None:
-        self.threads, self._devices, self._settings = threads, devices, settings
-        self._workers: list[_Worker] = []
-
-    def resize(self, count: int) -> None:
-        """Start workers, or terminate all but the first `count`."""
-        for worker in self._workers[count:]:
-            worker.kill()
-        self._workers = self._workers[:count]
-        while len(self._workers) < count:
-            self._workers.append(self._start(len(self._workers)))
-
-    def _start(self, i: int) -> _Worker:
-        return _Worker(self._devices[i % len(self._devices)], self.threads, self._settings)
-
-    def _replace(self, i: int) -> None:
-        self._workers[i].kill()
-        self._workers[i] = self._start(i)
-
-    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, quick: bool) -> float | None:
-        """See `ncollapse.train.sweep.messages.Engine`."""
-        for worker in self._workers:
-            with contextlib.suppress(OSError):  # it has ended: `receive` says so
-                worker.connection.send(_Measure(key, facts, size, quick))
-        answers = [worker.receive() for worker in self._workers]
-        lost = [i for i, answer in enumerate(answers) if isinstance(answer, Failed)]
-        for i in lost:
-            self._replace(i)
-        return None if lost or None in answers else sum(answers)
-
-    def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
-        """See `ncollapse.train.sweep.messages.Engine`."""
-        busy: dict[int, PlannedStack] = {}  # index of the worker -> what it trains
-        while True:
-            for i, worker in enumerate(self._workers):
-                if i not in busy and (stack := next_stack()) is not None:
-                    busy[i] = stack
-                    with contextlib.suppress(OSError):  # it ended while it was idle: `receive` says so
-                        worker.connection.send(stack)
-            if not busy:
-                return
-            indices = {self._workers[i].connection: i for i in busy}
-            for connection in wait(list(indices)):
-                assert isinstance(connection, Connection)
-                i = indices[connection]
-                message = self._workers[i].receive()
-                stack = busy[i]
-                if isinstance(message, Failed) and message.kind == "lost":
-                    self._replace(i)
-                if isinstance(message, (Finished, Failed)):
-                    del busy[i]
-                yield stack, message
-
-
-def _serve(connection: Connection, device: str, threads: int, settings: WorkerSettings) -> None:
-    """Answer requests in a worker process until the parent ends."""
+def _serve(connection: Connection, device: torch.device, threads: int, settings: WorkerSettings) -> None:
+    """Answer requests in a worker process until the parent ends; after an exception, with the text of its traceback."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which terminates its workers
-    _end_with_parent()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
-        trainer = Trainer(torch.device(device), settings)
+        trainer = Trainer(device, settings)
         while True:
             request = connection.recv()
-            if isinstance(request, _Measure):
-                rate = measure_rate(request.key, request.facts, request.size, trainer.device, quick=request.quick)
-                connection.send(rate)
-                continue
-            for message in trainer.train(request):
-                connection.send(message)
+            if isinstance(request, PlannedStack):
+                for message in trainer.train(request):
+                    connection.send(message)
+            else:
+                key, facts, size, quick = request
+                connection.send(measure_rate(key, facts, size, device, quick=quick))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent has ended
     except Exception:
-        connection.send(_Crashed(traceback.format_exc()))
+        connection.send(traceback.format_exc())
 
 
 def _end_with_parent() -> None:
     """End this process when its parent ends, also in the middle of a long epoch: a killed parent cannot do it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        sentinel = parent.sentinel
-
-        def watch() -> None:
-            wait([sentinel])
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def keep_memory() -> None:

@@ -1,12 +1,9 @@
 """The progress bar of a sweep."""
 
-from collections.abc import Sequence
-
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ncollapse.train.config import RunConfig
 from ncollapse.train.formatting import rate
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.writer import PlannedStack
@@ -37,43 +34,24 @@ class SweepProgress(Progress):
             console=console,
         )
         self._ended = dict(finished)
-        self._epochs: dict[str, int] = {run.id: run.epochs for run in grid.runs if run.id in finished}
-        total = sum(run.epochs for run in grid.runs)
-        before = sum(self._epochs.values())
+        self._epochs = {run.id: run.epochs for run in grid.runs if run.id in finished}
+        total, before = sum(run.epochs for run in grid.runs), sum(self._epochs.values())
         self._task = self.add_task(
-            grid.name,
-            total=total,
-            completed=before,
-            begun_at=before,
-            epochs_per_run=total / len(grid.runs),
-            done=len(finished),
-            runs=len(grid.runs),
-            diverged="",
-        )
-        self._show()
+            grid.name, total=total, completed=before, begun_at=before, epochs_per_run=total / len(grid.runs),
+            runs=len(grid.runs), done=0, diverged="",
+        )  # fmt: skip
+        self.end({})
 
-    def advance_to(self, stack: PlannedStack, epoch: int) -> None:
-        """Show that a stack has trained `epoch` epochs."""
-        self._count(stack.runs, epoch)
-        self.update(self._task, completed=sum(self._epochs.values()))
-
-    def resume(self, stack: PlannedStack, epoch: int) -> None:
-        """Show that a stack starts after `epoch` epochs of an earlier session."""
-        before = sum(self._epochs.values())
-        self._count(stack.runs, epoch)
-        after = sum(self._epochs.values())
-        fields = self.tasks[0].fields
-        self.update(self._task, completed=after, begun_at=fields["begun_at"] + after - before)
-
-    def _count(self, runs: Sequence[RunConfig], epoch: int) -> None:
-        for run in runs:
+    def advance_to(self, stack: PlannedStack, epoch: int, *, resumed: bool = False) -> None:
+        """Show that a stack has trained `epoch` epochs; `resumed`: in an earlier session, outside the rate."""
+        for run in stack.runs:
             self._epochs[run.id] = run.epochs if run.id in self._ended else min(epoch, run.epochs)
+        task, completed = self.tasks[0], sum(self._epochs.values())
+        begun_at = task.fields["begun_at"] + (completed - task.completed if resumed else 0)
+        self.update(self._task, completed=completed, begun_at=begun_at)
 
     def end(self, statuses: dict[str, str]) -> None:
         """Show that runs have ended; `statuses`: id -> status."""
         self._ended |= statuses
-        self._show()
-
-    def _show(self) -> None:
         diverged = list(self._ended.values()).count("diverged")
         self.update(self._task, done=len(self._ended), diverged=f", {diverged} diverged" if diverged else "")

@@ -1,17 +1,9 @@
-"""The Ray engine: stacks as tasks on a cluster of machines, or on this one.
+"""The Ray engine: stacks as tasks on a cluster of machines, or on this one; README.md says how to start a cluster.
 
-Two machines, with the same ncollapse, Ray and Python on both::
-
-    ray start --head --port 6379                              # on the first
-    ray start --address HOST:6379                             # on every other one, now or later
-    ncollapse sweep paper --engine ray --out results/paper    # on the first
-
-The command may run on any machine of the cluster; only that machine reads the data sets and writes the results folder.
-Without a cluster, Ray starts one on this machine for the time of the sweep. A cluster that requires a token (Ray makes
-one where `~/.ray/auth_token` exists) needs that file and RAY_AUTH_MODE=token on every machine.
+A cluster that requires a token (Ray makes one where `~/.ray/auth_token` exists) needs that file and RAY_AUTH_MODE=token
+on every machine.
 """
 
-import dataclasses
 import functools
 import time
 import warnings
@@ -26,11 +18,10 @@ from ncollapse.train.data.sets import Dataset
 from ncollapse.train.errors import UserError
 from ncollapse.train.results.writer import PlannedStack
 from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.messages import Failed, Finished, Message, WorkerSettings, train_stack
+from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, WorkerSettings, train_stack
 from ncollapse.train.sweep.processes import keep_memory
 from ncollapse.train.sweep.ray_connect import connect
-from ncollapse.train.sweep.this_machine import room_on
-from ncollapse.train.sweep.throughput import DataFacts, measure_rate
+from ncollapse.train.sweep.throughput import DataFacts, measure_rate, room_on
 
 #: Threads of each task. Tasks share a machine's cores among them, as the processes of the local engine do.
 _THREADS = 1
@@ -38,8 +29,8 @@ _THREADS = 1
 _QUERY_SECONDS = 2.0
 
 
-class Cluster:
-    """Trains stacks as tasks on a Ray cluster (`messages.Engine`): one on each core, or some on each GPU.
+class Cluster(Engine):
+    """Trains stacks as tasks on a Ray cluster: one on each core, or some on each GPU.
 
     Args:
         ray_address: HOST:PORT; by default $RAY_ADDRESS, a cluster on this machine, or else a new one here.
@@ -53,14 +44,10 @@ class Cluster:
     in_process = False
 
     def __init__(
-        self,
-        ray_address: str | None,
-        device: torch.device,
-        settings: WorkerSettings,
+        self, ray_address: str | None, device: torch.device, settings: WorkerSettings,
         loaded: dict[str, Dataset] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._ray = connect(ray_address)
-        self._errors = self._ray.exceptions
         self._settings, self._settings_ref = settings, self._ray.put(settings)
         self._loaded = {} if loaded is None else loaded
         self._on_gpus = device.type == "cuda"
@@ -79,7 +66,6 @@ class Cluster:
 
     @property
     def device(self) -> str:
-        """See `Engine`."""
         resources = self._ray.cluster_resources()
         if not self._on_gpus:
             kind = f"{resources.get('CPU', 0):g} cores"
@@ -95,7 +81,6 @@ class Cluster:
 
     @property
     def gpus(self) -> int:
-        """See `Engine`."""
         return int(self._ray.cluster_resources().get("GPU", 0)) if self._on_gpus else 0
 
     def slots(self, per_gpu: int) -> int:
@@ -107,7 +92,6 @@ class Cluster:
         return min(cores, int(resources.get("GPU", 0)) * per_gpu) if self._on_gpus else cores
 
     def threads(self, workers: int) -> int:
-        """See `Engine`."""
         return _THREADS
 
     def use(self, workers: int, threads: int, per_gpu: int = 1) -> None:
@@ -121,7 +105,6 @@ class Cluster:
         return self._ray.remote(num_cpus=self._threads, num_gpus=gpus, **options)(function)
 
     def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
-        """See `Engine`."""
         self._close_probes()
         # Ray must not retry by itself: it would start from the first checkpoint, and send every message twice. The
         # sweep retries from the last checkpoint. For each task on a GPU Ray starts a new process, since an idle one
@@ -152,11 +135,13 @@ class Cluster:
         """A reference to a data set, put into the cluster at its first use: its machines need no data folder."""
         if name not in self._data:
             data = self._loaded.pop(name, None) or self._settings.load_data(name, torch.device("cpu"))
-            self._data[name] = self._ray.put(_packed(data))
+            # Arrays instead of tensors: processes of a machine share the memory of arrays that Ray holds.
+            parts = {k: part.numpy() if isinstance(part, torch.Tensor) else part for k, part in vars(data).items()}
+            self._data[name] = self._ray.put(parts)
         return self._data[name]
 
     def _receive(self, messages: Any) -> Message:
-        errors = self._errors
+        errors = self._ray.exceptions
         lost = (errors.WorkerCrashedError, errors.NodeDiedError, errors.ObjectLostError, errors.RaySystemError)
         try:
             message: Message = self._ray.get(next(messages))
@@ -182,9 +167,10 @@ class Cluster:
         """See `Engine`; measured by workers that share a machine or a GPU, and scaled to all workers."""
         if not self._probes:
             self._open_probes()
+        errors = self._ray.exceptions
         try:
             rates = self._ask("measure_rate", key, facts, size, quick)
-        except (self._errors.RayActorError, self._errors.OutOfMemoryError):  # killed for the memory it took
+        except (errors.RayActorError, errors.OutOfMemoryError):  # killed for the memory it took
             self._close_probes()
             return None
         return None if None in rates else sum(rates) * self._workers / len(rates)
@@ -239,18 +225,10 @@ class _Probe:
 
 
 def _train(
-    runs: Sequence[RunConfig],
-    data: list[Any],
-    device: torch.device,
-    settings: WorkerSettings,
-    checkpoint: bytes | None,
-    threads: int,
-) -> Iterator[Message]:
-    """The task: train a stack.
-
-    Args:
-        data: holds the reference to the data set; Ray would replace a bare one by a new copy for every task.
-    """
+    runs: Sequence[RunConfig], data: list[Any], device: torch.device, settings: WorkerSettings,
+    checkpoint: bytes | None, threads: int,
+) -> Iterator[Message]:  # fmt: skip
+    """Train a stack; `data` holds a reference, since Ray would replace a bare one by a new copy for every task."""
     _set_up(threads)
     yield from train_stack(runs, _data_set(data[0], device), device, settings, checkpoint)
 
@@ -273,12 +251,6 @@ def _data_set(reference: Any, device: torch.device) -> Dataset:
             for name, part in ray.get(reference).items()
         }
     return Dataset(**parts)
-
-
-def _packed(data: Dataset) -> dict[str, Any]:
-    """A data set with arrays instead of tensors: processes of a machine share the memory of arrays that Ray holds."""
-    parts = {field.name: getattr(data, field.name) for field in dataclasses.fields(Dataset)}
-    return {name: part.numpy() if isinstance(part, torch.Tensor) else part for name, part in parts.items()}
 
 
 def _first_line(error: BaseException) -> str:

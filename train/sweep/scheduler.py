@@ -3,8 +3,8 @@
 import dataclasses
 import shlex
 import sys
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,16 +19,12 @@ from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.tensorboard import Logs
 from ncollapse.train.results.writer import PlannedStack, Store
 from ncollapse.train.sweep.grouping import StackKey, make_stacks
-from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, Progress, Saved, WorkerSettings
+from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, Progress, WorkerSettings
 from ncollapse.train.sweep.options import Options
 from ncollapse.train.sweep.progress_bar import SweepProgress
 from ncollapse.train.sweep.stack_size import Plan, StackPolicy
 from ncollapse.train.sweep.this_machine import ThisMachine
 from ncollapse.train.sweep.throughput import DataFacts
-
-#: How often a stack is tried whose process or node is lost each time; then it is halved, since the system may have
-#: killed a process for the memory it took.
-_TRIES = 2
 
 
 def sweep(
@@ -134,7 +130,7 @@ class _Sweep:
     ) -> None:
         self._store, self._session, self._facts, self._console = store, session, facts, console
         self._queue = deque(store.stacks())
-        self._lost: Counter[int] = Counter()
+        self._lost: set[int] = set()  # stacks whose process or node was lost once
         self._too_large: list[tuple[RunConfig, str]] = []
         self._bar = SweepProgress(store.grid, store.finished(), console)
         self._logs = logs
@@ -167,33 +163,32 @@ class _Sweep:
         key = StackKey.of(stack.runs[0])
         samples = self._facts[key.data].samples_of(key)
         epoch = self._store.begin(stack, self._session, samples, resume=stack.checkpoint is not None)
-        self._bar.resume(stack, epoch)
+        self._bar.advance_to(stack, epoch, resumed=True)
         return stack
 
     def _handle(self, stack: PlannedStack, message: Message) -> None:
         if isinstance(message, Evaluation):
             if self._logs is not None:
                 self._logs.evaluated(stack.runs, message, self._store.finished())
-            ended = self._store.record(stack, message)
-            self._bar.end(ended)
+            self._bar.end(self._store.record(stack, message))
         elif isinstance(message, Progress):
             self._store.progress(stack, message.epoch)
             self._bar.advance_to(stack, message.epoch)
-        elif isinstance(message, Saved):
-            self._store.save_checkpoint(stack, message.epoch, message.content)
+            if message.checkpoint is not None:
+                self._store.save_checkpoint(stack, message.epoch, message.checkpoint)
         elif isinstance(message, Finished) or not self._left(stack):  # it may also fail when it has nothing left to do
             self._store.end(stack)
         elif message.kind == "checkpoint":
-            self._say(f"{message.text}; stack {stack.id} starts from its beginning")
+            _say(self._console, f"{message.text}; stack {stack.id} starts from its beginning")
             self._store.end(stack)
-            self._queue.appendleft(self._reloaded(stack))
+            self._retry(stack)
         elif message.kind == "refused":
             raise UserError(message.text)
-        elif message.kind == "lost" and self._lost[stack.id] + 1 < _TRIES:
-            self._lost[stack.id] += 1
-            self._say(f"stack {stack.id} was lost: {message.text}; it starts again from its last checkpoint")
-            self._queue.appendleft(self._reloaded(stack))
-        else:
+        elif message.kind == "lost" and stack.id not in self._lost:
+            self._lost.add(stack.id)
+            _say(self._console, f"stack {stack.id} was lost: {message.text}; it starts again from its last checkpoint")
+            self._retry(stack)
+        else:  # lost twice: the system may have killed its process for the memory it took
             self._halve(stack, message)
 
     def _left(self, stack: PlannedStack) -> list[RunConfig]:
@@ -201,33 +196,22 @@ class _Sweep:
         finished = self._store.finished()
         return [run for run in stack.runs if run.id not in finished]
 
-    def _reloaded(self, stack: PlannedStack) -> PlannedStack:
-        """The stack as the store has it now, with its last checkpoint."""
-        return next(one for one in self._store.stacks() if one.id == stack.id)
+    def _retry(self, stack: PlannedStack) -> None:
+        """Queue a stack as the store has it now, with its last checkpoint, before the others."""
+        self._queue.appendleft(next(one for one in self._store.stacks() if one.id == stack.id))
 
     def _halve(self, stack: PlannedStack, failure: Failed) -> None:
         """Cut a stack, and the larger ones of its key in the queue, into stacks of at most half its size."""
-        half = len(self._left(stack)) // 2
+        size, half = len(stack.runs), len(self._left(stack)) // 2
         self._store.end(stack)
         if half == 0:
             self._too_large += [(run, failure.text) for run in self._left(stack)]
             return
-        self._say(f"{len(stack.runs)} runs at once do not fit ({failure.text}); continuing with stacks of {half}")
-        alike = [stack] + [
-            one
-            for one in self._queue
-            if StackKey.of(one.runs[0]) == StackKey.of(stack.runs[0])
-            and len(one.runs) > half
-            and one.checkpoint is None
-        ]
-        parts = [part for one in alike for part in _cut(self._left(one), half)]
+        _say(self._console, f"{size} runs at once do not fit ({failure.text}); continuing with stacks of {half}")
+        key = StackKey.of(stack.runs[0])
+        untried = [one for one in self._queue if one.checkpoint is None and StackKey.of(one.runs[0]) == key]
+        alike = [stack, *(one for one in untried if len(one.runs) > half)]
+        parts = [left[i : i + half] for left in map(self._left, alike) for i in range(0, len(left), half)]
         numbers = self._store.set_plan(parts)
         rest = [one for one in self._queue if one not in alike]
         self._queue = deque([PlannedStack(n, tuple(runs)) for n, runs in zip(numbers, parts, strict=True)] + rest)
-
-    def _say(self, text: str) -> None:
-        _say(self._console, text)
-
-
-def _cut(runs: Sequence[RunConfig], size: int) -> list[Sequence[RunConfig]]:
-    return [runs[i : i + size] for i in range(0, len(runs), size)]

@@ -1,16 +1,12 @@
-"""How many runs train in a stack, and how many stacks side by side: the policy, the same for every engine.
-
-An engine (`messages.Engine`) offers what it has: slots for stacks, room in memory and measured rates. What follows from
-them is decided here.
-"""
+"""How many runs train in a stack, and how many stacks side by side: the policy, the same for every engine."""
 
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ncollapse.train.config import RunConfig
-from ncollapse.train.sweep.grouping import StackKey, runs_by_key
+from ncollapse.train.config import ALONE, RunConfig
+from ncollapse.train.sweep.grouping import StackKey, group
 
 if TYPE_CHECKING:  # `ncollapse status` reads plans, and must not wait for torch
     from ncollapse.train.sweep.messages import Engine
@@ -34,12 +30,11 @@ class Plan:
     """How a sweep is trained, and the measurements behind it.
 
     Attributes:
-        workers: number of stacks that train side by side.
+        workers, per_gpu: number of stacks that train side by side, and of those that share a GPU.
         threads: CPU threads of each worker.
         sizes: runs in a stack, at most.
         rates: training steps per second, summed over all runs in training; without the keys that were not measured.
         measured: every measurement.
-        per_gpu: number of stacks that share a GPU.
     """
 
     workers: int
@@ -51,27 +46,18 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the store keeps."""
-        sizes = [
-            {**dataclasses.asdict(key), "size": size, "steps_per_second": self.rates.get(key)}
-            for key, size in self.sizes.items()
-        ]
+        stacks = [{**vars(key), "size": n, "steps_per_second": self.rates.get(key)} for key, n in self.sizes.items()]
         return {
-            "workers": self.workers,
-            "threads": self.threads,
-            "per_gpu": self.per_gpu,
-            "stacks": sizes,
-            "measured": list(self.measured),
-        }
+            "workers": self.workers, "threads": self.threads, "per_gpu": self.per_gpu,
+            "stacks": stacks, "measured": list(self.measured),
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Plan":
         """Return the plan that a store has kept, also one of another version: fields that it lacks have defaults."""
-        sizes, rates = {}, {}
-        for stack in stored.get("stacks", ()):
-            key = StackKey.from_dict(stack)
-            sizes[key] = stack["size"]
-            if stack.get("steps_per_second") is not None:
-                rates[key] = stack["steps_per_second"]
+        stacks = {StackKey.from_dict(stack): stack for stack in stored.get("stacks", ())}
+        sizes = {key: stack["size"] for key, stack in stacks.items()}
+        rates = {key: rate for key, stack in stacks.items() if (rate := stack.get("steps_per_second")) is not None}
         measured = tuple(stored.get("measured", ()))
         return cls(stored["workers"], stored.get("threads", 1), sizes, rates, measured, stored.get("per_gpu", 1))
 
@@ -89,17 +75,10 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class StackPolicy:
-    """Chooses the plan for some runs.
-
-    Attributes:
-        runs: the runs to train.
-        facts: by the name of a data set.
-        stack: runs per stack as the user asks for, or "auto".
-        workers: stacks side by side as the user asks for, or "auto".
-    """
+    """Chooses the plan for some runs; `stack` and `workers` are what the user asks for."""
 
     runs: Sequence[RunConfig]
-    facts: "Mapping[str, DataFacts]"
+    facts: "Mapping[str, DataFacts]"  # by the name of a data set
     stack: int | str = "auto"
     workers: int | str = "auto"
 
@@ -144,7 +123,7 @@ class StackPolicy:
     def seconds(self, rates: Mapping[StackKey, float | None]) -> float:
         """Return how long all training steps take at these rates; infinite where a rate is missing."""
         total = 0.0
-        for key, members in runs_by_key(self.runs).items():
+        for key, members in group(self.runs, StackKey.of).items():
             samples = self.facts[key.data].samples_of(key)
             steps = sum(run.epochs * run.steps_per_epoch(samples) for run in members)
             rate = rates.get(key)
@@ -155,7 +134,7 @@ class StackPolicy:
         """Return the plan with the usual sizes for the models, or the user's, as far as they are known to fit."""
         engine.use(plan.workers, plan.threads, plan.per_gpu)
         sizes = {}
-        for key, members in runs_by_key(self.runs).items():
+        for key, members in group(self.runs, StackKey.of).items():
             size = self.stack if isinstance(self.stack, int) else _USUAL.get(key.model, 1)
             sizes[key] = min(size, self._most(engine, key, len(members)))
         return dataclasses.replace(plan, sizes=sizes)
@@ -166,7 +145,7 @@ class StackPolicy:
         sizes: dict[StackKey, int] = {}
         rates: dict[StackKey, float] = {}
         measured = []
-        for key, members in runs_by_key(self.runs).items():
+        for key, members in group(self.runs, StackKey.of).items():
             most = self._most(engine, key, -(-len(members) // plan.workers))
             # Where even that does not fit by the measurement, training tries, says so and halves it.
             sizes[key] = min(self.stack, most) if isinstance(self.stack, int) else 1
@@ -190,9 +169,10 @@ class StackPolicy:
 
     def _most(self, engine: "Engine", key: StackKey, runs: int) -> int:
         """The largest possible stack of `runs` runs."""
-        most = min(runs, key.max_runs or runs)
-        room = engine.room(key, self.facts[key.data]) if most > 1 else None
-        return most if room is None else max(1, min(most, room))
+        if runs == 1 or key.model in ALONE:
+            return 1
+        room = engine.room(key, self.facts[key.data])
+        return runs if room is None else max(1, min(runs, room))
 
     def _candidates(self, best: int, most: int, factor: int) -> list[int]:
         if isinstance(self.stack, int):
@@ -200,6 +180,6 @@ class StackPolicy:
         if factor == 2:
             return [size for size in (max(1, best // 2), min(2 * best, most)) if size != best]
         sizes = [1]
-        while sizes[-1] * factor < most:
-            sizes.append(sizes[-1] * factor)
-        return sizes if sizes[-1] == most else [*sizes, most]
+        while sizes[-1] < most:
+            sizes.append(min(sizes[-1] * factor, most))
+        return sizes

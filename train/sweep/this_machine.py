@@ -4,6 +4,7 @@ import os
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 
 import torch
@@ -13,16 +14,13 @@ from ncollapse.train.errors import UserError
 from ncollapse.train.results.provenance import device_name
 from ncollapse.train.results.writer import PlannedStack
 from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.messages import Message, WorkerSettings
-from ncollapse.train.sweep.processes import ProcessPool, Trainer
-from ncollapse.train.sweep.throughput import DataFacts, bytes_per_run, measure_rate
-
-#: Share of the free memory that stacks may take by the estimate.
-_MEMORY = 0.7
+from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, WorkerSettings
+from ncollapse.train.sweep.processes import Trainer, Worker
+from ncollapse.train.sweep.throughput import DataFacts, measure_rate, room_on
 
 
-class ThisMachine:
-    """Trains one stack at a time in this process, or several in as many processes (`messages.Engine`).
+class ThisMachine(Engine):
+    """Trains one stack at a time in this process, or several in as many worker processes.
 
     Args:
         device: "cpu" for all cores, "cuda" for all GPUs, or one GPU.
@@ -40,30 +38,25 @@ class ThisMachine:
         every = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
         self._devices = every if device.type == "cuda" and device.index is None else [device]
         self._settings, self._loaded = settings, {} if loaded is None else loaded
-        self._threads_before = torch.get_num_threads()
-        self._workers = 1
+        self._threads_before = self._threads = torch.get_num_threads()
         self._trainer: Trainer | None = None
-        self._pool: ProcessPool | None = None
+        self._workers: list[Worker] = []  # none where this process trains
         self.unpicklable = _why_unpicklable(settings)
 
     @property
     def device(self) -> str:
-        """See `Engine`."""
-        used = self._devices[: self._workers]
+        used = self._devices[: max(1, len(self._workers))]
         counts = Counter(device_name(str(device)) for device in used)
         return ", ".join(f"{count} × {name}" if count > 1 else name for name, count in counts.items())
 
     @property
     def gpus(self) -> int:
-        """See `Engine`."""
         return len(self._devices) if self._devices[0].type == "cuda" else 0
 
     def slots(self, per_gpu: int) -> int:
-        """See `Engine`."""
         return self.gpus * per_gpu or _cores()
 
     def threads(self, workers: int) -> int:
-        """See `Engine`."""
         return self._threads_before if workers == 1 else max(1, _cores() // workers)
 
     def use(self, workers: int, threads: int, per_gpu: int = 1) -> None:
@@ -72,9 +65,9 @@ class ThisMachine:
         Raises:
             UserError: several workers, and settings that cannot be pickled.
         """
-        self._workers = workers
-        if self._pool is not None and (workers == 1 or self._pool.threads != threads):
-            self._close_pool()
+        if workers == 1 or threads != self._threads:
+            self._keep_workers(0)
+        self._threads = threads
         if workers == 1:
             torch.set_num_threads(threads)
             self._trainer = self._trainer or Trainer(self._devices[0], self._settings, self._loaded)
@@ -85,39 +78,66 @@ class ThisMachine:
                 "function that is defined in a module, or workers=1"
             )
         self._loaded.clear()  # each process loads its own
-        if self._pool is None:
-            self._pool = ProcessPool([str(device) for device in self._devices], threads, self._settings)
-        self._pool.resize(workers)
+        self._keep_workers(workers)
+        self._workers += [self._start(i) for i in range(len(self._workers), workers)]
+
+    def _start(self, i: int) -> Worker:
+        return Worker(self._devices[i % len(self._devices)], self._threads, self._settings)
+
+    def _restart(self, i: int) -> None:
+        self._workers[i].kill()
+        self._workers[i] = self._start(i)
+
+    def _keep_workers(self, count: int) -> None:
+        """Terminate all workers but the first `count`."""
+        for worker in self._workers[count:]:
+            worker.kill()
+        del self._workers[count:]
 
     def room(self, key: StackKey, facts: DataFacts) -> int:
-        """See `Engine`; by an estimate."""
-        return max(1, room_on(self._devices[0], key, facts) * len(self._devices) // self._workers)
+        return max(1, room_on(self._devices[0], key, facts) * len(self._devices) // max(1, len(self._workers)))
 
     def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> float | None:
-        """See `Engine`."""
-        if self._pool is not None:
-            return self._pool.measure_rate(key, facts, size, quick)
-        return measure_rate(key, facts, size, self._devices[0], quick=quick)
+        if not self._workers:
+            return measure_rate(key, facts, size, self._devices[0], quick=quick)
+        for worker in self._workers:
+            worker.send((key, facts, size, quick))
+        answers = [worker.receive() for worker in self._workers]
+        lost = [i for i, answer in enumerate(answers) if isinstance(answer, Failed)]
+        for i in lost:
+            self._restart(i)
+        return None if lost or None in answers else sum(answers)
 
     def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
-        """See `Engine`."""
-        if self._pool is not None:
-            yield from self._pool.run(next_stack)
-            return
+        return self._run_in_workers(next_stack) if self._workers else self._run_here(next_stack)
+
+    def _run_here(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
         assert self._trainer is not None, "call `use` first"
         while (stack := next_stack()) is not None:
             for message in self._trainer.train(stack):
                 yield stack, message
 
-    def close(self) -> None:
-        """See `Engine`."""
-        self._close_pool()
-        torch.set_num_threads(self._threads_before)
+    def _run_in_workers(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
+        busy: dict[int, PlannedStack] = {}  # index of the worker -> what it trains
+        while True:
+            for i, worker in enumerate(self._workers):
+                if i not in busy and (stack := next_stack()) is not None:
+                    busy[i] = stack
+                    worker.send(stack)
+            if not busy:
+                return
+            ready = wait([self._workers[i].connection for i in busy])
+            for i in [i for i in busy if self._workers[i].connection in ready]:
+                stack, message = busy[i], self._workers[i].receive()
+                if isinstance(message, Failed) and message.kind == "lost":
+                    self._restart(i)
+                if isinstance(message, (Finished, Failed)):
+                    del busy[i]
+                yield stack, message
 
-    def _close_pool(self) -> None:
-        if self._pool is not None:
-            self._pool.resize(0)
-            self._pool = None
+    def close(self) -> None:
+        self._keep_workers(0)
+        torch.set_num_threads(self._threads_before)
 
 
 def _why_unpicklable(settings: WorkerSettings) -> str:
@@ -131,14 +151,3 @@ def _why_unpicklable(settings: WorkerSettings) -> str:
 def _cores() -> int:
     # The cores that this process may use: a batch system assigns it a part of the machine.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def room_on(device: torch.device, key: StackKey, facts: DataFacts) -> int:
-    """Estimate how many runs fit into the free memory of a device; at least 1, which training tries in any case."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available
-    return max(1, int(_MEMORY * free / bytes_per_run(key, facts)))

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import time
-from typing import Any
 
 import torch
 
@@ -17,11 +16,10 @@ from ncollapse.train.sweep.grouping import StackKey
 from ncollapse.train.training.stack import Stack, make_optimizer
 from ncollapse.train.training.step import Step
 
-#: A measurement takes at least this many seconds ...
-_SECONDS = 0.1
-#: ... and this many steps, unless they take longer than `_LONG` seconds.
-_STEPS = 3
-_LONG = 2.0
+#: A measurement takes at least this many seconds, and this many steps, unless they take longer than `_LONG` seconds.
+_SECONDS, _STEPS, _LONG = 0.1, 3, 2.0
+#: Share of the free memory that stacks may take by the estimate.
+_MEMORY = 0.7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,12 +47,9 @@ def measure_rate(
 ) -> float | None:
     """Measure training steps per second, summed over all runs, in a stack of `size` runs, on random images.
 
-    Args:
-        quick: time a single step.
-
-    Returns:
-        The rate; None where the stack does not fit in memory.
+    None where the stack does not fit in memory. `quick`: time a single step.
     """
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
     try:
         batch = max(2, min(key.batch_size, facts.samples))  # a batch norm may refuse a single sample
         step = _step(key, facts, size, device, batch)
@@ -64,12 +59,12 @@ def measure_rate(
         with arithmetic(key.precision):
             for _ in range(1 if device.type == "cpu" else 5):  # libraries choose kernels; on a GPU a graph is captured
                 step(index, views)
-            _synchronize(device)
+            synchronize(device)
             started, steps = time.perf_counter(), 0
             while True:
                 step(index, views)
                 steps += 1
-                _synchronize(device)
+                synchronize(device)
                 elapsed = time.perf_counter() - started
                 if quick or (elapsed >= _SECONDS and (steps >= _STEPS or elapsed >= _LONG)):
                     return size * steps / elapsed
@@ -105,28 +100,33 @@ def _model(key: StackKey, facts: DataFacts) -> Classifier:
     return build(key.model, facts.channels, facts.size, facts.classes, 0, key.width)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 @functools.cache
 def bytes_per_run(key: StackKey, facts: DataFacts) -> int:
     """Estimate the memory of a run in a stack: weights, gradients, states, activations, and features for NC4."""
     batch = min(key.batch_size, facts.samples)
     images = torch.randn(2, facts.channels, facts.size, facts.size)
     stack = Stack.of([_model(key, facts)], torch.device("cpu"))
-    saved = 0
+    saved: list[int] = []
 
-    def pack(tensor: torch.Tensor) -> Any:
-        nonlocal saved
-        saved += tensor.nbytes
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.nbytes)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         features, _ = stack(images, train=True)
     weights = sum(p.nbytes for p in stack.params.values())
     # Autograd saves these for two images, with the weights; the gradients of activations take about as much again.
-    activations = 2 * max(saved - weights, 0) // 2 * batch
+    activations = 2 * max(sum(saved) - weights, 0) // 2 * batch
     kept = (features.shape[-1] + facts.classes) * 4 * facts.samples
     return 5 * weights + max(activations, kept)
+
+
+def room_on(device: torch.device, key: StackKey, facts: DataFacts) -> int:
+    """Estimate how many runs fit into the free memory of a device; at least 1, which training tries in any case."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    return max(1, int(_MEMORY * free / bytes_per_run(key, facts)))
