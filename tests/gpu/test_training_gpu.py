@@ -9,8 +9,8 @@ import torch
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.networks.models import build
-from ncollapse.train.networks.patches import convolve
 from ncollapse.train.networks.precision import arithmetic
+from ncollapse.train.networks.stacked_layers import convolve
 from ncollapse.train.optimizers import PAPER_OPTIMIZERS
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training import step

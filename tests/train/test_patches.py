@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ncollapse.train.networks.patches import convolve, is_small_filter
+from ncollapse.train.networks.stacked_layers import convolve, is_small_filter
 
 
 @pytest.mark.parametrize("shape", [(5, 1, 28, 28), (3, 3, 7, 9), (1, 2, 1, 1), (0, 1, 8, 8)], ids=str)

@@ -15,7 +15,7 @@ PAD = 4
 def draw_views(augment: str, samples: int, generator: torch.Generator) -> Tensor | None:
     """Draw the crop's row and column, each from 0 to 2·`PAD`, and a flip (0 or 1) for each sample, `[N, 3]` int64.
 
-    Return None, and leave the generator as it is, if `augment` is "none".
+    If `augment` is "none", return None and leave the generator as it is.
     """
     if augment == "none":
         return None

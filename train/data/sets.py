@@ -89,7 +89,7 @@ def check_files(name: str, folder: Path) -> str:
     if not all(path.is_file() for path in files):
         return "missing; use --data-dir or --download"
     bad = _corrupt(files)
-    return f"corrupt: {', '.join(str(path) for path in bad)}" if bad else "complete, checksums match"
+    return f"corrupt: {bad}" if bad else "complete, checksums match"
 
 
 def _files(name: str, folder: Path) -> dict[Path, str]:
@@ -101,23 +101,16 @@ def _files(name: str, folder: Path) -> dict[Path, str]:
     return {folder / CIFAR10.base_folder / file: md5 for file, md5 in CIFAR10.train_list + CIFAR10.test_list}
 
 
-def _corrupt(files: dict[Path, str]) -> list[Path]:
-    """Return the existing files whose MD5 differs from the published one."""
-    bad = []
-    for path, md5 in files.items():
-        if path.is_file():
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "md5").hexdigest() != md5:
-                    bad.append(path)
-    return bad
+def _corrupt(files: dict[Path, str]) -> str:
+    """List the existing files whose MD5 differs from the published one."""
+    existing = {path: md5 for path, md5 in files.items() if path.is_file()}
+    return ", ".join(str(path) for path, md5 in existing.items() if hashlib.md5(path.read_bytes()).hexdigest() != md5)
 
 
 def load(name: str, device: torch.device, *, data_dir: Path | None, download: bool) -> Dataset:
-    """Load a data set onto a device.
+    """Load one of `DATA_SETS` onto a device.
 
     Args:
-        name: digits, mnist, fashion-mnist, cifar10 or imagefolder.
-        device: of the tensors.
         data_dir: see `data_folder`; torchvision's `root`, or for imagefolder the folder that holds train/ and test/.
         download: let torchvision download missing files.
 
@@ -126,12 +119,11 @@ def load(name: str, device: torch.device, *, data_dir: Path | None, download: bo
     """
     folder = data_folder(data_dir)
     if name == "digits":
-        raw = _digits()
+        train_x, train_y, val_x, val_y, classes = _digits()
     elif name == "imagefolder":
-        raw = _image_folder(folder)
+        train_x, train_y, val_x, val_y, classes = _image_folder(folder)
     else:
-        raw = _torchvision(name, folder, download)
-    train_x, train_y, val_x, val_y, classes = raw
+        train_x, train_y, val_x, val_y, classes = _torchvision(name, folder, download)
     digest = hashlib.sha256()
     for tensor in (train_x, train_y, val_x, val_y):
         digest.update(str(tuple(tensor.shape)).encode())
@@ -141,14 +133,8 @@ def load(name: str, device: torch.device, *, data_dir: Path | None, download: bo
     if not bool((std > 0).all()):
         raise UserError(f"data set {name}: a channel of the training images is constant, so it cannot be normalised")
     mean, std = mean.float().to(device), std.float().to(device)
-    return Dataset(
-        (train_x.to(device).float() - mean) / std,
-        train_y.to(device),
-        (val_x.to(device).float() - mean) / std,
-        val_y.to(device),
-        classes,
-        digest.hexdigest()[:16],
-    )
+    train_x, val_x = ((x.to(device).float() - mean) / std for x in (train_x, val_x))
+    return Dataset(train_x, train_y.to(device), val_x, val_y.to(device), classes, digest.hexdigest()[:16])
 
 
 _Raw = tuple[Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]
@@ -172,8 +158,8 @@ def _torchvision(name: str, folder: Path, download: bool) -> _Raw:
     source = getattr(torchvision.datasets, _TORCHVISION[name])
     if bad := _corrupt(_files(name, folder)):
         raise UserError(
-            f"data set {name}: {', '.join(str(path) for path in bad)} is corrupt: the MD5 differs from that of the "
-            "published file; delete it, then copy it again or fetch it with --download"
+            f"data set {name}: {bad} is corrupt: the MD5 differs from that of the published file; delete it, then copy "
+            "it again or fetch it with --download"
         )
     try:
         sets = [source(root=folder, train=train, download=download) for train in (True, False)]
@@ -194,14 +180,7 @@ def _images(data: Any, targets: Any) -> tuple[Tensor, Tensor]:
 
 
 def _image_folder(folder: Path) -> _Raw:
-    splits = {}
-    for split in ("train", "test"):
-        if not (folder / split).is_dir():
-            raise UserError(
-                f"imagefolder: no folder {folder / split}; --data-dir must hold train/CLASS/* and test/CLASS/*"
-            )
-        splits[split] = _read_split(folder / split)
-    (train_x, train_y, classes), (val_x, val_y, val_classes) = splits["train"], splits["test"]
+    (train_x, train_y, classes), (val_x, val_y, val_classes) = (_read_split(folder / s) for s in ("train", "test"))
     if classes != val_classes:
         raise UserError(f"imagefolder: train/ has the classes {classes}, test/ has {val_classes}")
     if train_x.shape[1:] != val_x.shape[1:]:
@@ -213,6 +192,8 @@ def _read_split(folder: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     import torchvision
     from torchvision.transforms.functional import pil_to_tensor
 
+    if not folder.is_dir():
+        raise UserError(f"imagefolder: no folder {folder}; --data-dir must hold train/CLASS/* and test/CLASS/*")
     try:
         images = torchvision.datasets.ImageFolder(str(folder))
         # PIL releases the GIL while it decodes, so threads suffice.

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 class Classifier(nn.Module):
-    """Layers that compute features, and a linear head; NC0–NC4 are measured on the head and its input.
+    """Maps images `[B, C, H, W]` to logits `[B, K]`; NC0–NC4 are measured on the head `fc` and its input.
 
     Args:
-        features: maps images `[B, C, H, W]` to features `[B, d]`.
+        features: maps images to features `[B, d]`.
         dim: d.
         num_classes: K.
         blocks: names of the modules in `features` whose outputs can be measured too; by default its children that have
@@ -25,15 +25,11 @@ class Classifier(nn.Module):
         self.blocks = tuple(f"features.{name}" for name in blocks or weighted)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images `[B, C, H, W]` to logits `[B, K]`."""
         return self.fc(self.features(images))
 
 
 class ConvBlock(nn.Sequential):
-    """A 3 × 3 convolution, batch norm, ReLU, and with `pool` a 2 × 2 max pooling.
-
-    `[B, channels, H, W]` becomes `[B, width, H, W]`, or with pooling `[B, width, H/2, W/2]`.
-    """
+    """A 3 × 3 convolution, batch norm, ReLU and, with `pool`, 2 × 2 max pooling, to maps of `width` channels."""
 
     def __init__(self, channels: int, width: int, *, pool: bool = False) -> None:
         convolution = nn.Conv2d(channels, width, 3, padding=1, bias=False)
@@ -48,38 +44,31 @@ class LinearBlock(nn.Sequential):
 
 
 class Residual(nn.Module):
-    """x plus two convolution blocks applied to x."""
+    """x `[B, width, H, W]` plus two convolution blocks applied to x."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.block = nn.Sequential(ConvBlock(width, width), ConvBlock(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[B, width, H, W]` to the same shape."""
         return x + self.block(x)
 
 
 class GlobalMaxPool(nn.Module):
-    """The maximum of each channel over space."""
+    """The maximum of each channel over space, `[B, C, H, W]` to `[B, C]`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[B, C, H, W]` to `[B, C]`."""
         return x.amax((-2, -1))
 
 
 class SingleRun(nn.Module):
-    """A network of any layers, which cannot be stacked: its layers have no forward pass for several runs.
-
-    Args:
-        network: maps images `[B, C, H, W]` to features `[B, d]`.
-    """
+    """A network of any layers, images `[B, C, H, W]` to features `[B, d]`, without a forward pass for several runs."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images `[B, C, H, W]` to features `[B, d]`."""
         return self.network(images)
 
 
@@ -98,14 +87,10 @@ def cnn(channels: int, size: int, num_classes: int, width: int = 16) -> Classifi
 def resnet9(channels: int, size: int, num_classes: int, width: int = 64) -> Classifier:
     """Build ResNet9: 6.57 M parameters for 28 × 28 grey images; `width` is that of the first convolution."""
     layers = [
-        ConvBlock(channels, width),
-        ConvBlock(width, 2 * width, pool=True),
-        Residual(2 * width),
-        ConvBlock(2 * width, 4 * width, pool=True),
-        ConvBlock(4 * width, 8 * width, pool=True),
-        Residual(8 * width),
+        ConvBlock(channels, width), ConvBlock(width, 2 * width, pool=True), Residual(2 * width),
+        ConvBlock(2 * width, 4 * width, pool=True), ConvBlock(4 * width, 8 * width, pool=True), Residual(8 * width),
         GlobalMaxPool(),
-    ]
+    ]  # fmt: skip
     return Classifier(nn.Sequential(*layers), 8 * width, num_classes)
 
 
@@ -113,19 +98,13 @@ def vgg9(channels: int, size: int, num_classes: int, width: int = 64) -> Classif
     """Build VGG9: eight convolutions in pairs with pooling between, 4.69 M parameters for 28 × 28 grey images."""
     layers: list[nn.Module] = []
     for factor in (1, 2, 4, 8):
-        layers += [
-            ConvBlock(channels, factor * width),
-            ConvBlock(factor * width, factor * width, pool=factor < 8),
-        ]
+        layers += [ConvBlock(channels, factor * width), ConvBlock(factor * width, factor * width, pool=factor < 8)]
         channels = factor * width
     return Classifier(nn.Sequential(*layers, GlobalMaxPool()), 8 * width, num_classes)
 
 
 def vit(channels: int, size: int, num_classes: int, width: int = 192) -> Classifier:
-    """Build torchvision's vision transformer, small: patches of 4 × 4, six layers, heads of 64; 2.7 M parameters.
-
-    Without dropout. `width` is the dimension of the tokens.
-    """
+    """Build torchvision's vision transformer: 4 × 4 patches, six layers, heads of 64, no dropout; 2.7 M parameters."""
     from torchvision.models import VisionTransformer
 
     heads = max(heads for heads in range(1, max(1, width // 64) + 1) if width % heads == 0)
@@ -158,15 +137,7 @@ def densenet(channels: int, size: int, num_classes: int, width: int = 12) -> Cla
 
 
 #: name -> function of (channels, size, num_classes, width) that builds the model.
-MODELS: dict[str, Callable[..., Classifier]] = {
-    "mlp": mlp,
-    "cnn": cnn,
-    "resnet9": resnet9,
-    "vgg9": vgg9,
-    "vit": vit,
-    "densenet": densenet,
-}
-
+MODELS: dict[str, Callable[..., Classifier]] = {f.__name__: f for f in (mlp, cnn, resnet9, vgg9, vit, densenet)}
 #: The smallest image side for which pooling leaves at least one pixel.
 MIN_SIZE = {"mlp": 1, "cnn": 4, "resnet9": 8, "vgg9": 8, "vit": 4, "densenet": 4}
 #: The factor by which the smallest maps of a batch norm are smaller than the images, of models with a batch norm.
@@ -176,14 +147,10 @@ SIZE_MULTIPLE = {"vit": 4}
 
 
 def build(name: str, channels: int, size: int, num_classes: int, seed: int, width: int | None = None) -> Classifier:
-    """Build a model with PyTorch's default initialisation on the CPU: one seed gives the same weights on every device.
+    """Build a model of `MODELS` for images `[channels, size, size]`; `width` None is the model's default.
 
-    Args:
-        name: a key of `MODELS`.
-        channels, size: of the images `[channels, size, size]`.
-        num_classes: K.
-        seed: of the initial weights; the global random state stays as it was.
-        width: see the model; None for the model's default.
+    It is initialised on the CPU as PyTorch does by default: one seed gives the same weights on every device. The global
+    random state stays as it was.
     """
     options = {} if width is None else {"width": width}
     with torch.random.fork_rng(devices=[]):

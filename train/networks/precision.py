@@ -16,11 +16,6 @@ from contextlib import contextmanager
 import torch
 
 
-def compute_dtype(precision: str) -> torch.dtype | None:
-    """Return the dtype of activations and of the weights multiplied with them; None: that of the parameters."""
-    return torch.bfloat16 if precision == "bf16" else None
-
-
 @contextmanager
 def arithmetic(precision: str) -> Iterator[None]:
     """Set the matrix-product precision, and deterministic algorithms.

@@ -1,15 +1,13 @@
 """All metrics of a stack of runs: one pass over the training data and one over the validation data."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ncollapse.measurement import Measurement
+from ncollapse.measurement import Measurement, to_numbers
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.results.record import Values
 from ncollapse.train.training.stack import Stack
-from ncollapse.train.training.step import cross_entropy
 
 # Images per forward pass, of each run. On a CPU few enough that the activations stay in its cache; on a GPU enough to
 # fill it: without gradients a pass of this size takes less memory than a training step.
@@ -24,8 +22,7 @@ def evaluate_stack(
 
     Args:
         layers: whether to measure the output of every block too.
-        keep_bytes: the most that the features kept for NC4 may take per run; if they take more, the stack runs over the
-            training data a second time.
+        keep_bytes: as in `Measurement`.
 
     Returns:
         The metrics of each run; and block -> metrics of its output, in the order of the blocks, empty without `layers`.
@@ -47,16 +44,16 @@ def evaluate_stack(
     if measurement.end_pass():
         add_all()
     values, blocks = measurement.finish()
-    values["train_loss"] = cross_entropy(logits, data.train_y)
+    values["train_loss"] = _cross_entropy(logits, data.train_y)
     values["weight_norm"] = stack.weight.double().flatten(1).norm(dim=1)
     values["feature_norm"] = measurement.stats.centred_means().norm(dim=-1).mean(-1)
-    parts = [stack(images, train=False)[1] for images in data.val_x.split(size)]
-    logits = torch.cat(parts, 1) if parts else logits[:, :0]
-    values["val_loss"] = cross_entropy(logits, data.val_y)
+    logits = torch.cat([stack(images, train=False)[1] for images in data.val_x.split(size)], 1)
+    values["val_loss"] = _cross_entropy(logits, data.val_y)
     values["val_accuracy"] = (logits.argmax(-1) == data.val_y).double().mean(-1)
-    return _lists(values), {name: _lists(blocks[name]) for name in stack.blocks if name in blocks}
+    return to_numbers(values), {name: to_numbers(blocks[name]) for name in stack.blocks if name in blocks}
 
 
-def _lists(values: Mapping[str, Tensor]) -> Values:
-    together = torch.stack([value.double() for value in values.values()]).tolist()  # one wait for the device
-    return dict(zip(values, together, strict=True))
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Compute the mean cross-entropy of each run, `[R]`, from logits `[R, B, K]` and labels `[B]`."""
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.expand(logits.shape[:2]).flatten(), reduction="none")
+    return losses.view(logits.shape[:2]).mean(1)

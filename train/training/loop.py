@@ -1,6 +1,7 @@
 """Train a stack of runs, from initial weights or a checkpoint, to the last epoch of the last run."""
 
 import io
+import math
 import pickle
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,15 +30,13 @@ _CHECKPOINT_FORMAT = 2
 class Training:
     """Train R runs as one program; iterate over their `Evaluation`s and the number of each epoch that ends.
 
-    The runs must agree in the settings that all runs of a stack share (`sweep/grouping.py`). A run has the numbers that
-    it has when trained alone, up to the rounding of sums in another order: runs do not influence each other. Runs of
-    one seed start from the same weights and see the same batches. A run that has ended or diverged is not trained
-    further.
+    The runs must agree in the settings that all runs of a stack share (`sweep/grouping.py`). They do not influence each
+    other: each has the numbers that it has when trained alone, up to the rounding of sums in another order. Runs of one
+    seed start from the same weights and see the same batches. A run that has ended or diverged is not trained further.
 
     Args:
         runs: settings of the R runs.
-        data: the data set, on the device.
-        device: the device that trains.
+        data: on the device.
         checkpoint: the result of `checkpoint()` in a training of the same runs. Training continues from it, bit for bit
             on the same device with the same versions.
         keep_weights: whether evaluations hold the final weights of the runs that end.
@@ -52,21 +51,13 @@ class Training:
     """
 
     def __init__(
-        self,
-        runs: Sequence[RunConfig],
-        data: Dataset,
-        device: torch.device,
-        *,
-        checkpoint: bytes | None = None,
+        self, runs: Sequence[RunConfig], data: Dataset, device: torch.device, *, checkpoint: bytes | None = None,
         keep_weights: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         config = runs[0]
         self.runs = list(runs)
         self.data = data = data.limited(config.limit)
-        _check_size(config, data.size)
-        _check_last_batch(config, data)
-        if len(data.train_y.unique()) < 2:
-            raise UserError(f"the {len(data.train_y)} training samples are all of one class; give a larger --limit")
+        _check_data(config, data)
         self._device, self._keep_weights = device, keep_weights
         self.epoch = 0
         self._stacked = list(range(len(runs)))  # index of each run in the stack
@@ -143,29 +134,25 @@ class Training:
         with arithmetic(first.precision):
             values, layers = evaluate_stack(self.stack, self.data, layers=first.layers == "all")  # waits for the device
         self._add_seconds(started)
-        rows, ended = [], {}
-        for position, i in enumerate(self._stacked):
-            if i in self._ended or not self._due(i):
-                continue
-            rows.append(i)
-            diverged = not abs(values["train_loss"][position]) < float("inf")
+        due = {i: position for position, i in enumerate(self._stacked) if i not in self._ended and self._due(i)}
+        ended = {}
+        for i, position in due.items():
+            diverged = not math.isfinite(values["train_loss"][position])
             if diverged or self.epoch == self.runs[i].epochs:
                 status = "diverged" if diverged else "degenerate" if values["degenerate"][position] else "done"
                 ended[i] = Ended(status, self.epoch if diverged else None, self._seconds[i])
-        positions = [self._stacked.index(i) for i in rows]
-        weights = {i: self._weights(i) for i in ended} if self._keep_weights else {}
+        weights = {}
+        for i in ended if self._keep_weights else ():
+            state = self.stack.state_dict(due[i])
+            weights[i] = _serialised({"config": self.runs[i].as_dict(), "state_dict": state})
         self._ended |= ended.keys()
         self._shrink()
 
         def of_rows(values: Values) -> Values:
-            return {name: [of_run[position] for position in positions] for name, of_run in values.items()}
+            return {name: [of_run[position] for position in due.values()] for name, of_run in values.items()}
 
         of_layers = {name: of_rows(of_layer) for name, of_layer in layers.items()}
-        return Evaluation(self.epoch, tuple(rows), of_rows(values), of_layers, ended, weights)
-
-    def _weights(self, i: int) -> bytes:
-        state = self.stack.state_dict(self._stacked.index(i))
-        return _serialised({"config": self.runs[i].as_dict(), "state_dict": state})
+        return Evaluation(self.epoch, tuple(due), of_rows(values), of_layers, ended, weights)
 
     def _shrink(self) -> None:
         """Remove the runs that have ended from the stack, if few enough still train."""
@@ -181,18 +168,12 @@ class Training:
 
     def checkpoint(self) -> bytes:
         """Serialise the state of the training; call it after the iteration yielded an epoch's number."""
-        content = {
-            "format": _CHECKPOINT_FORMAT,
-            "runs": [run.id for run in self.runs],
-            "epoch": self.epoch,
-            "rows": self._stacked,
-            "over": sorted(self._ended),
-            "seconds": self._seconds,
+        return _serialised({
+            "format": _CHECKPOINT_FORMAT, "runs": [run.id for run in self.runs],
+            "epoch": self.epoch, "rows": self._stacked, "over": sorted(self._ended), "seconds": self._seconds,
             "orders": {seed: generator.get_state() for seed, generator in self._generators.items()},
-            "tensors": self.stack.tensors(),
-            "optimizer": self._optimizer.state_dict()["state"],
-        }
-        return _serialised(content)
+            "tensors": self.stack.tensors(), "optimizer": self._optimizer.state_dict()["state"],
+        })  # fmt: skip
 
     def _restore(self, checkpoint: bytes) -> None:
         try:
@@ -208,8 +189,9 @@ class Training:
         self._use(self.stack.with_tensors(content["tensors"]), content["optimizer"])
 
 
-def _check_size(config: RunConfig, size: int) -> None:
-    """Raise UserError for images of a size that the model or the augmentation cannot use."""
+def _check_data(config: RunConfig, data: Dataset) -> None:
+    """Raise UserError for data with which the runs cannot train."""
+    size, samples = data.size, len(data.train_y)
     least, multiple = MIN_SIZE[config.model], SIZE_MULTIPLE.get(config.model, 1)
     has = f"data set {config.data} has {size}"
     if size < least:
@@ -218,17 +200,15 @@ def _check_size(config: RunConfig, size: int) -> None:
         raise UserError(f"model {config.model} needs images whose side is a multiple of {multiple} pixels; {has}")
     if "crop" in config.augment and size <= PAD:
         raise UserError(f"augment {config.augment} mirrors {PAD} pixels at the edges: images must be larger; {has}")
-
-
-def _check_last_batch(config: RunConfig, data: Dataset) -> None:
-    """Raise UserError if the last batch is a single sample with one-pixel maps: batch norm cannot train with it."""
-    last = (len(data.train_y) - 1) % config.batch_size + 1
-    if last == 1 and data.size // DOWNSAMPLING.get(config.model, 1) == 1:
+    last_batch = (samples - 1) % config.batch_size + 1
+    if last_batch == 1 and size // DOWNSAMPLING.get(config.model, 1) == 1:
         raise UserError(
-            f"the last batch of {config.batch_size} has a single sample of the {len(data.train_y)}, and the last maps "
-            f"of {config.model} have one pixel: batch norm cannot compute a variance from one value; give another "
+            f"the last batch of {config.batch_size} has a single sample of the {samples}, and the last maps of "
+            f"{config.model} have one pixel: batch norm cannot compute a variance from one value; give another "
             "--batch-size or --limit"
         )
+    if len(data.train_y.unique()) < 2:
+        raise UserError(f"the {samples} training samples are all of one class; give a larger --limit")
 
 
 def _for_runs(by_seed: Mapping[int, Any], runs: Sequence[RunConfig]) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 from ncollapse import optim
 from ncollapse.train.config import RunConfig
 from ncollapse.train.networks.models import Classifier, ConvBlock
-from ncollapse.train.networks.precision import compute_dtype
 from ncollapse.train.networks.stacked_layers import Batch, ForwardContext, forward
 from ncollapse.train.optimizers import TABLE
 
@@ -22,6 +21,9 @@ class Stack:
         params, buffers: name, as in the module -> values `[R, …]`.
 
     Attributes:
+        runs: R.
+        weight: the heads' weights `[R, K, d]`, without gradients.
+        blocks: names of the modules whose outputs a forward pass can return.
         copies: name -> the bfloat16 copy that replaces a parameter in the forward pass.
     """
 
@@ -29,34 +31,18 @@ class Stack:
         self._module = module
         self.params = {name: _channels_last(value.detach()).requires_grad_() for name, value in params.items()}
         self.buffers = dict(buffers)
-        blocks = [name for name, part in module.named_modules() if isinstance(part, ConvBlock)]
-        self._counters = [self.buffers[f"{name}.1.num_batches_tracked"] for name in blocks]
+        self.weight = self.params["fc.weight"].detach()
+        self.runs, self.blocks = len(self.weight), module.blocks
+        norms = [f"{name}.1" for name, part in module.named_modules() if isinstance(part, ConvBlock)]
+        self._counters = [self.buffers[f"{name}.num_batches_tracked"] for name in norms]
         self.copies: dict[str, Tensor] = {}
 
     @classmethod
     def of(cls, models: Sequence[Classifier], device: torch.device) -> "Stack":
         """Stack the weights of these models, one model per run; a model may occur more than once."""
-
-        def stacked(kind: str) -> dict[str, Tensor]:
-            tensors = [dict(getattr(model, kind)()) for model in models]
-            return {name: torch.stack([of[name].detach() for of in tensors]).to(device) for name in tensors[0]}
-
-        return cls(models[0], stacked("named_parameters"), stacked("named_buffers"))
-
-    @property
-    def runs(self) -> int:
-        """R."""
-        return self.weight.shape[0]
-
-    @property
-    def weight(self) -> Tensor:
-        """The heads' weights `[R, K, d]`."""
-        return self.params["fc.weight"].detach()
-
-    @property
-    def blocks(self) -> tuple[str, ...]:
-        """Names of the modules whose outputs a forward pass can return."""
-        return self._module.blocks
+        stacked = torch.func.stack_module_state(list(models))
+        params, buffers = ({name: value.to(device) for name, value in tensors.items()} for tensors in stacked)
+        return cls(models[0], params, buffers)
 
     def __call__(
         self, images: Tensor, *, train: bool, outputs: dict[str, Tensor] | None = None
@@ -94,10 +80,7 @@ class Stack:
         return {name: value[run].cpu().contiguous().clone() for name, value in self.tensors().items()}
 
     def use_copies(self, copies: Mapping[Tensor, Tensor]) -> None:
-        """Use these copies, parameter -> copy, in convolutions and hidden linear layers.
-
-        The caller renews them after every change of the parameters.
-        """
+        """Use these copies, parameter -> copy, in hidden layers; the caller renews them when parameters change."""
         for name, param in self.params.items():
             # Stacked gains and biases have two dimensions; they stay in float32.
             if name.startswith("features.") and name.endswith("weight") and param.dim() > 2:
@@ -121,15 +104,15 @@ def make_optimizer(stack: Stack, runs: Sequence[RunConfig]) -> optim.Optimizer:
     def per_run(name: str) -> Tensor:
         return torch.tensor([float(getattr(run, name)) for run in runs], dtype=torch.float64, device=device)
 
-    params, momentum = list(stack.params.values()), per_run("momentum")
-    numbers: dict[str, Any] = {name: per_run(name) for name in ("lr", "eps", "weight_decay", "coupling")}
-    betas = (momentum, per_run("beta2"))
+    params = list(stack.params.values())
+    numbers: dict[str, Any] = {name: per_run(name) for name in ("lr", "momentum", "eps", "weight_decay", "coupling")}
+    numbers["betas"] = numbers["momentum"], per_run("beta2")
     optimizer: optim.Optimizer
     if TABLE[runs[0].optimizer].own_stack:
         make: Callable[..., optim.Optimizer] = optim.by_name(runs[0].family)
-        optimizer = make(params, momentum=momentum, betas=betas, **numbers, stacked=True)
+        optimizer = make(params, **numbers, stacked=True)
     else:
-        optimizer = optim.Stacked(params, [run.family for run in runs], momentum=momentum, betas=betas, **numbers)
-    if compute_dtype(runs[0].precision) is not None:
+        optimizer = optim.Stacked(params, [run.family for run in runs], **numbers)
+    if runs[0].precision == "bf16":
         stack.use_copies(optimizer.observe(bf16=True).weights)
     return optimizer

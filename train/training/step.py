@@ -1,10 +1,10 @@
 """One training step of a stack: forward, loss gradient, backward, update; on a GPU replayed as a CUDA graph."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ncollapse import optim
 from ncollapse.kernels.cross_entropy import cross_entropy_grad
@@ -15,12 +15,6 @@ from ncollapse.train.training.stack import Stack
 
 # Steps of a batch size before a CUDA graph is captured: in them libraries choose kernels and allocate workspaces.
 _WARM_UP = 3
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Compute the mean cross-entropy of each run, `[R]`, from logits `[R, B, K]` and labels `[B]` or `[R, B]`."""
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.expand(logits.shape[:2]).flatten(), reduction="none")
-    return losses.view(logits.shape[:2]).mean(1)
 
 
 class Step:
@@ -35,7 +29,7 @@ class Step:
         self._images = pad_images(data.train_x, augment)
         self._params = list(stack.params.values())
         self._leaves = [stack.copies.get(name, param) for name, param in stack.params.items()]
-        self._steps: dict[torch.Size, int] = {}
+        self._steps: Counter[torch.Size] = Counter()
         self._replays: dict[torch.Size, Callable[[Tensor, Tensor | None], None]] = {}
 
     def __call__(self, batch: Tensor, views: Tensor | None = None) -> None:
@@ -45,16 +39,13 @@ class Step:
             batch: indices of the samples, `[B]` for all runs or `[R, B]`.
             views: crop and flip of each sample, `[B, 3]` or `[R, B, 3]`, from `draw_views`; None: no augmentation.
         """
-        replay = self._replays.get(batch.shape)
-        if replay is not None:
-            replay(batch, views)
+        self._steps[batch.shape] += 1
+        if not batch.is_cuda or self._steps[batch.shape] <= _WARM_UP:
+            self._run(batch, views)
             return
-        steps = self._steps[batch.shape] = self._steps.get(batch.shape, 0) + 1
-        if batch.is_cuda and steps > _WARM_UP:
-            self._replays[batch.shape] = replay = self._capture(batch, views)
-            replay(batch, views)
-            return
-        self._run(batch, views)
+        if batch.shape not in self._replays:
+            self._replays[batch.shape] = self._capture(batch, views)
+        self._replays[batch.shape](batch, views)
 
     def _run(self, batch: Tensor, views: Tensor | None) -> None:
         images = gather_images(self._images, batch, views, self._data.size)
