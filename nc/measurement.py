@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ncollapse import metrics
-from ncollapse.forward_passes import Loader, Pool, capture_features, find_module, labelled_batches
+from ncollapse.batches import Loader, labelled_batches
+from ncollapse.heads import find_module
+from ncollapse.hooks import Pool, capture_features
 from ncollapse.stats import ClassStats
 
 # The metrics of a layer's features, by the names of `LayerResult`.

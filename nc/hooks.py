@@ -1,7 +1,6 @@
-"""Run any model over the batches of any loader, and capture the features of its head and of other layers."""
+"""Capture the features of a head and of other layers while a model runs in evaluation mode."""
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -9,46 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: An iterable of batches, or one pair of tensors (inputs, labels).
-Loader = Iterable[Any] | tuple[Tensor, Tensor]
 #: Makes features `[B, d]` of a layer's output.
 Pool = Callable[[Any], Tensor]
-
-
-def labelled_batches(loader: Loader, batch_size: int) -> Iterator[tuple[Any, Tensor]]:
-    """Yield the inputs and labels of each batch; a pair of tensors is cut into batches of `batch_size`.
-
-    Raises:
-        ValueError: a pair of tensors of different lengths, a batch that is neither a pair nor a mapping with "labels".
-    """
-    if isinstance(loader, tuple) and len(loader) == 2 and isinstance(loader[0], Tensor):
-        inputs, labels = loader
-        if len(inputs) != len(labels):
-            raise ValueError(f"measure: {len(inputs)} inputs and {len(labels)} labels")
-        loader = zip(inputs.split(batch_size), labels.split(batch_size), strict=True)
-    for batch in loader:
-        if isinstance(batch, Mapping) and "labels" in batch:
-            yield {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
-        elif isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor):
-            yield batch[0], batch[1]
-        else:
-            raise ValueError(
-                "measure: a batch must be a pair (inputs, labels) or a mapping with 'labels'; "
-                f"the loader gave a {type(batch).__name__}"
-            )
-
-
-def find_module(model: nn.Module, name: str) -> nn.Module:
-    """Return the module of this name; if there is none, raise ValueError with near matches and the linear layers."""
-    modules = dict(model.named_modules())
-    if name not in modules:
-        near = difflib.get_close_matches(name, modules, n=5, cutoff=0.4)
-        linear = [n for n, module in modules.items() if isinstance(module, nn.Linear)]
-        raise ValueError(
-            f"measure: the model has no module {name!r}; near matches: {', '.join(near) or 'none'}; "
-            f"linear layers: {', '.join(linear) or 'none'}"
-        )
-    return modules[name]
 
 
 @contextmanager
