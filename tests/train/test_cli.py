@@ -97,12 +97,12 @@ def test_bad_arguments_are_exit_code_2(capsys: pytest.CaptureFixture[str], args:
 
 
 def test_an_interrupt_is_exit_code_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from ncollapse.train.sweep import processes
+    from ncollapse.train.sweep import this_machine
 
     def interrupt(*args: object) -> object:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(processes, "train_stack", interrupt)
+    monkeypatch.setattr(this_machine, "train_stack", interrupt)
     text = fails(capsys, 130, "sweep", "grid.toml")
     assert "0 of 2 runs are finished and kept in results/grid; the same command continues from there" in text
 

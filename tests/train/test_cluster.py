@@ -20,7 +20,7 @@ from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.reader import load_runs
 from ncollapse.train.results.writer import PlannedStack, Store
-from ncollapse.train.sweep import ray_connect, stack_size
+from ncollapse.train.sweep import ray_cluster, stack_size
 from ncollapse.train.sweep.messages import WorkerSettings
 from ncollapse.train.sweep.options import Options
 from ncollapse.train.sweep.ray_cluster import Cluster
@@ -62,7 +62,7 @@ def cluster(nodes: Any) -> Any:
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     # They would stay in the environment, and nodes that start later need more retries.
-    monkeypatch.setattr(ray_connect, "_RETRY_LIMITS", {})
+    monkeypatch.setattr(ray_cluster, "_RETRY_LIMITS", {})
 
 
 @pytest.fixture(scope="module")

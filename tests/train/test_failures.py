@@ -24,7 +24,7 @@ from ncollapse.train.grid import Grid
 from ncollapse.train.results.reader import load_metrics, load_runs
 from ncollapse.train.results.schema import FILE
 from ncollapse.train.results.writer import Store
-from ncollapse.train.sweep import messages, processes
+from ncollapse.train.sweep import messages, this_machine
 from ncollapse.train.sweep.options import Options
 from ncollapse.train.sweep.scheduler import sweep
 from ncollapse.train.training import loop
@@ -74,7 +74,7 @@ def test_other_data_in_the_folder_are_refused(
     def interrupt(*args: object) -> object:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(processes, "train_stack", interrupt)
+    monkeypatch.setattr(this_machine, "train_stack", interrupt)
     with pytest.raises(InterruptError):
         run_sweep(small_grid, tmp_path)
     monkeypatch.undo()
@@ -219,13 +219,13 @@ def test_a_stack_that_does_not_fit_is_halved_and_said(
 def test_a_stack_that_is_lost_after_its_last_run_has_ended_is_done(
     run_sweep: Callable[..., int], swept: Path, small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = processes.train_stack
+    real = this_machine.train_stack
 
     def lost_at_the_end(*args: Any) -> Iterator[messages.Message]:
         for message in real(*args):
             yield messages.Failed("lost", "killed") if isinstance(message, messages.Finished) else message
 
-    monkeypatch.setattr(processes, "train_stack", lost_at_the_end)
+    monkeypatch.setattr(this_machine, "train_stack", lost_at_the_end)
     run_sweep(small_grid, tmp_path, checkpoint_minutes=0)
     assert_same(swept, tmp_path)
     assert not list((tmp_path / "checkpoints").glob("*"))

@@ -24,7 +24,7 @@ from ncollapse.train.grid import Grid
 from ncollapse.train.networks.models import Classifier
 from ncollapse.train.results.reader import load_meta, load_runs
 from ncollapse.train.results.writer import PlannedStack
-from ncollapse.train.sweep import processes, stack_size, this_machine
+from ncollapse.train.sweep import stack_size, this_machine
 from ncollapse.train.sweep.grouping import StackKey
 from ncollapse.train.sweep.messages import Message, WorkerSettings
 from ncollapse.train.sweep.options import Options
@@ -44,7 +44,7 @@ LOAD = functools.partial(load, data_dir=None, download=False)
 def quick_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers are forks of a server that has torch loaded, instead of new processes that load it."""
     if "forkserver" in multiprocessing.get_all_start_methods():
-        monkeypatch.setattr(processes, "_CONTEXT", fork_context())
+        monkeypatch.setattr(this_machine, "_CONTEXT", fork_context())
 
 
 def pooled(grid: Grid, out: Path, quiet: Console, **options: object) -> int:

@@ -214,7 +214,7 @@ def test_a_real_sweep_in_the_middle(
                 if len(seen) == 2:
                     raise KeyboardInterrupt
 
-    monkeypatch.setattr("ncollapse.train.sweep.processes.train_stack", observed)
+    monkeypatch.setattr("ncollapse.train.sweep.this_machine.train_stack", observed)
     with pytest.raises(InterruptError):
         run_sweep(small_grid, tmp_path, stack=6)
     first, second = seen

@@ -19,7 +19,7 @@ from ncollapse.train.optimizers import PAPER_OPTIMIZERS
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.reader import load_meta, load_metrics, load_runs, load_sessions
 from ncollapse.train.results.schema import FILE
-from ncollapse.train.sweep import processes
+from ncollapse.train.sweep import this_machine
 from ncollapse.train.sweep.grouping import StackKey, make_stacks
 from sweep_results import assert_same, count
 
@@ -84,14 +84,14 @@ def test_the_same_command_again_trains_nothing(
     run_sweep: Callable[..., int], small_grid: Grid, swept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (swept / FILE).read_bytes()
-    monkeypatch.setattr(processes, "train_stack", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(this_machine, "train_stack", lambda *args: pytest.fail("trained again"))
     assert run_sweep(small_grid, swept) == 0
     assert (swept / FILE).read_bytes() == before
 
 
 def interrupt_after(events: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Press Ctrl-C after `events` messages of training."""
-    real, left = processes.train_stack, events
+    real, left = this_machine.train_stack, events
 
     def interrupted(*args: Any) -> object:
         nonlocal left
@@ -101,7 +101,7 @@ def interrupt_after(events: int, monkeypatch: pytest.MonkeyPatch) -> None:
             left -= 1
             yield event
 
-    monkeypatch.setattr(processes, "train_stack", interrupted)
+    monkeypatch.setattr(this_machine, "train_stack", interrupted)
 
 
 @pytest.mark.parametrize("events", [0, 3, 8, 9, 13, 20])

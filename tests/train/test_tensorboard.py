@@ -65,10 +65,10 @@ def test_a_continued_sweep_has_no_point_twice(
                 raise KeyboardInterrupt
             yield message
 
-    monkeypatch.setattr("ncollapse.train.sweep.processes.train_stack", interrupted)
+    monkeypatch.setattr("ncollapse.train.sweep.this_machine.train_stack", interrupted)
     with pytest.raises(InterruptError):
         run_sweep(grid, tmp_path, tensorboard=True)
-    monkeypatch.setattr("ncollapse.train.sweep.processes.train_stack", real)
+    monkeypatch.setattr("ncollapse.train.sweep.this_machine.train_stack", real)
     assert (load_runs(tmp_path).status == "done").tolist() == [True, False, False]
     assert run_sweep(grid, tmp_path, tensorboard=True) == 2
     assert_shows_the_store(tmp_path)

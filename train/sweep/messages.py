@@ -111,8 +111,7 @@ def train_stack(
                 continue
             due = time.monotonic() - saved >= settings.checkpoint_seconds
             yield Progress(event, training.checkpoint() if due else None)
-            if due:
-                saved = time.monotonic()
+            saved = time.monotonic() if due else saved
         yield Finished()
     except CheckpointError as error:
         yield Failed("checkpoint", str(error))

@@ -26,13 +26,10 @@ class SweepProgress(Progress):
 
     def __init__(self, grid: Grid, finished: dict[str, str], console: Console) -> None:
         super().__init__(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
+            TextColumn("[bold]{task.description}"), BarColumn(),
             TextColumn("{task.fields[done]}/{task.fields[runs]} runs{task.fields[diverged]}"),
-            _Rate(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=console,
-        )
+            _Rate(), TimeRemainingColumn(elapsed_when_finished=True), console=console,
+        )  # fmt: skip
         self._ended = dict(finished)
         self._epochs = {run.id: run.epochs for run in grid.runs if run.id in finished}
         total, before = sum(run.epochs for run in grid.runs), sum(self._epochs.values())

@@ -4,7 +4,15 @@ A cluster that requires a token (Ray makes one where `~/.ray/auth_token` exists)
 on every machine.
 """
 
+import contextlib
 import functools
+import importlib
+import logging
+import math
+import os
+import signal
+import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,14 +27,20 @@ from ncollapse.train.errors import UserError
 from ncollapse.train.results.writer import PlannedStack
 from ncollapse.train.sweep.grouping import StackKey
 from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, WorkerSettings, train_stack
-from ncollapse.train.sweep.processes import keep_memory
-from ncollapse.train.sweep.ray_connect import connect
+from ncollapse.train.sweep.this_machine import keep_memory
 from ncollapse.train.sweep.throughput import DataFacts, measure_rate, room_on
 
 #: Threads of each task. Tasks share a machine's cores among them, as the processes of the local engine do.
 _THREADS = 1
-#: Seconds between two queries of the cluster's size.
-_QUERY_SECONDS = 2.0
+#: Seconds between two queries of the cluster's size, and that a machine may take to accept a connection.
+_QUERY_SECONDS, _CONNECT_SECONDS = 2.0, 10.0
+#: Bounds on Ray's retries, where something else answers at the address or this machine is not part of the cluster: by
+#: default it retries for a quarter of an hour. Ray reads them when it is imported.
+_RETRY_LIMITS = {
+    "RAY_NUM_REDIS_GET_RETRIES": "1",
+    "RAY_py_gcs_connect_timeout_s": "10",
+    "RAY_gcs_server_request_timeout_seconds": "20",
+}
 
 
 class Cluster(Engine):
@@ -47,7 +61,7 @@ class Cluster(Engine):
         self, ray_address: str | None, device: torch.device, settings: WorkerSettings,
         loaded: dict[str, Dataset] | None = None,
     ) -> None:  # fmt: skip
-        self._ray = connect(ray_address)
+        self._ray = _connect(ray_address)
         self._settings, self._settings_ref = settings, self._ray.put(settings)
         self._loaded = {} if loaded is None else loaded
         self._on_gpus = device.type == "cuda"
@@ -110,8 +124,10 @@ class Cluster(Engine):
         # sweep retries from the last checkpoint. For each task on a GPU Ray starts a new process, since an idle one
         # would keep the GPU's memory.
         task = self._remote(_train, num_returns="streaming", max_retries=0)
-        slots, queried = self.slots(self._per_gpu), time.monotonic()
+        queried = -math.inf
         while True:
+            if time.monotonic() - queried > _QUERY_SECONDS:  # nodes come and go
+                slots, queried = self.slots(self._per_gpu), time.monotonic()
             # One task waits even where no node is left: for nodes that come back, or that an autoscaler starts for it.
             while len(self._in_flight) < max(slots, 1) and (stack := next_stack()) is not None:
                 checkpoint = None if stack.checkpoint is None else stack.checkpoint.read_bytes()
@@ -128,8 +144,6 @@ class Cluster(Engine):
                 if isinstance(message, (Finished, Failed)):
                     del self._in_flight[messages]
                 yield stack, message
-            if time.monotonic() - queried > _QUERY_SECONDS:  # nodes come and go
-                slots, queried = self.slots(self._per_gpu), time.monotonic()
 
     def _data_set(self, name: str) -> Any:
         """A reference to a data set, put into the cluster at its first use: its machines need no data folder."""
@@ -144,8 +158,7 @@ class Cluster(Engine):
         errors = self._ray.exceptions
         lost = (errors.WorkerCrashedError, errors.NodeDiedError, errors.ObjectLostError, errors.RaySystemError)
         try:
-            message: Message = self._ray.get(next(messages))
-            return message
+            return self._ray.get(next(messages))
         except errors.OutOfMemoryError as error:  # Ray ended the process before the system would have
             return Failed("memory", _first_line(error))
         except lost as error:
@@ -156,10 +169,8 @@ class Cluster(Engine):
         if not self._probes:
             return None
         # Stacks on one machine share its memory, those on one GPU the GPU's.
-        sharing = {
-            node["NodeID"]: self._per_gpu if self._on_gpus else self._slots_of(node["Resources"], 1)
-            for node in self._nodes()
-        }
+        slots = {node["NodeID"]: self._slots_of(node["Resources"], 1) for node in self._nodes()}
+        sharing = dict.fromkeys(slots, self._per_gpu) if self._on_gpus else slots
         fits = self._ask("room", key, facts)
         return max(1, min(fit // max(1, min(sharing[node], self._workers)) for node, fit in fits))
 
@@ -176,8 +187,7 @@ class Cluster(Engine):
         return None if None in rates else sum(rates) * self._workers / len(rates)
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
-        answers: list[Any] = self._ray.get([getattr(probe, method).remote(*arguments) for probe in self._probes])
-        return answers
+        return self._ray.get([getattr(probe, method).remote(*arguments) for probe in self._probes])
 
     def _open_probes(self) -> None:
         """Start processes that measure at once, under the conditions of those that will train."""
@@ -204,6 +214,58 @@ class Cluster(Engine):
         for messages in self._in_flight:
             self._ray.cancel(messages, force=True)
         self._ray.shutdown()
+
+
+def _connect(ray_address: str | None) -> Any:
+    """Connect this process to a cluster, or start one, and return the module ray; errors come within seconds."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = ray_address or os.environ.get("RAY_ADDRESS")
+    if address:
+        for name, value in _RETRY_LIMITS.items():
+            os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(f"--engine ray needs Ray ({error}): pip install 'ncollapse[ray]'") from None
+    address = address or _running_here()
+    if address is not None and address not in ("auto", "local"):  # names that Ray resolves
+        _check_reachable(address)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(ray_address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
+        why = [repr(error), *str(error.__cause__ or error).strip().splitlines()][-1]
+        raise UserError(_no_answer(address or "this machine", why)) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray has set its own, which ends the process at once
+    return ray
+
+
+def _running_here() -> str | None:
+    """The address of a cluster that was started on this machine, as far as Ray knows one."""
+    with contextlib.suppress(ImportError, AttributeError):
+        return importlib.import_module("ray._private.services").canonicalize_bootstrap_address(None)
+    return None
+
+
+def _check_reachable(address: str) -> None:
+    """Raise UserError unless something answers at an address: Ray itself would retry for a quarter of an hour."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        raise UserError(f"--ray-address is HOST:PORT, as in 192.168.0.1:6379; got {address}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(_no_answer(address, str(error))) from None
+
+
+def _no_answer(address: str, why: str) -> str:
+    return (
+        f"no connection to a Ray cluster at {address} ({why}). Start one with `ray start --head --port 6379`, and with "
+        "`ray start --address HOST:6379` on its other machines; this must be one of them. `ray stop` stops an old "
+        "cluster here; without a cluster, --ray-address and $RAY_ADDRESS, Ray starts one on this machine only"
+    )
 
 
 # The rest runs in processes of the cluster.

@@ -28,22 +28,15 @@ from ncollapse.train.sweep.throughput import DataFacts
 
 
 def sweep(
-    grid: Grid,
-    out: Path,
-    load_data: Callable[[str, torch.device], Dataset],
-    device: torch.device,
-    options: Options,
-    console: Console,
-) -> int:
-    """Train every run of the grid that is not finished in `out`.
+    grid: Grid, out: Path, load_data: Callable[[str, torch.device], Dataset], device: torch.device,
+    options: Options, console: Console,
+) -> int:  # fmt: skip
+    """Train every run of the grid that is not finished in `out`, and return their number.
 
     Args:
         load_data: loads a data set by its name onto a device. Several workers of the local engine need one that can be
             pickled; with any other, `workers="auto"` trains in this process.
         device: "cpu" for all cores, "cuda" for all GPUs, or one GPU.
-
-    Returns:
-        The number of runs trained.
 
     Raises:
         UserError: see `Store`; data that cannot be loaded; runs that do not fit in memory even alone; interrupted.
@@ -136,11 +129,7 @@ class _Sweep:
         self._logs = logs
 
     def train(self, engine: Engine) -> None:
-        """Have an engine train all of them.
-
-        Raises:
-            UserError: at the end, runs that do not fit in memory even alone; at once, what the user has to change.
-        """
+        """Have an engine train all of them; at the end, raise for runs that do not fit in memory even alone."""
         with self._bar:
             for stack, message in engine.run(self._next):
                 self._handle(stack, message)

@@ -1,11 +1,18 @@
 """The local engine: the cores or GPUs of this machine, used by this process or by several worker processes."""
 
+import contextlib
+import ctypes
+import multiprocessing
 import os
 import pickle
+import signal
+import threading
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import torch
 
@@ -14,9 +21,11 @@ from ncollapse.train.errors import UserError
 from ncollapse.train.results.provenance import device_name
 from ncollapse.train.results.writer import PlannedStack
 from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, WorkerSettings
-from ncollapse.train.sweep.processes import Trainer, Worker
+from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, WorkerSettings, train_stack
 from ncollapse.train.sweep.throughput import DataFacts, measure_rate, room_on
+
+#: How workers start: a fork of this process would copy torch's threads and the state of the GPU.
+_CONTEXT = multiprocessing.get_context("spawn")
 
 
 class ThisMachine(Engine):
@@ -25,9 +34,6 @@ class ThisMachine(Engine):
     Args:
         device: "cpu" for all cores, "cuda" for all GPUs, or one GPU.
         loaded: data sets by name, on the CPU, that were read already; emptied as they are used.
-
-    Attributes:
-        unpicklable: why `settings` cannot be sent to worker processes; empty if they can.
     """
 
     in_process = True
@@ -39,9 +45,9 @@ class ThisMachine(Engine):
         self._devices = every if device.type == "cuda" and device.index is None else [device]
         self._settings, self._loaded = settings, {} if loaded is None else loaded
         self._threads_before = self._threads = torch.get_num_threads()
-        self._trainer: Trainer | None = None
-        self._workers: list[Worker] = []  # none where this process trains
-        self.unpicklable = _why_unpicklable(settings)
+        self._trainer: _Trainer | None = None
+        self._workers: list[_Worker] = []  # none where this process trains
+        self.unpicklable = _why_unpicklable(settings)  # empty if they can be sent to worker processes
 
     @property
     def device(self) -> str:
@@ -70,7 +76,7 @@ class ThisMachine(Engine):
         self._threads = threads
         if workers == 1:
             torch.set_num_threads(threads)
-            self._trainer = self._trainer or Trainer(self._devices[0], self._settings, self._loaded)
+            self._trainer = self._trainer or _Trainer(self._devices[0], self._settings, self._loaded)
             return
         if self.unpicklable:
             raise UserError(
@@ -79,10 +85,11 @@ class ThisMachine(Engine):
             )
         self._loaded.clear()  # each process loads its own
         self._keep_workers(workers)
-        self._workers += [self._start(i) for i in range(len(self._workers), workers)]
+        while len(self._workers) < workers:
+            self._workers.append(self._start(len(self._workers)))
 
-    def _start(self, i: int) -> Worker:
-        return Worker(self._devices[i % len(self._devices)], self._threads, self._settings)
+    def _start(self, i: int) -> "_Worker":
+        return _Worker(self._devices[i % len(self._devices)], self._threads, self._settings)
 
     def _restart(self, i: int) -> None:
         self._workers[i].kill()
@@ -109,15 +116,12 @@ class ThisMachine(Engine):
         return None if lost or None in answers else sum(answers)
 
     def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
-        return self._run_in_workers(next_stack) if self._workers else self._run_here(next_stack)
-
-    def _run_here(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
-        assert self._trainer is not None, "call `use` first"
-        while (stack := next_stack()) is not None:
-            for message in self._trainer.train(stack):
-                yield stack, message
-
-    def _run_in_workers(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
+        if not self._workers:
+            assert self._trainer is not None, "call `use` first"
+            while (stack := next_stack()) is not None:
+                for message in self._trainer.train(stack):
+                    yield stack, message
+            return
         busy: dict[int, PlannedStack] = {}  # index of the worker -> what it trains
         while True:
             for i, worker in enumerate(self._workers):
@@ -151,3 +155,95 @@ def _why_unpicklable(settings: WorkerSettings) -> str:
 def _cores() -> int:
     # The cores that this process may use: a batch system assigns it a part of the machine.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Trainer:
+    """Trains stacks in the process that it is made in, and keeps the data sets that they need on its device."""
+
+    def __init__(self, device: torch.device, settings: WorkerSettings, loaded: dict[str, Dataset]) -> None:
+        self._device, self._settings, self._loaded = device, settings, loaded
+        self._data: dict[str, Dataset] = {}  # all of them, since stacks of different data sets alternate
+        keep_memory()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+
+    def train(self, stack: PlannedStack) -> Iterator[Message]:
+        name = stack.runs[0].data
+        if name not in self._data:
+            data = self._loaded.pop(name, None) or self._settings.load_data(name, self._device)
+            self._data[name] = data.to(self._device)
+        checkpoint = None if stack.checkpoint is None else stack.checkpoint.read_bytes()
+        return train_stack(stack.runs, self._data[name], self._device, self._settings, checkpoint)
+
+
+class _Worker:
+    """A process that trains stacks and measures rates, and this end of the pipe to it."""
+
+    def __init__(self, device: torch.device, threads: int, settings: WorkerSettings) -> None:
+        self.connection, child_end = _CONTEXT.Pipe()
+        self.process = _CONTEXT.Process(target=_serve, args=(child_end, device, threads, settings), daemon=True)
+        self.process.start()
+        child_end.close()
+
+    def send(self, request: Any) -> None:
+        """Send a `PlannedStack` to train, or (key, facts, size, quick) to measure a rate."""
+        with contextlib.suppress(OSError):  # the process has ended: `receive` says so
+            self.connection.send(request)
+
+    def receive(self) -> Any:
+        """Wait for a message or rate; Failed where the process has ended, RuntimeError where it raised an exception."""
+        try:
+            answer = self.connection.recv()
+        except (EOFError, OSError, pickle.UnpicklingError):  # it may have been killed in the middle of a message
+            self.process.join(5)
+            return Failed("lost", f"its process ended with exit code {self.process.exitcode}")
+        if isinstance(answer, str):
+            raise RuntimeError(f"a training process failed:\n{answer}")
+        return answer
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+def _serve(connection: Connection, device: torch.device, threads: int, settings: WorkerSettings) -> None:
+    """Answer requests in a worker process until the parent ends; after an exception, with the text of its traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which terminates its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    try:
+        trainer = _Trainer(device, settings, {})
+        while True:
+            request = connection.recv()
+            if isinstance(request, PlannedStack):
+                for message in trainer.train(request):
+                    connection.send(message)
+            else:
+                key, facts, size, quick = request
+                connection.send(measure_rate(key, facts, size, device, quick=quick))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the parent has ended
+    except Exception:
+        connection.send(traceback.format_exc())
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent ends, also in the middle of a long epoch: a killed parent cannot do it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def keep_memory() -> None:
+    """Have the C library keep freed memory for the next step.
+
+    By default glibc returns large blocks to the system at once, and a step of a stack then causes a thousand page
+    faults to get the same memory again: a quarter of the time of a small CNN's step on a CPU.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, (1 << 31) - 1)

@@ -104,7 +104,6 @@ def _model(key: StackKey, facts: DataFacts) -> Classifier:
 def bytes_per_run(key: StackKey, facts: DataFacts) -> int:
     """Estimate the memory of a run in a stack: weights, gradients, states, activations, and features for NC4."""
     batch = min(key.batch_size, facts.samples)
-    images = torch.randn(2, facts.channels, facts.size, facts.size)
     stack = Stack.of([_model(key, facts)], torch.device("cpu"))
     saved: list[int] = []
 
@@ -113,7 +112,7 @@ def bytes_per_run(key: StackKey, facts: DataFacts) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        features, _ = stack(images, train=True)
+        features, _ = stack(torch.randn(2, facts.channels, facts.size, facts.size), train=True)
     weights = sum(p.nbytes for p in stack.params.values())
     # Autograd saves these for two images, with the weights; the gradients of activations take about as much again.
     activations = 2 * max(sum(saved) - weights, 0) // 2 * batch
