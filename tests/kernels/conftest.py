@@ -3,14 +3,10 @@
 import pytest
 import torch
 
-from devices import Backend, backend_named
-from devices import backend as parameter
+from devices import Backend, backend_fixture
 
-
-@pytest.fixture(params=[parameter("interpreter"), parameter("cuda")])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    """Triton's kernels, unless a module or a test says otherwise."""
-    return backend_named(request.param)
+# Triton's kernels, unless a module or a test says otherwise.
+backend = backend_fixture("interpreter", "cuda")
 
 
 @pytest.fixture

@@ -25,8 +25,7 @@ from class_stats_cases import (
     project_triton,
     same_bits,
 )
-from devices import Backend, backend_named, cases, only
-from devices import backend as parameter
+from devices import Backend, backend_fixture, cases, only
 from ncollapse.kernels.class_stats import gpu
 from ncollapse.kernels.class_stats.reference import State, class_stats_reference, project_reference
 
@@ -36,9 +35,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SCATTER = {"cpu": None, "interpreter": 5e-5, "cuda": 1e-5}
 
 
-@pytest.fixture(params=[parameter(name) for name in BACKENDS])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    return backend_named(request.param)
+backend = backend_fixture(*BACKENDS)
 
 
 @pytest.fixture

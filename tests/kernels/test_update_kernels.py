@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from devices import Backend, backend_named, cases
-from devices import backend as parameter
+from devices import Backend, backend_fixture, cases, parameter
 from ncollapse.kernels.update.reference import RULES, Settings, Slot, update_reference
 from ncollapse.kernels.update.table import HYPERS, Extras, HyperTable, Lists, code
 from update_twins import DTYPES, Launch, Twins, hyper_table, launch_cpu, launch_triton, like, numbers, slot_for
@@ -27,9 +26,7 @@ MORE_SHAPES: list[tuple[int, ...]] = [(511,), (513,), (4095,), (4097,), (3, 100_
 ADAM_FLOAT64 = {"cpu": 1e-14, "interpreter": 1e-14, "cuda": 1e-12}
 
 
-@pytest.fixture(params=[parameter(name) for name in BACKENDS])
-def backend(request: pytest.FixtureRequest) -> Backend:
-    return backend_named(request.param)
+backend = backend_fixture(*BACKENDS)
 
 
 @pytest.fixture

@@ -33,7 +33,17 @@ def backend_named(name: str) -> Backend:
     return Backend(name)
 
 
-def backend(name: str, *values: Any) -> Any:
+def backend_fixture(*names: str) -> Any:
+    """The fixture `backend`, for a module whose tests run on these backends."""
+
+    @pytest.fixture(params=[parameter(name) for name in names], name="backend")
+    def fixture(request: pytest.FixtureRequest) -> Backend:
+        return backend_named(request.param)
+
+    return fixture
+
+
+def parameter(name: str, *values: Any) -> Any:
     """A backend, and values that a test gets with it, as a parameter."""
     marks = {"cpu": [pytest.mark.compiled], "interpreter": [], "cuda": GPU_MARKS}[name]
     return pytest.param(name, *values, marks=marks)
@@ -47,7 +57,7 @@ def cases(
     rows = []
     for name in backends:
         for value in [*small, *large] if name == "cuda" else small:
-            rows.append(backend(name, *([value] if single else value)))
+            rows.append(parameter(name, *([value] if single else value)))
     return pytest.mark.parametrize(
         ("backend", *(n.strip() for n in names.split(","))), rows, indirect=["backend"], ids=str
     )
@@ -55,4 +65,4 @@ def cases(
 
 def only(*names: str) -> pytest.MarkDecorator:
     """Run a test on these backends alone."""
-    return pytest.mark.parametrize("backend", [backend(name) for name in names], indirect=True)
+    return pytest.mark.parametrize("backend", [parameter(name) for name in names], indirect=True)

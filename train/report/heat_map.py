@@ -11,6 +11,7 @@ from ncollapse.train.report import style
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.settings import in_order, tried
 from ncollapse.train.report.style import COLOURS, GROUND, INK, ON_DARK, ON_LIGHT, QUIET
+from ncollapse.train.results.schema import FINISHED
 
 #: Setting on the vertical axis -> its name in texts.
 AXES = {"lr": "learning rate", "momentum": "momentum β"}
@@ -28,7 +29,7 @@ def cells(runs: pd.DataFrame, axis: str, selection: Selection) -> pd.DataFrame:
     The value of a cell is the smallest of its runs that reached the threshold; where none did, of all its runs that
     ended well. Columns: optimizer, weight_decay, `axis`, done, reached, missed (counts), NC0–NC3.
     """
-    runs = runs[runs.status.isin(("done", "diverged", "degenerate"))]
+    runs = runs[runs.status.isin(FINISHED)]
     done = runs.status == "done"
     reached = runs.id.isin(selection.eligible(runs).id)
     keys = ["optimizer", "weight_decay", axis]

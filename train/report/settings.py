@@ -23,7 +23,8 @@ def in_order(frame: pd.DataFrame) -> pd.DataFrame:
 
 def tried(runs: pd.DataFrame) -> list[str]:
     """Return the optimizers of these runs, in the order of the table of optimizers."""
-    return [name for name in OPTIMIZERS if name in set(runs.optimizer)]
+    names = set(runs.optimizer)
+    return [name for name in OPTIMIZERS if name in names]
 
 
 def varying(runs: pd.DataFrame) -> list[str]:
