@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ncollapse import metrics, optim, ufm
-    from ncollapse.measurement import NCCallback, NCResult, measure
+    from ncollapse.measurement import NCCallback, measure
+    from ncollapse.result import NCResult
     from ncollapse.stats import ClassStats
 
 try:
@@ -20,7 +21,7 @@ except PackageNotFoundError:  # a source tree that is not installed
 
 __all__ = ["ClassStats", "NCCallback", "NCResult", "measure", "metrics", "optim", "ufm"]
 
-_MODULE_OF = {"ClassStats": "stats", "NCCallback": "measurement", "NCResult": "measurement", "measure": "measurement"}
+_MODULE_OF = {"ClassStats": "stats", "NCCallback": "measurement", "NCResult": "result", "measure": "measurement"}
 
 
 def __getattr__(name: str) -> Any:

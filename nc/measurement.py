@@ -1,9 +1,7 @@
 """NC0–NC4 of a classifier: `Measurement` batch by batch, `measure` of any model, `NCCallback` while it trains."""
 
-import dataclasses
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,29 +11,9 @@ from ncollapse import metrics
 from ncollapse.batches import Loader, labelled_batches
 from ncollapse.heads import find_module
 from ncollapse.hooks import Pool, capture_features
+from ncollapse.result import HEAD_METRICS, OF_HEAD, OF_LAYER, LayerResult, NCResult
 from ncollapse.stats import ClassStats
 
-# The metrics of a layer's features, by the names of `LayerResult`.
-_OF_LAYER: dict[str, Callable[[ClassStats], Tensor]] = {
-    "nc1": metrics.nc1,
-    "nc1_trace_ratio": partial(metrics.nc1, kind="trace_ratio"),
-    "nc1_cdnv": partial(metrics.nc1, kind="cdnv"),
-    "nc2": metrics.nc2,
-    "nc2_equinorm": partial(metrics.nc2, kind="equinorm"),
-    "nc2_equiangularity": partial(metrics.nc2, kind="equiangularity"),
-}
-# The further metrics of the head's weight W `[*, K, d]` and its features, by the names of `NCResult`.
-_OF_HEAD: dict[str, Callable[[Tensor, ClassStats], Tensor]] = {
-    "nc0": lambda weight, _: metrics.nc0(weight),
-    "nc2_weight": lambda weight, _: metrics.nc2(weight),
-    "nc2_weight_equinorm": lambda weight, _: metrics.nc2(weight, kind="equinorm"),
-    "nc2_weight_equiangularity": lambda weight, _: metrics.nc2(weight, kind="equiangularity"),
-    "nc3": metrics.nc3,
-    "nc3_difference": partial(metrics.nc3, kind="difference"),
-    "degenerate": metrics.degenerate,
-}
-#: The names of all metrics of a head.
-HEAD_METRICS = (*_OF_LAYER, *_OF_HEAD, "nc4", "train_accuracy")
 # Bytes of kept features that are compared with the class means in one call: on a GPU a call costs more than the copy
 # that joins batches, on a CPU only that of small batches does.
 _BYTES_PER_CALL = {"cpu": 2**20, "cuda": 2**26}
@@ -166,14 +144,14 @@ class Measurement:
         """
         if self._first_pass:
             self.end_pass()
-        values = {name: of(self.stats) for name, of in _OF_LAYER.items() if name in self._names}
-        values |= {name: of(self._weight, self.stats) for name, of in _OF_HEAD.items() if name in self._names}
+        values = {name: of(self.stats) for name, of in OF_LAYER.items() if name in self._names}
+        values |= {name: of(self._weight, self.stats) for name, of in OF_HEAD.items() if name in self._names}
         if self._means is not None:
             finite = self._means[..., self.stats.present, :].isfinite().flatten(-2).all(-1)  # else nothing is near
             values["nc4"] = (self._differ.double() / self._compared).masked_fill(~finite, float("nan"))
         if "train_accuracy" in self._names:
             values["train_accuracy"] = self._correct.double() / self.samples
-        layers = {key: {name: of(stats) for name, of in _OF_LAYER.items()} for key, stats in self._layers.items()}
+        layers = {key: {name: of(stats) for name, of in OF_LAYER.items()} for key, stats in self._layers.items()}
         return values, layers
 
     def _statistics(self, dim: int, name: str, device: torch.device) -> ClassStats:
@@ -198,49 +176,6 @@ def _joined(kept: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]
     for start in range(0, len(kept), count):
         some = kept[start : start + count]
         yield some[0] if len(some) == 1 else (torch.cat([h for h, _ in some], -2), torch.cat([p for _, p in some], -1))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerResult:
-    """Metrics of one layer's features; definitions in `ncollapse.metrics`."""
-
-    nc1: float
-    nc1_trace_ratio: float
-    nc1_cdnv: float
-    nc2: float
-    nc2_equinorm: float
-    nc2_equiangularity: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NCResult(LayerResult):
-    """Metrics of one model; definitions in `ncollapse.metrics`.
-
-    Attributes:
-        degenerate: features or classifier have vanished: NC1–NC3 are undefined (NaN).
-        layers: name -> metrics of that layer's features.
-        means: class means of the head's input, `[K, d]` float64 on the CPU; NaN for a class without samples.
-            `measure(..., previous=result)` uses them.
-    """
-
-    nc0: float
-    nc2_weight: float
-    nc2_weight_equinorm: float
-    nc2_weight_equiangularity: float
-    nc3: float
-    nc3_difference: float
-    nc4: float
-    train_accuracy: float
-    degenerate: bool
-    layers: dict[str, LayerResult]
-    means: Tensor = dataclasses.field(repr=False, compare=False)
-
-    def as_dict(self) -> dict[str, float]:
-        """Return all numbers by name, those of layers as "layer2.nc1", for loggers."""
-        numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("layers", "means")}
-        for name, layer in self.layers.items():
-            numbers |= {f"{name}.{key}": value for key, value in dataclasses.asdict(layer).items()}
-        return numbers
 
 
 def measure(

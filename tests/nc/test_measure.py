@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ncollapse import ClassStats, NCCallback, measure, metrics
-from ncollapse.measurement import LayerResult, NCResult
+from ncollapse.result import LayerResult, NCResult
 
 Pair = tuple[Tensor, Tensor]
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ncollapse import metrics
-from ncollapse.measurement import HEAD_METRICS, Measurement
+from ncollapse.measurement import Measurement
+from ncollapse.result import HEAD_METRICS
 from ncollapse.stats import ClassStats
 
 R, K, D, N = 3, 4, 9, 120
