@@ -1,7 +1,9 @@
 """Adam and AdamW."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ncollapse.kernels.update.reference import Hyper
@@ -26,22 +28,54 @@ class Adam(Optimizer):
         weight_decay: λ ≥ 0.
         coupling: c in [0, 1], the share of the decay that is added to the gradient. Default 1 here, 0 in `AdamW`.
         maximize: ascend instead of descend.
-        foreach, fused, capturable: accepted for compatibility and ignored: the only implementation is fused and
+        foreach, fused, capturable: accepted for compatibility and without effect: the only implementation is fused and
             capturable.
+        differentiable: must be False.
+        amsgrad: must be False.
+        decoupled_weight_decay: torch.optim.Adam's name for coupling 0. In a group, as there, it may be written to, and
+            is True where the coupling is 0.
 
-    Every hyperparameter but `maximize` may be a vector `[R]` for stacked runs; errors as in `ncollapse.optim.SGD`, and
-    ValueError for `amsgrad` or `differentiable`.
+    Every number may be a vector `[R]` for stacked runs; errors as in `ncollapse.optim.SGD`, and ValueError for
+    `amsgrad`, or for a coupling that contradicts `decoupled_weight_decay`.
     """
 
     rule = Rule("adam", states=("exp_avg", "exp_avg_sq"), counts_steps=True, takes_betas=True)
+    refuses = (*Optimizer.refuses, "amsgrad")
 
     def __init__(
         self, params: ParamsT, lr: Hyper = 1e-3, betas: tuple[Hyper, Hyper] = (0.9, 0.999), eps: Hyper = 1e-8,
         weight_decay: Hyper = 0.0, amsgrad: bool = False, *, coupling: Hyper | None = None, maximize: bool = False,
         foreach: bool | None = None, fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
+        decoupled_weight_decay: bool = False,
     ) -> None:  # fmt: skip
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, coupling, amsgrad=amsgrad, differentiable=differentiable)
+        if coupling is None:
+            coupling = 0.0 if decoupled_weight_decay else self.default_coupling
+        # Without the argument nothing is said: coupling 0 is decoupled too.
+        given = {"coupling": coupling} | ({"decoupled_weight_decay": True} if decoupled_weight_decay else {})
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay} | self._implied(given)
+        super().__init__(
+            params, defaults, coupling, amsgrad=amsgrad,
+            maximize=maximize, foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable,
+        )  # fmt: skip
+
+    def _implied(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        coupling, decoupled = given.get("coupling"), given.get("decoupled_weight_decay")
+        if coupling is None:
+            return {} if decoupled is None else {"coupling": 0.0 if decoupled else 1.0}
+        # A tensor may change.
+        zero = not isinstance(coupling, Tensor) and coupling == 0
+        if decoupled is not None and bool(decoupled) != zero:
+            raise ValueError(
+                f"{type(self).__name__}: decoupled_weight_decay={decoupled} means coupling {0 if decoupled else 1}; "
+                f"got coupling {coupling!r}; give only one of them"
+            )
+        return {"decoupled_weight_decay": zero}
+
+    def _completed(self, saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+        # As in torch.optim, AdamW stays decoupled whatever it loads; but a coupling of ours says more than the flag.
+        if "coupling" in saved or self.default_coupling == 0:
+            saved = {name: value for name, value in saved.items() if name != "decoupled_weight_decay"}
+        return super()._completed(saved, now)
 
 
 class AdamW(Adam):
@@ -56,6 +90,10 @@ class AdamW(Adam):
 
     def __init__(
         self, params: ParamsT, lr: Hyper = 1e-3, betas: tuple[Hyper, Hyper] = (0.9, 0.999), eps: Hyper = 1e-8,
-        weight_decay: Hyper = 1e-2, amsgrad: bool = False, **kwargs: Any,
+        weight_decay: Hyper = 1e-2, amsgrad: bool = False, *, coupling: Hyper | None = None, maximize: bool = False,
+        foreach: bool | None = None, fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **kwargs)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, coupling=coupling,
+            maximize=maximize, foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable,
+        )  # fmt: skip

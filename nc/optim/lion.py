@@ -20,6 +20,9 @@ class Lion(Optimizer, aliases=("lionw",)):
         weight_decay: λ ≥ 0.
         coupling: c in [0, 1], the share of the decay that is added to the gradient. Default 0: decoupled, as published.
         maximize: ascend instead of descend.
+        foreach, fused, capturable: accepted for compatibility and without effect: the only implementation is fused and
+            capturable.
+        differentiable: must be False.
 
     Every hyperparameter but `maximize` may be a vector `[R]` for stacked runs; errors as in `ncollapse.optim.SGD`.
     """
@@ -30,6 +33,9 @@ class Lion(Optimizer, aliases=("lionw",)):
     def __init__(
         self, params: ParamsT, lr: Hyper = 1e-4, betas: tuple[Hyper, Hyper] = (0.9, 0.99), weight_decay: Hyper = 0.0,
         *, coupling: Hyper | None = None, maximize: bool = False,
+        foreach: bool | None = None, fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
-        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, coupling)
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, coupling,
+            maximize=maximize, foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable,
+        )  # fmt: skip

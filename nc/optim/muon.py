@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _SCALES: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda a, b: 0.2 * math.sqrt(max(a, b)),
     "original": lambda a, b: math.sqrt(max(1, a / max(b, 1))),
+    "spectral_unclamped": lambda a, b: math.sqrt(a / max(b, 1)),
 }
 
 
@@ -153,9 +154,10 @@ class Muon(Optimizer, aliases=("muonw",)):
         ns_coefficients, ns_steps: a, b, c and the number of steps of `newton_schulz`.
         adjust_lr_fn: s of a matrix `[A, B]`: "match_rms_adamw", the default, 0.2·√max(A, B), with which AdamW's
             learning rates fit, so that one η serves the whole model (Liu et al., arXiv 2502.16982); "original" or None,
-            the default of torch.optim.Muon, √max(1, A/B).
+            the default of torch.optim.Muon, √max(1, A/B); "spectral_unclamped", √(A/B).
         stacked: parameters are `[R, …]`, R runs that each train as by a Muon; numbers may be tensors `[R]`.
         maximize: ascend instead of descend.
+        foreach, fused, capturable, differentiable: as in `SGD`.
 
     All arguments but lr are keywords, since torch.optim.Muon has them in another order. It computes the same for 2-D
     parameters, in bfloat16; state dicts load in both directions. Hyperparameters that are tensors are read at every
@@ -174,50 +176,60 @@ class Muon(Optimizer, aliases=("muonw",)):
     # The update kernel sees directions of SGD without momentum.
     rule = Rule("sgd", ("momentum_buffer", "exp_avg", "exp_avg_sq"), counts_steps=True, elementwise=False, law="linear")
     default_coupling = 0.0
-    _step_supports_amp_scaling = False  # torch.amp.GradScaler divides the gradients itself
 
     def __init__(
         self, params: ParamsT, lr: Hyper = 1e-3, *, momentum: Hyper = 0.95, betas: tuple[Hyper, Hyper] = (0.9, 0.999),
         eps: Hyper = 1e-8, weight_decay: Hyper = 0.1, coupling: Hyper | None = None, nesterov: bool = True,
         ns_coefficients: tuple[float, float, float] = _COEFFICIENTS, ns_steps: int = 5,
         adjust_lr_fn: str | None = "match_rms_adamw", stacked: bool = False, maximize: bool = False,
+        foreach: bool | None = None, fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
         defaults: dict[str, Any] = {"nesterov": nesterov, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}
         defaults |= {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"adjust_lr_fn": adjust_lr_fn, "stacked": stacked, "maximize": maximize}
-        super().__init__(params, defaults, coupling)
+        defaults |= {"adjust_lr_fn": adjust_lr_fn, "stacked": stacked}
+        super().__init__(
+            params, defaults, coupling,
+            maximize=maximize, foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable,
+        )  # fmt: skip
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return False  # torch.amp.GradScaler divides the gradients itself
 
     def _new_stepper(self) -> Stepper:
         return _MatrixStepper(self)
 
-    def _sets(self, group: dict[str, Any]) -> list[HyperSet]:
-        numbers = super()._numbers(group)
+    def _numbers(self, group: Mapping[str, Any]) -> dict[str, Hyper]:
+        beta1, beta2 = self._setting(group, "betas")  # Adam's; `_sets` has those of the matrices
+        return {**super()._numbers(group), "beta1": beta1, "beta2": beta2}
+
+    def _sets(self, group: Mapping[str, Any]) -> list[HyperSet]:
+        numbers = self._numbers(group)
         first = next(iter(group["params"]), None)
         runs = len(first) if group["stacked"] and first is not None and first.dim() else 1
         codes = [[code(name, maximize=sign)] * runs for name, sign in (("sgd", False), ("adam", group["maximize"]))]
         matrices = {**numbers, "beta1": group["momentum"], "beta2": 0.0, "eps": 0.0}
         return [HyperSet(matrices, codes[0]), HyperSet(numbers, codes[1], Adam.rule.states, Adam.rule.counts_steps)]
 
-    def _set_of(self, param: Tensor, group: dict[str, Any]) -> int:
+    def _set_of(self, param: Tensor, group: Mapping[str, Any]) -> int:
         return 0 if param.dim() - group["stacked"] > 1 else 1  # 0: of matrices
 
-    def _states_of(self, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
+    def _states_of(self, param: Tensor, group: Mapping[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if self._set_of(param, group) == 0 else (*Adam.rule.states, "step")
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        scale, steps, coefficients = group["adjust_lr_fn"], group["ns_steps"], group["ns_coefficients"]
-        if scale is not None and scale not in _SCALES:
-            raise ValueError(f"Muon: adjust_lr_fn must be one of {', '.join(_SCALES)}; got {scale!r}")
-        if len(coefficients) != 3 or not all(map(math.isfinite, coefficients)):
-            raise ValueError(f"Muon: ns_coefficients must be three numbers; got {coefficients!r}")
-        if not isinstance(steps, int) or not 0 < steps < 100:
-            raise ValueError(f"Muon: ns_steps must be an integer in [1, 100); got {steps!r}")
-        if group["stacked"] != self.defaults["stacked"]:
+    def _check_setting(self, name: str, value: Any) -> None:
+        super()._check_setting(name, value)
+        if name == "adjust_lr_fn" and value is not None and value not in _SCALES:
+            raise ValueError(f"Muon: adjust_lr_fn must be one of {', '.join(_SCALES)}; got {value!r}")
+        if name == "ns_coefficients" and (len(value) != 3 or not all(map(math.isfinite, value))):
+            raise ValueError(f"Muon: ns_coefficients must be three numbers; got {value!r}")
+        if name == "ns_steps" and (not isinstance(value, int) or not 0 < value < 100):
+            raise ValueError(f"Muon: ns_steps must be an integer in [1, 100); got {value!r}")
+        if name == "stacked" and value != self.defaults["stacked"]:
             raise ValueError("Muon: stacked must be the same for all param groups")
-        for name, value in (self._numbers(group) | {"momentum": group["momentum"]}).items():
-            if isinstance(value, Tensor) and value.numel() != 1 and not group["stacked"]:
-                raise ValueError(f"Muon: {name} has a value for each of {len(value)} stacked runs; give stacked=True")
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        super()._check_group(group)
         if any(map(is_sharded, group["params"])):
             raise TypeError("Muon updates whole matrices; got a DTensor; use torch.optim's")
         runs = {tuple(p.shape[:1]) for g in (*self.param_groups, group) for p in g["params"]}
@@ -225,3 +237,9 @@ class Muon(Optimizer, aliases=("muonw",)):
             raise ValueError(
                 f"Muon: stacked parameters are [R, …] with one R; their first dimensions are {sorted(runs)}"
             )
+
+    def _check_params(self, group: Mapping[str, Any]) -> None:
+        for name, value in (self._numbers(group) | {"momentum": group["momentum"]}).items():
+            if isinstance(value, Tensor) and value.numel() != 1 and not group["stacked"]:
+                raise ValueError(f"Muon: {name} has a value for each of {len(value)} stacked runs; give stacked=True")
+        super()._check_params(group)

@@ -24,13 +24,16 @@ class SGD(Optimizer):
         nesterov: use ∇L + cλW + βV in place of V; needs momentum > 0 and no dampening.
         coupling: c in [0, 1], the share of the decay that is added to the gradient. Default 1 here, 0 in `SGDW`.
         maximize: ascend instead of descend.
-        foreach, fused: accepted for compatibility and ignored: the only implementation is fused.
+        foreach, fused, capturable: accepted for compatibility and without effect: the only implementation is fused and
+            capturable.
+        differentiable: must be False.
 
     lr, momentum, weight_decay and coupling may each be a float, a 0-d tensor, or, for R stacked runs with parameters
     `[R, …]`, a tensor `[R]`.
 
     Raises:
-        ValueError: a hyperparameter is out of range or NaN, a vector does not fit the parameters, or `differentiable`.
+        ValueError: a hyperparameter is out of range or NaN, a vector does not fit the parameters, or `differentiable`;
+            also from `add_param_group`, `load_state_dict` and a write into a param group.
         TypeError: a parameter is complex.
         RuntimeError: (from `step`) a gradient is sparse, or a parameter was moved to another device than its state.
 
@@ -45,11 +48,13 @@ class SGD(Optimizer):
     def __init__(
         self, params: ParamsT, lr: Hyper = 1e-3, momentum: Hyper = 0.0, dampening: float = 0.0,
         weight_decay: Hyper = 0.0, nesterov: bool = False, *, coupling: Hyper | None = None, maximize: bool = False,
-        foreach: bool | None = None, fused: bool | None = None, differentiable: bool = False,
+        foreach: bool | None = None, fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-        defaults |= {"nesterov": nesterov, "maximize": maximize}
-        super().__init__(params, defaults, coupling, differentiable=differentiable)
+        super().__init__(
+            params, defaults | {"nesterov": nesterov}, coupling,
+            maximize=maximize, foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable,
+        )  # fmt: skip
 
 
 class SGDW(SGD):
@@ -62,3 +67,13 @@ class SGDW(SGD):
     """
 
     default_coupling = 0.0
+
+    def __init__(
+        self, params: ParamsT, lr: Hyper = 1e-3, momentum: Hyper = 0.0, dampening: float = 0.0,
+        weight_decay: Hyper = 0.0, nesterov: bool = False, *, coupling: Hyper | None = None, maximize: bool = False,
+        foreach: bool | None = None, fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            params, lr, momentum, dampening, weight_decay, nesterov, coupling=coupling,
+            maximize=maximize, foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable,
+        )  # fmt: skip

@@ -21,6 +21,9 @@ class Signum(Optimizer):
         weight_decay: λ ≥ 0.
         coupling: c in [0, 1], the share of the decay that is added to the gradient. Default 1 here, 0 in `SignumW`.
         maximize: ascend instead of descend.
+        foreach, fused, capturable: accepted for compatibility and without effect: the only implementation is fused and
+            capturable.
+        differentiable: must be False.
 
     lr, momentum, weight_decay and coupling may be vectors `[R]` for stacked runs; errors as in `ncollapse.optim.SGD`.
     """
@@ -29,10 +32,13 @@ class Signum(Optimizer):
 
     def __init__(
         self, params: ParamsT, lr: Hyper = 1e-3, momentum: Hyper = 0.9, weight_decay: Hyper = 0.0, *,
-        coupling: Hyper | None = None, maximize: bool = False,
+        coupling: Hyper | None = None, maximize: bool = False, foreach: bool | None = None, fused: bool | None = None,
+        capturable: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, coupling)
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}, coupling,
+            maximize=maximize, foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable,
+        )  # fmt: skip
 
 
 class SignumW(Signum):
@@ -45,3 +51,13 @@ class SignumW(Signum):
     """
 
     default_coupling = 0.0
+
+    def __init__(
+        self, params: ParamsT, lr: Hyper = 1e-3, momentum: Hyper = 0.9, weight_decay: Hyper = 0.0, *,
+        coupling: Hyper | None = None, maximize: bool = False, foreach: bool | None = None, fused: bool | None = None,
+        capturable: bool = False, differentiable: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            params, lr, momentum, weight_decay, coupling=coupling,
+            maximize=maximize, foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable,
+        )  # fmt: skip

@@ -1,6 +1,6 @@
 """R stacked runs in one optimizer, each with its own rule."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ class Stacked(Optimizer):
         lr, weight_decay: η and λ.
         momentum, betas, eps: β, (β₁, β₂) and ε of the runs whose rule takes them.
         coupling: c; by default each class's own default.
+        maximize, foreach, fused, capturable, differentiable: for all runs, as in `ncollapse.optim.SGD`.
 
     Each of the numbers is a float for all runs or a tensor `[R]`. All runs have as many states as the rule that needs
     most: `exp_avg`, `exp_avg_sq`, and `step` if a rule counts steps.
@@ -41,16 +42,25 @@ class Stacked(Optimizer):
     def __init__(
         self, params: ParamsT, rules: Sequence[str], lr: Hyper = 1e-3, momentum: Hyper = 0.0,
         betas: tuple[Hyper, Hyper] = (0.9, 0.999), eps: Hyper = 1e-8, weight_decay: Hyper = 0.0, *,
-        coupling: Hyper | None = None,
+        coupling: Hyper | None = None, maximize: bool = False, foreach: bool | None = None, fused: bool | None = None,
+        capturable: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
-        classes = [by_name(name) for name in rules]
-        if others := sorted({cls.__name__ for cls in classes if not cls.rule.elementwise}):
-            raise ValueError(f"Stacked: {', '.join(others)} does not update elementwise; use it with stacked=True")
+        self._check_setting("rules", rules)
         if coupling is None:
-            coupling = torch.tensor([cls.default_coupling for cls in classes], dtype=torch.float64)
+            couplings = [by_name(name).default_coupling for name in rules]
+            coupling = torch.tensor(couplings, dtype=torch.float64, device="cpu")
         defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps}
-        defaults |= {"weight_decay": weight_decay, "maximize": False, "rules": list(rules)}
-        super().__init__(params, defaults, coupling)
+        defaults |= {"weight_decay": weight_decay, "rules": tuple(rules)}
+        super().__init__(
+            params, defaults, coupling,
+            maximize=maximize, foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable,
+        )  # fmt: skip
+
+    def _check_setting(self, name: str, value: Any) -> None:
+        super()._check_setting(name, value)
+        if name == "rules" and (wrong := sorted({r for r in value if not by_name(r).rule.elementwise})):
+            classes = ", ".join(by_name(r).__name__ for r in wrong)
+            raise ValueError(f"Stacked: {classes} does not update elementwise; use it with stacked=True")
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -59,12 +69,12 @@ class Stacked(Optimizer):
         names = ("exp_avg", "exp_avg_sq")[: max((len(rule.states) for rule in rules), default=0)]
         return names + ("step",) * any(rule.counts_steps for rule in rules)
 
-    def _sets(self, group: dict[str, Any]) -> list[HyperSet]:
+    def _sets(self, group: Mapping[str, Any]) -> list[HyperSet]:
         codes = [code(by_name(name).rule.name, maximize=group["maximize"]) for name in group["rules"]]
         states = tuple(name for name in self.state_names if name != "step")
         return [HyperSet(self._numbers(group), codes, states, "step" in self.state_names)]
 
-    def _numbers(self, group: dict[str, Any]) -> dict[str, Hyper]:
+    def _numbers(self, group: Mapping[str, Any]) -> dict[str, Hyper]:
         # All are vectors on the parameters' device, since β₁ and β₂ depend on the rule of each run.
         device = next((p.device for p in group["params"]), None)
         rules = [by_name(name).rule for name in group["rules"]]

@@ -21,7 +21,10 @@ VECTOR = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
         ({"weight_decay": float("nan")}, "Muon: weight_decay must be"),
         ({"coupling": 1.5}, "Muon: coupling must be"),
         ({"betas": (0.9, 1.0)}, "Muon: betas must be"),
-        ({"adjust_lr_fn": "spectral"}, "adjust_lr_fn must be one of match_rms_adamw, original; got 'spectral'"),
+        (
+            {"adjust_lr_fn": "spectral"},
+            "adjust_lr_fn must be one of match_rms_adamw, original, spectral_unclamped; got 'spectral'",
+        ),
         ({"ns_steps": 0}, r"ns_steps must be an integer in \[1, 100\); got 0"),
         ({"ns_coefficients": (1.0, 2.0)}, "ns_coefficients must be three numbers"),
         ({"lr": VECTOR}, "lr has a value for each of 3 stacked runs; give stacked=True"),

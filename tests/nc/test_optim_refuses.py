@@ -60,7 +60,7 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_changed() -> None:
     amsgrad = stepped(torch.optim.Adam, amsgrad=True)
     for state, message in (
         (other.state_dict(), "another optimizer's: it has momentum_buffer"),
-        (amsgrad.state_dict(), "another optimizer's: it has max_exp_avg_sq"),
+        (amsgrad.state_dict(), "Adam does not support amsgrad"),
         (wrong_shape, r"exp_avg has shape \(2,\) where the parameter has \(4, 2\)"),
         (wrong_number, "lr must be a number"),
     ):

@@ -1,6 +1,6 @@
 """Checks of settings, parameters, gradients and state dicts; each error names the cause and the remedy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +20,14 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "eps": (0, float("inf"), False),
     "betas": (0, 1, False),
 }
+# States of torch.optim's classes that none of ours has. Not Adam's max_exp_avg_sq: the setting amsgrad tells.
+_STATES_OF_TORCH = {
+    "square_avg", "acc_delta", "sum", "grad_avg", "mu_product", "exp_inf", "eta", "mu", "ax", "prev", "step_size",
+    "row_var", "col_var", "variance",
+}  # fmt: skip
 
 
-def _check_range(owner: str, name: str, value: Any) -> None:
+def _check_number(owner: str, name: str, value: Any) -> None:
     low, high, closed = _RANGES[name]
     interval = f"[{low}, {high}{']' if closed else ')'}"
     wanted = f"{owner}: {name} must be a number, or one per stacked run, in {interval}"
@@ -31,25 +36,36 @@ def _check_range(owner: str, name: str, value: Any) -> None:
             raise ValueError(f"{owner}: {name} as a tensor must be float32 or float64; got {value.dtype}")
         if value.dim() > 1:
             raise ValueError(f"{wanted}; got a tensor of shape {tuple(value.shape)}")
-        values = value
+        if value.is_meta:  # has no values
+            return
+        inside = bool(((value >= low) & ((value <= high) if closed else (value < high))).all())
     else:
         try:
-            values = torch.tensor(float(value), dtype=torch.float64)
+            number = float(value)
         except (TypeError, ValueError):
             raise ValueError(f"{wanted}; got {value!r}") from None
-    if not bool(((values >= low) & ((values <= high) if closed else (values < high))).all()):
+        inside = low <= number and (number <= high if closed else number < high)
+    if not inside:
         raise ValueError(f"{wanted}; got {value!r}")
 
 
-def check_group(owner: str, group: Mapping[str, Any]) -> None:
+def check_setting(owner: str, name: str, value: Any) -> None:
     """Raise ValueError for a hyperparameter out of its range, NaN included. `owner` is the optimizer's class name."""
-    for name in _RANGES.keys() & group.keys():
-        if name == "betas" and len(group[name]) != 2:
-            raise ValueError(f"{owner}: betas must be two numbers; got {group[name]!r}")
-        for value in group[name] if name == "betas" else [group[name]]:
-            _check_range(owner, name, value)
-    damped = group.get("dampening", 0) != 0 or not torch.as_tensor(group.get("momentum", 1)).gt(0).all()
-    if "dampening" in group and group.get("nesterov") and damped:
+    if name == "betas":
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            raise ValueError(f"{owner}: betas must be two numbers; got {value!r}")
+        for beta in value:
+            _check_number(owner, name, beta)
+    elif name in _RANGES:
+        _check_number(owner, name, value)
+
+
+def check_nesterov(owner: str, group: Mapping[str, Any]) -> None:
+    """Raise ValueError for Nesterov momentum without momentum or with dampening."""
+    momentum = group["momentum"]
+    some = bool(momentum.gt(0).all()) if isinstance(momentum, Tensor) else momentum > 0
+    damped = bool(group["dampening"].ne(0).any()) if isinstance(group["dampening"], Tensor) else group["dampening"] != 0
+    if damped or not some:
         raise ValueError(f"{owner}: Nesterov momentum needs momentum > 0 and dampening = 0")
 
 
@@ -98,16 +114,26 @@ def check_grads(
                 )
 
 
-def check_state(owner: str, param: Tensor, state: Mapping[str, Any], wanted: Sequence[str]) -> None:
-    """Raise ValueError unless the saved state of a parameter has the names `wanted` and the parameter's shape."""
+def check_state(
+    owner: str, param: Tensor, state: Mapping[str, Any], wanted: Sequence[str], others: Collection[str]
+) -> None:
+    """Raise ValueError for a saved state of another optimizer, or of a parameter of another shape.
+
+    Args:
+        owner: the optimizer's class name.
+        param: the parameter.
+        state: its saved state; entries that no optimizer is known to keep are the user's, and allowed.
+        wanted: the names of the states that the parameter may have, `step` included.
+        others: the names of other optimizers' states.
+    """
     found = {name for name, value in state.items() if value is not None}
     kept = [name for name in wanted if name != "step"]
-    if unknown := found - {*kept, "step"}:
+    if foreign := found & (_STATES_OF_TORCH | set(others)) - {*kept, "step"}:
         raise ValueError(
-            f"{owner}: the state dict is another optimizer's: it has {', '.join(sorted(map(str, unknown)))}, "
+            f"{owner}: the state dict is another optimizer's: it has {', '.join(sorted(foreign))}, "
             f"{owner} keeps {', '.join(kept)}"
         )
-    if found and (missing := set(kept) - found):
+    if found & {*kept} and (missing := set(kept) - found):
         raise ValueError(f"{owner}: the state dict is another optimizer's: it lacks {', '.join(sorted(missing))}")
     for name in kept:
         if name in found and state[name].shape != param.shape:

@@ -1,6 +1,6 @@
-"""Quantities that a step computes along with the update: `Optimizer.observe`."""
+"""Quantities that are read beside the update: `Optimizer.observe`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,27 +11,35 @@ from ncollapse.kernels.update.table import Extras
 
 @dataclass(frozen=True)
 class Observed:
-    """Quantities of the last step, in tensors that every step overwrites. Only reading a value synchronises.
+    """Quantities of the last step. Only reading a value synchronises.
+
+    The row sum is computed from the head's weight as it is when it is asked for: before the first step, with a frozen
+    head, after a step that was skipped and after other weights were loaded it is still true. The norms are a step's,
+    which writes them in its pass over the parameters; they are NaN before the first and after one that was skipped.
 
     Attributes:
         head: the classifier's weight `[K, d]`, or `[R, K, d]`.
-        row_sum: Wᵀ1 after the step, float64 `[d]` or `[R, d]`; None without a head.
         weights: for each parameter its bfloat16 copy after the step, in its layout; empty unless requested.
         stacked: whether the parameters are R stacked runs.
     """
 
     head: Tensor | None
-    row_sum: Tensor | None
     weights: dict[Tensor, Tensor]
     stacked: bool
+    _copied: bool
     _norms: Tensor | None
+
+    @property
+    def row_sum(self) -> Tensor | None:
+        """Wᵀ1, float64 `[d]` or `[R, d]`; None without a head."""
+        return None if self.head is None else self.head.detach().double().sum(-2)
 
     @property
     def nc0(self) -> Tensor:
         """NC0 = ‖Wᵀ1‖² (arXiv 2602.16642), float64, 0-d or `[R]`; RuntimeError without a head."""
-        if self.row_sum is None:
+        if (row_sum := self.row_sum) is None:
             raise RuntimeError("NC0 is not observed: call observe(head=model.fc.weight)")
-        return self.row_sum.square().sum(-1)
+        return row_sum.square().sum(-1)
 
     @property
     def grad_norm(self) -> Tensor:
@@ -49,30 +57,37 @@ class Observed:
         norms = self._norms[:, column].sqrt()
         return norms if self.stacked else norms[0]
 
+    def forget(self) -> None:
+        """Before a step: it may be skipped on the device, and then writes no norms. Does not synchronise."""
+        if self._norms is not None:
+            self._norms.fill_(float("nan"))
+
+    def check(self, owner: str, params: Iterable[Tensor]) -> None:
+        """Raise ValueError for parameters on another device than the norms."""
+        if self._norms is not None and any(p.device != self._norms.device for p in params):
+            raise ValueError(f"{owner}: norms are taken over parameters on one device; these are on several")
+
+    def follow(self, params: Iterable[Tensor]) -> None:
+        """Make the copies of parameters that were added."""
+        if self._copied:
+            for p in params:
+                self.weights[p] = torch.empty_like(p, dtype=torch.bfloat16).detach().copy_(p.detach())
+
     def extras(self, params: Sequence[Tensor]) -> Extras:
-        """The same in the kernel's form, for a step of these parameters."""
-        head = next((i for i, p in enumerate(params) if p is self.head), -1)
-        return Extras(
-            copies=[self.weights.get(p) for p in params] if self.weights else (),
-            norms=self._norms,
-            head=head,
-            row_sum=self.row_sum if head >= 0 else None,
-        )
+        """What a step of these parameters writes, in the kernel's form."""
+        return Extras(copies=[self.weights.get(p) for p in params] if self.weights else (), norms=self._norms)
 
 
 def observed(owner: str, params: Sequence[Tensor], runs: int, head: Tensor | None, norms: bool, bf16: bool) -> Observed:
     """Allocate what `Optimizer.observe` asks for, for `runs` stacked runs; ValueError for what is not defined."""
-    row_sum = None
     if head is not None:
         if not any(p is head for p in params):
             raise ValueError(f"{owner}: the head is not among the optimizer's parameters; give model.fc.weight itself")
         if head.dim() - 2 not in ({0, 1} if runs == 1 else {1}):
             raise ValueError(f"{owner}: the head must be a weight [K, d]; got shape {tuple(head.shape)}")
-        row_sum = torch.zeros(*head.shape[:-2], head.shape[-1], dtype=torch.float64, device=head.device)
-    squares = None
-    if norms:
-        if len({p.device for p in params}) > 1:
-            raise ValueError(f"{owner}: norms are taken over parameters on one device; these are on several")
-        squares = torch.zeros(runs, 2, dtype=torch.float64, device=params[0].device)
-    weights = {p: torch.empty_like(p, dtype=torch.bfloat16).copy_(p.detach()) for p in params} if bf16 else {}
-    return Observed(head, row_sum, weights, runs > 1, squares)
+    unknown = float("nan")
+    squares = torch.full((runs, 2), unknown, dtype=torch.float64, device=params[0].device) if norms else None
+    result = Observed(head, {}, runs > 1, bf16, squares)
+    result.check(owner, params)
+    result.follow(params)
+    return result

@@ -1,6 +1,8 @@
 """The base class of the optimizers, from param groups to one launch of the update kernel; and their names."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import chain
+from operator import is_
 from typing import Any, ClassVar, overload
 
 import torch
@@ -9,8 +11,8 @@ from torch.optim.optimizer import ParamsT
 
 from ncollapse.kernels.update.reference import Hyper
 from ncollapse.kernels.update.table import code
-from ncollapse.optim.core.checks import check_group, check_param, check_state
-from ncollapse.optim.core.groups import Group
+from ncollapse.optim.core.checks import check_nesterov, check_param, check_setting, check_state
+from ncollapse.optim.core.groups import Group, changed, frozen
 from ncollapse.optim.core.numbers import HyperSet
 from ncollapse.optim.core.observe import Observed, observed
 from ncollapse.optim.core.rule import Rule
@@ -21,6 +23,7 @@ _STRUCTURE = {"params", "nesterov", "maximize", "rules"}
 # A write into a param group is copied to the GPU at once, so that a graph captured next finds it there. With more
 # groups than this, the next step copies all of them together.
 _EAGER_GROUPS = 32
+_MISSING = object()
 #: Name in lower case -> class.
 _classes: dict[str, type["Optimizer"]] = {}
 
@@ -32,24 +35,28 @@ class Optimizer(torch.optim.Optimizer):
     on the parameters' device are read at every step, also in a CUDA graph.
 
     A subclass defines `rule`, and `default_coupling` if it is not 1. `by_name` then finds it; it may have `aliases`.
+    The settings that it takes are those of `defaults` and `coupling`; they are checked in the constructor, in a new
+    group, in a state dict and when they are written. A group may have other keys, which are without effect.
 
     Args:
         params: parameters or param groups, as in `torch.optim`.
-        defaults: the settings of a group: lr, and those that the rule has of momentum, dampening, nesterov, betas, eps,
-            weight_decay and maximize.
+        defaults: the settings of a group: lr, and those that the rule has of momentum, dampening, nesterov, betas, eps
+            and weight_decay.
         coupling: c in [0, 1]; None for `default_coupling`.
-        unsupported: settings of torch.optim's class that must not be true.
+        flags: `maximize`, and settings of torch.optim that are without effect (`ignores`) or must be false (`refuses`).
 
     Raises:
-        ValueError: a setting is out of its range or unsupported.
-        TypeError: a parameter cannot be updated.
+        ValueError: a setting is out of its range or refused.
+        TypeError: a parameter cannot be updated, or a flag is unknown.
     """
 
     rule: ClassVar[Rule]
     default_coupling: ClassVar[float] = 1.0
+    #: Settings of torch.optim without effect here, and the values that stand in every group, where others read them.
+    ignores: ClassVar[Mapping[str, Any]] = {"foreach": None, "fused": None, "capturable": False}
+    #: Settings that ask for another algorithm: they must be false.
+    refuses: ClassVar[tuple[str, ...]] = ("differentiable",)
     _derived: ClassVar[bool] = False  # whether `_numbers` makes tensors of plain numbers
-    # torch.amp.GradScaler then leaves the scale, and a step that is to be skipped, to the kernel.
-    _step_supports_amp_scaling = True
 
     def __init_subclass__(cls, aliases: tuple[str, ...] = (), **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -61,12 +68,28 @@ class Optimizer(torch.optim.Optimizer):
             if known is None or (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__):
                 _classes[name] = cls
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], coupling: Hyper | None, **unsupported: bool) -> None:
-        if name := next((name for name, wanted in unsupported.items() if wanted), None):
-            raise ValueError(f"{type(self).__name__} does not support {name}; use torch.optim's class for that")
+    def __init__(
+        self, params: ParamsT, defaults: dict[str, Any], coupling: Hyper | None = None, **flags: bool | None
+    ) -> None:
+        if unknown := sorted(flags.keys() - self._flags().keys()):
+            raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {unknown[0]!r}")
         self._stepper = self._new_stepper()
+        # What is ignored keeps its neutral value: torch.optim's class may load the state dict elsewhere.
+        defaults = {**self._flags(), **flags, **self.ignores, **defaults}
         defaults["coupling"] = self.default_coupling if coupling is None else coupling
         super().__init__(params, defaults)
+
+    @classmethod
+    def _flags(cls) -> dict[str, Any]:
+        return {"maximize": False, **cls.ignores, **dict.fromkeys(cls.refuses, False)}
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler leaves the scale, and a step that is to be skipped, to the kernel.
+
+        Not where Accelerate has replaced `step` to see whether the scaler calls it (`step_was_skipped`).
+        """
+        return getattr(self.__dict__.get("step"), "__module__", None) != "accelerate.optimizer"
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -75,31 +98,63 @@ class Optimizer(torch.optim.Optimizer):
 
     # Hooks for subclasses.
 
-    def _numbers(self, group: dict[str, Any]) -> dict[str, Hyper]:
-        """A value for each name in `HYPERS`."""
-        beta1, beta2 = group.get("betas", (group.get("momentum", 0.0), group.get("dampening", 0.0)))
-        numbers: dict[str, Hyper] = {name: group.get(name, 0.0) for name in ("lr", "weight_decay", "coupling", "eps")}
+    def _numbers(self, group: Mapping[str, Any]) -> dict[str, Hyper]:
+        """A value for each name in `HYPERS`, from the settings that the class takes."""
+
+        def setting(name: str) -> Any:
+            return self._setting(group, name) if name in self.defaults else 0.0
+
+        beta1, beta2 = setting("betas") if self.rule.takes_betas else (setting("momentum"), setting("dampening"))
+        numbers: dict[str, Hyper] = {name: setting(name) for name in ("lr", "weight_decay", "coupling", "eps")}
         return {**numbers, "beta1": beta1, "beta2": beta2}
 
-    def _sets(self, group: dict[str, Any]) -> list[HyperSet]:
+    def _setting(self, group: Mapping[str, Any], name: str) -> Any:
+        if name not in group:
+            raise KeyError(f"{type(self).__name__}: a param group has no {name!r}; set it again")
+        return group[name]
+
+    def _sets(self, group: Mapping[str, Any]) -> list[HyperSet]:
         """The sets of hyperparameters of a group: one, or one for each kind of parameter."""
-        numbers, momentum = self._numbers(group), group.get("momentum", 1.0)
+        numbers = self._numbers(group)
         runs = max(n.numel() if isinstance(n, Tensor) else 1 for n in numbers.values())
-        flags = {name: bool(group.get(name, False)) for name in ("maximize", "nesterov")}
+        flags = {name: bool(self._setting(group, name)) for name in ("maximize", "nesterov") if name in self.defaults}
         # Tensors may change without notice, so with them the parameters have state even if all are 0.
+        momentum = 1.0 if self.rule.takes_betas or "momentum" not in self.defaults else numbers["beta1"]
         has_state = isinstance(momentum, Tensor) or momentum != 0
         states = self.rule.states if has_state else ()
         return [HyperSet(numbers, [code(self.rule.name, **flags)] * runs, states, self.rule.counts_steps)]
 
-    def _set_of(self, param: Tensor, group: dict[str, Any]) -> int:
+    def _set_of(self, param: Tensor, group: Mapping[str, Any]) -> int:
         """Which of the group's sets a parameter belongs to."""
         return 0
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        """Raise ValueError for a setting that is not allowed."""
-        check_group(type(self).__name__, group)
+    def _check_setting(self, name: str, value: Any) -> None:
+        """Raise ValueError for a value that a setting of the class may not have."""
+        if name in self.refuses and value:
+            raise ValueError(f"{type(self).__name__} does not support {name}; use torch.optim's class for that")
+        check_setting(type(self).__name__, name, value)
 
-    def _states_of(self, param: Tensor, group: dict[str, Any]) -> tuple[str, ...]:
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Raise ValueError for settings that are not allowed, by themselves or together."""
+        for name in self.defaults:
+            self._check_setting(name, group[name])
+        if "dampening" in self.defaults and group["nesterov"]:
+            check_nesterov(type(self).__name__, group)
+
+    def _implied(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings that follow from those that a group was given, or from one that was written."""
+        return {}
+
+    def _completed(self, saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+        """A saved group with the settings that it lacks, as that of another class or an older version: ours of `now`.
+
+        The coupling stays, as torch.optim's classes do not have it; the rest gets its defaults, as there.
+        """
+        kept = {name: now[name] for name in ("coupling",) if name in now}
+        merged = {**self.defaults, **kept, **saved, **self._implied(saved)}
+        return {**merged, **self._implied({"coupling": merged["coupling"]})}
+
+    def _states_of(self, param: Tensor, group: Mapping[str, Any]) -> tuple[str, ...]:
         """Names of the states that a parameter may have, `step` included."""
         return self.state_names
 
@@ -110,24 +165,41 @@ class Optimizer(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in `torch.optim`; raises ValueError or TypeError before anything is changed."""
-        if isinstance(param_group, dict) and not isinstance(params := param_group["params"], set):
-            param_group["params"] = [params] if isinstance(params, Tensor) else list(params)  # may be a generator
+        given = param_group.data if isinstance(param_group, Group) else param_group  # another optimizer's
+        tensors: list[Tensor] = []
+        observed = self._stepper.observed
+        if isinstance(given, dict) and not isinstance(params := given["params"], set):
+            given["params"] = [params] if isinstance(params, Tensor) else list(params)  # may be a generator
             # A named parameter comes as (name, tensor). torch.optim reports what is no tensor.
-            tensors = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
-            group = {**self.defaults, **param_group, "params": [p for p in tensors if isinstance(p, Tensor)]}
+            named = [p[1] if isinstance(p, tuple) else p for p in given["params"]]
+            tensors = [p for p in named if isinstance(p, Tensor)]
+            implied = self._implied(given)
+            group = {**self.defaults, **given, **implied, "params": tensors}
             self._check_group(group)
-            for hypers in self._sets(group):
-                for param in group["params"]:
-                    check_param(type(self).__name__, param, hypers.numbers)
-        super().add_param_group(param_group)
+            self._check_params(group)
+            if observed is not None:
+                observed.check(type(self).__name__, tensors)
+            given |= implied
+        super().add_param_group(given)
         self.param_groups[-1] = Group(self.param_groups[-1], self)
+        if observed is not None:
+            observed.follow(tensors)
         self._stepper.stale = True
+
+    def _check_params(self, group: Mapping[str, Any]) -> None:
+        for hypers in self._sets(group):
+            for param in group["params"]:
+                check_param(type(self).__name__, param, hypers.numbers)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, also one of torch.optim's class; half-precision parameters keep their float32 states.
 
+        Entries of a parameter's state that no optimizer is known to keep are the user's; they are loaded as in
+        torch.optim. States are new tensors, except where a CUDA graph or compiled code has the address of the old ones.
+
         Raises:
-            ValueError: the state dict is of other parameters or of another optimizer; nothing has changed then.
+            ValueError: the state dict is of other parameters or of another optimizer, or has a setting that is not
+                allowed; nothing has changed then.
         """
         final: list[dict[str, Any]] = []
         before = {param: dict(state) for param, state in self.state.items()}
@@ -137,48 +209,64 @@ class Optimizer(torch.optim.Optimizer):
             saved = state_dict["param_groups"]
             if [len(g["params"]) for g in self.param_groups] != [len(g["params"]) for g in saved]:
                 return  # torch.optim reports that
+            others = {name for cls in _classes.values() for name in cls.rule.states}
             for group, old in zip(self.param_groups, saved, strict=True):
                 for param, i in zip(group["params"], old["params"], strict=True):
                     state = state_dict["state"].get(i, {})
-                    check_state(type(self).__name__, param, state, self._states_of(param, group))
-                self._check_group({**group, **old, "params": group["params"]})
+                    check_state(type(self).__name__, param, state, self._states_of(param, group), others)
+                self._check_group({**self._completed(old, group), "params": group["params"]})
 
         handle = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        # torch.optim has cast the states to the parameters' dtype: take them from the state dict again, and copy them
-        # into the existing tensors, which a CUDA graph may use.
+        # torch.optim has cast our states to the parameters' dtype: take them from the state dict again.
         flat = [p for g in self.param_groups for p in g["params"]]
         saved = [i for g in final[0]["param_groups"] for i in g["params"]]
+        live = self._stepper.live
         for param, i in zip(flat, saved, strict=True):
-            for name, value in final[0]["state"].get(i, {}).items():
-                if isinstance(value, Tensor):
+            for name in self.state_names:
+                if isinstance(value := final[0]["state"].get(i, {}).get(name), Tensor):
                     new, old = placed(value, name, param), before.get(param, {}).get(name)
-                    if isinstance(old, Tensor) and (old.device, old.dtype) == (new.device, new.dtype):
+                    if live and isinstance(old, Tensor) and (old.device, old.dtype) == (new.device, new.dtype):
                         new = old.copy_(new)
                     self.state[param][name] = new
-        if self._stepper.live:
+        if live:
             self._stepper.prepare_again(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        now = self.__dict__.get("param_groups", [])
         super().__setstate__(state)
         # A copy or a pickle has no stepper; load_state_dict keeps the existing one.
         if "_stepper" not in self.__dict__:
             self._stepper = self._new_stepper()
         self._stepper.stale = True
-        groups, self.param_groups = self.param_groups, []
-        for group in groups:
-            # A state dict of torch.optim has no coupling; one of an older version may lack other keys.
-            decoupled = group.get("decoupled_weight_decay")
-            implied = {} if decoupled is None else {"coupling": 0.0 if decoupled else 1.0}
-            self.param_groups.append(Group({**self.defaults, **implied, **group}, self))
+        self.defaults = {**self._flags(), **self.defaults}  # an older version's may lack some
+        pairs = enumerate(self.param_groups)
+        self.param_groups = [Group(self._completed(g, now[i] if i < len(now) else {}), self) for i, g in pairs]
 
-    def _written(self, group: Group, key: str, before: Any) -> None:
-        """After a write into a param group: send a number to the device; for anything else, mark the stepper stale."""
-        stepper, after = self._stepper, group.get(key)
-        if stepper.stale or key not in _NUMBERS:
+    # Writes into param groups.
+
+    def _writing(self, group: Group, key: str, value: Any) -> None:
+        """Before a write into a param group: raise ValueError for a value that is not allowed."""
+        if key in self.defaults:
+            self._check_setting(key, value)
+            if not _plain(value) and key in _NUMBERS:
+                self._check_params({**group.data, key: value})
+
+    def _written(self, group: Group, key: str) -> None:
+        """After a write into a param group: take the setting over, and what follows from it."""
+        implied = self._implied({key: group.data[key]})
+        group.data |= implied
+        for name in (key, *implied):
+            self._take_over(group, name)
+
+    def _take_over(self, group: Group, key: str) -> None:
+        """Send a number that was written to the device; for anything else, mark the stepper stale."""
+        before, after, stepper = group.taken.get(key), group.data[key], self._stepper
+        group.taken[key] = frozen(key, after)
+        if stepper.stale or key not in _NUMBERS or key not in self.defaults:
             stepper.stale |= key in _STRUCTURE
             return
         switched = key == "momentum" and _plain(before) and (before == 0) != (after == 0)
@@ -190,6 +278,34 @@ class Optimizer(torch.optim.Optimizer):
             stepper.numbers.write(group.row * len(sets) + i, hypers.numbers)
         if stepper.live or len(self.param_groups) <= _EAGER_GROUPS:
             stepper.numbers.flush()
+
+    def _catch_up(self) -> None:
+        """Take over what was written into the users' own dicts and lists, which report nothing."""
+        groups = self.param_groups
+        for row, group in enumerate(groups):
+            if type(group) is not Group:
+                self._check_group({**self.defaults, **group})
+                groups[row] = Group(group, self)
+                self._stepper.stale = True
+        given: list[dict[str, Any]] = [group.data for group in groups]  # type: ignore[attr-defined]
+        taken: list[dict[str, Any]] = [group.taken for group in groups]  # type: ignore[attr-defined]
+        pairs = map(is_, *(chain.from_iterable(map(dict.values, each)) for each in (given, taken)))
+        if sum(map(len, given)) == sum(map(len, taken)) and all(pairs):
+            return
+        for group in groups:
+            assert isinstance(group, Group)
+            self._take_over_changes(group)
+
+    def _take_over_changes(self, group: Group) -> None:
+        new = [key for key, value in group.data.items() if changed(group.taken.get(key, _MISSING), value)]
+        for key in new:
+            self._writing(group, key, group.data[key])
+        for key in self.defaults:
+            self._setting(group, key)
+        for key in new:
+            self._written(group, key)
+        # In the order of the data.
+        group.taken = {key: group.taken[key] for key in group.data}
 
     # Steps.
 
@@ -204,19 +320,23 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._stepper.observed is not None:
+            self._stepper.observed.forget()
         if torch.compiler.is_compiling():
             self._stepper.traced_step(self)
         else:
+            self._catch_up()
             self._stepper.step(self)
         return loss
 
     def observe(self, *, head: Tensor | None = None, norms: bool = False, bf16: bool = False) -> Observed:
-        """Have every later step also compute what is asked for, in the same pass over the parameters.
+        """Tell NC0, and have every later step also compute what is asked for, in its pass over the parameters.
 
         Args:
-            head: the classifier's weight `[K, d]`, one of the parameters: its row sum Wᵀ1 and NC0.
-            norms: the global norms of the gradient and of the update.
-            bf16: a bfloat16 copy of each parameter, for the next forward pass.
+            head: the classifier's weight `[K, d]`, one of the parameters: its row sum Wᵀ1 and NC0, whenever they are
+                read.
+            norms: the global norms of a step's gradient and update.
+            bf16: a bfloat16 copy of each parameter, for the next forward pass; also of those that are added later.
 
         Raises:
             ValueError: the head is no parameter of this optimizer, or norms are asked for on several devices.
