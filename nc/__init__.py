@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ncollapse import metrics, optim, ufm
-    from ncollapse.measurement import NCCallback, measure
+    from ncollapse.classifier import NCCallback, measure
+    from ncollapse.heads import Head
     from ncollapse.result import NCResult
     from ncollapse.stats import ClassStats
 
@@ -19,9 +20,15 @@ try:
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["ClassStats", "NCCallback", "NCResult", "measure", "metrics", "optim", "ufm"]
+__all__ = ["ClassStats", "Head", "NCCallback", "NCResult", "measure", "metrics", "optim", "ufm"]
 
-_MODULE_OF = {"ClassStats": "stats", "NCCallback": "measurement", "NCResult": "result", "measure": "measurement"}
+_MODULE_OF = {
+    "ClassStats": "stats",
+    "Head": "heads",
+    "NCCallback": "classifier",
+    "NCResult": "result",
+    "measure": "classifier",
+}
 
 
 def __getattr__(name: str) -> Any:

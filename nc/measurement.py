@@ -1,17 +1,15 @@
-"""NC0–NC4 of a classifier: `Measurement` batch by batch, `measure` of any model, `NCCallback` while it trains."""
+"""NC0–NC4 of features and logits that are added batch by batch, in one process or several."""
 
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
 from ncollapse import metrics
-from ncollapse.batches import Loader, labelled_batches
-from ncollapse.heads import find_module
-from ncollapse.hooks import Pool, capture_features
-from ncollapse.result import HEAD_METRICS, OF_HEAD, OF_LAYER, LayerResult, NCResult
+from ncollapse.process_group import told_by_all
+from ncollapse.result import HEAD_METRICS, OF_HEAD, OF_LAYER
 from ncollapse.stats import ClassStats
 
 # Bytes of kept features that are compared with the class means in one call: on a GPU a call costs more than the copy
@@ -32,6 +30,9 @@ class Measurement:
             and needs a second pass.
         previous: `[*, K, d]` float64, class means of an earlier measurement, which NC4 then takes for the nearest mean.
         keep_bytes: the most that the kept features of a run may take, on their device.
+        group: a `torch.distributed` process group of which each process adds its share of the data. The results are
+            those of all of it, in every process; each must call `end_pass` and `finish`, and have added at least one
+            batch, which may be empty.
         nan_policy, name, dtype: as in `ClassStats`.
 
     Raises:
@@ -53,12 +54,13 @@ class Measurement:
     def __init__(
         self, weight: Tensor, names: Collection[str] = HEAD_METRICS, *,
         moment: Literal["full", "projected"] = "full", previous: Tensor | None = None, keep_bytes: int = 2**30,
-        nan_policy: Literal["raise", "propagate"] = "raise", name: str = "", dtype: torch.dtype = torch.float32,
+        group: Any = None, nan_policy: Literal["raise", "propagate"] = "raise", name: str = "",
+        dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         if not set(names) <= set(HEAD_METRICS):
             raise ValueError(f"Measurement: metrics are {', '.join(HEAD_METRICS)}; got {', '.join(names)}")
         self._weight, self._names, self._moment = weight.detach(), names, moment
-        self._nan_policy, self._dtype = nan_policy, dtype
+        self._group, self._nan_policy, self._dtype = group, nan_policy, dtype
         self.stats = self._statistics(weight.shape[-1], name, weight.device)
         self._layers: dict[str, ClassStats] = {}
         self._first_pass = True
@@ -111,15 +113,17 @@ class Measurement:
             # A view, such as the first token of a sequence, would keep the whole tensor alive.
             if features.untyped_storage().nbytes() > features.nbytes:
                 features = features.clone()
-            self._kept.append((features, predicted))
             self._bytes_left -= features.nbytes
             if self._bytes_left < 0:
                 self._kept = None
+            else:
+                self._kept.append((features, predicted))
 
     def end_pass(self) -> bool:
         """End the first pass over the data; return whether a second is needed, in which the same batches are added."""
         kept, compared = self._kept, self._centres is not None
         self._first_pass, self._kept, self._centres = False, None, None
+        self._reduce_statistics()
         if "nc4" in self._names:
             self._means = self.stats.means
             if kept is not None:
@@ -130,29 +134,44 @@ class Measurement:
         if self._moment == "projected":
             self.stats = self.stats.projected()
             self._layers = {name: stats.projected() for name, stats in self._layers.items()}
-        return self._centres is not None or self._moment == "projected"
+        again = self._centres is not None or self._moment == "projected"
+        return again if self._group is None else any(told_by_all(again, self._group))
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """Compute the metrics.
 
         Returns:
             name -> value `[*]` of each metric of the head, and for each further layer the same of its features. NC4 is
-            NaN if it needed a second pass that was not made.
+            NaN if it needed a second pass that was not made (in every process of the group).
 
         Raises:
             ValueError: samples of fewer than two classes, batches that were refused.
         """
         if self._first_pass:
             self.end_pass()
+        if self._group is not None:
+            if self._moment == "projected":
+                self._reduce_statistics()
+            counts = self._correct.new_tensor([self.samples, self._compared])
+            for tensor in (counts, self._correct, self._differ):
+                dist.all_reduce(tensor, group=self._group)
+            self.samples, self._compared = counts.tolist()
+            self._group = None  # from here on all processes have all
         values = {name: of(self.stats) for name, of in OF_LAYER.items() if name in self._names}
         values |= {name: of(self._weight, self.stats) for name, of in OF_HEAD.items() if name in self._names}
         if self._means is not None:
             finite = self._means[..., self.stats.present, :].isfinite().flatten(-2).all(-1)  # else nothing is near
-            values["nc4"] = (self._differ.double() / self._compared).masked_fill(~finite, float("nan"))
+            known = finite & (self._compared >= self.samples)
+            values["nc4"] = (self._differ.double() / self.samples).masked_fill(~known, float("nan"))
         if "train_accuracy" in self._names:
             values["train_accuracy"] = self._correct.double() / self.samples
         layers = {key: {name: of(stats) for name, of in OF_LAYER.items()} for key, stats in self._layers.items()}
         return values, layers
+
+    def blank(self) -> tuple[Tensor, dict[str, int], dict[str, Any]]:
+        """Return W on the CPU, the dimensions of the layers by name, and the options of this measurement alone."""
+        dims = {name: stats.dim for name, stats in self._layers.items()}
+        return self._weight.cpu(), dims, {"name": self.stats.name, "dtype": self._dtype}
 
     def _statistics(self, dim: int, name: str, device: torch.device) -> ClassStats:
         *runs, classes, _ = self._weight.shape
@@ -160,6 +179,11 @@ class Measurement:
             classes, dim, moment="full" if self._moment == "full" else "trace", runs=runs[0] if runs else None,
             nan_policy=self._nan_policy, name=name, device=device, dtype=self._dtype,
         )  # fmt: skip
+
+    def _reduce_statistics(self) -> None:
+        if self._group is not None:
+            for stats in (self.stats, *self._layers.values()):
+                stats.all_reduce(self._group)
 
     def _compare(self, features: Tensor, predicted: Tensor, means: Tensor) -> None:
         """Count the samples whose predicted class is not that of the nearest mean."""
@@ -178,117 +202,6 @@ def _joined(kept: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]
         yield some[0] if len(some) == 1 else (torch.cat([h for h, _ in some], -2), torch.cat([p for _, p in some], -1))
 
 
-def measure(
-    model: nn.Module, loader: Loader, *, head: str = "fc", layers: Sequence[str] = (), pool: Pool | None = None,
-    moment: Literal["full", "projected"] = "full", previous: NCResult | None = None, keep_bytes: int = 2**30,
-    nan_policy: Literal["raise", "propagate"] = "raise", batch_size: int = 1024,
-) -> NCResult:  # fmt: skip
-    """Measure NC0–NC4 of a classifier on its training data.
-
-    The model runs once over the data, in evaluation mode without gradients; its modes and hooks are restored, also
-    after an error. For NC4 the head's inputs (N × d values) are kept until the class means are known; if they take more
-    than `keep_bytes`, there is a second forward pass instead. With `previous` NC4 takes the class means of that earlier
-    result, a good approximation if they have hardly moved since. Two passes see the same data only if the loader yields
-    the same data twice, so use it without random augmentation.
-
-    Args:
-        model: any module; of a compiled one the original runs, since hooks are not part of compiled code.
-        loader: batches, or one pair of tensors (inputs, labels). A batch is a mapping of the model's keyword arguments
-            and "labels", or a pair (inputs, labels `[B]`), where inputs are a tensor, a tuple (positional arguments) or
-            a mapping (keyword arguments).
-        head: name of the last layer, as in `model.named_modules()`: an `nn.Linear` with features `[B, d]` as input.
-        layers: names of further layers; NC1 and NC2 of their outputs are measured.
-        pool: makes features `[B, d]` of a layer's output. Default: outputs `[B, d]` unchanged, of maps `[B, d, H, W]`
-            (or with three dimensions of space) the mean over space, of a tuple the first entry.
-        moment, nan_policy: as in `Measurement` and `ClassStats`.
-        previous: an earlier result of the same model.
-        keep_bytes: the most that the features kept for NC4 may take, on the head's device.
-        batch_size: of the batches into which a pair of tensors is cut.
-
-    Raises:
-        ValueError: no module of that name (near matches are listed), an empty loader, labels out of range, features
-            that are NaN or not `[B, d]`, fewer than two classes.
-        TypeError: the head is not linear, labels are not integers.
-    """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    linear = find_module(model, head)
-    if not isinstance(linear, nn.Linear):
-        raise TypeError(f"measure: the head must be an nn.Linear; {head!r} is a {type(linear).__name__}")
-    if previous is not None and previous.means.shape != linear.weight.shape:
-        raise ValueError(
-            f"measure: previous has means {tuple(previous.means.shape)}; the head {head!r} has K × d = "
-            f"{tuple(linear.weight.shape)}"
-        )
-    once = isinstance(loader, Iterator)
-    if moment == "projected" and once:
-        raise ValueError("measure: moment='projected' needs two passes over the data, and an iterator allows one")
-    measurement = Measurement(
-        linear.weight, moment=moment, previous=None if previous is None else previous.means, keep_bytes=keep_bytes,
-        nan_policy=nan_policy, name=head,
-    )  # fmt: skip
-    modules = {name: find_module(model, name) for name in layers}
-    with torch.no_grad(), capture_features(model, linear, modules, pool) as run:
-
-        def add_all() -> None:
-            for inputs, labels in labelled_batches(loader, batch_size):
-                features, logits, features_of_layers = run(inputs)
-                measurement.add(features, logits, labels, features_of_layers)
-
-        add_all()
-        if not measurement.samples:
-            raise ValueError("measure: the loader gave no samples")
-        if measurement.end_pass():
-            if once:
-                warnings.warn(
-                    f"measure: NC4 is unknown (NaN): the features take more than keep_bytes={keep_bytes}, and an "
-                    "iterator cannot be read twice; give a loader, a previous result or more keep_bytes",
-                    stacklevel=2,
-                )
-            else:
-                add_all()
-        values, values_of_layers = measurement.finish()
-    numbers = to_numbers(values)
-    numbers["degenerate"] = bool(numbers["degenerate"])
-    layer_results = {name: LayerResult(**to_numbers(of_layer)) for name, of_layer in values_of_layers.items()}
-    return NCResult(**numbers, layers=layer_results, means=measurement.stats.means.cpu())
-
-
 def to_numbers(values: Mapping[str, Tensor]) -> dict[str, Any]:
     """Convert values `[*]` to numbers, or to lists of the stacked runs, with one wait for the device."""
     return dict(zip(values, torch.stack([value.double() for value in values.values()]).tolist(), strict=True))
-
-
-class NCCallback:
-    """Call `measure` at calls 0, `every`, 2 · `every`, … of this object, one per step (or epoch) of a training loop.
-
-    Args:
-        model, loader, and all options: as for `measure`.
-
-    Attributes:
-        history: pairs (number of the call, result).
-
-    Example:
-        >>> callback = NCCallback(model, loader, head="fc", every=10)
-        >>> for epoch in range(100):
-        ...     train_one_epoch()
-        ...     if result := callback():
-        ...         log(result.as_dict())
-    """
-
-    def __init__(self, model: nn.Module, loader: Loader, *, every: int = 1, **options: Any) -> None:
-        if every < 1:
-            raise ValueError(f"NCCallback: every must be at least 1, got {every}")
-        if isinstance(loader, Iterator):
-            raise ValueError("NCCallback: an iterator can be read only once; give a loader or a pair of tensors")
-        self.model, self.loader, self.every, self.options = model, loader, every, options
-        self.calls = 0
-        self.history: list[tuple[int, NCResult]] = []
-
-    def __call__(self) -> NCResult | None:
-        """Count the call; return a result at every `every`-th, else None."""
-        call, self.calls = self.calls, self.calls + 1
-        if call % self.every:
-            return None
-        result = measure(self.model, self.loader, **self.options)
-        self.history.append((call, result))
-        return result

@@ -49,6 +49,7 @@ class NCResult(LayerResult):
     """Metrics of one model; definitions in `ncollapse.metrics`.
 
     Attributes:
+        head: name of the head, as in `model.named_modules()`.
         degenerate: features or classifier have vanished: NC1–NC3 are undefined (NaN).
         layers: name -> metrics of that layer's features.
         means: class means of the head's input, `[K, d]` float64 on the CPU; NaN for a class without samples.
@@ -64,12 +65,14 @@ class NCResult(LayerResult):
     nc4: float
     train_accuracy: float
     degenerate: bool
+    head: str = ""
     layers: dict[str, LayerResult]
     means: Tensor = dataclasses.field(repr=False, compare=False)
 
     def as_dict(self) -> dict[str, float]:
         """Return all numbers by name, those of layers as "layer2.nc1", for loggers."""
-        numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("layers", "means")}
+        others = ("head", "layers", "means")
+        numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in others}
         for name, layer in self.layers.items():
             numbers |= {f"{name}.{key}": value for key, value in dataclasses.asdict(layer).items()}
         return numbers

@@ -92,7 +92,7 @@ def test_layers_are_pooled_and_captured_before_in_place_operations(data: Pair) -
         assert isinstance(result.layers[name], LayerResult)
         assert result.layers[name].nc1 == pytest.approx(metrics.nc1(stats).item(), rel=1e-5)
         assert result.as_dict()[f"{name}.nc2"] == pytest.approx(metrics.nc2(stats).item(), rel=1e-5)
-    head_names = {f.name for f in dataclasses.fields(NCResult)} - {"layers", "means"}
+    head_names = {f.name for f in dataclasses.fields(NCResult)} - {"head", "layers", "means"}
     assert result.as_dict().keys() == head_names | {
         f"{name}.{f.name}" for name in result.layers for f in dataclasses.fields(LayerResult)
     }
@@ -206,8 +206,8 @@ def test_errors_say_what_to_do_and_restore_the_model(data: Pair) -> None:
         measure(model, data, head="head")
     with pytest.raises(ValueError, match=r"no module 'sten'; near matches: stem"):
         measure(model, data, layers=("sten",))
-    with pytest.raises(TypeError, match="'body' is a Sequential"):
-        measure(model, data, head="body")
+    with pytest.raises(TypeError, match="the head 'stem', a Conv2d, is not linear"):
+        measure(model, data, head="stem")
     for empty in ([], (data[0][:0], data[1][:0])):
         with pytest.raises(ValueError, match="gave no samples"):
             measure(model, empty)
@@ -221,7 +221,7 @@ def test_errors_say_what_to_do_and_restore_the_model(data: Pair) -> None:
         measure(model, [data[0]])
     with pytest.raises(ValueError, match=r"previous has means \(4, 12\); the head 'body.1'"):
         measure(model, data, head="body.1", previous=measure(model, data))
-    with pytest.raises(ValueError, match="the head ran 2 times"):
+    with pytest.raises(ValueError, match="the head 'fc' ran 2 times"):
         measure(Twice(), data)
     with pytest.raises(ValueError, match="at least two classes; got 1"):
         measure(model, (data[0][::4], data[1][::4]))

@@ -1,0 +1,142 @@
+"""Choose the samples of a batch: one row of features for each label, of tokens or places, labels as class indices."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ncollapse.heads import HeadCall, full, logits_in
+
+#: The token that is taken, or the mean over all.
+TokenPool = Literal["mean", "first", "last"]
+#: Makes features `[B, d]` of a layer's output.
+Pool = Callable[[Any], Tensor] | TokenPool
+
+
+def select_samples(
+    call: HeadCall, output: Any, labels: Any, layers: Mapping[str, Any], *,
+    pool: Pool | None, mask: Tensor | None, ignore_index: int | None,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Return features `[N, d]`, logits `[N, K]`, labels `[N]` and name -> features `[N, d']` of each layer.
+
+    Args:
+        call: of the head.
+        output: what the model returned; it shows which of the tokens that the head ran over are used.
+        labels: as in `measure`.
+        layers: name -> output of each layer.
+        mask: `[B, T]`, nonzero where a token is no padding.
+
+    Raises:
+        ValueError: labels that are not one class for each sample, features of which `pool` must choose.
+        TypeError: labels that are not integers.
+    """
+    features, logits = call.features, call.logits
+    places, classes = features.shape[1:-1], logits.shape[-1]
+    labels = torch.as_tensor(labels)
+    if places and labels.shape == features.shape[:-1]:  # a label for each token or place
+        keep = labels.new_ones(labels.shape, dtype=torch.bool) if mask is None else mask.to(labels.device).bool()
+        labels, keep = class_indices(labels.flatten(), classes), keep.expand(labels.shape).flatten()
+        features, logits = features.flatten(0, -2), logits.flatten(0, -2)
+        of_layers = {name: _flat(name, h, places, len(labels)) for name, h in layers.items()}
+    else:
+        labels, keep = class_indices(labels, classes), None
+        if places:
+            features, logits = _one_of_places(call, output, pool, mask)
+        of_layers = {name: h if callable(pool) else pooled(h, pool, mask) for name, h in layers.items()}
+    for name, h in {"the head's input": features, **of_layers}.items():
+        if not isinstance(h, Tensor) or h.dim() != 2:
+            shape = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+            raise ValueError(f"measure: features must be [B, d]; of {name} they are {shape}: give `pool`")
+    if ignore_index is not None:
+        used = labels != ignore_index
+        keep = used if keep is None else keep & used
+    if keep is None or bool(keep.all()):
+        return features, logits, labels, of_layers
+    rows = keep.nonzero().squeeze(1)
+    features, logits, *chosen = (h[rows.to(h.device)] for h in (features, logits, *of_layers.values()))
+    return features, logits, labels[rows], dict(zip(of_layers, chosen, strict=True))
+
+
+def class_indices(labels: Tensor, classes: int) -> Tensor:
+    """Convert labels `[B]`, `[B, 1]` or one-hot `[B, K]` to class indices `[B]`.
+
+    Raises:
+        ValueError: soft labels, several classes for a sample, other shapes.
+        TypeError: labels that are not integers.
+    """
+    if labels.dim() == 2 and labels.shape[1] == 1 != classes:
+        labels = labels.squeeze(1)
+    if labels.dim() == 2 and labels.shape[1] == classes:
+        if not bool((((labels == 0) | (labels == 1)).all(1) & (labels.sum(1) == 1)).all()):
+            kind = "soft" if labels.is_floating_point() else "several classes for a sample"
+            raise ValueError(
+                f"measure: the labels are {kind}, and neural collapse needs the one class of each sample; use data "
+                "without label mixing, or a `batch` function that returns (inputs, class indices)"
+            )
+        return labels.to(torch.uint8).argmax(1)
+    if labels.dim() != 1:
+        raise ValueError(
+            f"measure: labels must be [B], [B, 1] or one-hot [B, K] with K = {classes}; got {tuple(labels.shape)}"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"measure: labels must be integers, got {labels.dtype}")
+    return labels.long()
+
+
+def pooled(output: Any, pool: TokenPool | None = None, mask: Tensor | None = None) -> Any:
+    """Make features `[B, d]` of a layer's output, as `measure` says of `pool`; return others unchanged."""
+    output = output[0] if isinstance(output, tuple) else output
+    if not isinstance(output, Tensor):
+        return output
+    if output.dim() in (4, 5):
+        return output.mean(tuple(range(2, output.dim())))
+    return output if pool is None or output.dim() != 3 else _of_tokens(output, pool, mask)
+
+
+def _of_tokens(tokens: Tensor, pool: TokenPool, mask: Tensor | None) -> Tensor:
+    """Take the mean, first or last `[B, d]` of tokens `[B, T, d]`, without padding."""
+    shown = tokens.new_ones(tokens.shape[:2]) if mask is None else mask.to(tokens).expand(tokens.shape[:2])
+    if pool == "mean":
+        return (tokens * shown.unsqueeze(-1)).sum(1) / shown.sum(1, keepdim=True).clamp(min=1)
+    if pool not in ("first", "last"):
+        raise ValueError(f"measure: pool is a function, 'mean', 'first' or 'last', not {pool!r}")
+    # argmax gives the first of equal values.
+    at = shown.argmax(1) if pool == "first" else shown.shape[1] - 1 - shown.flip(1).argmax(1)
+    return tokens[torch.arange(len(tokens), device=tokens.device), at]
+
+
+def _one_of_places(call: HeadCall, output: Any, pool: Pool | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return features `[B, d]` and logits `[B, K]` of a head that ran over tokens or places."""
+    batch, *places, classes = call.logits.shape
+    returned = logits_in(output, batch, classes)
+    if callable(pool):
+        h, z = (t.movedim(-1, 1) if call.is_map else t for t in call[:2])
+        return pool(h), returned[0] if len(returned) == 1 else pool(z)
+    h, z = call.features.flatten(1, -2), call.logits.flatten(1, -2)
+    if call.is_map:  # what follows the head, a ReLU in SqueezeNet, is in what the model returns
+        return h.mean(1), returned[0] if len(returned) == 1 else z.mean(1)
+    if pool is not None:
+        return _of_tokens(h, pool, mask), returned[0] if len(returned) == 1 else _of_tokens(z, pool, mask)
+    for logits in returned:
+        hits = (z.to(logits.dtype) == logits.unsqueeze(1)).all(-1)
+        if bool(hits.any(1).all()):
+            return h[torch.arange(batch, device=h.device), hits.int().argmax(1)], logits
+        for shown in (None, mask):
+            if torch.allclose(_of_tokens(z, "mean", shown).to(logits.dtype), logits, rtol=1e-3, atol=1e-5):
+                return _of_tokens(h, "mean", shown), logits
+    raise ValueError(
+        f"measure: the head ran over {tuple(places)} tokens of each sample, and which of them the model uses does not "
+        "show in what it returns: features must be [B, d]; give `pool`: 'mean', 'first', 'last' or a function"
+    )
+
+
+def _flat(name: str, h: Any, places: torch.Size, rows: int) -> Tensor:
+    """Return the features `[N, d]` of a layer that has as many tokens or places as the head."""
+    h = h[0] if isinstance(h, tuple) else h
+    if isinstance(h, Tensor) and h.shape[2:] == places and h.dim() != 3:
+        h = h.movedim(1, -1)
+    if not isinstance(h, Tensor) or h.shape[1:-1] != places:
+        shape = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
+        raise ValueError(f"measure: labels are per token or place, {tuple(places)}; the output of {name} is {shape}")
+    return full(h).flatten(0, -2)
