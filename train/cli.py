@@ -2,22 +2,27 @@
 
 import dataclasses
 import functools
+import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tyro import conf
 
 import ncollapse
 from ncollapse.train.commands import theory
 from ncollapse.train.config import DESCRIPTIONS, FIELDS, make_run
 from ncollapse.train.errors import InterruptError, UserError
+from ncollapse.train.formatting import plain
 from ncollapse.train.grid import Grid, load_grid, presets, run_settings
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.results.export import Format, export_results
@@ -32,7 +37,7 @@ class Demo(PlaceOptions, Options, Selection):
         _report(_train(load_grid("demo"), self, self, console), self, console)
         name = "ncollapse" if shutil.which("ncollapse") else sys.argv[0]
         console.print(
-            f"Next: {name} sweep coupling (Adam to AdamW in steps), or {name} run --help for a run of your own."
+            plain(f"Next: {name} sweep coupling (Adam to AdamW in steps), or {name} run --help for a run of your own.")
         )
 
 
@@ -125,7 +130,7 @@ class Export:
 
     def main(self, console: Console) -> None:
         for path in export_results(self.folder, self.format, self.out):
-            console.print(path, highlight=False, markup=False, soft_wrap=True)
+            console.print(plain(path), soft_wrap=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,12 +156,15 @@ class Doctor:
 
         table = Table(show_header=False, box=None)
         for subject, finding in inspect_machine(self.data_dir):
-            table.add_row(f"[bold]{subject}", finding)
+            table.add_row(Text(subject, "bold"), plain(finding))
         console.print(table)
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; exit with 0, 1 after a `UserError`, 2 for bad arguments, 130 after Ctrl-C."""
+    """Run the command line.
+
+    It exits with 0, 1 after a `UserError`, 2 for bad arguments, 3 after an error that nobody foresaw, 130 after Ctrl-C.
+    """
     args = sys.argv[1:] if args is None else args
     if args in (["--version"], ["-V"]):
         print(f"ncollapse {ncollapse.__version__}")
@@ -174,11 +182,31 @@ def main(args: list[str] | None = None) -> None:
         )
         command.main(console)
     except UserError as error:
-        # markup is off, since a message may contain brackets, as in [[grid]]
-        Console(stderr=True).print(f"ncollapse: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
-        sys.exit(130 if isinstance(error, InterruptError) else 1)
+        _end(str(error), 130 if isinstance(error, InterruptError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        _end(_unforeseen(error), 3)
+
+
+def _end(text: str, code: int) -> NoReturn:
+    """Print the one line that a failed command ends with, and exit."""
+    Console(stderr=True).print(plain(f"ncollapse: {text}", "red"), soft_wrap=True)
+    sys.exit(code)
+
+
+def _unforeseen(error: Exception) -> str:
+    """Write the traceback of an error that nobody foresaw into a file, and return the line for the user."""
+    what = f"an error that ncollapse did not foresee: {type(error).__name__}: {error}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="ncollapse-", suffix=".log", delete=False, encoding="utf-8"
+        ) as log:
+            log.write(f"ncollapse {ncollapse.__version__}, {shlex.join(sys.argv)}\n\n{traceback.format_exc()}")
+    except (OSError, UnicodeEncodeError) as why:
+        traceback.print_exc()
+        return f"{what}; no log file could be written ({why})"
+    return f"{what}. Its traceback is in {log.name}; please report it"
 
 
 def _train(grid: Grid, place: PlaceOptions, options: Options, console: Console) -> Path:
@@ -191,9 +219,9 @@ def _train(grid: Grid, place: PlaceOptions, options: Options, console: Console) 
     load_data = functools.partial(load, data_dir=place.data_dir, download=place.download)
     trained = sweep(grid, out, load_data, _device(place.device, options.engine), options, console)
     if trained:
-        console.print(f"Trained {trained} of {len(grid.runs)} runs in {time.perf_counter() - started:.0f} s.")
+        console.print(plain(f"Trained {trained} of {len(grid.runs)} runs in {time.perf_counter() - started:.0f} s."))
     else:
-        console.print(f"All {len(grid.runs)} runs in {out} are done; nothing to train.")
+        console.print(plain(f"All {len(grid.runs)} runs in {out} are done; nothing to train."), soft_wrap=True)
     return out
 
 
@@ -201,7 +229,8 @@ def _report(folder: Path, selection: Selection, console: Console) -> None:
     from ncollapse.train.report.page.write import write_report
 
     page = write_report(folder, selection, console)
-    console.print(f"Results: {folder}/runs.sqlite, figures and {page} (open it in a browser).", soft_wrap=True)
+    text = f"Results: {folder}/runs.sqlite, figures and {page} (open it in a browser)."
+    console.print(plain(text), soft_wrap=True)
 
 
 def _device(name: str | None, engine: str) -> Any:
@@ -209,8 +238,10 @@ def _device(name: str | None, engine: str) -> Any:
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"--device {name}: runs train on cpu or cuda")
         if engine == "local":  # a cluster checks this itself: it may have GPUs where this machine has none
             torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"--device {name}: {(str(error).splitlines() or ['no device'])[0]}") from None
     return device

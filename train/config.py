@@ -4,6 +4,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import reprlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pydantic
@@ -26,19 +28,23 @@ Layers = Literal["head", "all"]
 #: Models whose runs train one by one: `stacked_layers` has no stacked form of their layers.
 ALONE = ("vit", "densenet")
 
+#: Bounds far beyond any use: what a file says must not become a number that PyTorch or SQLite cannot hold.
+MOST = 2**31 - 1
+_MOST_DROPS, _MOST_EPOCHS, _MOST_WIDTH = 1_000, 1_000_000, 16_384
+
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
 
 
-@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+@dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True))
 class RunConfig:
     """Settings of one training run."""
 
     model: Model = "mlp"
     """The network."""
-    width: Count | None = None
+    width: Annotated[int, Field(ge=1, le=_MOST_WIDTH)] | None = None
     """Width of the network: channels of the first convolution (resnet9, vgg9: 64 by default, cnn: 16), hidden units of
     an mlp (64), length of a vit's tokens (192), growth rate of a densenet (12)."""
     data: Data = "digits"
@@ -51,19 +57,19 @@ class RunConfig:
     """Momentum β; β₁ of optimizers with two betas."""
     weight_decay: NonNegative = 5e-4
     """Weight decay λ."""
-    coupling: Annotated[float, Field(ge=0, le=1)] | None = None
+    coupling: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     """Share of the decay added to the gradient; by default 1, and 0 for the names ending in w."""
     beta2: BelowOne = 0.999
     """β₂ of optimizers with two betas, also of the Adam that updates the vectors beside an optimizer of matrices."""
     eps: NonNegative = 1e-8
     """ε of Adam."""
-    epochs: Count = 200
+    epochs: Annotated[int, Field(ge=1, le=_MOST_EPOCHS)] = 200
     """Passes over the training data."""
     batch_size: Count = 128
     """Samples per step; the last, smaller batch of an epoch is used too."""
-    lr_drops: Annotated[int, Field(ge=0)] = 2
+    lr_drops: Annotated[int, Field(ge=0, le=_MOST_DROPS)] = 2
     """Number n of learning-rate drops, after ⌊i·epochs/(n + 1)⌋ epochs, i = 1 … n; none before the first epoch."""
-    lr_drop_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    lr_drop_factor: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.1
     """Factor by which each drop multiplies the learning rate."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the initial weights and the order of the samples."""
@@ -82,6 +88,9 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.coupling is None:
             object.__setattr__(self, "coupling", TABLE[self.optimizer].coupling)
+        for name in ("momentum", "weight_decay", "coupling", "beta2", "eps"):
+            if getattr(self, name) == 0:  # -0.0 would have another id
+                object.__setattr__(self, name, 0.0)
 
     @property
     def family(self) -> str:
@@ -143,11 +152,24 @@ def _explain(error: Any) -> str:
     key = str(error["loc"][0])
     if error["type"] == "unexpected_keyword_argument":
         return unknown_key(key)
-    return f"{key} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    if isinstance(error["input"], list):
+        return f"{key} = {short(error['input'])}: one value is meant here, not a list"
+    return f"{key} = {short(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def short(value: object) -> str:
+    """Return the representation of a value from outside, cut where it is long or deep."""
+    return reprlib.repr(value)
 
 
 def unknown_key(key: str, also: tuple[str, ...] = ()) -> str:
     """Return the message for a key that is no setting and none of `also`, which are allowed there too."""
-    names = [f.name for f in FIELDS] + list(also)
-    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-    return f"unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; the keys are {', '.join(names)}")
+    return unknown("key", key, [f.name for f in FIELDS] + list(also))
+
+
+def unknown(what: str, name: str, names: Sequence[str]) -> str:
+    """Return the message for a name that is none of `names`, with the nearest of them."""
+    near = difflib.get_close_matches(name[:60], names, n=1, cutoff=0.5)
+    return f"unknown {what} {short(name)}" + (
+        f", did you mean {near[0]!r}?" if near else f"; the {what}s are {', '.join(names)}"
+    )

@@ -14,4 +14,18 @@ class NoResultsError(UserError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint from which a training cannot continue: unreadable, or of other runs or another version."""
+    """A checkpoint from which a training cannot continue: damaged, or of other runs or another version."""
+
+
+class DamageError(UserError):
+    """What a results folder holds is damaged: `ncollapse check` lists what is whole."""
+
+
+class DataError(UserError):
+    """A data set cannot be read, or is no longer the one that a sweep began with."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is used up; on the CPU torch says so only in a RuntimeError's text."""
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # the class is torch's
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))

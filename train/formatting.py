@@ -3,8 +3,23 @@
 import math
 from typing import Any
 
+from rich.text import Text
+
 #: What stands where a value is missing.
 DASH = "–"
+
+
+def visible(text: object) -> str:
+    """Return text on one line in which every character can be seen: control characters, escape sequences as \\x1b."""
+    return "".join(c if c.isprintable() else " " if c in "\n\t" else ascii(c)[1:-1] for c in str(text))
+
+
+def plain(text: object, style: str = "") -> Text:
+    """Return text from outside for the terminal, in one style: brackets are no markup, escape sequences are visible.
+
+    Whatever a file, a path, an option or an exception says reaches the terminal through this function.
+    """
+    return Text(visible(text), style)
 
 
 def is_missing(value: Any) -> bool:

@@ -28,7 +28,7 @@ from ncollapse.train.sweep import stack_size, this_machine
 from ncollapse.train.sweep.grouping import StackKey
 from ncollapse.train.sweep.messages import Message, WorkerSettings
 from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.scheduler import sweep
+from ncollapse.train.sweep.scheduler import ERRORS, sweep
 from ncollapse.train.sweep.this_machine import ThisMachine
 from ncollapse.train.sweep.throughput import DataFacts, bytes_per_run, measure_rate
 from ncollapse.train.training.stack import Stack
@@ -84,8 +84,9 @@ def test_a_stack_that_kills_its_process_each_time_is_halved(small_grid: Grid, tm
     console = Console(record=True, width=200, file=io.StringIO())
     assert sweep(small_grid, tmp_path, with_little_memory, CPU, Options(workers=2, stack=6), console) == 12
     text = console.export_text()
-    assert "was lost: its process ended with exit code -9; it starts again from its last checkpoint" in text
-    assert "6 runs at once do not fit" in text
+    assert "was lost: its process ended with exit code -9: SIGKILL, by the system for the memory it took" in text
+    assert "it starts again from its beginning" in text
+    assert "6 runs at once were lost 2 times without a new checkpoint" in text
     assert load_runs(tmp_path)["stack"].value_counts().max() <= 3
     assert set(load_runs(tmp_path).status) == {"done"}
 
@@ -105,9 +106,10 @@ def with_little_memory(name: str, device: torch.device) -> Dataset:
 
 
 @pytest.mark.usefixtures("quick_starts")
-def test_an_error_in_a_process_comes_here_with_its_traceback(small_grid: Grid, tmp_path: Path, quiet: Console) -> None:
-    with pytest.raises(RuntimeError, match=r"a training process failed:(.|\n)*ZeroDivisionError"):
+def test_an_unforeseen_error_in_a_process_is_a_line_and_a_log(small_grid: Grid, tmp_path: Path, quiet: Console) -> None:
+    with pytest.raises(UserError, match=r"12 runs .* did not foresee: .*ZeroDivisionError.* Its traceback is in .*log"):
         sweep(small_grid, tmp_path, failing_in_workers, CPU, Options(workers=2), quiet)
+    assert "in failing_in_workers" in (tmp_path / ERRORS).read_text()
     assert multiprocessing.active_children() == []
 
 

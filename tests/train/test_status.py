@@ -247,7 +247,10 @@ def test_the_plan_is_shown_without_importing_torch(folder: Path) -> None:
 
 
 def test_it_fits_in_80_columns(half: Path) -> None:
-    alter(half, "UPDATE stacks SET id = 1234, epoch = 1000, checkpoint_epoch = 1000 WHERE id = 2")
+    alter(
+        half,
+        "UPDATE stacks SET id = 1234, epoch = 1000, checkpoint = '1234-1000.pt', checkpoint_epoch = 1000 WHERE id = 2",
+    )
     alter(
         half, "UPDATE runs SET stack = 1234, epochs = 2000, model = 'resnet9', data = 'fashion-mnist' WHERE stack = 2"
     )

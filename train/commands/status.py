@@ -1,7 +1,6 @@
 """`ncollapse status`: the progress of a sweep, while it runs or after it has stopped. Only reads the folder."""
 
 import dataclasses
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,12 @@ from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 
-from ncollapse.train.formatting import DASH, is_missing, rate, rough_duration
+from ncollapse.train.formatting import DASH, is_missing, plain, rate, rough_duration
 from ncollapse.train.optimizers import OPTIMIZERS
 from ncollapse.train.results.reader import load_meta, load_sessions, query
-from ncollapse.train.results.schema import FINISHED, STATUSES
+from ncollapse.train.results.schema import FILE, FINISHED, STATUSES
+from ncollapse.train.results.storage_errors import damaged
+from ncollapse.train.results.validation import check_settings, read_json, read_time
 from ncollapse.train.results.writer import LOCK
 from ncollapse.train.sweep.stack_size import Plan
 
@@ -87,7 +88,7 @@ def read_status(folder: Path) -> SweepStatus:
     """Read the progress of the sweep in a results folder.
 
     Raises:
-        UserError: no results there, or results of another format.
+        UserError: no results there, results of another format, or damaged ones.
     """
     meta = load_meta(folder)
     sessions = load_sessions(folder)
@@ -100,9 +101,14 @@ def read_status(folder: Path) -> SweepStatus:
     )
     # NULL for a run without a plan or a stack that has not begun
     nullable = ("session", "stack", "size", "begun_epoch", "epoch", "checkpoint_epoch")
-    runs = runs.astype(dict.fromkeys(nullable, float))
+    try:
+        runs = runs.astype({**dict.fromkeys(nullable, float), "epochs": "int64"})
+    except (ValueError, TypeError) as error:
+        raise damaged(folder / FILE, f"the progress of a stack is no number: {error}") from None
+    check_settings(runs, folder)
     last = sessions[-1] if sessions else {}
-    started = datetime.fromisoformat(last["started"]) if last else None
+    _check_progress(runs, last.get("id"), folder)
+    started = read_time(last["started"]) if last else None
     trained, seconds = _trained(runs[runs.session == last["id"]], started) if started else (0, 0.0)
     stacks = tuple(_stack(part) for _, part in runs[runs.status == "running"].groupby("stack"))
     if sweeping is False:
@@ -125,8 +131,30 @@ def read_status(folder: Path) -> SweepStatus:
         seconds=seconds,
         left=0.0 if left == 0 else left * seconds / trained if trained and seconds > 0 else None,
         stacks=stacks,
-        engine=json.loads(meta["engine"]) if "engine" in meta else None,
+        engine=_engine(meta, folder),
     )
+
+
+def _engine(meta: dict[str, str], folder: Path) -> dict[str, Any] | None:
+    """Return how the runs are trained, as the store keeps it; DamageError where that is no plan."""
+    if "engine" not in meta:
+        return None
+    engine = read_json(meta["engine"])
+    try:
+        Plan.from_dict(engine)
+    except ValueError as error:
+        raise damaged(folder / FILE, error) from None
+    return dict(engine)
+
+
+def _check_progress(runs: "pd.DataFrame", session: int | None, folder: Path) -> None:
+    """Raise DamageError where the progress of stacks in training, or of the last session, is missing or none."""
+    running = runs[runs.status == "running"]
+    if running[["stack", "size", "epoch", "begun_epoch"]].isna().any(axis=None):
+        raise damaged(folder / FILE, "a run is in training, but in no stack that has begun")
+    times = [*running.updated.unique(), *runs.updated[runs.session == session].dropna().unique()]
+    if not all(read_time(time) for time in times):
+        raise damaged(folder / FILE, "the time of a stack's progress cannot be read")
 
 
 def _sweeping(folder: Path) -> bool | None:
@@ -174,7 +202,7 @@ def print_status(status: SweepStatus, console: Console, now: datetime | None = N
     """Print the progress within 80 columns; `now`, from which "ago" is counted, is by default the current time."""
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False)
+        console.print(plain(text))
 
     finished = status.finished == status.total
     activity = {True: "a sweep is running", False: "no sweep is running", None: "unknown whether a sweep is running"}
@@ -191,14 +219,14 @@ def print_status(status: SweepStatus, console: Console, now: datetime | None = N
             say(f"  {line}")
     table = _table("optimizer", _right("finished"), "")
     for name, (done, total) in status.optimizers.items():
-        table.add_row(name, f"{done}/{total}", ProgressBar(total=total, completed=done, width=40))
+        table.add_row(plain(name), f"{done}/{total}", ProgressBar(total=total, completed=done, width=40))
     console.print(table)
     if status.stacks:
         console.print(_stacks(status, now or datetime.now(UTC)))
     elif status.sweeping and not finished:
         say("No stack is training at the moment: a sweep measures speeds before it starts")
     if status.sweeping is False and status.command and not finished:
-        console.print(f"To continue: {status.command}", highlight=False, markup=False, soft_wrap=True)
+        console.print(plain(f"To continue: {status.command}"), soft_wrap=True)
 
 
 def _stacks(status: SweepStatus, now: datetime) -> Table:
@@ -207,7 +235,7 @@ def _stacks(status: SweepStatus, now: datetime) -> Table:
     for stack in status.stacks:
         table.add_row(
             str(stack.id), str(stack.size), f"{stack.epoch} of {stack.epochs}",
-            DASH if stack.checkpoint is None else str(stack.checkpoint), f"{stack.model} on {stack.data}",
+            DASH if stack.checkpoint is None else str(stack.checkpoint), plain(f"{stack.model} on {stack.data}"),
             f"{rough_duration((now - stack.updated).total_seconds())} ago",
         )  # fmt: skip
     return table

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ncollapse.train.config import Data
+from ncollapse.train.data.image_files import read_images
 from ncollapse.train.errors import UserError
 
 DATA_SETS: tuple[str, ...] = get_args(Data)
@@ -189,24 +189,15 @@ def _image_folder(folder: Path) -> _Raw:
 
 
 def _read_split(folder: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    import torchvision
-    from torchvision.transforms.functional import pil_to_tensor
-
     if not folder.is_dir():
         raise UserError(f"imagefolder: no folder {folder}; --data-dir must hold train/CLASS/* and test/CLASS/*")
-    try:
-        images = torchvision.datasets.ImageFolder(str(folder))
-        # PIL releases the GIL while it decodes, so threads suffice.
-        with ThreadPoolExecutor() as pool:
-            tensors = list(pool.map(lambda i: pil_to_tensor(images[i][0]), range(len(images))))
-    except OSError as error:  # no class folders, a class without images, an image that cannot be read
-        raise UserError(f"imagefolder {folder}: {error}") from None
+    tensors, targets, classes = read_images(folder)
     shapes = {_shape(t) for t in tensors}
     if len(shapes) > 1 or tensors[0].shape[1] != tensors[0].shape[2]:
         raise UserError(f"imagefolder {folder}: images must be square and all of one size; found {sorted(shapes)[:5]}")
     # Folders are read class by class, and --limit would take the first class alone: shuffle, with a fixed seed.
     order = torch.randperm(len(tensors), generator=torch.Generator().manual_seed(0))
-    return torch.stack(tensors)[order], torch.tensor(images.targets)[order], tuple(images.classes)
+    return torch.stack(tensors)[order], torch.tensor(targets)[order], classes
 
 
 def _shape(image: Tensor) -> str:

@@ -17,7 +17,9 @@ def predicted_nc0(row: "pd.Series[Any]") -> NDArray[np.float64] | None:
     The exact recursion of the row sum under SGD and SGDW, from NC0 before the first step.
     """
     settings: dict[str, Any] = {field.name: row[field.name] for field in FIELDS}
-    config = make_run({name: None if pd.isna(v) else v for name, v in settings.items()}, "the store")
+    # A row of a DataFrame holds NumPy's numbers.
+    values = {name: None if pd.isna(v) else v.item() if hasattr(v, "item") else v for name, v in settings.items()}
+    config = make_run(values, "the store")
     if config.family != "sgd":
         return None
     return np.asarray(row.nc0_start * _factor(config, int(row.train_samples)) ** 2)

@@ -5,10 +5,11 @@ from pathlib import Path
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from ncollapse.train.formatting import number
+from ncollapse.train.formatting import number, plain
 from ncollapse.train.report.prediction import predicted_nc0
-from ncollapse.train.report.view import View
+from ncollapse.train.report.view import Cell, View
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.reader import load_runs
 
@@ -21,10 +22,9 @@ def print_across(console: Console, view: View, title: str, width: int = 6) -> No
         table = _empty_table(title if start == 0 else "", view.caption if last else None)
         table.add_column("")
         for row in shown:
-            table.add_column(row[0].text, justify="right")
+            table.add_column(plain(row[0].text), justify="right")
         for i, column in list(enumerate(view.columns))[1:]:
-            lines = ("\n[dim]".join(part for part in (row[i].text, row[i].small) if part) for row in shown)
-            table.add_row(column.title, *lines)
+            table.add_row(column.title, *(_two_lines(row[i]) for row in shown))
         console.print(table)
 
 
@@ -34,14 +34,14 @@ def print_down(console: Console, view: View, title: str) -> None:
     for column in view.columns:
         table.add_column(column.title, justify="left" if column.words else "right")
     for row in view.rows():
-        table.add_row(*(cell.text for cell in row))
+        table.add_row(*(plain(cell.text) for cell in row))
     console.print(table)
 
 
 def print_run(folder: Path, console: Console) -> None:
     """Print every metric of the folder's only run, at its start and its end."""
     run = load_runs(folder).iloc[0]
-    table = Table("metric", header_style="bold", title=f"{run.model} on {run.data}, {run.epochs} epochs")
+    table = Table("metric", header_style="bold", title=plain(f"{run.model} on {run.data}, {run.epochs} epochs"))
     table.add_column("start", justify="right")
     table.add_column("end", justify="right")
     for name in METRICS:
@@ -51,11 +51,16 @@ def print_run(folder: Path, console: Console) -> None:
         table.add_row("nc0 predicted", number(prediction[0]), number(prediction[-1]))
     console.print(table)
     ended = f"{run.status} (first seen at epoch {run.diverged_epoch:.0f})" if run.status == "diverged" else run.status
-    console.print(f"{ended}, {run.seconds:.1f} s; results in {folder}", soft_wrap=True)
+    console.print(plain(f"{ended}, {run.seconds:.1f} s; results in {folder}"), soft_wrap=True)
+
+
+def _two_lines(cell: Cell) -> Text:
+    lines = [plain(cell.text), plain(cell.small, "dim")]
+    return Text("\n").join(line for line in lines if line)
 
 
 def _empty_table(title: str, caption: str | None = None) -> Table:
     return Table(
-        title=title, title_justify="left", caption=caption, caption_justify="left",
+        title=plain(title), title_justify="left", caption=plain(caption) if caption else None, caption_justify="left",
         header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False,
     )  # fmt: skip

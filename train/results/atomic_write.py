@@ -4,7 +4,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from ncollapse.train.errors import UserError
+from ncollapse.train.results.storage_errors import cannot_write
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -31,11 +31,3 @@ def write_whole(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
         raise cannot_write(path, error) from None
-
-
-def cannot_write(path: Path, error: Exception) -> UserError:
-    """Return the error that tells the user why a file or folder was not written and what to do."""
-    return UserError(
-        f"cannot write to {path.resolve()}: {error}. Every finished run is kept; make room or make the folder "
-        "writable, then give the same command again"
-    )

@@ -1,14 +1,15 @@
 """Read a results folder as DataFrames: finished or not, also while a sweep writes to it, and also of older versions."""
 
 import contextlib
-import json
 import sqlite3
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ncollapse.train.errors import NoResultsError, UserError
+from ncollapse.train.errors import NoResultsError
 from ncollapse.train.results import columns, schema
+from ncollapse.train.results.storage_errors import cannot_read, damaged
+from ncollapse.train.results.validation import check_not_lost, check_plan, check_settings, check_tables, session_facts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,7 +23,8 @@ def load_runs(folder: Path | str) -> "pd.DataFrame":
 
     Raises:
         NoResultsError: no results there, or none yet.
-        UserError: results of another format, or no database.
+        DamageError: no database, or one with contents that no sweep has written.
+        UserError: results of another format, or settings that this version does not know.
     """
     runs = query(folder, "SELECT * FROM runs ORDER BY position").set_index("id", drop=False)
     # A large sweep has a million rows of metrics: SQLite finds the first and the last of each run by their key.
@@ -35,7 +37,10 @@ def load_runs(folder: Path | str) -> "pd.DataFrame":
     ).groupby("run")
     # `first` and `last` would skip NaN.
     start, last = (rows.set_index("run")[list(columns.METRICS)] for rows in (ends.head(1), ends.tail(1)))
-    return _typed(runs.join(last).join(start.add_suffix("_start")).reset_index(drop=True), columns.RUN_COLUMNS)
+    runs = runs.join(last).join(start.add_suffix("_start")).reset_index(drop=True)
+    runs = _typed(runs, columns.RUN_COLUMNS, Path(folder))
+    check_settings(runs, Path(folder))
+    return runs
 
 
 def load_metrics(folder: Path | str) -> "pd.DataFrame":
@@ -54,20 +59,35 @@ def load_layers(folder: Path | str) -> "pd.DataFrame":
     return query(folder, "SELECT * FROM layers ORDER BY run, epoch, position", columns.LAYER_COLUMNS)
 
 
-def _typed(frame: "pd.DataFrame", wanted: Iterable[columns.ResultColumn]) -> "pd.DataFrame":
+def _typed(frame: "pd.DataFrame", wanted: Iterable[columns.ResultColumn], folder: Path) -> "pd.DataFrame":
     types = columns.dtypes(wanted)
-    return frame[list(types)].astype(types)
+    frame = frame[list(types)]
+    try:
+        typed = frame.astype(types)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise damaged(folder / schema.FILE, f"a number is none: {str(error)[:100]}") from None
+    for name, dtype in types.items():
+        # pandas cuts what is no integer.
+        if dtype == "int64" and frame[name].dtype.kind != "i" and (frame[name] != typed[name]).any():
+            raise damaged(folder / schema.FILE, f"{name} is not an integer everywhere")
+        # An object column holds text or bytes, of which pandas makes text or numbers.
+        if frame[name].dtype == object and dtype != "string" and frame[name].map(type).isin((str, bytes)).any():
+            raise damaged(folder / schema.FILE, f"{name} is not a number everywhere")
+    return typed
 
 
 def load_sessions(folder: Path | str) -> list[dict[str, Any]]:
     """Load each start of the sweep, oldest first: id, started, command, and versions, commit and device."""
     rows = query(folder, "SELECT * FROM sessions ORDER BY id").to_dict("records")
-    return [{**json.loads(row["provenance"]), **{k: row[k] for k in ("id", "started", "command")}} for row in rows]
+    return [session_facts(row, Path(folder)) for row in rows]
 
 
 def load_meta(folder: Path | str) -> dict[str, str]:
     """Load the grid's name and description, the plan of its stacks, and the fingerprints of its data sets."""
-    return {row["key"]: row["value"] for row in query(folder, "SELECT * FROM meta").to_dict("records")}
+    meta = {row["key"]: row["value"] for row in query(folder, "SELECT * FROM meta").to_dict("records")}
+    if "grid" not in meta or not all(isinstance(text, str) for pair in meta.items() for text in pair):
+        raise damaged(Path(folder, schema.FILE), "the grid's name or another text is missing")
+    return meta
 
 
 def query(folder: Path | str, sql: str, wanted: Iterable[columns.ResultColumn] = ()) -> "pd.DataFrame":
@@ -80,14 +100,20 @@ def query(folder: Path | str, sql: str, wanted: Iterable[columns.ResultColumn] =
 
     folder, file = Path(folder), Path(folder, schema.FILE)
     if not file.is_file():
+        check_not_lost(folder)
         raise NoResultsError(
             f"no results in {folder}: {file.name} is not there; make some with ncollapse sweep … --out {folder}"
         )
     try:
         with contextlib.closing(schema.connect(folder, create=False)) as connection:
+            if schema.is_empty(connection):
+                check_not_lost(folder)
             schema.check_version(connection, folder)
+            check_tables(connection, folder)
+            check_plan(connection, folder)
             schema.show_missing_columns(connection)
             frame = pd.read_sql_query(sql, connection)
-    except (sqlite3.Error, pd.errors.DatabaseError) as error:
-        raise UserError(f"cannot read {file}: {error}") from None
-    return _typed(frame, wanted) if wanted else frame
+    except (sqlite3.Error, pd.errors.DatabaseError, OverflowError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, sqlite3.Error) else error
+        raise cannot_read(file, cause) from None
+    return _typed(frame, wanted, folder) if wanted else frame

@@ -77,6 +77,7 @@ TABLES: dict[str, dict[str, str]] = {
         "train_samples": "INTEGER",
         "seconds": "REAL",
         "diverged_epoch": "INTEGER",
+        "digest": "TEXT",
     },
     "metrics": {**_RUN, **dict.fromkeys(METRICS, "REAL")},
     "layers": {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.errors import UserError
-from ncollapse.train.results.atomic_write import cannot_write
+from ncollapse.train.results.storage_errors import cannot_write
 
 if TYPE_CHECKING:
     from ncollapse.train.results.record import Evaluation

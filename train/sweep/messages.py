@@ -2,18 +2,19 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
-from ncollapse.train.errors import CheckpointError, UserError
+from ncollapse.train.errors import CheckpointError, DataError, UserError, out_of_memory
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.writer import PlannedStack
 from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.throughput import DataFacts, out_of_memory
+from ncollapse.train.sweep.throughput import DataFacts
 from ncollapse.train.training.loop import Training
 
 
@@ -34,12 +35,15 @@ class Finished:
 class Failed:
     """The training of the stack has stopped, for the reason `text`.
 
-    It does not fit in memory, its process or node is lost, its checkpoint cannot be used, or the user has to change
-    something ("refused").
+    Attributes:
+        kind: it does not fit in memory; its process or node is lost; its checkpoint cannot be used; its data set cannot
+            be read, or is another one; the user has to change something ("refused"); an error that nobody foresaw.
+        log: of such an error, its traceback.
     """
 
-    kind: Literal["memory", "lost", "checkpoint", "refused"]
+    kind: Literal["memory", "lost", "checkpoint", "data", "refused", "unforeseen"]
     text: str
+    log: str = ""
 
 
 Message = Evaluation | Progress | Finished | Failed
@@ -52,6 +56,31 @@ class WorkerSettings:
     load_data: Callable[[str, torch.device], Dataset]  # by name, onto a device
     checkpoint_seconds: float  # between checkpoints of a stack
     keep_weights: bool  # send the final weights of each run
+    fingerprints: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # data set -> that of the sweep's own copy
+
+    def load(self, name: str, device: torch.device) -> Dataset:
+        """Load a data set, which must be the one that the sweep began with.
+
+        Raises:
+            DataError: it is another one by now, it cannot be read, or there is no memory for it.
+        """
+        try:
+            data = self.load_data(name, device)
+        except UserError as error:
+            raise DataError(str(error)) from None
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise DataError(f"there is no memory for the data set {name} in another process") from None
+        known = self.fingerprints.get(name, data.fingerprint)
+        if data.fingerprint != known:
+            raise DataError(
+                f"the data set {name} has changed since the sweep began ({data.fingerprint} now, {known} then): give "
+                "that one again"
+            )
+        return data
 
 
 class Engine(Protocol):
@@ -91,7 +120,8 @@ class Engine(Protocol):
     def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
         """Train what `next_stack` returns until it returns None and nothing is in training.
 
-        The messages of each stack end with Finished or Failed; after that `next_stack` may have a stack again.
+        The messages of each stack end with Finished or Failed; after that `next_stack` may have a stack again. It may
+        end with stacks left where no worker can read their data.
         """
 
     def close(self) -> None:
@@ -99,10 +129,18 @@ class Engine(Protocol):
 
 
 def train_stack(
-    runs: Sequence[RunConfig], data: Dataset, device: torch.device, settings: WorkerSettings, checkpoint: bytes | None
-) -> Iterator[Message]:
-    """Train a stack in this process, from a checkpoint if there is one; ends with Finished or Failed."""
+    runs: Sequence[RunConfig], load: Callable[[], Dataset], device: torch.device, settings: WorkerSettings,
+    read_checkpoint: Callable[[], bytes] | None,
+) -> Iterator[Message]:  # fmt: skip
+    """Train a stack in this process; ends with Finished or Failed, whatever happens.
+
+    Args:
+        load: returns the data set on the device.
+        read_checkpoint: returns the content of the checkpoint to continue from; None: from the beginning.
+    """
     try:
+        data = load()
+        checkpoint = None if read_checkpoint is None else read_checkpoint()
         training = Training(runs, data, device, checkpoint=checkpoint, keep_weights=settings.keep_weights)
         saved = time.monotonic()
         for event in training:
@@ -113,11 +151,21 @@ def train_stack(
             yield Progress(event, training.checkpoint() if due else None)
             saved = time.monotonic() if due else saved
         yield Finished()
-    except CheckpointError as error:
-        yield Failed("checkpoint", str(error))
-    except UserError as error:
-        yield Failed("refused", str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        yield Failed("memory", str(error).splitlines()[0] if str(error) else "out of memory")
+    except Exception as error:
+        yield failure(error)
+
+
+def failure(error: Exception) -> Failed:
+    """Return what an exception means for the stack in whose training it was raised."""
+    if isinstance(error, CheckpointError):
+        return Failed("checkpoint", str(error))
+    if isinstance(error, DataError):
+        return Failed("data", str(error))
+    if isinstance(error, UserError):
+        return Failed("refused", str(error))
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    if out_of_memory(error):
+        return Failed("memory", first or "out of memory")
+    return Failed(
+        "unforeseen", f"{type(error).__name__}: {first}".removesuffix(": "), "".join(traceback.format_exception(error))
+    )

@@ -8,6 +8,10 @@ import tyro
 
 from ncollapse.train.errors import UserError
 
+#: Bounds on the processes of a sweep and on the runs of a stack, far beyond any machine.
+MOST_WORKERS, MOST_RUNS = 1_024, 100_000
+_MOST_MINUTES = 525_600.0  # a year
+
 #: For options whose default is described in the help text, where "None" would say less.
 hide_default = tyro.conf.arg(help_behavior_hint="")
 
@@ -26,8 +30,10 @@ class KeepOptions:
     def __post_init__(self) -> None:
         # A command inherits from several such classes.
         getattr(super(), "__post_init__", lambda: None)()
-        if not self.checkpoint_minutes >= 0:
-            raise UserError(f"--checkpoint-minutes must be at least 0; got {self.checkpoint_minutes:g}")
+        if not 0 <= self.checkpoint_minutes <= _MOST_MINUTES:
+            raise UserError(
+                f"--checkpoint-minutes must be at least 0, at most {_MOST_MINUTES:g}; got {self.checkpoint_minutes:g}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +51,10 @@ class Options(KeepOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("stack", "workers"):
+        for name, most in (("stack", MOST_RUNS), ("workers", MOST_WORKERS)):
             value = getattr(self, name)
-            if value != "auto" and value < 1:
-                raise UserError(f"--{name} must be at least 1, or auto; got {value}")
+            if value != "auto" and not 1 <= value <= most:
+                raise UserError(f"--{name} must be at least 1 and at most {most:,}, or auto; got {value}")
         if self.engine != "ray" and self.ray_address is not None:
             raise UserError("--ray-address goes with --engine ray")
         if self.engine == "ray" and self.workers != "auto":

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ncollapse.train.formatting import rate
+from ncollapse.train.formatting import rate, visible
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.writer import PlannedStack
 
@@ -26,7 +26,7 @@ class SweepProgress(Progress):
 
     def __init__(self, grid: Grid, finished: dict[str, str], console: Console) -> None:
         super().__init__(
-            TextColumn("[bold]{task.description}"), BarColumn(),
+            TextColumn("{task.description}", style="bold", markup=False), BarColumn(),
             TextColumn("{task.fields[done]}/{task.fields[runs]} runs{task.fields[diverged]}"),
             _Rate(), TimeRemainingColumn(elapsed_when_finished=True), console=console,
         )  # fmt: skip
@@ -34,7 +34,7 @@ class SweepProgress(Progress):
         self._epochs = {run.id: run.epochs for run in grid.runs if run.id in finished}
         total, before = sum(run.epochs for run in grid.runs), sum(self._epochs.values())
         self._task = self.add_task(
-            grid.name, total=total, completed=before, begun_at=before, epochs_per_run=total / len(grid.runs),
+            visible(grid.name), total=total, completed=before, begun_at=before, epochs_per_run=total / len(grid.runs),
             runs=len(grid.runs), done=0, diverged="",
         )  # fmt: skip
         self.end({})

@@ -23,10 +23,11 @@ import torch
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
-from ncollapse.train.errors import UserError
+from ncollapse.train.errors import DataError, UserError
+from ncollapse.train.results.checkpoint_file import read_checkpoint
 from ncollapse.train.results.writer import PlannedStack
 from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, WorkerSettings, train_stack
+from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, WorkerSettings, failure, train_stack
 from ncollapse.train.sweep.this_machine import keep_memory
 from ncollapse.train.sweep.throughput import DataFacts, measure_rate, room_on
 
@@ -124,14 +125,19 @@ class Cluster(Engine):
         # sweep retries from the last checkpoint. For each task on a GPU Ray starts a new process, since an idle one
         # would keep the GPU's memory.
         task = self._remote(_train, num_returns="streaming", max_retries=0)
-        queried = -math.inf
+        queried, blind = -math.inf, False  # blind: a data set cannot be read; what is in training goes on
         while True:
             if time.monotonic() - queried > _QUERY_SECONDS:  # nodes come and go
                 slots, queried = self.slots(self._per_gpu), time.monotonic()
             # One task waits even where no node is left: for nodes that come back, or that an autoscaler starts for it.
-            while len(self._in_flight) < max(slots, 1) and (stack := next_stack()) is not None:
-                checkpoint = None if stack.checkpoint is None else stack.checkpoint.read_bytes()
-                data = [self._data_set(stack.runs[0].data)]
+            while not blind and len(self._in_flight) < max(slots, 1) and (stack := next_stack()) is not None:
+                try:
+                    checkpoint = None if stack.checkpoint is None else read_checkpoint(stack.checkpoint, stack.epoch)
+                    data = [self._data_set(stack.runs[0].data)]
+                except UserError as error:
+                    yield stack, failure(error)
+                    blind = isinstance(error, DataError)
+                    continue
                 messages = task.remote(stack.runs, data, self._device, self._settings_ref, checkpoint, self._threads)
                 self._in_flight[messages] = stack
             if not self._in_flight:
@@ -148,7 +154,7 @@ class Cluster(Engine):
     def _data_set(self, name: str) -> Any:
         """A reference to a data set, put into the cluster at its first use: its machines need no data folder."""
         if name not in self._data:
-            data = self._loaded.pop(name, None) or self._settings.load_data(name, torch.device("cpu"))
+            data = self._loaded.pop(name, None) or self._settings.load(name, torch.device("cpu"))
             # Arrays instead of tensors: processes of a machine share the memory of arrays that Ray holds.
             parts = {k: part.numpy() if isinstance(part, torch.Tensor) else part for k, part in vars(data).items()}
             self._data[name] = self._ray.put(parts)
@@ -292,7 +298,8 @@ def _train(
 ) -> Iterator[Message]:  # fmt: skip
     """Train a stack; `data` holds a reference, since Ray would replace a bare one by a new copy for every task."""
     _set_up(threads)
-    yield from train_stack(runs, _data_set(data[0], device), device, settings, checkpoint)
+    read = None if checkpoint is None else lambda: checkpoint
+    yield from train_stack(runs, lambda: _data_set(data[0], device), device, settings, read)
 
 
 @functools.cache

@@ -1,9 +1,10 @@
 """`sweep`: group a grid's runs into stacks, have an engine train the unfinished ones, and store each message."""
 
+import contextlib
 import dataclasses
 import shlex
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,14 @@ from rich.console import Console
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
-from ncollapse.train.errors import InterruptError, UserError
+from ncollapse.train.errors import CheckpointError, DataError, InterruptError, UserError, out_of_memory
+from ncollapse.train.formatting import plain
 from ncollapse.train.grid import Grid
+from ncollapse.train.results import schema
+from ncollapse.train.results.checkpoint_file import read_checkpoint
 from ncollapse.train.results.provenance import describe_machine
 from ncollapse.train.results.record import Evaluation
+from ncollapse.train.results.storage_errors import damaged
 from ncollapse.train.results.tensorboard import Logs
 from ncollapse.train.results.writer import PlannedStack, Store
 from ncollapse.train.sweep.grouping import StackKey, make_stacks
@@ -25,6 +30,14 @@ from ncollapse.train.sweep.progress_bar import SweepProgress
 from ncollapse.train.sweep.stack_size import Plan, StackPolicy
 from ncollapse.train.sweep.this_machine import ThisMachine
 from ncollapse.train.sweep.throughput import DataFacts
+from ncollapse.train.training.checkpoints import split_checkpoint
+
+#: The file in a results folder that takes the tracebacks of errors that nobody foresaw.
+ERRORS = "errors.log"
+#: Losses of a stack's process without a new checkpoint after which the stack is halved, and a single run is given up.
+_HALVED_AFTER, _GIVEN_UP_AFTER = 2, 3
+#: Unforeseen errors in a row that end a sweep: the next stack would fail too.
+_UNFORESEEN = 3
 
 
 def sweep(
@@ -39,10 +52,11 @@ def sweep(
         device: "cpu" for all cores, "cuda" for all GPUs, or one GPU.
 
     Raises:
-        UserError: see `Store`; data that cannot be loaded; runs that do not fit in memory even alone; interrupted.
-            Finished runs are kept.
+        UserError: see `Store`; data that cannot be loaded, or that have changed; interrupted; at the end, runs that
+            could not be trained: they do not fit in memory even alone, their process is lost again and again, the user
+            has to change something, or an unforeseen error. Finished runs and checkpoints are kept.
     """
-    with Store(out, grid) as store:
+    with Store(out, grid, lambda text: _say(console, text)) as store:
         finished = store.finished()
         left = [run for run in grid.runs if run.id not in finished]
         if not left:
@@ -50,11 +64,12 @@ def sweep(
         logs = Logs(out) if options.tensorboard else None
         loaded: dict[str, Dataset] = {}
         facts: dict[str, DataFacts] = {}
+        settings = WorkerSettings(load_data, 60 * options.checkpoint_minutes, options.save_weights)
         for name in dict.fromkeys(run.data for run in left):
-            loaded[name] = load_data(name, torch.device("cpu"))
+            loaded[name] = settings.load(name, torch.device("cpu"))
             facts[name] = DataFacts.of(loaded[name])
             store.check_data(name, facts[name].fingerprint)
-        settings = WorkerSettings(load_data, 60 * options.checkpoint_minutes, options.save_weights)
+        settings = dataclasses.replace(settings, fingerprints={name: of.fingerprint for name, of in facts.items()})
         engine, workers = _make_engine(options, device, settings, loaded, console)
         try:
             _prepare(store, StackPolicy(left, facts, options.stack, workers), options, engine, console)
@@ -97,8 +112,11 @@ def _prepare(store: Store, policy: StackPolicy, options: Options, engine: Engine
     earlier session stays, unless the user asks for another size of stacks.
     """
     before = store.engine()
-    if before and options.stack in ("auto", before["stack"]) and options.engine == before["engine"]:
-        known = Plan.from_dict(before)
+    if before and options.stack in ("auto", before.get("stack")) and options.engine == before.get("engine"):
+        try:
+            known = Plan.from_dict(before)
+        except ValueError as error:
+            raise damaged(store.folder / schema.FILE, error) from None
         workers = policy.workers if isinstance(policy.workers, int) else known.workers
         engine.use(workers, known.threads, known.per_gpu)
         return
@@ -108,11 +126,11 @@ def _prepare(store: Store, policy: StackPolicy, options: Options, engine: Engine
     stacks = make_stacks([run for run in policy.runs if run.id not in fixed], plan.sizes.__getitem__, plan.workers)
     store.set_plan(stacks, {"engine": options.engine, "stack": options.stack, **plan.as_dict()})
     for line in plan.describe():
-        console.print(line, highlight=False)
+        console.print(plain(line))
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(f"ncollapse: {text}", style="yellow", highlight=False, markup=False)
+    console.print(plain(f"ncollapse: {text}", "yellow"), soft_wrap=True)
 
 
 class _Sweep:
@@ -123,24 +141,45 @@ class _Sweep:
     ) -> None:
         self._store, self._session, self._facts, self._console = store, session, facts, console
         self._queue = deque(store.stacks())
-        self._lost: set[int] = set()  # stacks whose process or node was lost once
-        self._too_large: list[tuple[RunConfig, str]] = []
+        self._losses: Counter[int] = Counter()  # stack -> losses of its process or node since its last checkpoint
+        self._given_up: list[tuple[Failed, list[RunConfig]]] = []
+        self._unforeseen = 0  # errors in a row
+        self._no_data = ""  # why a worker could not read a data set
         self._bar = SweepProgress(store.grid, store.finished(), console)
         self._logs = logs
 
     def train(self, engine: Engine) -> None:
-        """Have an engine train all of them; at the end, raise for runs that do not fit in memory even alone."""
+        """Have an engine train all of them; at the end, raise for runs that could not be trained."""
         with self._bar:
             for stack, message in engine.run(self._next):
                 self._handle(stack, message)
-        if self._too_large:
-            names = "; ".join(run.describe() for run, _ in self._too_large[:3])
-            raise UserError(
-                f"{len(self._too_large)} runs could not be trained, since there is no memory for even one of them: "
-                f"{names} ({self._too_large[0][1]}). Give a smaller --batch-size or --width, --precision bf16, a "
-                "smaller --limit (the features of all training samples are kept for NC4), or another --device; all "
-                "other runs are finished and kept"
-            )
+        if self._queue and self._no_data:
+            left = sum(len(self._left(stack)) for stack in self._queue)
+            raise DataError(f"{self._no_data}. {left} runs are left, all others are kept; the same command continues")
+        if self._given_up:
+            raise UserError("; ".join(self._explain(kind) for kind in dict.fromkeys(f.kind for f, _ in self._given_up)))
+
+    def _explain(self, kind: str) -> str:
+        """Say which runs could not be trained for a reason of this kind, and what to do."""
+        failed = [(failure, runs) for failure, runs in self._given_up if failure.kind == kind]
+        runs = [run for _, members in failed for run in members]
+        names, text = "; ".join(run.describe() for run in runs[:3]), failed[0][0].text
+        what = {
+            "memory": (
+                f"since there is no memory for even one of them: {names} ({text}). Give a smaller --batch-size or "
+                "--width, --precision bf16, a smaller --limit (the features of all training samples are kept for NC4), "
+                "or another --device"
+            ),
+            "lost": (
+                f"since their process was lost {_GIVEN_UP_AFTER} times without a new checkpoint: {names} ({text}). "
+                "Give them more memory or a smaller --checkpoint-minutes; the same command goes on from their last ones"
+            ),
+            "unforeseen": (
+                f"for an error that ncollapse did not foresee: {names} ({text}). Its traceback is in "
+                f"{self._store.folder / ERRORS}; please report it"
+            ),
+        }.get(kind, f"{names}: {text}")
+        return f"{len(runs)} runs could not be trained, {what}; all other runs are finished and kept"
 
     def _next(self) -> PlannedStack | None:
         """The next stack to train; the store has begun it."""
@@ -148,7 +187,8 @@ class _Sweep:
             return None
         stack = self._queue.popleft()
         if stack.checkpoint is not None and not stack.checkpoint.is_file():
-            stack = dataclasses.replace(stack, checkpoint=None)
+            _say(self._console, f"{stack.checkpoint} is not there; stack {stack.id} starts from its beginning")
+            stack = dataclasses.replace(stack, checkpoint=None, epoch=None)
         key = StackKey.of(stack.runs[0])
         samples = self._facts[key.data].samples_of(key)
         epoch = self._store.begin(stack, self._session, samples, resume=stack.checkpoint is not None)
@@ -163,44 +203,96 @@ class _Sweep:
         elif isinstance(message, Progress):
             self._store.progress(stack, message.epoch)
             self._bar.advance_to(stack, message.epoch)
+            self._unforeseen = 0
             if message.checkpoint is not None:
                 self._store.save_checkpoint(stack, message.epoch, message.checkpoint)
+                del self._losses[stack.id]
         elif isinstance(message, Finished) or not self._left(stack):  # it may also fail when it has nothing left to do
             self._store.end(stack)
         elif message.kind == "checkpoint":
-            _say(self._console, f"{message.text}; stack {stack.id} starts from its beginning")
-            self._store.end(stack)
-            self._retry(stack)
-        elif message.kind == "refused":
-            raise UserError(message.text)
-        elif message.kind == "lost" and stack.id not in self._lost:
-            self._lost.add(stack.id)
-            _say(self._console, f"stack {stack.id} was lost: {message.text}; it starts again from its last checkpoint")
-            self._retry(stack)
-        else:  # lost twice: the system may have killed its process for the memory it took
+            self._set_aside(self._stored(stack), message.text)
+            self._queue.appendleft(self._stored(stack))
+        elif message.kind == "data":  # which is not the stack's fault: a worker that has the data may train it
+            _say(self._console, message.text)
+            self._no_data = message.text
+            self._queue.appendleft(self._stored(stack))
+        elif message.kind == "lost":
+            self._lose(stack, message)
+        elif message.kind == "memory":
             self._halve(stack, message)
+        else:
+            self._give_up(stack, message)
 
     def _left(self, stack: PlannedStack) -> list[RunConfig]:
         """The runs of a stack that have not ended."""
         finished = self._store.finished()
         return [run for run in stack.runs if run.id not in finished]
 
-    def _retry(self, stack: PlannedStack) -> None:
-        """Queue a stack as the store has it now, with its last checkpoint, before the others."""
-        self._queue.appendleft(next(one for one in self._store.stacks() if one.id == stack.id))
+    def _stored(self, stack: PlannedStack) -> PlannedStack:
+        """The stack as the store has it now, with its last checkpoint."""
+        return next(one for one in self._store.stacks() if one.id == stack.id)
+
+    def _set_aside(self, stack: PlannedStack, why: str) -> None:
+        """Have a stack start from its beginning, since its checkpoint cannot be used; its file is kept."""
+        if stack.checkpoint is not None:
+            aside = self._store.set_aside(stack)
+            _say(self._console, f"stack {stack.id} starts from its beginning: {why}; the file is kept as {aside}")
+
+    def _lose(self, stack: PlannedStack, failure: Failed) -> None:
+        """Have a stack go on from its last checkpoint; halve it or give it up where it is lost without a new one."""
+        self._losses[stack.id] += 1
+        losses, runs = self._losses[stack.id], len(self._left(stack))
+        if losses >= (_HALVED_AFTER if runs > 1 else _GIVEN_UP_AFTER):
+            self._halve(stack, failure)  # the system may have killed its process for the memory it took
+            return
+        stored = self._stored(stack)
+        where = "its beginning" if stored.epoch is None else f"its last checkpoint, of epoch {stored.epoch}"
+        _say(self._console, f"stack {stack.id} was lost: {failure.text}; it starts again from {where}")
+        self._queue.appendleft(stored)
 
     def _halve(self, stack: PlannedStack, failure: Failed) -> None:
-        """Cut a stack, and the larger ones of its key in the queue, into stacks of at most half its size."""
-        size, half = len(stack.runs), len(self._left(stack)) // 2
-        self._store.end(stack)
+        """Cut a stack, and the larger ones of its key in the queue, into stacks of at most half its size.
+
+        The parts go on from the checkpoint of the stack.
+        """
+        stack = self._stored(stack)
+        left = self._left(stack)
+        size, half = len(stack.runs), len(left) // 2
         if half == 0:
-            self._too_large += [(run, failure.text) for run in self._left(stack)]
+            self._give_up(stack, failure)
             return
-        _say(self._console, f"{size} runs at once do not fit ({failure.text}); continuing with stacks of {half}")
+        parts = [left[i : i + half] for i in range(0, len(left), half)]
+        kept: list[tuple[int, bytes] | None] = []
+        if stack.checkpoint is not None and stack.epoch is not None:
+            try:
+                content = read_checkpoint(stack.checkpoint, stack.epoch)
+                kept = [(stack.epoch, part) for part in split_checkpoint(content, stack.runs, parts)]
+            except CheckpointError as error:
+                self._set_aside(stack, str(error))
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                self._give_up(stack, failure)
+                return
+        why = "do not fit" if failure.kind == "memory" else f"were lost {_HALVED_AFTER} times without a new checkpoint"
+        _say(self._console, f"{size} runs at once {why} ({failure.text}); continuing with stacks of {half}")
         key = StackKey.of(stack.runs[0])
         untried = [one for one in self._queue if one.checkpoint is None and StackKey.of(one.runs[0]) == key]
-        alike = [stack, *(one for one in untried if len(one.runs) > half)]
-        parts = [left[i : i + half] for left in map(self._left, alike) for i in range(0, len(left), half)]
-        numbers = self._store.set_plan(parts)
-        rest = [one for one in self._queue if one not in alike]
-        self._queue = deque([PlannedStack(n, tuple(runs)) for n, runs in zip(numbers, parts, strict=True)] + rest)
+        alike = [one for one in untried if len(one.runs) > half]
+        parts += [runs[i : i + half] for runs in map(self._left, alike) for i in range(0, len(runs), half)]
+        numbers = self._store.set_plan(parts, checkpoints=kept)
+        self._store.end(stack)  # all its runs have ended or are in other stacks
+        stored = {one.id: one for one in self._store.stacks()}
+        self._queue = deque([stored[n] for n in numbers] + [one for one in self._queue if one not in alike])
+
+    def _give_up(self, stack: PlannedStack, failure: Failed) -> None:
+        """Leave a stack as it is, with its checkpoint, and go on with the others; `train` says so at the end."""
+        self._given_up.append((failure, self._left(stack)))
+        _say(self._console, f"stack {stack.id} is left: {failure.text}")
+        if failure.kind != "unforeseen":
+            return
+        with contextlib.suppress(OSError), (self._store.folder / ERRORS).open("a", encoding="utf-8") as file:
+            file.write(f"stack {stack.id}: {', '.join(run.describe() for run in stack.runs)}\n{failure.log}\n")
+        self._unforeseen += 1
+        if self._unforeseen >= _UNFORESEEN:
+            raise UserError(f"{_UNFORESEEN} stacks in a row failed: {self._explain('unforeseen')}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ncollapse.train.config import ALONE, RunConfig
 from ncollapse.train.sweep.grouping import StackKey, group
+from ncollapse.train.sweep.options import MOST_RUNS, MOST_WORKERS
 
 if TYPE_CHECKING:  # `ncollapse status` reads plans, and must not wait for torch
     from ncollapse.train.sweep.messages import Engine
@@ -54,12 +55,27 @@ class Plan:
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Plan":
-        """Return the plan that a store has kept, also one of another version: fields that it lacks have defaults."""
-        stacks = {StackKey.from_dict(stack): stack for stack in stored.get("stacks", ())}
-        sizes = {key: stack["size"] for key, stack in stacks.items()}
-        rates = {key: rate for key, stack in stacks.items() if (rate := stack.get("steps_per_second")) is not None}
-        measured = tuple(stored.get("measured", ()))
-        return cls(stored["workers"], stored.get("threads", 1), sizes, rates, measured, stored.get("per_gpu", 1))
+        """Return the plan that a store has kept, also one of another version: fields that it lacks have defaults.
+
+        Raises:
+            ValueError: it is no plan.
+        """
+        try:
+            stacks = {StackKey.from_dict(stack): stack for stack in stored.get("stacks", ())}
+            sizes = {key: stack["size"] for key, stack in stacks.items()}
+            rates = {key: rate for key, stack in stacks.items() if (rate := stack.get("steps_per_second")) is not None}
+            numbers = stored["workers"], stored.get("threads", 1), stored.get("per_gpu", 1)
+            measured = tuple(stored.get("measured", ()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"no plan: {error!r}") from None
+        if not all(type(n) is int and 0 < n <= MOST_WORKERS for n in numbers):
+            raise ValueError(f"no plan: {numbers!r} processes and threads")
+        if not all(type(n) is int and 0 < n <= MOST_RUNS for n in sizes.values()):
+            raise ValueError("no plan: the sizes of its stacks")
+        if not all(isinstance(rate, (int, float)) and 0 < rate < math.inf for rate in rates.values()):
+            raise ValueError("no plan: its rates")
+        workers, threads, per_gpu = numbers
+        return cls(workers, threads, sizes, rates, measured, per_gpu)
 
     def describe(self) -> Iterator[str]:
         """Yield a line for the user for each key."""

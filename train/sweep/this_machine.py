@@ -7,7 +7,6 @@ import os
 import pickle
 import signal
 import threading
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -18,10 +17,11 @@ import torch
 
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.errors import UserError
+from ncollapse.train.results.checkpoint_file import read_checkpoint
 from ncollapse.train.results.provenance import device_name
 from ncollapse.train.results.writer import PlannedStack
 from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, WorkerSettings, train_stack
+from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, WorkerSettings, failure, train_stack
 from ncollapse.train.sweep.throughput import DataFacts, measure_rate, room_on
 
 #: How workers start: a fork of this process would copy torch's threads and the state of the GPU.
@@ -110,10 +110,12 @@ class ThisMachine(Engine):
         for worker in self._workers:
             worker.send((key, facts, size, quick))
         answers = [worker.receive() for worker in self._workers]
-        lost = [i for i, answer in enumerate(answers) if isinstance(answer, Failed)]
-        for i in lost:
+        failed = {i: answer for i, answer in enumerate(answers) if isinstance(answer, Failed)}
+        for i, answer in failed.items():
             self._restart(i)
-        return None if lost or None in answers else sum(answers)
+            if answer.kind == "unforeseen":
+                raise RuntimeError(f"a training process failed:\n{answer.log}")
+        return None if failed or None in answers else sum(answers)
 
     def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
         if not self._workers:
@@ -121,11 +123,14 @@ class ThisMachine(Engine):
             while (stack := next_stack()) is not None:
                 for message in self._trainer.train(stack):
                     yield stack, message
+                    if isinstance(message, Failed) and message.kind == "data":
+                        return
             return
         busy: dict[int, PlannedStack] = {}  # index of the worker -> what it trains
+        blind: set[int] = set()  # workers that could not read the data: the others, which have them, go on
         while True:
             for i, worker in enumerate(self._workers):
-                if i not in busy and (stack := next_stack()) is not None:
+                if i not in busy and i not in blind and (stack := next_stack()) is not None:
                     busy[i] = stack
                     worker.send(stack)
             if not busy:
@@ -133,8 +138,10 @@ class ThisMachine(Engine):
             ready = wait([self._workers[i].connection for i in busy])
             for i in [i for i in busy if self._workers[i].connection in ready]:
                 stack, message = busy[i], self._workers[i].receive()
-                if isinstance(message, Failed) and message.kind == "lost":
+                if isinstance(message, Failed) and message.kind in ("lost", "unforeseen"):
                     self._restart(i)
+                if isinstance(message, Failed) and message.kind == "data":
+                    blind.add(i)
                 if isinstance(message, (Finished, Failed)):
                     del busy[i]
                 yield stack, message
@@ -168,12 +175,20 @@ class _Trainer:
             torch.cuda.set_device(device)
 
     def train(self, stack: PlannedStack) -> Iterator[Message]:
-        name = stack.runs[0].data
+        def read() -> bytes:
+            assert stack.checkpoint is not None
+            return read_checkpoint(stack.checkpoint, stack.epoch)
+
+        return train_stack(
+            stack.runs, lambda: self._data_set(stack.runs[0].data), self._device, self._settings,
+            None if stack.checkpoint is None else read,
+        )  # fmt: skip
+
+    def _data_set(self, name: str) -> Dataset:
         if name not in self._data:
-            data = self._loaded.pop(name, None) or self._settings.load_data(name, self._device)
+            data = self._loaded.pop(name, None) or self._settings.load(name, self._device)
             self._data[name] = data.to(self._device)
-        checkpoint = None if stack.checkpoint is None else stack.checkpoint.read_bytes()
-        return train_stack(stack.runs, self._data[name], self._device, self._settings, checkpoint)
+        return self._data[name]
 
 
 class _Worker:
@@ -191,15 +206,12 @@ class _Worker:
             self.connection.send(request)
 
     def receive(self) -> Any:
-        """Wait for a message or rate; Failed where the process has ended, RuntimeError where it raised an exception."""
+        """Wait for a message or rate; Failed where the process has ended or raised an exception."""
         try:
-            answer = self.connection.recv()
+            return self.connection.recv()
         except (EOFError, OSError, pickle.UnpicklingError):  # it may have been killed in the middle of a message
             self.process.join(5)
-            return Failed("lost", f"its process ended with exit code {self.process.exitcode}")
-        if isinstance(answer, str):
-            raise RuntimeError(f"a training process failed:\n{answer}")
-        return answer
+            return Failed("lost", _how_it_ended(self.process.exitcode))
 
     def kill(self) -> None:
         self.process.kill()
@@ -208,7 +220,7 @@ class _Worker:
 
 
 def _serve(connection: Connection, device: torch.device, threads: int, settings: WorkerSettings) -> None:
-    """Answer requests in a worker process until the parent ends; after an exception, with the text of its traceback."""
+    """Answer requests in a worker process until the parent ends, or after an exception, with Failed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which terminates its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
@@ -224,8 +236,17 @@ def _serve(connection: Connection, device: torch.device, threads: int, settings:
                 connection.send(measure_rate(key, facts, size, device, quick=quick))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent has ended
-    except Exception:
-        connection.send(traceback.format_exc())
+    except Exception as error:
+        connection.send(failure(error))
+
+
+def _how_it_ended(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-exit_code).name
+            why = ", by the system for the memory it took, or by somebody" if name == "SIGKILL" else ""
+            return f"its process ended with exit code {exit_code}: {name}{why}"
+    return f"its process ended with exit code {exit_code}"
 
 
 def _end_with_parent() -> None:

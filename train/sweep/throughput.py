@@ -9,6 +9,7 @@ import torch
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.augment import draw_views
 from ncollapse.train.data.sets import Dataset
+from ncollapse.train.errors import out_of_memory
 from ncollapse.train.networks.models import Classifier, build
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.optimizers import TABLE
@@ -77,11 +78,6 @@ def measure_rate(
             torch.cuda.empty_cache()  # other processes may share the GPU
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory is used up; on the CPU torch says so only in the text of a RuntimeError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-
-
 def _step(key: StackKey, facts: DataFacts, size: int, device: torch.device, batch: int) -> Step:
     images = torch.randn(batch, facts.channels, facts.size, facts.size, device=device)
     labels = torch.arange(batch, device=device) % facts.classes
@@ -128,4 +124,9 @@ def room_on(device: torch.device, key: StackKey, facts: DataFacts) -> int:
         import psutil
 
         free = psutil.virtual_memory().available
-    return max(1, int(_MEMORY * free / bytes_per_run(key, facts)))
+    try:
+        return max(1, int(_MEMORY * free / bytes_per_run(key, facts)))
+    except (MemoryError, RuntimeError) as error:  # even the estimate of a very wide network needs its weights
+        if not out_of_memory(error):
+            raise
+        return 1

@@ -1,8 +1,6 @@
 """Train a stack of runs, from initial weights or a checkpoint, to the last epoch of the last run."""
 
-import io
 import math
-import pickle
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,10 +11,11 @@ from torch import Tensor
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.augment import PAD, draw_views
 from ncollapse.train.data.sets import Dataset
-from ncollapse.train.errors import CheckpointError, UserError
+from ncollapse.train.errors import CheckpointError, UserError, out_of_memory
 from ncollapse.train.networks.models import DOWNSAMPLING, MIN_SIZE, SIZE_MULTIPLE, build
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.results.record import Ended, Evaluation, Values
+from ncollapse.train.training.checkpoints import OptimizerState, read_state, serialised, write_state
 from ncollapse.train.training.evaluate import evaluate_stack
 from ncollapse.train.training.stack import Stack, make_optimizer
 from ncollapse.train.training.step import Step
@@ -24,7 +23,6 @@ from ncollapse.train.training.step import Step
 # Runs that have ended are removed from the stack once at most this share of it still trains: on a GPU the smaller stack
 # needs a new CUDA graph.
 _SHRINK_BELOW = 0.75
-_CHECKPOINT_FORMAT = 2
 
 
 class Training:
@@ -47,7 +45,7 @@ class Training:
 
     Raises:
         UserError: images of a size that the model or the augmentation cannot use, training samples of one class only.
-        CheckpointError: a checkpoint that is unreadable or of other runs.
+        CheckpointError: a checkpoint that is unreadable, of other runs, or whose parts contradict each other.
     """
 
     def __init__(
@@ -98,7 +96,7 @@ class Training:
         run = self.runs[i]
         return self.epoch in (0, run.epochs) or self.epoch % run.eval_every == 0
 
-    def _use(self, stack: Stack, optimizer_state: dict[int, Any] | None = None) -> None:
+    def _use(self, stack: Stack, optimizer_state: OptimizerState | None = None) -> None:
         """Continue with another stack, of the runs `self._stacked`."""
         self.stack, self._optimizer = stack, make_optimizer(stack, [self.runs[i] for i in self._stacked])
         if optimizer_state:
@@ -144,7 +142,7 @@ class Training:
         weights = {}
         for i in ended if self._keep_weights else ():
             state = self.stack.state_dict(due[i])
-            weights[i] = _serialised({"config": self.runs[i].as_dict(), "state_dict": state})
+            weights[i] = serialised({"config": self.runs[i].as_dict(), "state_dict": state})
         self._ended |= ended.keys()
         self._shrink()
 
@@ -168,25 +166,29 @@ class Training:
 
     def checkpoint(self) -> bytes:
         """Serialise the state of the training; call it after the iteration yielded an epoch's number."""
-        return _serialised({
-            "format": _CHECKPOINT_FORMAT, "runs": [run.id for run in self.runs],
-            "epoch": self.epoch, "rows": self._stacked, "over": sorted(self._ended), "seconds": self._seconds,
-            "orders": {seed: generator.get_state() for seed, generator in self._generators.items()},
-            "tensors": self.stack.tensors(), "optimizer": self._optimizer.state_dict()["state"],
-        })  # fmt: skip
+        return write_state(
+            self.runs, self.epoch, self._stacked, sorted(self._ended), self._seconds,
+            {seed: generator.get_state() for seed, generator in self._generators.items()},
+            self.stack.tensors(), self._optimizer.state_dict()["state"],
+        )  # fmt: skip
 
     def _restore(self, checkpoint: bytes) -> None:
-        try:
-            content = torch.load(io.BytesIO(checkpoint), map_location=self._device, weights_only=True)
-        except (RuntimeError, EOFError, KeyError, ValueError, pickle.UnpicklingError) as error:
-            raise CheckpointError(f"a checkpoint cannot be read ({type(error).__name__})") from None
-        if content["format"] != _CHECKPOINT_FORMAT or content["runs"] != [run.id for run in self.runs]:
-            raise CheckpointError("a checkpoint is of other runs, or of another version of ncollapse")
+        content = read_state(checkpoint, self.runs, self._device)
+        mine, theirs = (
+            {n: (v.shape[1:], v.dtype) for n, v in t.items()} for t in (self.stack.tensors(), content["tensors"])
+        )
+        if mine != theirs:
+            raise CheckpointError("the checkpoint is of another network, or of images of another size")
         self.epoch, self._stacked, self._ended = content["epoch"], content["rows"], set(content["over"])
         self._seconds = content["seconds"]
-        for seed, generator in self._generators.items():
-            generator.set_state(content["orders"][seed].cpu())
-        self._use(self.stack.with_tensors(content["tensors"]), content["optimizer"])
+        try:
+            for seed, generator in self._generators.items():
+                generator.set_state(content["orders"][seed].cpu())
+            self._use(self.stack.with_tensors(content["tensors"]), content["optimizer"])
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:
+            if out_of_memory(error):
+                raise
+            raise CheckpointError(f"the checkpoint is of another state than the training's: {error}") from None
 
 
 def _check_data(config: RunConfig, data: Dataset) -> None:
@@ -215,9 +217,3 @@ def _for_runs(by_seed: Mapping[int, Any], runs: Sequence[RunConfig]) -> Tensor:
     """Return the seed's tensor if all runs have one seed, else the runs' tensors stacked as `[R, …]`."""
     seeds = [run.seed for run in runs]
     return by_seed[seeds[0]] if len(set(seeds)) == 1 else torch.stack([by_seed[seed] for seed in seeds])
-
-
-def _serialised(content: dict[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()

@@ -52,10 +52,12 @@ def write_report(folder: Path, selection: Selection, console: Console) -> Path:
     path = folder / "report.html"
     try:
         for kind in ("figures", "tables"):
+            if (folder / kind).is_symlink():
+                raise UserError(f"{folder / kind} is a symbolic link: a report is written into its own folder only")
             (folder / kind).mkdir(exist_ok=True)
         numbers = {run: i for i, run in enumerate(results.runs.id)}
         drawn = [(part, [(section, draw(folder, section, numbers)) for section in part.sections()]) for part in parts]
-        path.write_text(render(folder, results, selection, drawn), "utf-8")
+        _write(path, render(folder, results, selection, drawn).encode())
     except OSError as error:
         raise UserError(
             f"cannot write the report to {folder.resolve()}: {error}; the results themselves are kept"
@@ -80,8 +82,8 @@ def draw(folder: Path, section: Section, numbers: dict[str, int]) -> list[Pictur
     pictures = []
     for drawing in section.drawings:
         image, vectors = encode(drawing.figure)
-        (folder / "figures" / f"{drawing.name}.png").write_bytes(image)
-        (folder / "figures" / f"{drawing.name}.svg").write_text(vectors, "utf-8")
+        _write(folder / "figures" / f"{drawing.name}.png", image)
+        _write(folder / "figures" / f"{drawing.name}.svg", vectors.encode())
         points = {group: [numbers[run] for run in runs] for group, runs in drawing.runs.items()}
         svg = inline(vectors, drawing.name, drawing.caption, points)
         heavy = len(svg) > _HEAVY
@@ -91,7 +93,13 @@ def draw(folder: Path, section: Section, numbers: dict[str, int]) -> list[Pictur
 
 
 def _write_csv(folder: Path, name: str, frame: pd.DataFrame) -> None:
-    (folder / "tables" / f"{name}.csv").write_text(frame.to_csv(index=False, lineterminator="\n"), "utf-8")
+    _write(folder / "tables" / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    if path.is_symlink():  # which would lead out of the folder
+        path.unlink()
+    path.write_bytes(content)
 
 
 def render(

@@ -1,0 +1,121 @@
+"""What a store may hold: its contents are checked when it is opened, since nothing read from disk is believed."""
+
+import hashlib
+import json
+import math
+import sqlite3
+import struct
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ncollapse.train.config import make_run, short
+from ncollapse.train.errors import UserError
+from ncollapse.train.formatting import is_missing
+from ncollapse.train.results import schema
+from ncollapse.train.results.checkpoint_file import file_name
+from ncollapse.train.results.columns import LAYER_METRICS, METRICS
+from ncollapse.train.results.storage_errors import damaged
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def check_not_lost(folder: Path) -> None:
+    """Raise DamageError where files of runs lie beside no database, or an empty one: it was lost."""
+    left = [name for name in ("checkpoints", "weights") if any((folder / name).glob("*.pt"))]
+    if left:
+        raise damaged(
+            folder / schema.FILE,
+            f"it is missing or empty, but {' and '.join(f'{name}/' for name in left)} hold files of runs; put the "
+            "database back, or move these folders away to begin anew",
+        )
+
+
+def check_tables(connection: sqlite3.Connection, folder: Path) -> None:
+    """Raise DamageError unless the database has all tables and no views or triggers, which could do anything."""
+    rows = connection.execute("SELECT type, name FROM main.sqlite_master").fetchall()
+    missing = schema.TABLES.keys() - {name for kind, name in rows if kind == "table"}
+    if missing:
+        raise damaged(folder / schema.FILE, f"it has no table {', '.join(sorted(missing))}")
+    if strange := [name for kind, name in rows if kind in ("view", "trigger")]:
+        raise damaged(folder / schema.FILE, f"it holds {short(strange[0])}, which no ncollapse has put there")
+
+
+def check_plan(connection: sqlite3.Connection, folder: Path) -> None:
+    """Raise DamageError for runs of unknown status or stack, or a checkpoint with any other name than its own."""
+    for problem in plan_problems(connection):
+        raise damaged(folder / schema.FILE, problem)
+
+
+def plan_problems(connection: sqlite3.Connection) -> Iterable[str]:
+    """Yield what is wrong with the statuses, stacks and checkpoints of a database, in words."""
+    listed = ", ".join(f"'{status}'" for status in schema.STATUSES)
+    for run, status in connection.execute(f"SELECT id, status FROM runs WHERE status NOT IN ({listed})"):
+        yield f"run {short(run)} has the status {short(status)}"
+    stray = "stack IS NOT NULL AND (typeof(stack) != 'integer' OR stack NOT IN (SELECT id FROM stacks))"
+    for run, stack in connection.execute(f"SELECT id, stack FROM runs WHERE {stray}"):
+        yield f"run {short(run)} is in the stack {short(stack)}, which does not exist"
+    kept = "checkpoint IS NOT NULL OR checkpoint_epoch IS NOT NULL"
+    for stack, name, epoch in connection.execute(f"SELECT id, checkpoint, checkpoint_epoch FROM stacks WHERE {kept}"):
+        if type(epoch) is not int or name != file_name(stack, epoch):
+            yield f"stack {stack} names the checkpoint {short(name)} of epoch {short(epoch)}"
+
+
+def check_settings(runs: "pd.DataFrame", folder: Path) -> None:
+    """Raise UserError where a column of settings holds a value that no run of this version has."""
+    for name in schema.SETTINGS:
+        for value in runs[name].unique().tolist() if name in runs else ():
+            missing = not isinstance(value, str) and is_missing(value) and name != "coupling"  # a run always has one
+            try:
+                make_run({name: None if missing else value}, "")
+            except UserError as error:
+                raise UserError(
+                    f"{folder / schema.FILE} holds runs with{str(error).removeprefix(':')}; use the version of "
+                    f"ncollapse that wrote it, or see `ncollapse check {folder}`"
+                ) from None
+
+
+def session_facts(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the row of a start of the sweep as one dictionary; raise DamageError where it cannot be read."""
+    facts = read_json(row["provenance"])
+    if not isinstance(facts, dict) or not isinstance(facts.get("versions", {}), dict):
+        raise damaged(folder / schema.FILE, f"session {short(row['id'])} has no readable provenance")
+    if read_time(row["started"]) is None or not isinstance(row["command"], str):
+        raise damaged(folder / schema.FILE, f"session {short(row['id'])} has no readable start")
+    return {**facts, **{k: row[k] for k in ("id", "started", "command")}}
+
+
+def read_json(text: object) -> Any:
+    """Return what a JSON text holds; None where it is none."""
+    try:
+        return json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_time(text: object) -> datetime | None:
+    """Return a time with its zone; None where the text is none."""
+    try:
+        time = datetime.fromisoformat(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+    return time if time is not None and time.tzinfo is not None else None
+
+
+def run_digest(connection: sqlite3.Connection, run: str) -> str:
+    """Return a hash of every number that was measured of a run, for `ncollapse check`."""
+    digest = hashlib.sha256()
+    columns, of_layer = schema.quoted(METRICS), schema.quoted(LAYER_METRICS)
+    for row in connection.execute(f"SELECT epoch, {columns} FROM metrics WHERE run = ? ORDER BY epoch", (run,)):
+        digest.update(_packed(row))
+    for row in connection.execute(
+        f"SELECT epoch, position, {of_layer} FROM layers WHERE run = ? ORDER BY epoch, position", (run,)
+    ):
+        digest.update(_packed(row))
+    return digest.hexdigest()
+
+
+def _packed(row: Sequence[Any]) -> bytes:
+    return struct.pack(f"{len(row)}d", *(math.nan if value is None else value for value in row))
