@@ -57,7 +57,7 @@ def is_pair(loader: Any) -> TypeGuard[tuple[Any, Any]]:
 def batch_count(loader: Loader, batch_size: int) -> int | None:
     """Return how many batches `labelled_batches` will yield; None where that is unknown."""
     if is_pair(loader) or (isinstance(loader, Dataset) and hasattr(loader, "__len__")):
-        samples = len(loader[0] if is_pair(loader) else loader)  # type: ignore[arg-type]
+        samples = len(loader[0] if is_pair(loader) else loader)
         return -(-samples // batch_size)
     try:
         return len(loader)  # type: ignore[arg-type]

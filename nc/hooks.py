@@ -1,6 +1,7 @@
 """Watch the heads and other layers of a model while it runs in evaluation mode, uncompiled."""
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,6 +29,7 @@ from ncollapse.samples import Pool, pooled
 
 #: A head, or what is or holds it: a layer, by name or itself; None: the whole model.
 HeadLike = str | nn.Module | Head | None
+_FUNCTIONS = "an exported, scripted or traced model has functions for layers: measure the one that it was made of"
 
 
 class Forward(NamedTuple):
@@ -69,7 +71,10 @@ def watch(
     with ExitStack() as stack:
         for module in model.modules():
             stack.callback(setattr, module, "training", module.training)
-        model.eval()
+        try:
+            model.eval()
+        except NotImplementedError as error:
+            raise ValueError(f"measure: the model has no evaluation mode; {_FUNCTIONS}") from error
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes seconds
             # Hooks are no part of compiled code.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -231,11 +236,21 @@ class _Found:
         return call
 
     def _must_be_returned(self, call: HeadCall, output: Any) -> None:
+        """Raise ValueError, or warn, if what the model returns is not made of the logits of its last linear layer."""
+        classes = call.logits.shape[-1]
         shapes = [tuple(t.shape) for t in tensors_in(output) if t.dim() > 1]
-        if shapes and not any(call.logits.shape[-1] in shape[1:] for shape in shapes):
+        if shapes and not any(classes in shape[1:] for shape in shapes):
             raise ValueError(
-                f"measure: the last linear layer that ran is {self.name!r}, with {call.logits.shape[-1]} outputs, but "
-                f"the model returns {', '.join(map(str, shapes))}; name the head, or say what it is: head=Head(…)"
+                f"measure: the last linear layer that ran is {self.name!r}, with {classes} outputs, but the model "
+                f"returns {', '.join(map(str, shapes))}; name the head, or say what it is: head=Head(…)"
+            )
+        returned = logits_in(output, *call.logits.shape) if call.logits.dim() == 2 else []
+        chosen = [t.gather(1, call.logits.argmax(1, keepdim=True)).squeeze(1) for t in returned]
+        if chosen and not any(bool((t.amax(1) <= at).all()) for t, at in zip(returned, chosen, strict=True)):
+            warnings.warn(
+                f"measure: the predictions of the model are not those of its last linear layer {self.name!r}, which is "
+                "measured; if it has several heads, name one or more",
+                stacklevel=2,
             )
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ncollapse.heads import HeadCall, full, logits_in
+from ncollapse.heads import HeadCall, logits_in
 
 #: The token that is taken, or the mean over all.
 TokenPool = Literal["mean", "first", "last"]
@@ -127,16 +127,20 @@ def _one_of_places(call: HeadCall, output: Any, pool: Pool | None, mask: Tensor 
                 return _of_tokens(h, "mean", shown), logits
     raise ValueError(
         f"measure: the head ran over {tuple(places)} tokens of each sample, and which of them the model uses does not "
-        "show in what it returns: features must be [B, d]; give `pool`: 'mean', 'first', 'last' or a function"
+        "show in what it returns: features must be [B, d]; give `pool`: 'mean', 'first', 'last' or a function; or name "
+        "another head"
     )
 
 
 def _flat(name: str, h: Any, places: torch.Size, rows: int) -> Tensor:
-    """Return the features `[N, d]` of a layer that has as many tokens or places as the head."""
+    """Return the features `[N, d]` of a layer that has a row for each of the N tokens or places of the head."""
     h = h[0] if isinstance(h, tuple) else h
-    if isinstance(h, Tensor) and h.shape[2:] == places and h.dim() != 3:
-        h = h.movedim(1, -1)
-    if not isinstance(h, Tensor) or h.shape[1:-1] != places:
+    if isinstance(h, Tensor) and h.dim() == 3 and h.shape[1:-1] == places:
+        h = h.flatten(0, 1)
+    if not isinstance(h, Tensor) or h.dim() != 2 or len(h) != rows:
         shape = tuple(h.shape) if isinstance(h, Tensor) else type(h).__name__
-        raise ValueError(f"measure: labels are per token or place, {tuple(places)}; the output of {name} is {shape}")
-    return full(h).flatten(0, -2)
+        raise ValueError(
+            f"measure: there is a label for each of {tuple(places)} tokens or places, and the features of {name} are "
+            f"{shape}; give a `pool` that returns a row for each, as `lambda maps: maps.movedim(1, -1).flatten(0, -2)`"
+        )
+    return h
