@@ -2,6 +2,9 @@
 
 import weakref
 from collections import UserDict
+from collections.abc import Sequence
+from operator import is_
+from sys import getrefcount
 from typing import Any, Protocol
 
 
@@ -22,13 +25,14 @@ class Group(UserDict[str, Any], dict[str, Any]):  # type: ignore[misc]  # UserDi
 
     Attributes:
         data: the user's dict.
-        taken: the settings as the optimizer last took them over.
+        taken: the settings as the optimizer last took them over, of a list its items.
+        loose: whether the settings may have changed without a report: a key was deleted, or one holds a list.
         row: the group's index among the param groups.
     """
 
     def __init__(self, items: dict[str, Any], listener: Listener) -> None:
         self.data = items
-        self.taken = {key: frozen(key, value) for key, value in items.items()}
+        self.take_all()
         self.row = 0  # the stepper sets it
         # Weak, so that an optimizer and its states are freed with its last reference.
         self._listener = weakref.ref(listener)
@@ -43,6 +47,29 @@ class Group(UserDict[str, Any], dict[str, Any]):  # type: ignore[misc]  # UserDi
         listener._writing(self, key, value)
         self.data[key] = value
         listener._written(self, key)
+
+    def __delitem__(self, key: str) -> None:
+        del self.data[key]  # a report comes when it is set again; a step without it fails
+        self.loose = True
+
+    def take(self, key: str) -> None:
+        """Note that the optimizer has taken over a setting."""
+        value = self.data[key]
+        listed = isinstance(value, list) and key not in ("params", "param_names")
+        self.taken[key] = tuple(value) if listed else value
+        self.loose |= listed
+
+    def take_all(self) -> None:
+        """Note that the optimizer has taken over all settings."""
+        self.taken, self.loose = {}, False
+        for key in self.data:
+            self.take(key)
+
+    def changes(self) -> list[str]:
+        """The keys of settings that are not those taken. By identity: an equal tensor may change later."""
+        if len(self.data) == len(self.taken) and all(map(is_, self.data.values(), self.taken.values())):
+            return []
+        return [key for key, value in self.data.items() if not _same(self.taken.get(key, _MISSING), value)]
 
     # Copies and pickles are plain dicts, which an optimizer wraps again.
 
@@ -59,13 +86,26 @@ class Group(UserDict[str, Any], dict[str, Any]):  # type: ignore[misc]  # UserDi
         return dict(other) | self.data
 
 
-def frozen(key: str, value: Any) -> Any:
-    """A setting as it is now: of a list, which may be written to, its items."""
-    return tuple(value) if isinstance(value, list) and key not in ("params", "param_names") else value
+def _same(taken: Any, value: Any) -> bool:
+    if isinstance(value, list) and isinstance(taken, tuple):
+        return len(taken) == len(value) and all(map(is_, taken, value))
+    return taken is value
 
 
-def changed(before: Any, value: Any) -> bool:
-    """Whether a setting is not the one `before`, a result of `frozen`. By identity: a tensor may change later."""
-    if isinstance(value, list) and isinstance(before, tuple):
-        return len(before) != len(value) or any(a is not b for a, b in zip(before, value, strict=True))
-    return before is not value
+def _holders(groups: Sequence[Group]) -> list[int]:
+    return list(map(getrefcount, [group.data for group in groups]))
+
+
+class _Nobody:
+    def _writing(self, group: Group, key: str, value: Any) -> None: ...
+    def _written(self, group: Group, key: str) -> None: ...
+
+
+_MISSING = object()
+# References to the dict of a group that nobody else holds. A step looks at the settings of the other groups only.
+_ALONE = _holders([Group({}, _Nobody())])[0]
+
+
+def not_alone(groups: Sequence[Group]) -> list[Group]:
+    """The groups whose settings may have changed without a report: others hold their dict or a list in it."""
+    return [group for group, n in zip(groups, _holders(groups), strict=True) if n > _ALONE or group.loose]

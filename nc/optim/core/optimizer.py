@@ -1,9 +1,7 @@
 """The base class of the optimizers, from param groups to one launch of the update kernel; and their names."""
 
 from collections.abc import Callable, Mapping
-from itertools import chain
-from operator import is_
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from ncollapse.kernels.update.reference import Hyper
 from ncollapse.kernels.update.table import code
 from ncollapse.optim.core.checks import check_nesterov, check_param, check_setting, check_state
-from ncollapse.optim.core.groups import Group, changed, frozen
+from ncollapse.optim.core.groups import Group, not_alone
 from ncollapse.optim.core.numbers import HyperSet
 from ncollapse.optim.core.observe import Observed, observed
 from ncollapse.optim.core.rule import Rule
@@ -23,7 +21,6 @@ _STRUCTURE = {"params", "nesterov", "maximize", "rules"}
 # A write into a param group is copied to the GPU at once, so that a graph captured next finds it there. With more
 # groups than this, the next step copies all of them together.
 _EAGER_GROUPS = 32
-_MISSING = object()
 #: Name in lower case -> class.
 _classes: dict[str, type["Optimizer"]] = {}
 
@@ -214,7 +211,9 @@ class Optimizer(torch.optim.Optimizer):
                 for param, i in zip(group["params"], old["params"], strict=True):
                     state = state_dict["state"].get(i, {})
                     check_state(type(self).__name__, param, state, self._states_of(param, group), others)
-                self._check_group({**self._completed(old, group), "params": group["params"]})
+                new = {**self._completed(old, group), "params": group["params"]}
+                self._check_group(new)
+                self._check_params(new)
 
         handle = self.register_load_state_dict_pre_hook(check)
         try:
@@ -257,15 +256,15 @@ class Optimizer(torch.optim.Optimizer):
 
     def _written(self, group: Group, key: str) -> None:
         """After a write into a param group: take the setting over, and what follows from it."""
-        implied = self._implied({key: group.data[key]})
-        group.data |= implied
-        for name in (key, *implied):
+        self._take_over(group, key)
+        for name, value in self._implied({key: group.data[key]}).items():
+            group.data[name] = value
             self._take_over(group, name)
 
     def _take_over(self, group: Group, key: str) -> None:
         """Send a number that was written to the device; for anything else, mark the stepper stale."""
         before, after, stepper = group.taken.get(key), group.data[key], self._stepper
-        group.taken[key] = frozen(key, after)
+        group.take(key)
         if stepper.stale or key not in _NUMBERS or key not in self.defaults:
             stepper.stale |= key in _STRUCTURE
             return
@@ -281,31 +280,22 @@ class Optimizer(torch.optim.Optimizer):
 
     def _catch_up(self) -> None:
         """Take over what was written into the users' own dicts and lists, which report nothing."""
-        groups = self.param_groups
-        for row, group in enumerate(groups):
-            if type(group) is not Group:
+        if {*map(type, self.param_groups)} != {Group}:
+            for group in self.param_groups:
                 self._check_group({**self.defaults, **group})
-                groups[row] = Group(group, self)
-                self._stepper.stale = True
-        given: list[dict[str, Any]] = [group.data for group in groups]  # type: ignore[attr-defined]
-        taken: list[dict[str, Any]] = [group.taken for group in groups]  # type: ignore[attr-defined]
-        pairs = map(is_, *(chain.from_iterable(map(dict.values, each)) for each in (given, taken)))
-        if sum(map(len, given)) == sum(map(len, taken)) and all(pairs):
-            return
-        for group in groups:
-            assert isinstance(group, Group)
-            self._take_over_changes(group)
-
-    def _take_over_changes(self, group: Group) -> None:
-        new = [key for key, value in group.data.items() if changed(group.taken.get(key, _MISSING), value)]
-        for key in new:
-            self._writing(group, key, group.data[key])
-        for key in self.defaults:
-            self._setting(group, key)
-        for key in new:
-            self._written(group, key)
-        # In the order of the data.
-        group.taken = {key: group.taken[key] for key in group.data}
+            self.param_groups = [g if isinstance(g, Group) else Group(g, self) for g in self.param_groups]
+            self._stepper.stale = True
+        for group in not_alone(cast(list[Group], self.param_groups)):
+            changes = group.changes()
+            if not (changes or group.loose or len(group.data) < len(group.taken)):
+                continue
+            for key in self.defaults:
+                self._setting(group, key)
+            for key in changes:
+                self._writing(group, key, group.data[key])
+            for key in changes:
+                self._written(group, key)
+            group.take_all()
 
     # Steps.
 
@@ -358,7 +348,9 @@ class Optimizer(torch.optim.Optimizer):
 
 def _plain(value: Any) -> bool:
     """Whether a hyperparameter is a number or a pair of numbers."""
-    return all(isinstance(v, (int, float)) for v in (value if isinstance(value, (tuple, list)) else (value,)))
+    if isinstance(value, (tuple, list)):
+        return all(isinstance(v, (int, float)) for v in value)
+    return isinstance(value, (int, float))
 
 
 def by_name(name: str) -> type[Optimizer]:
