@@ -6,6 +6,7 @@ from typing import Literal
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from ncollapse import metrics
 from ncollapse.measurement import Measurement
@@ -107,3 +108,28 @@ def test_kept_features_hold_neither_a_graph_nor_the_tensor_that_they_are_a_view_
     values, _ = measurement.finish()
     assert not any(value.requires_grad for value in values.values())
     assert not values["nc4"].isnan()
+
+
+@pytest.mark.parametrize("kind", ["first token", "every second", "whole", "slice of the data"])
+@pytest.mark.parametrize("fits", [True, False])
+def test_the_memory_that_is_held_is_that_of_the_kept_features(kind: str, fits: bool) -> None:
+    batch, batches = 64, 6
+    all_data = torch.randn(batches * batch, D)
+    weight, labels = torch.randn(K, D), torch.arange(batch) % K
+    features_bytes = batches * batch * D * 4
+    measurement = Measurement(weight, keep_bytes=features_bytes if fits else features_bytes - 1)
+    measurement.add(all_data[:0], all_data[:0] @ weight.T, labels[:0])  # the sums are allocated once
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as memory:
+        for i in range(batches):
+            if kind == "slice of the data":
+                features = all_data[i * batch : (i + 1) * batch]
+            elif kind == "first token":
+                features = torch.randn(batch, 50, D)[:, 0]
+            else:
+                features = torch.randn(batch, 2 * D)[:, ::2] if kind == "every second" else torch.randn(batch, D)
+            measurement.add(features, features @ weight.T, labels)
+        del features
+    held = sum(event.self_cpu_memory_usage for event in memory.key_averages())
+    predictions = batches * batch * 8
+    assert held == (features_bytes + predictions if fits else 0)
+    assert measurement.end_pass() is not fits
