@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ncollapse.kernels.class_stats.op import class_stats_op
-from ncollapse.kernels.class_stats.reference import State
+from ncollapse.kernels.class_stats.reference import State, moved
+from ncollapse.moments import merge, totals, within
 
 Moment = Literal["full", "projected", "trace"]
 Balance = Literal["class", "sample", "sample_mean"]
@@ -148,10 +149,10 @@ class ClassStats:
         owned = ((owner == rank) & (state.counts > 0)).unsqueeze(-1)
         shifts = torch.where(owned, state.shifts.double(), 0.0)
         dist.all_reduce(shifts, group=group)
-        totals = _totals(moved(state, shifts))
-        for total in totals:
+        sums = totals(moved(state, shifts))
+        for total in sums:
             dist.all_reduce(total, group=group)
-        for kept, total in zip((state.shifts, *_totals(state)), (shifts, *totals), strict=True):
+        for kept, total in zip((state.shifts, *totals(state)), (shifts, *sums), strict=True):
             kept.copy_(total)
 
     def reset(self) -> None:
@@ -296,51 +297,3 @@ class ClassStats:
     @property
     def _label(self) -> str:
         return f"ClassStats of {self.name!r}" if self.name else "ClassStats"
-
-
-def moved(state: State, shifts: Tensor) -> State:
-    """Compute the sums about other shifts `[*, K, d]`, in float64; those of a class without samples are zero."""
-    counts, sums = state.counts.double().unsqueeze(-1), state.sums.double()
-    offset = torch.where(counts > 0, state.shifts.double() - shifts.double(), 0.0)
-    squares = state.squares.double() + 2 * (offset * sums).sum(-1) + (counts * offset.square()).sum(-1)
-    scatter = None
-    if state.scatter is not None:
-        z, by = (sums, offset) if state.axes is None else (t @ state.axes.double().mT for t in (sums, offset))
-        cross = z.mT @ by
-        scatter = state.scatter.double() + cross + cross.mT + (counts * by).mT @ by
-    return state._replace(
-        counts=state.counts.clone(), shifts=shifts, sums=sums + counts * offset, squares=squares, scatter=scatter
-    )
-
-
-def _totals(state: State) -> list[Tensor]:
-    """Return the tensors that are added when statistics about the same shifts are merged."""
-    return [t for t in (state.counts, state.sums, state.squares, state.scatter, state.refused) if t is not None]
-
-
-def merge(state: State, other: State) -> None:
-    """Add the sums of `other` in place; both have the same axes and are on one device."""
-    new = (state.counts == 0).unsqueeze(-1)
-    state.shifts.copy_(torch.where(new, other.shifts.to(state.shifts.dtype), state.shifts))
-    for kept, added in zip(_totals(state), _totals(moved(other, state.shifts)), strict=True):
-        kept.copy_(kept + added)  # float64 unless integers
-
-
-def within(state: State, directions: Tensor | None) -> Tensor:
-    """Compute D Σ Dᵀ `[*, n, n]` float64; Σ is the covariance within classes (of the projections if there are axes).
-
-    D are the directions `[*, n, m]` float64; None: the identity. The state must have a scatter.
-    """
-    assert state.scatter is not None
-    # The scatter is symmetric, and only its part on and below the diagonal is valid.
-    lower, sums = state.scatter.double().tril(), state.sums.double()
-    if state.axes is not None:
-        sums = sums @ state.axes.double().mT
-    if directions is None:
-        scatter = lower + lower.tril(-1).mT
-    else:
-        half, diagonal = directions @ lower @ directions.mT, lower.diagonal(dim1=-2, dim2=-1)
-        scatter = half + half.mT - (directions * diagonal.unsqueeze(-2)) @ directions.mT
-        sums = sums @ directions.mT
-    counts = state.counts.double()
-    return (scatter - sums.mT @ (sums / counts.clamp(min=1).unsqueeze(-1))) / counts.sum()

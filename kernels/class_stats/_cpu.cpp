@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "../_half.h"
@@ -43,7 +44,6 @@ struct Part {
 
 template <class X, class R> INLINE void add_rows(const Batch &b, Part &part) {
   const int64_t dim = b.dim;
-  part.sums.reset(new char[b.classes * dim * sizeof(R)]);
   for (int64_t row = part.start; row < part.stop; ++row) {
     const int64_t k = label_of(b, row);
     const X *__restrict x = row_of<X>(b, part.run, row);
@@ -112,32 +112,82 @@ template <class X, class R> INLINE void map_rows(const Batch &b, const Rows &row
   }
 }
 
-template <class X, class R> void set_shift(const Batch &b, int64_t k, int64_t row) {
-  for (int64_t run = 0; run < b.runs; ++run) {
-    const X *x = row_of<X>(b, run, row);
-    R *shift = shift_of<R>(b, run, k);
-    for (int64_t i = 0; i < b.dim; ++i) shift[i] = get<R>(x, i);
+// The first samples of the classes whose shifts are looked at before a batch is added, as `move_shifts` of reference.py.
+constexpr int64_t SAMPLES = 32;
+constexpr double FAR = 2.5;
+
+int bit_length(int64_t n) { return n ? 64 - __builtin_clzll(static_cast<unsigned long long>(n)) : 0; }
+
+struct Class {
+  int64_t k, before, in_batch;
+  std::vector<int64_t> rows;
+};
+
+// The statistics that a batch changes: counts [classes], sums [runs, classes, dim], squares [runs, classes].
+struct Totals {
+  int64_t *counts;
+  double *sums, *squares;
+};
+
+// Set or move the shift of a class in one run. `moved` gets what the second moment then needs: a and δ of a·δᵀ + δ·aᵀ.
+template <class X, class R>
+void move_shift(const Batch &b, const Totals &totals, const Class &c, int64_t run, std::vector<double> &moved) {
+  R *shift = shift_of<R>(b, run, c.k);
+  double *sums = totals.sums + (run * b.classes + c.k) * b.dim, &squares = totals.squares[run * b.classes + c.k];
+  std::vector<double> found(c.before ? 2 * b.dim : 0);  // a and δ; at first the sum of h − s, in the place of a
+  double *a = found.data(), *delta = a + b.dim;
+  const double before = double(c.before);
+  if (c.before) {
+    const size_t used = c.before < SAMPLES ? c.rows.size() : 0;
+    const double n = before + double(used);
+    double total = squares, distance = 0;
+    std::copy(sums, sums + b.dim, a);
+    for (size_t r = 0; r < used; ++r) {
+      const X *x = row_of<X>(b, run, c.rows[r]);
+      for (int64_t i = 0; i < b.dim; ++i) {
+        const double z = double(get<R>(x, i)) - double(shift[i]);
+        a[i] += z;
+        total += z * z;
+      }
+    }
+    for (int64_t i = 0; i < b.dim; ++i) distance += a[i] / n * (a[i] / n);
+    if (!((before + double(c.in_batch)) * distance > FAR * (total - n * distance))) return;  // nor is NaN far
   }
+  const bool three = c.rows.size() >= 3;
+  const X *x = row_of<X>(b, run, c.rows[0]), *y = row_of<X>(b, run, c.rows[three]), *z = row_of<X>(b, run, c.rows[2 * three]);
+  for (int64_t i = 0; i < b.dim; ++i) {
+    const R low = std::min(get<R>(x, i), get<R>(y, i)), high = std::max(get<R>(x, i), get<R>(y, i));
+    const R median = std::max(low, std::min(high, get<R>(z, i)));
+    if (c.before) {
+      delta[i] = double(median) - double(shift[i]);
+      a[i] = before * delta[i] / 2 - sums[i];
+      squares += before * delta[i] * delta[i] - 2 * delta[i] * sums[i];
+      sums[i] -= before * delta[i];
+    }
+    shift[i] = median;
+  }
+  moved.swap(found);
 }
 
-template <class R>
-void commit(const Batch &b, const std::vector<Part> &parts, unsigned long long sums_at, unsigned long long squares_at) {
-  R *sums = reinterpret_cast<R *>(sums_at), *squares = reinterpret_cast<R *>(squares_at);
-  for (const Part &part : parts)  // in a fixed order, so that the result does not depend on the threads
-    for (int64_t k = 0; k < b.classes; ++k)
-      if (part.seen[k]) {
-        const int64_t index = part.run * b.classes + k;
-        const R *sum = reinterpret_cast<const R *>(part.sums.get()) + k * b.dim;
-        for (int64_t i = 0; i < b.dim; ++i) sums[index * b.dim + i] += sum[i];
-        squares[index] += R(part.squares[k]);
-      }
+template <class R> void commit(const Batch &b, const std::vector<Part> &parts, const Totals &totals, int threads) {
+  const int64_t cuts = int64_t(parts.size()) / b.runs;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < b.runs * b.classes; ++i)
+    for (int64_t p = i / b.classes * cuts; p < (i / b.classes + 1) * cuts; ++p) {  // in a fixed order
+      const int64_t k = i % b.classes;
+      if (!parts[p].seen[k]) continue;
+      const R *__restrict sum = reinterpret_cast<const R *>(parts[p].sums.get()) + k * b.dim;
+      double *__restrict sums = totals.sums + i * b.dim;
+      for (int64_t j = 0; j < b.dim; ++j) sums[j] += double(sum[j]);
+      totals.squares[i] += parts[p].squares[k];
+    }
 }
 
 struct Functions {
   void (*add)(const Batch &, Part &);
   void (*map)(const Batch &, const Rows &);
-  void (*set_shift)(const Batch &, int64_t k, int64_t row);
-  void (*commit)(const Batch &, const std::vector<Part> &, unsigned long long sums, unsigned long long squares);
+  void (*move_shift)(const Batch &, const Totals &, const Class &, int64_t run, std::vector<double> &moved);
+  void (*commit)(const Batch &, const std::vector<Part> &, const Totals &, int threads);
 };
 #define KERNELS(name, X, R)                                                            \
   CLONES void add_##name(const Batch &b, Part &part) { add_rows<X, R>(b, part); }      \
@@ -150,11 +200,11 @@ KERNELS(f32_f64, float, double)
 
 Functions choose(int features, int sums) {
   switch (features * 4 + sums) {
-    case F32 * 4 + F32: return {add_f32, map_f32, set_shift<float, float>, commit<float>};
-    case BF16 * 4 + F32: return {add_bf16, map_bf16, set_shift<BF16x, float>, commit<float>};
-    case F16 * 4 + F32: return {add_f16, map_f16, set_shift<F16x, float>, commit<float>};
-    case F64 * 4 + F64: return {add_f64, map_f64, set_shift<double, double>, commit<double>};
-    case F32 * 4 + F64: return {add_f32_f64, map_f32_f64, set_shift<float, double>, commit<double>};
+    case F32 * 4 + F32: return {add_f32, map_f32, move_shift<float, float>, commit<float>};
+    case BF16 * 4 + F32: return {add_bf16, map_bf16, move_shift<BF16x, float>, commit<float>};
+    case F16 * 4 + F32: return {add_f16, map_f16, move_shift<F16x, float>, commit<float>};
+    case F64 * 4 + F64: return {add_f64, map_f64, move_shift<double, double>, commit<double>};
+    case F32 * 4 + F64: return {add_f32_f64, map_f32_f64, move_shift<float, double>, commit<double>};
     default: PyErr_SetString(PyExc_TypeError, "no kernel for these dtypes"); return {};
   }
 }
@@ -166,6 +216,61 @@ constexpr int64_t PART = 512, MOST_PARTS = 16;
 #define BATCH_ADDRESSES(b)                                                                                              \
   &b.features, &b.labels, &b.shifts, &b.runs, &b.rows, &b.dim, &b.run_stride, &b.row_stride, &b.classes
 
+// Run `f` and return whether there was memory for it: in a parallel region an exception would end the process.
+template <class F> bool with_memory(F f) {
+  try {
+    f();
+    return true;
+  } catch (const std::bad_alloc &) {
+    return false;
+  }
+}
+
+struct Gathered {
+  long long bad_labels = 0, bad_values = 0;
+  std::vector<int64_t> in_batch;
+  std::vector<std::vector<double>> moved;  // of each class looked at and each run, as `move_shift` fills it
+  std::vector<Class> classes;
+  std::vector<Part> parts;
+};
+
+void count_labels(const Batch &b, Gathered &g) {
+  g.in_batch.resize(b.classes);
+  for (int64_t row = 0; row < b.rows; ++row) {
+    const int64_t k = label_of(b, row);
+    if (k < 0 || k >= b.classes)
+      ++g.bad_labels;
+    else
+      ++g.in_batch[k];
+  }
+}
+
+// The classes whose count reaches another power of two: each is looked at as often as its samples double.
+void choose_classes(const Batch &b, const Totals &totals, Gathered &g) {
+  std::vector<int32_t> place(b.classes, -1);
+  for (int64_t k = 0; k < b.classes; ++k) {
+    const int64_t before = totals.counts[k], in_batch = g.in_batch[k];
+    if (!in_batch || bit_length(before + in_batch) == bit_length(before)) continue;
+    place[k] = int32_t(g.classes.size());
+    g.classes.push_back({k, before, in_batch, {}});
+  }
+  for (int64_t row = 0; !g.classes.empty() && row < b.rows; ++row) {
+    const int32_t i = place[label_of(b, row)];
+    if (i >= 0 && int64_t(g.classes[i].rows.size()) < SAMPLES) g.classes[i].rows.push_back(row);
+  }
+  g.moved.resize(g.classes.size() * b.runs);
+}
+
+template <class R> void prepare_parts(const Batch &b, Gathered &g) {
+  const int64_t cuts = std::clamp<int64_t>(b.rows / PART, 1, MOST_PARTS);
+  for (int64_t i = 0; i < cuts * b.runs; ++i) {
+    const int64_t cut = i % cuts;
+    g.parts.push_back({i / cuts, b.rows * cut / cuts, b.rows * (cut + 1) / cuts, 0,
+                       std::unique_ptr<char[]>(new char[b.classes * b.dim * sizeof(R)]),
+                       std::vector<double>(b.classes), std::vector<char>(b.classes)});
+  }
+}
+
 PyObject *gather(PyObject *, PyObject *args) {
   Batch b;
   unsigned long long counts_at, sums_at, squares_at;
@@ -175,37 +280,40 @@ PyObject *gather(PyObject *, PyObject *args) {
     return nullptr;
   const Functions functions = choose(features, sums);
   if (!functions.add) return nullptr;
-  auto *counts = reinterpret_cast<int64_t *>(counts_at);
-  long long bad_labels = 0, bad_values = 0;
+  const Totals totals{reinterpret_cast<int64_t *>(counts_at), reinterpret_cast<double *>(sums_at),
+                      reinterpret_cast<double *>(squares_at)};
+  Gathered g;
+  bool memory;
   Py_BEGIN_ALLOW_THREADS;
-  std::vector<int64_t> in_batch(b.classes), first(b.classes);
-  for (int64_t row = b.rows - 1; row >= 0; --row) {
-    const int64_t k = label_of(b, row);
-    if (k < 0 || k >= b.classes)
-      ++bad_labels;
-    else
-      ++in_batch[k], first[k] = row;
-  }
-  if (!bad_labels) {
-    for (int64_t k = 0; k < b.classes; ++k)
-      if (in_batch[k] && !counts[k]) functions.set_shift(b, k, first[k]);
-    const int64_t cuts = std::clamp<int64_t>(b.rows / PART, 1, MOST_PARTS), n_parts = cuts * b.runs;
-    std::vector<Part> parts(n_parts);
+  memory = with_memory([&] {  // all that a batch needs, before any statistic changes
+    count_labels(b, g);
+    if (g.bad_labels) return;
+    choose_classes(b, totals, g);
+    sums == F64 ? prepare_parts<double>(b, g) : prepare_parts<float>(b, g);
+  });
+  if (memory && !g.bad_labels) {
+    const int64_t n_moves = int64_t(g.moved.size()), n_parts = int64_t(g.parts.size());
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic) reduction(&& : memory)
+    for (int64_t i = 0; i < n_moves; ++i)
+      memory = with_memory([&] { functions.move_shift(b, totals, g.classes[i / b.runs], i % b.runs, g.moved[i]); }) && memory;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
-    for (int64_t i = 0; i < n_parts; ++i) {
-      const int64_t cut = i % cuts;
-      parts[i] = {i / cuts, b.rows * cut / cuts, b.rows * (cut + 1) / cuts, 0, nullptr,
-                  std::vector<double>(b.classes), std::vector<char>(b.classes)};
-      functions.add(b, parts[i]);
-    }
-    for (const Part &part : parts) bad_values += part.not_finite;
-    if (propagate || !bad_values) {
-      for (int64_t k = 0; k < b.classes; ++k) counts[k] += in_batch[k];
-      functions.commit(b, parts, sums_at, squares_at);
+    for (int64_t i = 0; i < n_parts; ++i) functions.add(b, g.parts[i]);
+    for (const Part &part : g.parts) g.bad_values += part.not_finite;
+    if (memory && (propagate || !g.bad_values)) {
+      for (int64_t k = 0; k < b.classes; ++k) totals.counts[k] += g.in_batch[k];
+      functions.commit(b, g.parts, totals, threads);
     }
   }
   Py_END_ALLOW_THREADS;
-  return Py_BuildValue("LL", bad_labels, bad_values);
+  PyObject *moves = PyList_New(0);
+  for (size_t i = 0; moves && i < g.moved.size(); ++i) {
+    if (g.moved[i].empty()) continue;
+    PyObject *move = Py_BuildValue("Ly#", (long long)(i % b.runs), reinterpret_cast<const char *>(g.moved[i].data()),
+                                   Py_ssize_t(g.moved[i].size() * sizeof(double)));
+    if (!move || PyList_Append(moves, move)) Py_CLEAR(moves);
+    Py_XDECREF(move);
+  }
+  return moves ? Py_BuildValue("iLLN", int(memory), g.bad_labels, g.bad_values, moves) : nullptr;
 }
 
 PyObject *map(PyObject *, PyObject *args) {
@@ -217,15 +325,17 @@ PyObject *map(PyObject *, PyObject *args) {
     return nullptr;
   const Functions functions = choose(features, sums);
   if (!functions.map) return nullptr;
+  bool memory = true;
   Py_BEGIN_ALLOW_THREADS;
   constexpr int64_t block = 64;
   const int64_t blocks = (b.rows + block - 1) / block, total = blocks * b.runs;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
+#pragma omp parallel for num_threads(threads) if (threads > 1) reduction(&& : memory)
   for (int64_t i = 0; i < total; ++i) {
-    const int64_t start = i % blocks * block;
-    functions.map(b, {i / blocks, start, std::min<int64_t>(start + block, b.rows), rows.axes, rows.out, rows.n_axes});
+    const int64_t run = i / blocks, start = i % blocks * block, stop = std::min<int64_t>(start + block, b.rows);
+    memory = with_memory([&] { functions.map(b, {run, start, stop, rows.axes, rows.out, rows.n_axes}); }) && memory;
   }
   Py_END_ALLOW_THREADS;
+  if (!memory) return PyErr_NoMemory();
   Py_RETURN_NONE;
 }
 

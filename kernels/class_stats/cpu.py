@@ -20,10 +20,23 @@ def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -
     from ncollapse.kernels.class_stats import _cpu
 
     features = _dense(features, state.shifts.dtype)
-    bad_labels, bad_values = _cpu.gather(
+    memory, bad_labels, bad_values, moves = _cpu.gather(
         *_batch(features, labels, state.shifts), state.counts.data_ptr(), state.sums.data_ptr(),
         state.squares.data_ptr(), propagate, *_settings(features, state.shifts),
     )  # fmt: skip
+    if state.scatter is not None:
+        for run in {run for run, _ in moves}:
+            of_run = b"".join(move for r, move in moves if r == run)
+            _move_scatter(
+                state,
+                run,
+                torch.frombuffer(bytearray(of_run), dtype=torch.float64).unflatten(0, (-1, 2, state.shifts.shape[-1])),
+            )
+    if not memory:
+        raise MemoryError(
+            f"class statistics: no memory for the sums of a batch, several times {tuple(state.sums.shape)} numbers; "
+            "the batch is not added. Smaller batches need fewer of them"
+        )
     if bad_labels or (bad_values and not propagate):
         state.refused.add_(torch.tensor([1, bad_labels, bad_values]))
     elif state.scatter is not None and labels.numel():
@@ -34,6 +47,15 @@ def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -
                 # Only m × m values: float64 costs nothing.
                 z = project(rows, row_labels, state.shifts, state.axes).double()
                 state.scatter.add_(z.mT @ z)
+
+
+def _move_scatter(state: State, run: int, moves: Tensor) -> None:
+    """Add Σ (a·δᵀ + δ·aᵀ) to a run's scatter, which moves it to the new shifts; `moves` are (a, δ), `[*, 2, d]`."""
+    assert state.scatter is not None
+    scatter, axes = (t if t is None or t.dim() == 2 else t[run] for t in (state.scatter, state.axes))
+    a, delta = (moves if axes is None else moves @ axes.double().mT).unbind(1)
+    cross = a.mT @ delta
+    scatter.add_(cross + cross.mT)
 
 
 def centre(features: Tensor, labels: Tensor, shifts: Tensor) -> Tensor:

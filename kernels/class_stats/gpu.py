@@ -6,8 +6,8 @@ order, without floating-point atomics, so that results are reproducible.
 
 The second moment needs tensor cores, which have no float32. Each centred value is split into two bfloat16 numbers,
 together at least 16 bits, and their three distinct products are summed in float32 (`split`, cuBLAS, `add_moment`), at
-a third of the rate of bfloat16. NC1 is then as close to float64 as with float32 products, to 1e-6; to 1e-4 where the
-shifts (the first samples of the classes) lie thirty times as far out as the other samples. With a single tf32 product,
+a third of the rate of bfloat16. NC1 is then as close to float64 as with float32 products, to 1e-6; to 1e-4 if the
+shifts lay thirty times as far out as the other samples, which `move_shifts` prevents. With a single tf32 product,
 which tensor cores may truncate, the errors are 1e-3 and 0.2 (bench/results/moment-accuracy.json).
 """
 
@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from ncollapse.kernels.class_stats import gpu_kernels as kernels
-from ncollapse.kernels.class_stats.reference import State
+from ncollapse.kernels.class_stats.reference import FAR, SAMPLES, State
 from ncollapse.kernels.operators import multiprocessors
 
 LABELS, CLASSES = 256, 32  # labels per program, classes per iteration
@@ -24,6 +24,7 @@ ROWS, COLUMNS, MOST_CLASSES = 32, 64, 128  # samples and features of a tile; the
 #: For every launch. Fused multiply-add is allowed: the reference does not fix how products and sums are rounded.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 PROGRAMS = 4  # per multiprocessor, for sums
+MOST_BLOCKS = 65_535  # programs along the second and third axis of a grid
 #: Features per iteration of a projection; elements per program or iteration of an addition.
 STEP, BLOCK = 32, 1024
 #: Parts of a batch loaded at once, and elements per program, when the parts are added: loading part by part would wait
@@ -39,19 +40,27 @@ def gather_options(classes: int) -> dict[str, int | bool]:
 
 
 def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -> None:
-    """As `class_stats_reference`, for float32 statistics, without synchronising."""
+    """As `class_stats_reference`, for float32 statistics, without synchronising.
+
+    Raises:
+        ValueError: more stacked runs × blocks of `MOST_CLASSES` classes than a launch can have.
+    """
     if not labels.numel():
         return
     with torch.cuda.device_of(features):  # Triton launches on the current device
         runs, *strides = _runs_and_strides(features)
         (rows, dim), classes = features.shape[-2:], len(state.counts)
-        batch = torch.zeros(2 * classes + 2, dtype=torch.int32, device=features.device)
-        kernels.labels_kernel[(triton.cdiv(rows, LABELS),)](labels, rows, classes, batch, LABELS, CLASSES, **OPTIONS)
-        kernels.shifts_kernel[(classes, runs)](
-            features, *strides, rows, dim, classes, state.counts, batch, state.shifts, BLOCK, **OPTIONS
-        )
         classes_each = min(MOST_CLASSES, max(16, triton.next_power_of_2(classes)))
         blocks, columns = triton.cdiv(classes, classes_each), triton.cdiv(dim, COLUMNS)
+        _check_blocks(runs * blocks, f"{runs:,} stacked runs × {blocks:,} blocks of {classes_each} classes")
+        batch = torch.zeros(2 * classes + 2, dtype=torch.int32, device=features.device)
+        kernels.labels_kernel[(triton.cdiv(rows, LABELS),)](labels, rows, classes, batch, LABELS, CLASSES, **OPTIONS)
+        moves = features.new_empty(runs, classes, 2, dim, dtype=torch.float64)
+        flags = torch.empty(runs, classes, dtype=torch.int32, device=features.device)
+        kernels.shifts_kernel[(classes, runs)](
+            features, *strides, labels, rows, dim, classes, state.counts, batch, state.shifts, state.sums,
+            state.squares, moves, flags, SAMPLES, FAR, LABELS, COLUMNS, **OPTIONS,
+        )  # fmt: skip
         wanted = PROGRAMS * multiprocessors(features.device)
         parts = max(1, min(wanted // (columns * runs * blocks), triton.cdiv(rows, ROWS)))
         rows_each = triton.cdiv(triton.cdiv(rows, parts), ROWS) * ROWS
@@ -69,8 +78,14 @@ def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -
         if state.scatter is None:
             return
         if state.axes is None:
-            _moment(features, labels, state, batch, propagate)
+            _moment(features, labels, state, batch, moves, flags, propagate)
         else:
+            moved = torch.where(
+                flags.view(*state.squares.shape, 1, 1) > 0, moves.view(*state.squares.shape, 2, dim), 0.0
+            )
+            a, delta = (moved @ state.axes.double().unsqueeze(-3).mT).unbind(-2)
+            cross = a.mT @ delta
+            state.scatter.add_(cross + cross.mT)
             z = project(features, labels, state.shifts, state.axes).double()
             refused = (batch[2 * classes] > 0) if propagate else (batch[2 * classes :] > 0).any()
             # Only m × m values: float64 costs nothing.
@@ -83,6 +98,7 @@ def project(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor) -> T
     (rows, dim), (n_axes, classes) = features.shape[-2:], (axes.shape[-2], shifts.shape[-2])
     out = features.new_empty(*features.shape[:-1], n_axes, dtype=torch.float32)
     if out.numel():
+        _check_blocks(runs, f"{runs:,} stacked runs")
         axes_each = min(64, max(16, triton.next_power_of_2(n_axes)))
         with torch.cuda.device_of(features):
             kernels.project_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(n_axes, axes_each), runs)](
@@ -92,7 +108,9 @@ def project(features: Tensor, labels: Tensor, shifts: Tensor, axes: Tensor) -> T
     return out
 
 
-def _moment(features: Tensor, labels: Tensor, state: State, batch: Tensor, propagate: bool) -> None:
+def _moment(
+    features: Tensor, labels: Tensor, state: State, batch: Tensor, moves: Tensor, flags: Tensor, propagate: bool
+) -> None:
     assert state.scatter is not None
     (runs, *strides), (rows, dim), classes = _runs_and_strides(features), features.shape[-2:], len(state.counts)
     product = min(rows, PRODUCT)
@@ -106,8 +124,14 @@ def _moment(features: Tensor, labels: Tensor, state: State, batch: Tensor, propa
         high, low = halves[..., :dim].mT, halves[..., dim:]
         highs, lows = _product(high, halves), _product(low.mT, low)
         kernels.add_moment_kernel[(triton.cdiv(dim * dim, BLOCK), runs)](
-            highs, lows, products, dim, batch, classes, state.scatter, propagate, BLOCK, **OPTIONS
-        )
+            highs, lows, products, dim, batch, classes, moves, flags, state.scatter,
+            start == 0, propagate, CLASSES, BLOCK, **OPTIONS,
+        )  # fmt: skip
+
+
+def _check_blocks(count: int, what: str) -> None:
+    if count > MOST_BLOCKS:
+        raise ValueError(f"class statistics on a GPU: {what} are more than the {MOST_BLOCKS:,} that a launch can have")
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

@@ -3,9 +3,12 @@
 In all kernels, for R runs of B samples with d features and K classes:
 
 - `features` is `[R, B, d]` in float32, bfloat16 or float16, with the strides given;
-- `labels` is `[B]` int64, `counts` `[K]` int64, and `shifts` and `sums` are `[R, K, d]` and `squares` `[R, K]` float32;
+- `labels` is `[B]` int64 and `counts` `[K]` int64; `shifts` is `[R, K, d]` float32, `sums` `[R, K, d]` and `squares`
+  `[R, K]` are float64;
 - `batch` is `[2 K + 2]` int32, zero before `labels_kernel`: the batch's samples of each class; B minus the index of the
-  first sample of each class, 0 for a class without samples; labels out of range; values that are not finite.
+  first sample of each class, 0 for a class without samples; labels out of range; values that are not finite;
+- `moves` is `[R, K, 2, d]` float64 and `flags` `[R, K]` int32: the flag is 1 if the shift of the class has moved; then
+  a·δᵀ + δ·aᵀ is to be added to the scatter, for a and δ in `moves`.
 """
 
 import triton
@@ -37,22 +40,85 @@ def labels_kernel(labels_ptr, rows, classes, batch_ptr, LABELS: tl.constexpr, CL
 
 @triton.jit(do_not_specialize=["rows"])
 def shifts_kernel(
-    features_ptr, stride_run, stride_row, stride_column, rows, dim, classes, counts_ptr, batch_ptr, shifts_ptr,
-    BLOCK: tl.constexpr,
+    features_ptr, stride_run, stride_row, stride_column, labels_ptr, rows, dim, classes, counts_ptr, batch_ptr,
+    shifts_ptr, sums_ptr, squares_ptr, moves_ptr, flags_ptr,
+    SAMPLES: tl.constexpr, FAR: tl.constexpr, LABELS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Set the shift of each new class to its first sample: a program does one class of one run.
+    """Set or move the shifts as `move_shifts` of `reference`: a program does one class of one run.
 
-    `batch` comes from `labels_kernel`; `counts` is 0 for a class without samples before. Writes `shifts`.
+    `batch` comes from `labels_kernel`. Writes `flags`, and for classes that are moved `moves`.
     """
+    # 1. Find out whether the number of the class's samples reaches a new power of two.
     k, run = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    from_end = tl.load(batch_ptr + classes + k)
-    if (from_end > 0) & (tl.load(counts_ptr + k) == 0):
-        row = (rows - from_end).to(tl.int64)
-        for start in range(0, dim, BLOCK):
-            i = start + tl.arange(0, BLOCK)
-            value_ptr = features_ptr + run * stride_run + row * stride_row + i.to(tl.int64) * stride_column
-            value = tl.load(value_ptr, mask=i < dim)
-            tl.store(shifts_ptr + (run * classes + k) * dim + i, value.to(tl.float32), mask=i < dim)
+    place = run * classes + k
+    before, in_batch = tl.load(counts_ptr + k), tl.load(batch_ptr + k)
+    after = before + in_batch
+    look = (tl.load(batch_ptr + 2 * classes) == 0) & (before < (before ^ after))
+    flag = 0
+    if look:
+        # 2. Find the class's first samples in the batch.
+        sample = tl.arange(0, SAMPLES)
+        row = tl.zeros((SAMPLES,), tl.int32)
+        found = 0
+        wanted = tl.minimum(in_batch, SAMPLES)
+        start = rows - tl.load(batch_ptr + classes + k)
+        while found < wanted:
+            index = start + tl.arange(0, LABELS)
+            match = tl.load(labels_ptr + index, mask=index < rows, other=-1) == k
+            nth = found + tl.cumsum(match.to(tl.int32), 0) - 1
+            row += tl.sum(tl.where(match[None, :] & (nth[None, :] == sample[:, None]), index[None, :], 0), 1)
+            found += tl.sum(match.to(tl.int32), 0)
+            start += LABELS
+        features_ptr += run * stride_run
+        shifts_ptr += place * dim
+        sums_ptr += place * dim
+        # 3. Of an old class, find out whether the shift is far from the samples. NaN is not.
+        far = False
+        if before > 0:
+            used = wanted if before < SAMPLES else 0
+            n = (before + used).to(tl.float64)
+            total, distance = tl.load(squares_ptr + place), tl.zeros((), tl.float64)
+            for left in range(0, dim, COLUMNS):
+                i = left + tl.arange(0, COLUMNS)
+                inside = (sample < used)[:, None] & (i < dim)[None, :]
+                value_ptr = (
+                    features_ptr + row.to(tl.int64)[:, None] * stride_row + i.to(tl.int64)[None, :] * stride_column
+                )
+                shift = tl.load(shifts_ptr + i, mask=i < dim, other=0.0).to(tl.float64)
+                value = tl.load(value_ptr, mask=inside, other=0.0).to(tl.float32).to(tl.float64)
+                z = tl.where(inside, value - shift[None, :], 0.0)
+                offset = (tl.load(sums_ptr + i, mask=i < dim, other=0.0) + tl.sum(z, 0)) / n
+                total += tl.sum(tl.sum(z * z, 1), 0)
+                distance += tl.sum(offset * offset, 0)
+            far = after.to(tl.float64) * distance > FAR * (total - n * distance)
+        # 4. A new shift: the median of three samples, or the first.
+        if (before == 0) | far:
+            three = in_batch >= 3
+            row_0 = tl.sum(tl.where(sample == 0, row, 0), 0)
+            row_1 = tl.where(three, tl.sum(tl.where(sample == 1, row, 0), 0), row_0)
+            row_2 = tl.where(three, tl.sum(tl.where(sample == 2, row, 0), 0), row_0)
+            old, change = before.to(tl.float64), tl.zeros((), tl.float64)
+            for left in range(0, dim, COLUMNS):
+                i = left + tl.arange(0, COLUMNS)
+                value_ptr = features_ptr + i.to(tl.int64) * stride_column
+                x = tl.load(value_ptr + row_0.to(tl.int64) * stride_row, mask=i < dim).to(tl.float32)
+                y = tl.load(value_ptr + row_1.to(tl.int64) * stride_row, mask=i < dim).to(tl.float32)
+                z = tl.load(value_ptr + row_2.to(tl.int64) * stride_row, mask=i < dim).to(tl.float32)
+                median = tl.maximum(tl.minimum(x, y), tl.minimum(tl.maximum(x, y), z))
+                if before > 0:
+                    shift = tl.load(shifts_ptr + i, mask=i < dim, other=0.0).to(tl.float64)
+                    sums = tl.load(sums_ptr + i, mask=i < dim, other=0.0)
+                    delta = tl.where(i < dim, median.to(tl.float64) - shift, 0.0)
+                    change += tl.sum(old * delta * delta - 2 * delta * sums, 0)
+                    a_ptr = moves_ptr + place * 2 * dim + i
+                    tl.store(a_ptr, old * delta / 2 - sums, mask=i < dim)
+                    tl.store(a_ptr + dim, delta, mask=i < dim)
+                    tl.store(sums_ptr + i, sums - old * delta, mask=i < dim)
+                tl.store(shifts_ptr + i, median, mask=i < dim)
+            if before > 0:
+                tl.store(squares_ptr + place, tl.load(squares_ptr + place) + change)
+                flag = 1
+    tl.store(flags_ptr + place, flag)
 
 
 @triton.jit
@@ -219,21 +285,42 @@ def split_kernel(
 
 @triton.jit(do_not_specialize=["dim"])
 def add_moment_kernel(
-    highs_ptr, lows_ptr, products, dim, batch_ptr, classes, scatter_ptr, PROPAGATE: tl.constexpr, BLOCK: tl.constexpr,
+    highs_ptr, lows_ptr, products, dim, batch_ptr, classes, moves_ptr, flags_ptr, scatter_ptr,
+    MOVES: tl.constexpr, PROPAGATE: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """scatter += Σ (HᵀH + HᵀL + LᵀH + LᵀL) over the products, if the batch is not refused.
+    """scatter += Σ (HᵀH + HᵀL + LᵀH + LᵀL) over the products, if the batch is not refused; with MOVES, `moves` before.
 
     Program (i, r) does BLOCK elements of run r. All in float32: `highs` `[R, products, d, 2 d]` holds HᵀH and HᵀL side
     by side, `lows` `[R, products, d, d]` LᵀL; `scatter` is `[R, d, d]`.
     """
     run = tl.program_id(1).to(tl.int64)
+    size = dim.to(tl.int64) * dim
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i, j, inside = index // dim, index % dim, index < size
+    element_ptr = scatter_ptr + run * size + index
+    # 1. Move the samples of earlier batches to the new shifts.
+    if MOVES:
+        for start in range(0, classes, CLASSES):
+            k = start + tl.arange(0, CLASSES)
+            if tl.max(tl.load(flags_ptr + run * classes + k, mask=k < classes, other=0), 0) > 0:
+                total = tl.zeros((BLOCK,), tl.float64)
+                for one in range(start, tl.minimum(start + CLASSES, classes)):
+                    if tl.load(flags_ptr + run * classes + one) > 0:
+                        a_ptr = moves_ptr + (run * classes + one) * 2 * dim
+                        a_i, a_j = (
+                            tl.load(a_ptr + i, mask=inside, other=0.0),
+                            tl.load(a_ptr + j, mask=inside, other=0.0),
+                        )
+                        delta_i = tl.load(a_ptr + dim + i, mask=inside, other=0.0)
+                        delta_j = tl.load(a_ptr + dim + j, mask=inside, other=0.0)
+                        total += a_i * delta_j + delta_i * a_j
+                scatter = tl.load(element_ptr, mask=inside).to(tl.float64) + total
+                tl.store(element_ptr, scatter.to(tl.float32), mask=inside)
+    # 2. Add the products.
     refused = tl.load(batch_ptr + 2 * classes) > 0
     if not PROPAGATE:
         refused = refused | (tl.load(batch_ptr + 2 * classes + 1) > 0)
     if not refused:
-        size = dim.to(tl.int64) * dim
-        index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        i, j, inside = index // dim, index % dim, index < size
         total = tl.zeros((BLOCK,), tl.float32)
         for product in range(0, products):
             high = highs_ptr + (run * products + product) * 2 * size
@@ -241,7 +328,6 @@ def add_moment_kernel(
             mixed += tl.load(high + j * 2 * dim + dim + i, mask=inside, other=0.0)
             low = tl.load(lows_ptr + (run * products + product) * size + index, mask=inside, other=0.0)
             total += tl.load(high + i * 2 * dim + j, mask=inside, other=0.0) + (mixed + low)
-        element_ptr = scatter_ptr + run * size + index
         tl.store(element_ptr, tl.load(element_ptr, mask=inside) + total, mask=inside)
 
 

@@ -75,7 +75,7 @@ def compiled(
 
 def updates(arch: int) -> Iterator[dict[str, Any]]:
     pointers = {
-        "tensors_ptr": "*i64", "chunks_ptr": "*i64", "hypers_ptr": "*i64", "steps_ptr": "*i64", "arrived_ptr": "*i32",
+        "tensors_ptr": "*i64", "chunks_ptr": "*i64", "hypers_ptr": "*i64", "arrived_ptr": "*i32",
         "scale_ptr": "*fp32", "inf_ptr": "*fp32", "partial_ptr": "*fp32", "norms_ptr": "*fp64",
     }  # fmt: skip
     variants = [(rule, dtype, False) for rule in (*range(len(RULES)), MIXED) for dtype in ("fp32", "bf16")]
@@ -84,7 +84,7 @@ def updates(arch: int) -> Iterator[dict[str, Any]]:
         constants = {
             "PARAM": param, "GRAD": param, "REAL": tl.float64 if dtype == "fp64" else tl.float32, "RULE": rule,
             "HAS_SCALE": extras, "HAS_INF": extras, "HAS_COPY": extras, "HAS_NORMS": extras, "ADD": False,
-            "HAS_SUMS": extras, "HAS_STEPS": rule in (2, MIXED), "BLOCK": update.block_size(_DTYPES[dtype]),
+            "HAS_STEPS": rule in (2, MIXED), "BLOCK": update.block_size(_DTYPES[dtype]),
             "CHUNK": update.CHUNK,
         }  # fmt: skip
         name = {"kernel": "update", "rule": [*RULES, "mixed"][rule], "dtype": dtype, "extras": extras}
@@ -97,7 +97,9 @@ def class_stats(arch: int) -> Iterator[dict[str, Any]]:
     batch, labels, counts = {"batch_ptr": "*i32"}, {"labels_ptr": "*i64"}, {"counts_ptr": "*i64"}
     sixteen = ("dim", "stride_run", "stride_row")
     block, tile = {"BLOCK": stats.BLOCK}, {"ROWS": stats.ROWS, "COLUMNS": stats.COLUMNS}
-    real = {f"{name}_ptr": "*fp32" for name in ("shifts", "sums", "squares", "part_sums", "part_squares", "axes")}
+    real = {f"{name}_ptr": "*fp32" for name in ("shifts", "part_sums", "part_squares", "axes")}
+    kept = {"sums_ptr": "*fp64", "squares_ptr": "*fp64"}
+    moves = {"moves_ptr": "*fp64", "flags_ptr": "*i32"}
 
     def variant(
         name: str, pointers: dict[str, str], constants: dict[str, Any], options: Any = None, **fields: Any
@@ -113,18 +115,22 @@ def class_stats(arch: int) -> Iterator[dict[str, Any]]:
     yield variant("labels", labels | batch, {"LABELS": stats.LABELS, "CLASSES": stats.CLASSES})
     for dtype in ("fp32", "bf16"):
         features = {"features_ptr": f"*{dtype}"} | labels | batch | counts
-        yield variant("shifts", features, block, dtype=dtype)
+        searched = {"SAMPLES": stats.SAMPLES, "FAR": stats.FAR, "LABELS": stats.LABELS, "COLUMNS": stats.COLUMNS}
+        yield variant("shifts", features | kept | moves, searched, dtype=dtype)
         for classes in (16, 32, 64, stats.MOST_CLASSES):
             options = stats.gather_options(classes)
-            yield variant("gather", features, tile | {"CLASSES": classes}, options, dtype=dtype, classes=classes)
+            parts = {"sums_ptr": "*fp32", "squares_ptr": "*fp32"}
+            yield variant(
+                "gather", features | parts, tile | {"CLASSES": classes}, options, dtype=dtype, classes=classes
+            )
         yield variant("split", features | {"out_ptr": "*bf16"}, tile, dtype=dtype)
         for axes in (16, 64):
             constants = {"ROWS": stats.ROWS, "STEP": stats.STEP, "AXES": axes}
             yield variant("project", features | {"out_ptr": "*fp32"}, constants, dtype=dtype, axes=axes)
     adding = {"PROPAGATE": False, "PARTS": stats.PARTS, "BLOCK": stats.ADDED}
-    yield variant("commit", batch | counts | {"refused_ptr": "*i64"}, adding)
-    moment = batch | {"highs_ptr": "*fp32", "lows_ptr": "*fp32", "scatter_ptr": "*fp32"}
-    yield variant("add_moment", moment, block | {"PROPAGATE": False})
+    yield variant("commit", batch | counts | kept | {"refused_ptr": "*i64"}, adding)
+    moment = batch | moves | {"highs_ptr": "*fp32", "lows_ptr": "*fp32", "scatter_ptr": "*fp32"}
+    yield variant("add_moment", moment, block | {"MOVES": True, "PROPAGATE": False, "CLASSES": stats.CLASSES})
 
 
 def batch_norm(arch: int) -> Iterator[dict[str, Any]]:

@@ -179,6 +179,48 @@ def test_near_collapse_far_from_the_origin(both: Both, device: torch.device, mom
     both(empty(5, 40, moment, device=device), *batches)
 
 
+@pytest.mark.parametrize("runs", [None, 2])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_shifts_move_from_a_first_sample_that_lies_far_out(
+    both: Both, device: torch.device, runs: int | None, moment: str
+) -> None:
+    """A batch of one sample of each class, then of many; in one class of one run the first is an outlier."""
+    features, labels = batch(200, 5, 40, runs=runs, device=device)
+    first = torch.tensor([int((labels == k).nonzero()[0]) for k in range(5)], device=device)
+    (features[0] if runs else features)[first[2]] += 100
+    rest = torch.ones(200, dtype=torch.bool, device=device).index_fill(0, first, False)
+    state = empty(5, 40, moment, runs=runs, device=device)
+    both(state, (features[..., first, :], labels[first]))
+    before = state.shifts.clone()
+    both(state, (features[..., rest, :], labels[rest]))
+    moved = (state.shifts != before).any(-1)
+    assert moved.nonzero().tolist() == ([[0, 2]] if runs else [[2]])
+    assert (state.sums / state.counts.unsqueeze(-1)).norm(dim=-1)[moved] < 30  # of 100·√40
+
+
+@pytest.mark.parametrize("runs", [None, 2])
+def test_the_shift_of_a_new_class_is_the_median_of_three_samples(
+    add: Add, device: torch.device, runs: int | None
+) -> None:
+    features, labels = batch(300, 3, 70, runs=runs, device=device)
+    labels[labels == 2] = 0
+    labels[100], labels[200] = 2, 2
+    state = empty(3, 70, runs=runs, device=device)
+    add(features, labels, state, False)
+    for k in (0, 1):
+        assert torch.equal(state.shifts[..., k, :], features[..., labels == k, :][..., :3, :].median(-2).values)
+    assert torch.equal(state.shifts[..., 2, :], features[..., 100, :])
+
+
+@only("interpreter", "cuda")
+def test_more_programs_than_a_launch_can_have_are_refused(add: Add, device: torch.device) -> None:
+    features, labels = batch(1, 2, 1, runs=65_536, device=device)
+    state = empty(2, 1, "trace", runs=65_536, device=device)
+    with pytest.raises(ValueError, match=r"65,536 stacked runs × 1 blocks .* more than the 65,535"):
+        add(features, labels, state, False)
+    assert state.counts.sum() == 0
+
+
 @only("cpu", "interpreter")
 @pytest.mark.parametrize("runs", [None, 2])
 @pytest.mark.parametrize("moment", MOMENTS)

@@ -149,6 +149,35 @@ def test_nc1_near_collapse(noise: float, offset: float, bound: float, order: str
     assert nc1(halves[0]).item() == pytest.approx(truth, rel=bound)
 
 
+@pytest.mark.parametrize(
+    ("first", "n", "batch"),
+    [
+        ("mislabelled", 300, 1),
+        *[(first, 20_000, batch) for first in ("mislabelled", "outlier") for batch in (7, 128, 10**9)],
+    ],
+)
+@pytest.mark.parametrize("order", ["shuffled", "sorted"])
+def test_the_order_of_samples_does_not_matter(first: str, n: int, order: str, batch: int) -> None:
+    """The first sample of every class is one of another class, or that of one class is an outlier of 1e6."""
+    h, y = sample(n, 10, 32, noise=1e-3, offset=50.0)
+    if order == "sorted":
+        h, y = h[y.argsort(stable=True)], y.sort().values
+    at = torch.stack([(y == c).nonzero()[0, 0] for c in range(10)])
+    if first == "outlier":
+        h[at[3]] = 1e6
+    else:
+        h[at] = h[at.roll(1)]
+    bound = 1e-3 if first == "outlier" else 1e-5
+    _, within, between = exact(h, y, 10)
+    stats = gathered(h, y, 10, batch)
+    assert relative(stats.within_trace(), within.trace()) < bound
+    assert relative(stats.between_cov(), between) < bound
+    truth = exact_nc1(h, y, 10)
+    assert nc1(stats).item() == pytest.approx(truth, rel=bound)
+    assert nc1(two_passes(h, y, 10, batch)).item() == pytest.approx(truth, rel=bound)
+    assert relative(nc1(stats, kind="trace_ratio"), within.trace() / between.trace()) < bound
+
+
 def test_what_each_moment_keeps() -> None:
     h, y = sample(500, 5, 16)
     full, trace, projected = gathered(h, y, 5), gathered(h, y, 5, moment="trace"), two_passes(h, y, 5)
