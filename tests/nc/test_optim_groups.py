@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from ncollapse import optim
 
@@ -283,3 +284,30 @@ def test_the_default_device_is_without_effect(cls: Any) -> None:
             optimizer.step()
         ends.append((w.detach(), seen.grad_norm, seen.weights[w]))
     torch.testing.assert_close(*ends, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "key"), [("SGD", "lr"), ("AdamW", "weight_decay"), ("AdamW", "betas")])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_tensor_is_exchanged_for_another_without_a_new_graph(name: str, key: str, compiled: bool) -> None:
+    numbers, ours = [0.1, 0.2, 0.05, 0.4], parameter()
+    tensors = [torch.tensor(number, dtype=torch.float64) for number in numbers]
+    optimizer = getattr(optim, name)([ours], **{"lr": 0.1, key: (tensors[0], 0.9) if key == "betas" else tensors[0]})
+    plain = getattr(optim, name)([parameter()], lr=0.1)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    step = torch.compile(optimizer.step, backend=counter, fullgraph=True) if compiled else optimizer.step
+    graphs = []  # the first call may compile twice
+    for number, tensor in zip(numbers, tensors, strict=True):
+        for group, value in ((optimizer.param_groups[0], tensor), (plain.param_groups[0], number)):
+            group[key] = (value, 0.9) if key == "betas" else value
+        for change in (1.0, 0.5):  # in place too
+            tensor.mul_(change)
+            group[key] = (change * number, 0.9) if key == "betas" else change * number
+            ours.grad = torch.ones_like(ours) * number
+            step()
+            plain.param_groups[0]["params"][0].grad = torch.ones_like(ours) * number
+            plain.step()
+        assert torch.equal(ours, plain.param_groups[0]["params"][0])
+        graphs.append(counter.frame_count)
+    assert bool(graphs[0]) == compiled
+    assert graphs == graphs[:1] * 4

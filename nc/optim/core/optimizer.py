@@ -262,14 +262,15 @@ class Optimizer(torch.optim.Optimizer):
             self._take_over(group, name)
 
     def _take_over(self, group: Group, key: str) -> None:
-        """Send a number that was written to the device; for anything else, mark the stepper stale."""
+        """Send a number that was written to the device, exchange a tensor; for else, mark the stepper stale."""
         before, after, stepper = group.taken.get(key), group.data[key], self._stepper
         group.take(key)
         if stepper.stale or key not in _NUMBERS or key not in self.defaults:
             stepper.stale |= key in _STRUCTURE
             return
-        switched = key == "momentum" and _plain(before) and (before == 0) != (after == 0)
-        if self._derived or switched or not (_plain(before) and _plain(after)):
+        alike = _kinds(before) == _kinds(after)
+        switched = key == "momentum" and alike and _plain(before) and (before == 0) != (after == 0)
+        if self._derived or switched or not alike:
             stepper.stale = True
             return
         sets = self._sets(group)
@@ -348,9 +349,13 @@ class Optimizer(torch.optim.Optimizer):
 
 def _plain(value: Any) -> bool:
     """Whether a hyperparameter is a number or a pair of numbers."""
-    if isinstance(value, (tuple, list)):
-        return all(isinstance(v, (int, float)) for v in value)
-    return isinstance(value, (int, float))
+    return not any(_kinds(value))
+
+
+def _kinds(value: Any) -> list[Any]:
+    """For each number of a hyperparameter None, or what of a tensor a compiled step is traced for."""
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return [(v.device, v.dtype, v.shape, v.requires_grad) if isinstance(v, Tensor) else None for v in values]
 
 
 def by_name(name: str) -> type[Optimizer]:
