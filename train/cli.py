@@ -134,6 +134,21 @@ class Export:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Check:
+    """Say what of a results folder is whole and what is damaged; copy what is whole."""
+
+    folder: conf.Positional[Path]
+    """The results folder."""
+    salvage: Annotated[Path | None, hide_default] = None
+    """New folder for a copy of what is whole, from which the same command continues."""
+
+    def main(self, console: Console) -> None:
+        from ncollapse.train.commands.check import print_check
+
+        print_check(self.folder, self.salvage, console)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Theory(theory.Setting):
     """Simulate NC0 under every optimizer in the unconstrained features model, and compare it with theory."""
 
@@ -174,7 +189,7 @@ def main(args: list[str] | None = None) -> None:
     console = Console()
     try:
         command = tyro.cli(
-            Demo | Run | Sweep | Status | Report | Export | Theory | Doctor,
+            Demo | Run | Sweep | Status | Report | Export | Check | Theory | Doctor,
             prog="ncollapse",
             description="Which optimizers drive a classifier into neural collapse, and why.",
             args=args,

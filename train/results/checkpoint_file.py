@@ -39,7 +39,7 @@ def unseal(file: bytes, epoch: int | None = None) -> bytes:
     """
     line = _LINE.match(file[:_LONGEST_LINE])
     if line is None:
-        _check_archive(file)
+        check_archive(file)
         return file
     content, stored = file[line.end() :], int(line[2])
     if line[1] != _digest(content, stored):
@@ -63,7 +63,7 @@ def _digest(content: bytes, epoch: int) -> bytes:
     return digest.hexdigest().encode()
 
 
-def _check_archive(file: bytes) -> None:
+def check_archive(file: bytes) -> None:
     """Raise CheckpointError unless a file without a hash is a ZIP archive with parts that match their CRC-32."""
     if not file.startswith(b"PK\x03\x04"):  # `zipfile` also takes an archive behind a damaged first line
         raise CheckpointError("the checkpoint is damaged: its first line cannot be read")

@@ -9,7 +9,6 @@ sweep opens it, and read as if it were there. `SCHEMA_VERSION` rises only for ch
 columns of settings are those of `runs` without a declared type.
 """
 
-import math
 import sqlite3
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -200,5 +199,9 @@ def difference(stored: Collection[tuple[Any, ...]], wanted: Collection[tuple[Any
 
 
 def _listing(values: set[Any]) -> str:
-    ordered = sorted(values, key=lambda v: (v is None, v if not isinstance(v, float) or math.isfinite(v) else 0))
+    def key(value: Any) -> tuple[bool, str, Any]:  # a damaged store may hold values of several types
+        number = isinstance(value, (int, float))
+        return value is None, "" if number else type(value).__name__, 0 if value is None or value != value else value
+
+    ordered = sorted(values, key=key)
     return ", ".join(map(setting_value, ordered))
