@@ -319,3 +319,35 @@ def test_accelerate(tmp_path: Path) -> None:
                 accelerator.load_state(str(tmp_path / cls.__module__))
         ends.append(weights(model))
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+def test_accelerates_wrapper_sees_a_step_that_the_scaler_skips() -> None:
+    """Its mechanism without it: it replaces `step` for the scaler's call, and looks whether it was called."""
+    ends, skipped = [], []
+    for cls in (optim.Adam, torch.optim.Adam):
+        model = network()
+        optimizer: Any = cls(model.parameters(), lr=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        schedules.ExponentialLR(optimizer, 0.9)  # replaces `step` too
+        own = optimizer.step
+        for seed in range(6):
+            called: list[int] = []
+
+            def patched(*args: Any, step: Any = own, called: list[int] = called, **kwargs: Any) -> Any:
+                called.append(1)
+                return step(*args, **kwargs)
+
+            patched.__module__ = "accelerate.optimizer"
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, seed)).backward()
+            if seed in (1, 4):
+                model[2].weight.grad[0, 0] = float("inf")
+            optimizer.step = patched
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.step = own
+            skipped.append(not called)
+        assert getattr(optimizer, "_step_supports_amp_scaling", False) == (cls is optim.Adam)
+        ends.append(weights(model))
+    assert skipped[:6] == skipped[6:] == [False, True, False, False, True, False]
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,14 @@
-"""torch's database of optimizer inputs, run through our classes: the same weights, errors and state dicts."""
+"""torch's database of optimizer inputs, run through our classes: the same weights, errors and state dicts.
+
+What is left out, and why:
+
+- `amsgrad` and `differentiable`: refused (`test_amsgrad_of_the_database_is_refused`, `test_differentiable_and…`).
+- Errors of torch that are no errors here: tensors as lr or betas with `foreach` or mixed with floats
+  (`MORE_THAN_TORCH`), and, of Muon, parameters that are no matrices, which it updates as Adam does.
+- A parameter that occurs twice in a group: torch warns and updates it twice, here a step refuses it.
+- Complex parameters and sparse gradients: refused.
+- Muon's `eps`, of Newton–Schulz: always torch's default; torch's database has no other.
+"""
 
 import copy
 import io
@@ -11,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ncollapse import optim
+from ncollapse.optim.muon import newton_schulz
 
 pytest.importorskip("expecttest", reason="torch.testing._internal.common_optimizers needs it")
 from torch.testing._internal import common_optimizers as database
@@ -41,6 +52,11 @@ def inputs() -> Iterator[Any]:
             if entry.desc not in seen and not theirs.get("amsgrad"):
                 seen.add(entry.desc)
                 yield pytest.param(name, entry.kwargs, id=f"{name}-{entry.desc}")
+
+
+def muon_inputs() -> Iterator[Any]:
+    for entry in database.optim_inputs_func_muon("cpu"):
+        yield pytest.param(entry.kwargs, id=entry.desc)
 
 
 def network(dtype: torch.dtype) -> nn.Module:
@@ -84,6 +100,63 @@ def test_same_weights_and_states(name: str, kwargs: dict[str, Any], dtype: torch
         assert mine.keys() == other.keys()
         for key, value in mine.items():
             close(value, other[key].to(value.dtype))
+
+
+@pytest.mark.parametrize(("name", "kwargs"), list(inputs()))
+def test_every_setting_may_stand_in_a_group_of_its_own(name: str, kwargs: dict[str, Any]) -> None:
+    """Given in the group, written into a group of defaults, and in one of two groups."""
+    ends = []
+    for cls, flags in zip(PAIRS[name], (kwargs, plain(kwargs)), strict=True):
+        models = [network(torch.float64) for _ in range(3)]
+        given, written = cls([{"params": models[0].parameters(), **flags}]), cls(models[1].parameters())
+        written.param_groups[0].update(copy.deepcopy(flags))
+        halves = [{"params": models[2][0].parameters()}, {"params": models[2][2:].parameters(), **copy.deepcopy(flags)}]
+        steps = [run(m, o, range(6)) for m, o in zip(models, (given, written, cls(halves, lr=0.02)), strict=True)]
+        assert torch.equal(steps[0], steps[1])
+        ends.append(torch.cat(steps))
+    close(*ends)
+
+
+@pytest.mark.parametrize("kwargs", list(muon_inputs()))
+def test_muons_inputs(kwargs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In arguments, groups and state dicts; torch's bfloat16 of Newton–Schulz replaced by ours."""
+    from torch.optim import _muon as theirs
+
+    def exact(grad: Tensor, coefficients: Any, steps: int, eps: float) -> Tensor:
+        return newton_schulz(grad[None], coefficients, steps)[0]
+
+    monkeypatch.setattr(theirs, "_zeropower_via_newtonschulz", exact)
+    ends, states = [], []
+    for cls, flags in ((optim.Muon, kwargs), (torch.optim.Muon, plain(kwargs))):
+        matrices = [nn.Linear(5, 4, bias=False, dtype=torch.float64), nn.Linear(4, 3, bias=False, dtype=torch.float64)]
+        model = nn.Sequential(nn.Flatten(), matrices[0], nn.Tanh(), matrices[1])
+        for seed, layer in enumerate(matrices):
+            nn.init.normal_(layer.weight, generator=torch.Generator().manual_seed(seed))
+        groups = [{"params": matrices[0].parameters(), "lr": 0.005}, {"params": matrices[1].parameters(), **flags}]
+        optimizer = cls(groups, **{"adjust_lr_fn": None, **flags})
+        ends.append(run(model, optimizer, range(10)))
+        states.append((model, optimizer))
+    close(*ends)
+    (_, ours), (model, other) = states
+    saved = copy.deepcopy(ours.state_dict())
+    other.load_state_dict({**saved, "param_groups": [plain(group) for group in saved["param_groups"]]})
+    ours.load_state_dict(copy.deepcopy(other.state_dict()))
+    close(*(run(m, o, range(10, 15)) for m, o in states))
+
+
+def test_muons_errors() -> None:
+    checked = 0
+    for entry in database.optim_error_inputs_func_muon("cpu", torch.float32):
+        given, kind = entry.optimizer_error_input, entry.error_type
+        params: Any = given.params if given.params is not None else [nn.Parameter(torch.randn(3, 1))]
+        if given.desc == "only support 2D parameters":
+            optim.Muon(params)
+            continue
+        errors = (kind, TypeError) if "complex" in given.desc else kind
+        with pytest.warns(errors) if issubclass(kind, Warning) else pytest.raises(errors):
+            optim.Muon(params, **given.kwargs)
+        checked += 1
+    assert checked >= 9
 
 
 @pytest.mark.parametrize(("name", "kwargs"), list(inputs()))

@@ -1,7 +1,9 @@
 """An update rule from outside of the package: a function in `RULES` and a class on the base. No kernel knows it."""
 
 import copy
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,9 +37,11 @@ class Normalized(optim.Optimizer):
 
 @pytest.fixture(autouse=True)
 def rule() -> Iterator[None]:
+    before = dict(RULES)
     RULES["normalized"] = normalized
     yield
-    del RULES["normalized"]
+    RULES.clear()
+    RULES.update(before)
 
 
 def network(*runs: int) -> tuple[list[nn.Parameter], Tensor, Tensor]:
@@ -112,6 +116,61 @@ def test_stacked_runs_train_as_alone() -> None:
         make: Any = optim.by_name(name)
         train(make(single, **numbers), single, x, y, 5)
         torch.testing.assert_close([p.detach()[r] for p in params], [p.detach() for p in single], rtol=1e-5, atol=1e-6)
+
+
+# Nothing tells a class that its parameters are stacked, but vectors.
+@pytest.mark.parametrize(
+    ("together", "vectors"), [(True, True), (True, False), (False, True)], ids=["Stacked", "numbers", "alone"]
+)
+def test_stacked_runs_of_this_rule_alone(together: bool, vectors: bool) -> None:
+    """The rule's function sees one run at a time: it divides by a norm."""
+    params, x, y = network(2)
+    with torch.no_grad():
+        params[0][1] *= 3
+    starts = [[nn.Parameter(p[r].detach().clone()) for p in params] for r in range(2)]
+    rates = torch.tensor([0.05, 0.1], dtype=torch.float64) if vectors else 0.05
+    numbers: dict[str, Any] = {"lr": rates, "momentum": 0.8, "weight_decay": 0.1}
+    make: Any = optim.Stacked if together else Normalized
+    train(make(params, *[["normalized"] * 2] * together, **numbers), params, x, y, 4)
+    for r, single in enumerate(starts):
+        rate = float(rates[r]) if isinstance(rates, Tensor) else rates
+        train(Normalized(single, **numbers | {"lr": rate}), single, x, y, 4)
+        torch.testing.assert_close([p.detach()[r] for p in params], [p.detach() for p in single], rtol=1e-5, atol=1e-6)
+
+
+def test_the_readmes_rule() -> None:
+    """The section "Anyone's rule" as it stands there: coupling, state dicts and stacked runs for nothing."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("Anyone's rule\n", 1)[1].split("\n#", 1)[0]
+    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert found is not None
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(found[1], names)
+    cls = optim.by_name("bounded")
+    assert cls is names["Bounded"]
+    for coupling in (0.0, 0.4, 1.0):
+        w = nn.Parameter(torch.tensor([[1.0, -2.0]], dtype=torch.float64))
+        twin, velocity = w.detach().clone(), torch.zeros(1, 2, dtype=torch.float64)
+        make: Any = cls
+        optimizer = make([w], lr=0.1, momentum=0.8, weight_decay=0.5, coupling=coupling)
+        for step in range(4):
+            w.grad = torch.full_like(w, 0.3 * step)
+            optimizer.step()
+            velocity = 0.8 * velocity + 0.3 * step + coupling * 0.5 * twin
+            twin = (1 - 0.1 * (1 - coupling) * 0.5) * twin - 0.1 * velocity / (1 + velocity.abs())
+        torch.testing.assert_close(w.detach(), twin, rtol=1e-12, atol=1e-12)
+        other = make([copied := nn.Parameter(w.detach().clone())])
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        stack = nn.Parameter(torch.stack([w.detach(), 2 * w.detach()]))
+        both = optim.Stacked([stack], ["bounded", "adamw"], lr=0.1, momentum=0.8, weight_decay=0.5)
+        for p, one in ((w, optimizer), (copied, other), (stack, both)):
+            p.grad = torch.ones_like(p)
+            one.step()
+        assert torch.equal(w, copied)
+        first = make([start := nn.Parameter(twin.clone())], lr=0.1, momentum=0.8, weight_decay=0.5)
+        start.grad = torch.ones_like(start)
+        first.step()
+        torch.testing.assert_close(stack.detach()[0], start.detach(), rtol=1e-12, atol=1e-12)
 
 
 def test_it_is_found_by_name_in_the_theory_too() -> None:
