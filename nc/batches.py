@@ -107,7 +107,7 @@ def arguments_of(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[s
         parameters = inspect.signature(model.forward).parameters.values()
     except (TypeError, ValueError):  # compiled code
         return (), dict(inputs)
-    names = {p.name for p in parameters}
+    names = [p.name for p in parameters]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     kwargs = {k: v for k, v in inputs.items() if k in names or (takes_any and _is_array(v))}
     arrays = [value for value in inputs.values() if _is_array(value)]

@@ -14,7 +14,7 @@ from ncollapse.batches import Batch, Loader, batch_count, labelled_batches
 from ncollapse.heads import Head, find_module, name_of
 from ncollapse.hooks import Forward, HeadLike, unwrapped, watch
 from ncollapse.measurement import Measurement, to_numbers
-from ncollapse.process_group import in_step, is_sharded, raise_for_all, told_by_all
+from ncollapse.process_group import in_step, is_sharded, run_in_all, told_by_all
 from ncollapse.progress import tracked
 from ncollapse.result import LayerResult, NCResult
 from ncollapse.samples import Pool, select_samples
@@ -147,14 +147,14 @@ def measure(
 
     modules = {name: find_module(model, name) for name in layers}
     with torch.no_grad(), watch(model, list(heads.values()), modules, pool) as run:
-        _in_all(group, lambda: add(run))
+        run_in_all(lambda: add(run), group)
         if not sum(told_by_all(_samples(measurements), group) if group is not None else [_samples(measurements)]):
             raise ValueError("measure: the loader gave no samples")
         if group is not None:
             _join_without_data(measurements, model, group, start)
         again = [measurement.end_pass() for measurement in measurements.values()]
         if any(again) and not once:
-            _in_all(group, lambda: add(run))
+            run_in_all(lambda: add(run), group)
         elif any(again):
             warnings.warn(
                 f"measure: NC4 is unknown (NaN): the features take more than keep_bytes={keep_bytes}, and an "
@@ -181,18 +181,6 @@ def _by_name(model: nn.Module, head: HeadLike | Heads) -> dict[str, HeadLike] | 
     if not heads or None in heads.values():
         raise ValueError("measure: of several heads each is a name, a module or a Head")
     return heads
-
-
-def _in_all(group: Any, add: Callable[[], None]) -> None:
-    """Add this process's data; fail in all processes of the group if one fails."""
-    error = None
-    try:
-        add()
-    except Exception as raised:
-        if group is None:
-            raise
-        error = raised
-    raise_for_all(error, group)
 
 
 def _samples(measurements: Mapping[str, Measurement]) -> int:

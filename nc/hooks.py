@@ -246,7 +246,7 @@ class _Found:
             )
         returned = logits_in(output, *call.logits.shape) if call.logits.dim() == 2 else []
         chosen = [t.gather(1, call.logits.argmax(1, keepdim=True)).squeeze(1) for t in returned]
-        if chosen and not any(bool((t.amax(1) <= at).all()) for t, at in zip(returned, chosen, strict=True)):
+        if chosen and all(bool((t.amax(1) > at).any()) for t, at in zip(returned, chosen, strict=True)):
             warnings.warn(
                 f"measure: the predictions of the model are not those of its last linear layer {self.name!r}, which is "
                 "measured; if it has several heads, name one or more",

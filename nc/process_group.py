@@ -1,6 +1,6 @@
 """What the processes of a `torch.distributed` group tell each other while each measures its share of the data."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -16,15 +16,35 @@ def told_by_all(mine: T, group: Any) -> list[T]:
     return told
 
 
-def raise_for_all(error: Exception | None, group: Any) -> None:
-    """Raise the error, and in processes without one that of another, which would else be waited for in vain."""
-    if group is not None:
-        texts = told_by_all(None if error is None else f"{type(error).__name__}: {error}", group)
-        failed = next((rank for rank, text in enumerate(texts) if text), None)
-        if error is None and failed is not None:
-            raise RuntimeError(f"measure: process {failed} of the group failed: {texts[failed]}")
+class _AnotherError(RuntimeError):
+    """Another process has told of its error."""
+
+
+def run_in_all(task: Callable[[], None], group: Any) -> None:
+    """Run this process's task; raise its error, or in a process without one RuntimeError with that of another.
+
+    Else the others would wait in vain for the one that failed.
+    """
+    if group is None:
+        return task()
+    error = None
+    try:
+        task()
+    except _AnotherError:
+        raise
+    except Exception as raised:
+        error = raised
+    told = told_by_all(None if error is None else f"{type(error).__name__}: {error}", group)
     if error is not None:
         raise error
+    _raise_if_told(told)
+    return None
+
+
+def _raise_if_told(told: Iterable[Any]) -> None:
+    for rank, text in enumerate(told):
+        if isinstance(text, str):
+            raise _AnotherError(f"measure: process {rank} of the group failed: {text}")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -44,7 +64,9 @@ def in_step(batches: Iterable[T], group: Any) -> Iterator[tuple[T, bool]]:
     while True:
         item = next(items, None)
         last = last if item is None else item
-        more, able = zip(*told_by_all((item is not None, last is not None), group), strict=True)
+        told = told_by_all((item is not None, last is not None), group)
+        _raise_if_told(told)  # instead of a batch: it has left `run_in_all`
+        more, able = zip(*told, strict=True)
         if not any(more):
             return
         if not all(able):

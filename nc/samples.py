@@ -51,11 +51,12 @@ def select_samples(
     if ignore_index is not None:
         used = labels != ignore_index
         keep = used if keep is None else keep & used
-    if keep is None or bool(keep.all()):
-        return features, logits, labels, of_layers
-    rows = keep.nonzero().squeeze(1)
-    features, logits, *chosen = (h[rows.to(h.device)] for h in (features, logits, *of_layers.values()))
-    return features, logits, labels[rows], dict(zip(of_layers, chosen, strict=True))
+    if keep is not None and not bool(keep.all()):
+        rows = keep.nonzero().squeeze(1)
+        features, logits, *chosen = (h[rows.to(h.device)] for h in (features, logits, *of_layers.values()))
+        labels, of_layers = labels[rows], dict(zip(of_layers, chosen, strict=True))
+    # Without the wait for the GPU of a copy that blocks.
+    return features, logits, labels.to(features.device, non_blocking=True), of_layers
 
 
 def class_indices(labels: Tensor, classes: int) -> Tensor:

@@ -75,12 +75,16 @@ for wrong, message in ((share if rank else (share[0], share[1] + 9), "outside"),
         assert message in str(error), error
     else:
         raise AssertionError("no error")
-try:
-    measure(sharded, share if rank else nothing, **options)
-except ValueError as error:
-    assert "one has no batch" in str(error), error
-else:
-    raise AssertionError("no error")
+for wrong, message in (
+    (share if rank else nothing, "one has no batch"),
+    (share if rank else (share[0], share[1] + 9), "outside"),
+):
+    try:
+        measure(sharded, wrong, **options)
+    except (ValueError, RuntimeError) as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError("no error")
 
 data = TensorDataset(x, labels)
 loader = DataLoader(data, 16, sampler=DistributedSampler(data))
