@@ -255,12 +255,19 @@ def test_a_group_is_a_dict() -> None:
     assert {type(each) for each in (copy.copy(group), copy.deepcopy(group), group | {}, {} | group)} == {dict}
 
 
-def test_the_groups_of_another_optimizer_are_shared_as_in_torch() -> None:
+@pytest.mark.parametrize("given", [True, False], ids=["given", "assigned"])
+def test_the_groups_of_another_optimizer_are_shared_as_in_torch(given: bool) -> None:
     def run(cls: Any) -> list[float]:
         first = cls([parameter()], lr=0.1)
-        second = cls(first.param_groups, lr=0.7)
-        first.param_groups[0]["lr"] = 0.2
-        return take(second)
+        second = cls(first.param_groups if given else [parameter()], lr=0.7)
+        if not given:
+            second.param_groups = first.param_groups
+        for rate in (0.2, 0.3):
+            take(second)
+            first.param_groups[0]["lr"] = rate
+        second.param_groups[0]["weight_decay"] = 0.5
+        assert first.param_groups[0]["weight_decay"] == 0.5
+        return take(first) + take(second)
 
     both("SGD", run)
 

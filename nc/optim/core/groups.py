@@ -3,6 +3,7 @@
 import weakref
 from collections import UserDict
 from collections.abc import Sequence
+from itertools import repeat
 from operator import is_
 from sys import getrefcount
 from typing import Any, Protocol
@@ -61,7 +62,8 @@ class Group(UserDict[str, Any], dict[str, Any]):  # type: ignore[misc]  # UserDi
 
     def take_all(self) -> None:
         """Note that the optimizer has taken over all settings."""
-        self.taken, self.loose = {}, False
+        self.taken: dict[str, Any] = {}
+        self.loose = False
         for key in self.data:
             self.take(key)
 
@@ -104,6 +106,12 @@ class _Nobody:
 _MISSING = object()
 # References to the dict of a group that nobody else holds. A step looks at the settings of the other groups only.
 _ALONE = _holders([Group({}, _Nobody())])[0]
+
+
+def report_to(groups: Sequence[dict[str, Any]], listener: Listener) -> bool:
+    """Whether all of these are groups, of this listener."""
+    own = repeat(weakref.ref(listener))
+    return all(map(is_, map(getattr, groups, repeat("_listener"), repeat(None)), own))
 
 
 def not_alone(groups: Sequence[Group]) -> list[Group]:

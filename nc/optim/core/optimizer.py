@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from ncollapse.kernels.update.reference import Hyper
 from ncollapse.kernels.update.table import code
 from ncollapse.optim.core.checks import check_nesterov, check_param, check_setting, check_state
-from ncollapse.optim.core.groups import Group, not_alone
+from ncollapse.optim.core.groups import Group, not_alone, report_to
 from ncollapse.optim.core.numbers import HyperSet
 from ncollapse.optim.core.observe import Observed, observed
 from ncollapse.optim.core.rule import Rule
@@ -281,10 +281,10 @@ class Optimizer(torch.optim.Optimizer):
 
     def _catch_up(self) -> None:
         """Take over what was written into the users' own dicts and lists, which report nothing."""
-        if {*map(type, self.param_groups)} != {Group}:
+        if not report_to(self.param_groups, self):  # the list has dicts of the user's, or another optimizer's groups
             for group in self.param_groups:
                 self._check_group({**self.defaults, **group})
-            self.param_groups = [g if isinstance(g, Group) else Group(g, self) for g in self.param_groups]
+            self.param_groups[:] = [Group(g.data if isinstance(g, Group) else g, self) for g in self.param_groups]
             self._stepper.stale = True
         for group in not_alone(cast(list[Group], self.param_groups)):
             changes = group.changes()
