@@ -60,10 +60,13 @@ def load_layers(folder: Path | str) -> "pd.DataFrame":
 
 
 def _typed(frame: "pd.DataFrame", wanted: Iterable[columns.ResultColumn], folder: Path) -> "pd.DataFrame":
+    import numpy as np
+
     types = columns.dtypes(wanted)
     frame = frame[list(types)]
     try:
-        typed = frame.astype(types)
+        with np.errstate(invalid="ignore"):  # what is no integer is found below
+            typed = frame.astype(types)
     except (ValueError, TypeError, OverflowError) as error:
         raise damaged(folder / schema.FILE, f"a number is none: {str(error)[:100]}") from None
     for name, dtype in types.items():

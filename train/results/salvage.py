@@ -145,7 +145,9 @@ def _copy_run(
     for table in ("metrics", "layers"):
         columns = tuple(schema.TABLES[table])
         rows = source.execute(
-            f"SELECT {schema.quoted(columns)} FROM {table} WHERE run = ? AND epoch <= ?", (run.row["id"], last)
+            f"SELECT {schema.quoted(columns)} FROM {table} WHERE run = ? AND typeof(epoch) = 'integer' "
+            "AND epoch BETWEEN 0 AND ?",
+            (run.row["id"], last),
         )
         places = ", ".join("?" * len(columns))
         target.executemany(f"INSERT OR IGNORE INTO {table} ({schema.quoted(columns)}) VALUES ({places})", rows)

@@ -111,9 +111,9 @@ def run_digest(connection: sqlite3.Connection, run: str) -> str:
     for row in connection.execute(f"SELECT epoch, {columns} FROM metrics WHERE run = ? ORDER BY epoch", (run,)):
         digest.update(_packed(row))
     for row in connection.execute(
-        f"SELECT epoch, position, {of_layer} FROM layers WHERE run = ? ORDER BY epoch, position", (run,)
+        f"SELECT layer, epoch, position, {of_layer} FROM layers WHERE run = ? ORDER BY epoch, position", (run,)
     ):
-        digest.update(_packed(row))
+        digest.update(str(row[0]).encode() + _packed(row[1:]))
     return digest.hexdigest()
 
 

@@ -137,8 +137,12 @@ class Store:
 
     def _value(self, sql: str, *parameters: Any) -> Any:
         """Return the first value of the first row that a query finds; None where it finds none."""
-        row = self._db.execute(sql, parameters).fetchone()
-        return row[0] if row else None
+        rows = self._rows(sql, *parameters)
+        return rows[0][0] if rows else None
+
+    def _rows(self, sql: str, *parameters: Any) -> list[Any]:
+        with self._user_errors():
+            return self._db.execute(sql, parameters).fetchall()
 
     def _tidy(self) -> None:
         """Remove what a killed sweep has left: files without a row, checkpoints of stacks whose runs have all ended."""
@@ -147,7 +151,7 @@ class Store:
                 "UPDATE stacks SET checkpoint = NULL, checkpoint_epoch = NULL WHERE checkpoint IS NOT NULL "
                 f"AND id NOT IN (SELECT stack FROM runs WHERE stack IS NOT NULL AND status NOT IN ({ENDED}))"
             )
-        known = {name for (name,) in self._db.execute("SELECT checkpoint FROM stacks")}
+        known = {name for (name,) in self._rows("SELECT checkpoint FROM stacks")}
         left = [path for path in self._checkpoints.glob("*") if _CHECKPOINT.fullmatch(path.name)]
         for path in (*left, *(self.folder / "weights").glob("*.pt.partial")):
             if path.name not in known and path.is_file():
@@ -173,14 +177,14 @@ class Store:
 
     def finished(self) -> dict[str, str]:
         """Return id -> status of the runs that have ended."""
-        return dict(self._db.execute(f"SELECT id, status FROM runs WHERE status IN ({ENDED})"))
+        return dict(self._rows(f"SELECT id, status FROM runs WHERE status IN ({ENDED})"))
 
     # The plan: which runs train together. It is kept, since the last digits of a run's numbers depend on it.
 
     def stacks(self) -> list[PlannedStack]:
         """Return the stacks with runs that have not ended, in order; empty before there is a plan."""
         by_id = {run.id: run for run in self.grid.runs}
-        rows = self._db.execute(
+        rows = self._rows(
             "SELECT stack, checkpoint, checkpoint_epoch, runs.id FROM runs LEFT JOIN stacks ON stacks.id = stack "
             f"WHERE stack IN (SELECT stack FROM runs WHERE status NOT IN ({ENDED})) ORDER BY stack, runs.id"
         )
@@ -193,7 +197,7 @@ class Store:
 
     def begun(self) -> set[int]:
         """Return the stacks whose plan has to stay: those with a run that has ended, or with a checkpoint."""
-        rows = self._db.execute(
+        rows = self._rows(
             f"SELECT stack FROM runs WHERE status IN ({ENDED}) UNION SELECT id FROM stacks WHERE checkpoint IS NOT NULL"
         )
         return {stack for (stack,) in rows}
@@ -208,7 +212,7 @@ class Store:
             engine: is kept; it says how the runs train and why.
             checkpoints: for each of the first stacks, its epoch and the state of its training; None: it has none.
         """
-        replaced = {name for (name,) in self._db.execute("SELECT checkpoint FROM stacks WHERE checkpoint IS NOT NULL")}
+        replaced = {name for (name,) in self._rows("SELECT checkpoint FROM stacks WHERE checkpoint IS NOT NULL")}
         with self._transaction():
             numbers = [self._insert_one("stacks", size=len(runs)) for runs in stacks]
             for number, kept in zip(numbers, checkpoints, strict=False):
@@ -224,7 +228,7 @@ class Store:
             if engine is not None:
                 row = ("engine", json.dumps(engine))
                 self._db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", row)
-        known = {name for (name,) in self._db.execute("SELECT checkpoint FROM stacks")}
+        known = {name for (name,) in self._rows("SELECT checkpoint FROM stacks")}
         for name in replaced - known:
             self._unlink(name)
         return numbers
