@@ -156,6 +156,9 @@ def test_decoupled_weight_decay_is_coupling_zero() -> None:
     assert group["decoupled_weight_decay"] is False
     group["decoupled_weight_decay"] = True
     assert group["coupling"] == 0
+    kept = dict(optim.Adam([{"params": [parameter()], "coupling": 0.5}]).param_groups[0])
+    group.update({key: value for key, value in kept.items() if key != "params"})
+    assert (group["coupling"], group["decoupled_weight_decay"]) == (0.5, False)
     for arguments in ({"coupling": 0.5}, {"coupling": 1.0}):
         with pytest.raises(ValueError, match="decoupled_weight_decay=True means coupling 0; got coupling"):
             optim.Adam([parameter()], decoupled_weight_decay=True, **arguments)
@@ -225,12 +228,24 @@ def test_a_setting_may_be_taken_out_and_set_again(live: bool) -> None:
         take(optimizer)
         key, value = group.popitem()
         group[key] = value
-        del group["weight_decay"]
+        del group["weight_decay"], group["eps"]
+        group["eps"] = 1e-4
         group.setdefault("weight_decay", 0.2)
         group |= {"lr": 0.1}
         return take(optimizer)
 
     both("Adam", run)
+
+
+def test_all_settings_may_be_replaced_where_a_graph_reads_them() -> None:
+    optimizer = optim.Adam([parameter()], lr=0.1)
+    take(optimizer)
+    optimizer._stepper.live = True
+    everything = dict(optimizer.param_groups[0]) | {"lr": 0.3, "eps": 0.5}
+    optimizer.param_groups[0].clear()
+    optimizer.param_groups[0].update(everything)
+    assert not optimizer._stepper.stale
+    assert optimizer._stepper.numbers.host[0].tolist() == [0.3, 0.0, 1.0, 0.9, 0.999, 0.5]
 
 
 def test_a_missing_setting_is_named() -> None:

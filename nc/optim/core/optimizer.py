@@ -255,11 +255,18 @@ class Optimizer(torch.optim.Optimizer):
                 self._check_params({**group.data, key: value})
 
     def _written(self, group: Group, key: str) -> None:
-        """After a write into a param group: take the setting over, and what follows from it."""
-        self._take_over(group, key)
-        for name, value in self._implied({key: group.data[key]}).items():
-            group.data[name] = value
-            self._take_over(group, name)
+        """After a write into a param group: take the setting over, and what follows from it if it is another."""
+        keys = [key]
+        if group.loose:  # keys may have been taken out
+            if not self.defaults.keys() <= group.data.keys():
+                return  # the others are to come; a step without them fails
+            keys = group.changes()
+        for each in keys:
+            value, before = group.data[each], group.taken.get(each)
+            self._take_over(group, each)
+            for name, follows in self._implied({each: value}).items() if value is not before else ():
+                group.data[name] = follows
+                self._take_over(group, name)
 
     def _take_over(self, group: Group, key: str) -> None:
         """Send a number that was written to the device, exchange a tensor; for else, mark the stepper stale."""
