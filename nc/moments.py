@@ -37,3 +37,8 @@ def within(state: State, directions: Tensor | None) -> Tensor:
         sums = sums @ directions.mT
     counts = state.counts.double()
     return (scatter - sums.mT @ (sums / counts.clamp(min=1).unsqueeze(-1))) / counts.sum()
+
+
+def defined(value: Tensor, rounding: Tensor | float = 0.0) -> Tensor:
+    """Return the value, or NaN where it is not finite or smaller than its rounding error: it then has no digit."""
+    return value.where(value.isfinite() & (value >= rounding), torch.nan)

@@ -1,9 +1,12 @@
 """The metrics of a measurement by name, and the results that hold them."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ncollapse import metrics
@@ -28,13 +31,59 @@ OF_HEAD: dict[str, Callable[[Tensor, ClassStats], Tensor]] = {
     "nc3_difference": partial(metrics.nc3, kind="difference"),
     "degenerate": metrics.degenerate,
 }
-#: The names of all metrics of a head.
+#: The names of all metrics of a head that a `Measurement` takes by default.
 HEAD_METRICS = (*OF_LAYER, *OF_HEAD, "nc4", "train_accuracy")
+#: What `measure` adds to them, for a layer and for the head.
+FURTHER_OF_LAYER: dict[str, Callable[[ClassStats], Tensor]] = {
+    "nc1_trace_ratio_balanced": partial(metrics.nc1, kind="trace_ratio", within="class"),
+    "gnc2": metrics.gnc2,
+    "gnc2_energy": partial(metrics.gnc2, kind="mean"),
+    "effective_rank": metrics.effective_rank,
+    "mean_rank": metrics.mean_rank,
+}
+FURTHER_OF_HEAD: dict[str, Callable[[Tensor, ClassStats], Tensor]] = {
+    "gnc2_weight": lambda weight, _: metrics.gnc2(weight),
+    "gnc2_weight_energy": lambda weight, _: metrics.gnc2(weight, kind="mean"),
+    "effective_rank_weight": lambda weight, _: metrics.effective_rank(weight),
+    "unc3": metrics.unc3,
+}
+
+
+def further(weight: Tensor, bias: Tensor | None, stats: ClassStats) -> dict[str, Tensor]:
+    """Compute the further metrics of a head, `[*]` each, by the names of `NCResult`.
+
+    Args:
+        weight, bias: W `[*, K, d]` and b `[*, K]`, or None.
+        stats: of the head's input.
+    """
+    values = {name: of(stats) for name, of in FURTHER_OF_LAYER.items()}
+    values |= {name: of(weight, stats) for name, of in FURTHER_OF_HEAD.items()}
+    return values | {"global_logits": metrics.global_logits(weight, bias, stats)}
+
+
+def further_of_layer(stats: ClassStats) -> dict[str, Tensor]:
+    """Compute the further metrics of a layer, `[*]` each, by the names of `LayerResult`."""
+    return {name: of(stats) for name, of in FURTHER_OF_LAYER.items()}
+
+
+def nearest_numbers(counts: Tensor) -> dict[str, Any]:
+    """Turn the counts of `metrics.agreement`, `[K, 3]`, into the fields of `LayerResult` on nearest means."""
+    samples, right, differ = counts.cpu().double().unbind(-1)
+    return {
+        "nearest_mean_accuracy": float(right.sum() / samples.sum()),
+        "nearest_mean_accuracy_per_class": (right / samples).tolist(),
+        "nc4_per_class": (differ / samples).tolist(),
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerResult:
-    """Metrics of one layer's features; definitions in `ncollapse.metrics`."""
+    """Metrics of one layer's features; definitions in `ncollapse.metrics`. NaN is undefined, None not measured.
+
+    Attributes:
+        nearest_mean_accuracy: share of the samples whose nearest training mean is that of their class.
+        nearest_mean_accuracy_per_class, nc4_per_class: the same, and NC4, for each class; NaN without samples.
+    """
 
     nc1: float
     nc1_trace_ratio: float
@@ -42,6 +91,24 @@ class LayerResult:
     nc2: float
     nc2_equinorm: float
     nc2_equiangularity: float
+    nc1_trace_ratio_balanced: float | None = None
+    gnc2: float | None = None
+    gnc2_energy: float | None = None
+    effective_rank: float | None = None
+    mean_rank: float | None = None
+    nearest_mean_accuracy: float | None = None
+    nearest_mean_accuracy_per_class: list[float] = dataclasses.field(default_factory=list, repr=False)
+    nc4_per_class: list[float] = dataclasses.field(default_factory=list, repr=False)
+
+    @property
+    def undefined(self) -> tuple[str, ...]:
+        """The names of the metrics that are NaN."""
+        return tuple(name for name, value in self.as_dict().items() if math.isnan(value))
+
+    def as_dict(self) -> dict[str, float]:
+        """Return all measured numbers by name."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, float | int)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,10 +117,15 @@ class NCResult(LayerResult):
 
     Attributes:
         head: name of the head, as in `model.named_modules()`.
-        degenerate: features or classifier have vanished: NC1–NC3 are undefined (NaN).
+        degenerate: features or classifier have vanished; `undefined` names the metrics that are NaN for it.
+        nc5: of out-of-distribution data.
         layers: name -> metrics of that layer's features.
         means: class means of the head's input, `[K, d]` float64 on the CPU; NaN for a class without samples.
             `measure(..., previous=result)` uses them.
+        matrices: name -> `[K, K]` float64 on the CPU, as `metrics.matrices` returns them; of W "singular_values" and
+            "row_sum", `[min(K, d)]` each: σ_i, and the cosine of the left singular vector u_i with 1.
+        test: the same of test data, where they were given. Its NC4 and accuracy of the nearest mean are against the
+            means of the training data, its `train_accuracy` is that of the test data.
     """
 
     nc0: float
@@ -64,15 +136,32 @@ class NCResult(LayerResult):
     nc3_difference: float
     nc4: float
     train_accuracy: float
+    gnc2_weight: float | None = None
+    gnc2_weight_energy: float | None = None
+    effective_rank_weight: float | None = None
+    unc3: float | None = None
+    global_logits: float | None = None
+    nc5: float | None = None
     degenerate: bool
     head: str = ""
     layers: dict[str, LayerResult]
     means: Tensor = dataclasses.field(repr=False, compare=False)
+    matrices: dict[str, Tensor] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    test: "NCResult | None" = None
 
     def as_dict(self) -> dict[str, float]:
-        """Return all numbers by name, those of layers as "layer2.nc1", for loggers."""
-        others = ("head", "layers", "means")
-        numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in others}
+        """Return all measured numbers by name; of layers as "layer2.nc1", of test data as "test.nc1"."""
+        numbers = super().as_dict()
         for name, layer in self.layers.items():
-            numbers |= {f"{name}.{key}": value for key, value in dataclasses.asdict(layer).items()}
+            numbers |= {f"{name}.{key}": value for key, value in layer.as_dict().items()}
+        if self.test is not None:
+            numbers |= {f"test.{key}": value for key, value in self.test.as_dict().items()}
         return numbers
+
+
+def kept_matrices(weight: Tensor, stats: ClassStats) -> dict[str, Tensor]:
+    """Compute `NCResult.matrices` of a head, on the CPU; weight W `[K, d]`."""
+    left, values, _ = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+    row_sum = left.sum(0).abs() / len(left) ** 0.5
+    found = metrics.matrices(weight.detach(), stats) | {"singular_values": values, "row_sum": row_sum}
+    return {name: matrix.cpu() for name, matrix in found.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ncollapse.kernels.class_stats.op import class_stats_op
 from ncollapse.kernels.class_stats.reference import State, moved
-from ncollapse.moments import merge, totals, within
+from ncollapse.moments import defined, merge, totals, within
 
 Moment = Literal["full", "projected", "trace"]
 Balance = Literal["class", "sample", "sample_mean"]
@@ -36,7 +36,8 @@ class ClassStats:
             "propagate" adds it; the results of its run are then NaN.
         name: of the layer, for errors and warnings.
         device: of the features.
-        dtype: of the sums: float32, or float64 to keep the accuracy of float64 features.
+        dtype: of shifts and second moment, float32 or float64. None: float64 if the first features are float64, else
+            float32. Sums and squares of K × d values are float64 in any case.
 
     A refused batch does not change the statistics. On a CPU `update` raises the error; on other devices the first read
     of a result raises it, once.
@@ -45,7 +46,7 @@ class ClassStats:
     def __init__(
         self, num_classes: int, dim: int, *, moment: Moment = "full", axes: Tensor | None = None,
         runs: int | None = None, nan_policy: Literal["raise", "propagate"] = "raise", name: str = "",
-        device: torch.device | str | None = None, dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         if num_classes < 2 or dim < 1 or (runs is not None and runs < 1):
             raise ValueError(
@@ -56,8 +57,8 @@ class ClassStats:
                 "ClassStats: moment is 'full', 'projected' or 'trace', nan_policy 'raise' or 'propagate'; "
                 f"got {moment!r} and {nan_policy!r}"
             )
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"ClassStats: sums are torch.float32 or torch.float64, not {dtype}")
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"ClassStats: dtype is torch.float32 or torch.float64, not {dtype}")
         run_shape = () if runs is None else (runs,)
         if (axes is None) == (moment == "projected"):
             raise ValueError(
@@ -71,9 +72,21 @@ class ClassStats:
         if axes is not None:
             # Orthonormal, so that a vector in their span is the sum of its projections.
             axes = torch.linalg.qr(axes.detach().double().nan_to_num(0.0, 0.0, 0.0).mT).Q.mT
-        self._state = State.empty(
-            num_classes, dim, runs=runs, scatter=moment != "trace", axes=axes, dtype=dtype, device=device
-        )
+        self._axes, self._dtype = axes, dtype
+        self._state = self._empty(torch.float32 if dtype is None else dtype, device)
+
+    def _empty(self, dtype: torch.dtype, device: torch.device | str | None) -> State:
+        return State.empty(
+            self.num_classes, self.dim, runs=self.runs, scatter=self.moment != "trace", axes=self._axes, dtype=dtype,
+            device=device,
+        )  # fmt: skip
+
+    def _settle(self, dtype: torch.dtype) -> None:
+        """Take this dtype if none was given and no batch was added."""
+        if self._dtype is None:
+            self._dtype = dtype
+            if dtype != self._state.shifts.dtype:
+                self._state = self._empty(dtype, self.device)
 
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch.
@@ -104,6 +117,8 @@ class ClassStats:
                 f"{self._label}.update: features on {features.device} and labels on {labels.device}, statistics on "
                 f"{device}; move them, or the statistics with `to`"
             )
+        if self._dtype is None:
+            self._settle(torch.float64 if features.dtype == torch.float64 else torch.float32)
         class_stats_op(features.detach(), labels.long(), *self._state, self.nan_policy == "propagate")
         if device.type == "cpu" and not torch.compiler.is_compiling():
             self._report()
@@ -129,6 +144,7 @@ class ClassStats:
         kind, other_kind = ((s.num_classes, s.dim, s.runs, s.moment) for s in (self, other))
         if kind != other_kind:
             raise ValueError(f"{self._label}.merge: cannot add (K, d, R, moment) = {other_kind} to {kind}")
+        self._settle(other._state.shifts.dtype)
         theirs = other._state.to(self.device)
         if self._state.axes is not None and not torch.equal(self._state.axes, theirs.axes):  # type: ignore[arg-type]
             raise ValueError(
@@ -142,10 +158,15 @@ class ClassStats:
         All must have the same axes. A class's shift becomes that of the first process that has samples of it. The
         network carries 2 · K × d values, and for the moment d × d or m × m.
         """
-        state, rank = self._state, dist.get_rank(group)
-        counts = [torch.empty_like(state.counts) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(counts, state.counts, group=group)
-        owner = (torch.stack(counts) > 0).int().argmax(0)  # argmax gives the first of equal values
+        rank, double = dist.get_rank(group), int(self._state.shifts.dtype == torch.float64)
+        ours = torch.nn.functional.pad(self._state.counts, (0, 1), value=double)
+        gathered = [torch.empty_like(ours) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, ours, group=group)
+        counts = torch.stack(gathered)
+        # A process without samples has no dtype of its own yet.
+        self._settle(torch.float64 if counts[:, -1].any() else torch.float32)
+        state = self._state
+        owner = (counts[:, :-1] > 0).int().argmax(0)  # argmax gives the first of equal values
         owned = ((owner == rank) & (state.counts > 0)).unsqueeze(-1)
         shifts = torch.where(owned, state.shifts.double(), 0.0)
         dist.all_reduce(shifts, group=group)
@@ -183,13 +204,19 @@ class ClassStats:
         )
         if theirs != ours:
             raise ValueError(f"{self._label}.load_state_dict: it holds {theirs}; these statistics hold {ours}")
-        for name, tensor in tensors.items():
+        self._settle(state["shifts"].dtype)
+        for name, tensor in self._tensors().items():
             tensor.copy_(state[name])
 
     @property
     def device(self) -> torch.device:
         """Device of the statistics."""
         return self._state.counts.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of shifts and second moment: float32 as long as it is open."""
+        return self._state.shifts.dtype
 
     @property
     def counts(self) -> Tensor:
@@ -205,7 +232,7 @@ class ClassStats:
     @property
     def means(self) -> Tensor:
         """Class means μ_k, `[*, K, d]` float64; NaN for a class without samples."""
-        return self._state.shifts.double() + self._state.sums.double() / self.counts.unsqueeze(-1)
+        return self._state.shifts.double() + self._state.sums / self.counts.unsqueeze(-1)
 
     @property
     def global_mean(self) -> Tensor:
@@ -238,14 +265,34 @@ class ClassStats:
         return means.mT @ (self.class_weights(balance).unsqueeze(-1) * means)
 
     def within_variances(self) -> Tensor:
-        """Compute tr Σ_k = (1/n_k) Σ ‖h − μ_k‖² of each of the K' classes with samples, `[*, K']` float64."""
-        counts = self.counts[self.present].double()
-        sums = self._state.sums[..., self.present, :].double() / counts.unsqueeze(-1)
-        return (self._state.squares[..., self.present].double() / counts - sums.square().sum(-1)).clamp(min=0)
+        """Compute tr Σ_k = (1/n_k) Σ ‖h − μ_k‖² of each of the K' classes with samples, `[*, K']` float64.
 
-    def within_trace(self) -> Tensor:
-        """Compute tr Σ_W = (1/N) Σ ‖h − μ_y‖² over all samples, `[*]` float64."""
-        return (self.class_weights("sample") * self.within_variances()).sum(-1)
+        Where rounding, under- or overflow leaves no digit of it, it is NaN; of equal samples it is 0.
+        """
+        variances, rounding = self.variances()
+        return defined(variances, rounding)
+
+    def within_trace(self, balance: Balance = "sample") -> Tensor:
+        """Compute tr Σ_W = Σ_k w_k tr Σ_k, `[*]` float64; NaN as in `within_variances`.
+
+        With balance="sample" w_k = n_k/N, so that Σ_W is that of all samples (Papyan et al. 2020); with "class" each of
+        the K' classes weighs the same, as the means do in Σ_B.
+        """
+        weights = self.class_weights(balance)
+        variances, rounding = self.variances()
+        return defined((weights * variances).sum(-1), (weights * rounding).sum(-1))
+
+    def variances(self) -> tuple[Tensor, Tensor]:
+        """Return tr Σ_k, and a bound of its rounding error which is 0 where all samples are equal; `[*, K']` float64.
+
+        Squares are summed in float64, but those of a sample in the dtype of the shifts.
+        """
+        counts = self.counts[self.present].double()
+        sums = self._state.sums[..., self.present, :] / counts.unsqueeze(-1)
+        squares, offset = self._state.squares[..., self.present] / counts, sums.square().sum(-1)
+        info = torch.finfo(self._state.shifts.dtype)
+        rounding = info.eps * squares + self.dim * info.tiny
+        return squares - offset, rounding.masked_fill((squares == 0) & (sums == 0).all(-1), 0.0)
 
     def within_cov(self, directions: Tensor | None = None) -> Tensor:
         """Compute Σ_W = (1/N) Σ (h − μ_y)(h − μ_y)ᵀ over all samples, `[*, d, d]` float64 (Papyan et al. 2020).

@@ -243,3 +243,78 @@ def test_a_run_that_is_nan_does_not_affect_the_others() -> None:
         assert value.isnan().tolist() == [False, True, False]
     nc4 = metrics.nc4(stacked, stacked @ weight.mT, stats)
     assert nc4.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("scale", [1e-22, 1e-25, 1e20])
+def test_variances_that_under_or_overflow_are_undefined(scale: float) -> None:
+    features, labels = blobs(400, 4, 16)
+    stats = ClassStats(4, 16)
+    stats.update(scale * features.float(), labels)
+    weight = torch.randn(4, 16)
+    for value in (metrics.nc1(stats), metrics.nc1(stats, kind="trace_ratio"), metrics.nc1(stats, kind="cdnv")):
+        assert value.isnan()
+    assert stats.within_variances().isnan().all()
+    assert metrics.nc2(stats).isfinite()  # the means are exact
+    assert metrics.degenerate(weight, stats)
+
+
+@pytest.mark.parametrize("noise", [1e-6, 1e-10])
+def test_float64_features_have_the_digits_of_float64(noise: float) -> None:
+    """The same directions at a thousandth of the noise: a millionth of the variance."""
+    labels = torch.arange(400) % 4
+    means, directions = torch.randn(4, 16, dtype=torch.float64), torch.randn(400, 16, dtype=torch.float64)
+    of = {}
+    for size in (1e-3, noise):
+        stats = ClassStats(4, 16)
+        stats.update(means[labels] + size * directions, labels)
+        assert stats.dtype == torch.float64
+        of[size] = metrics.nc1(stats)
+    expected = of[1e-3].item() * (noise / 1e-3) ** 2
+    assert of[noise].item() == pytest.approx(expected, rel=1e-4 if noise == 1e-10 else 1e-3)
+
+
+def test_equal_samples_are_collapsed_and_single_samples_unknown() -> None:
+    means = torch.randn(4, 6)
+    for copies in (1, 2):
+        stats = ClassStats(4, 6)
+        stats.update(means.repeat(copies, 1), torch.arange(4).repeat(copies))
+        if copies == 2:
+            assert [metrics.nc1(stats, kind=kind).item() for kind in ("pinv", "trace_ratio", "cdnv")] == [0, 0, 0]
+            continue
+        for kind in ("pinv", "trace_ratio", "cdnv"):
+            with pytest.warns(UserWarning, match=r"every class has one sample: NC1 is unknown \(NaN\)"):
+                assert metrics.nc1(stats, kind=kind).isnan()
+
+
+def test_a_weight_that_has_vanished_has_no_geometry() -> None:
+    features, labels = blobs(60, 4, 8)
+    stats, weight = gather(features, labels, 4), torch.zeros(4, 8)
+    for value in (metrics.nc2(weight), metrics.nc3(weight, stats), metrics.unc3(weight, stats)):
+        assert value.isnan()
+    assert metrics.nc0(weight) == 0
+    assert metrics.nc0(torch.full((4, 8), 1e200, dtype=torch.float64)).isnan()
+
+
+def test_cdnv_of_means_that_nearly_agree() -> None:
+    """Two means at a distance of 1e-7 of their norm, where a difference of squares has no digit."""
+    spread = torch.tensor([[1.0, 0, 0], [-1, 0, 0]], dtype=torch.float64)
+    means = torch.tensor([[10.0, 0, 0], [10 + 1e-6, 0, 0], [0, 10, 0]], dtype=torch.float64)
+    stats = gather((means[:, None] + spread).flatten(0, 1), torch.arange(3).repeat_interleave(2), 3)
+    # Every class has variance 1.
+    for exponent in (1.0, 2.0):
+        near, far = ((distance**2) ** -exponent for distance in (means[1, 0] - 10, 200**0.5))
+        other = (100 + (10 + 1e-6) ** 2) ** -exponent
+        value = metrics.nc1(stats, kind="cdnv", exponent=exponent).item()
+        assert value == pytest.approx(((near + far + other) / 3).item(), rel=1e-6)
+
+
+def test_class_balanced_variance() -> None:
+    """Variances 1 of 90 samples and 9 of 10: 1.8 over samples, 5 over classes; means at ±2, so tr Σ_B = 4."""
+    signs = torch.tensor([[1.0], [-1]], dtype=torch.float64)
+    features = torch.cat([2 + signs.repeat(45, 1), -2 + 3 * signs.repeat(5, 1)])
+    stats = gather(features, torch.tensor([0] * 90 + [1] * 10), 2)
+    assert stats.within_trace().item() == pytest.approx(1.8)
+    assert metrics.nc1(stats, kind="trace_ratio").item() == pytest.approx(1.8 / 4)
+    assert metrics.nc1(stats, kind="trace_ratio", within="class").item() == pytest.approx(5 / 4)
+    with pytest.raises(ValueError, match='"pinv" needs within="sample"'):
+        metrics.nc1(stats, within="class")

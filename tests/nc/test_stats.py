@@ -320,7 +320,7 @@ def test_impossible_statistics_are_refused() -> None:
         ({"moment": "projected"}, "needs axes"),
         ({"axes": torch.ones(2, 4)}, "needs axes"),
         ({"moment": "projected", "axes": torch.ones(2, 5)}, r"axes must be \('m', 4\), got \(2, 5\)"),
-        ({"dtype": torch.bfloat16}, "sums are torch.float32"),
+        ({"dtype": torch.bfloat16}, "dtype is torch.float32"),
     ]:
         with pytest.raises(ValueError, match=text):
             ClassStats(**({"num_classes": 3, "dim": 4} | options))  # type: ignore[arg-type]

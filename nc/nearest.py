@@ -1,0 +1,48 @@
+"""The nearest class mean, and how often it is the class or the predicted class."""
+
+import torch
+from torch import Tensor
+
+from ncollapse.kernels.class_stats.op import project_op
+
+
+def nearest_class(features: Tensor, means: Tensor) -> Tensor:
+    """Return the class with the nearest mean, `[*, N]` int64.
+
+    Features are centred on the average of the means, so that an offset common to all features costs no accuracy.
+
+    Args:
+        features: `[*, N, d]`.
+        means: `[*, K, d]` float64; a class whose row is NaN is never the nearest.
+    """
+    absent = means.isnan().any(-1)
+    centre = means.nan_to_num(0.0).sum(-2, keepdim=True) / (~absent).sum(-1, keepdim=True).clamp(min=1).unsqueeze(-1)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    centre = centre.to(dtype)
+    axes = (means - centre).nan_to_num(0.0)
+    labels = torch.zeros(features.shape[-2], dtype=torch.int64, device=features.device)
+    products = project_op(features.detach(), labels, centre, axes.to(dtype))
+    # ‖h − μ‖² is smallest where (h − c)·(μ − c) − ‖μ − c‖²/2 is largest; c is the centre.
+    half = (axes.square().sum(-1) / 2).to(dtype).masked_fill(absent, float("inf"))
+    return (products - half.unsqueeze(-2)).argmax(-1)
+
+
+def agreement(features: Tensor, labels: Tensor, predicted: Tensor, means: Tensor) -> Tensor:
+    """Count how often the nearest class mean is the class's own, and how often it is not the predicted class.
+
+    The counts of batches are added. With n, a and b the three counts of a class, a/n is the accuracy of its nearest
+    class mean and b/n is NC4. With the means of the training data and samples of the test data they say how collapse
+    generalises (Hui, Belkin, Nakkiran, arXiv 2202.08384).
+
+    Args:
+        features, predicted: `[*, N, d]` and `[*, N]`, the argmax of the logits.
+        labels: `[N]` int64 in [0, K).
+        means: `[*, K, d]` float64, as in `nearest_class`.
+
+    Returns:
+        `[*, K, 3]` int64: a class's samples, those nearest to its mean, those whose nearest mean is not predicted.
+    """
+    nearest = nearest_class(features, means)
+    ones = torch.ones_like(nearest)
+    counts = torch.stack([ones, (nearest == labels).long(), (nearest != predicted).long()], -1)
+    return counts.new_zeros(*counts.shape[:-2], means.shape[-2], 3).index_add_(-2, labels, counts)
