@@ -32,6 +32,12 @@ def select_samples(
         TypeError: labels that are not integers.
     """
     features, logits = call.features, call.logits
+    if logits.shape[-1] == 1:
+        raise ValueError(
+            "measure: the head has one output, and neural collapse needs a row of the weight for each class; a "
+            "classifier of one logit z is one of the logits (0, z): say so by "
+            "head=ncollapse.Head(features=…, weight=…, logits=…)"
+        )
     places, classes = features.shape[1:-1], logits.shape[-1]
     labels = torch.as_tensor(labels)
     if places and labels.shape == features.shape[:-1]:  # a label for each token or place

@@ -114,6 +114,47 @@ def test_effective_features_and_weight(kind: str, given: str, data: tuple[Tensor
     assert result.head == {"sequence": "head.1", "wrapped": "head.1"}.get(kind, "head")
 
 
+@pytest.mark.parametrize("size", [1, 31, N - 1])
+def test_batches_of_one_sample(size: int, data: tuple[Tensor, Tensor]) -> None:
+    model = Net(Cosine(D, K, bias=False))
+    expected = measure(model, data).as_dict()
+    assert measure(model, data, batch_size=size).as_dict() == pytest.approx(expected, rel=1e-5)
+
+
+def test_rounding_and_large_biases_hide_nothing(data: tuple[Tensor, Tensor]) -> None:
+    class Shifted(Cosine):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1e3
+
+    model = Net(Shifted(D, K, bias=False))
+    nc0 = 49 * F.normalize(model.head.weight.detach(), dim=-1).sum(0).square().sum()
+    assert measure(model, data).nc0 == pytest.approx(float(nc0), rel=1e-3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(TypeError, match="is not linear"):  # the sum with 1,000 has no digit of the product
+            measure(model, data)
+        assert measure(Net(Cosine(D, K, bias=False)), data).nc1 > 0
+        assert measure(Net(nn.Linear(D, K)), data).head == "head"
+    half = Net(nn.Linear(D, K)).bfloat16()
+    assert measure(half, (data[0].bfloat16(), data[1])).nc0 == half.head.weight.double().sum(0).square().sum().item()
+    exact = Net(nn.Linear(D, K)).double()
+    with torch.no_grad():
+        h = exact.body(data[0].double())
+        expected = plain_metrics(h, exact.head.weight, exact.head(h), data[1])
+    assert measure(exact, (data[0].double(), data[1])).nc1 == pytest.approx(expected["nc1"], rel=1e-10)
+    assert measure(exact, (data[0].double().numpy(), data[1])).nc1 == pytest.approx(expected["nc1"], rel=1e-10)
+
+
+def test_one_logit_is_refused_in_words(data: tuple[Tensor, Tensor]) -> None:
+    model, x, labels = Net(nn.Linear(D, 1)), data[0], data[1] % 2
+    with pytest.raises(ValueError, match=r"the head has one output.*one of the logits \(0, z\)"):
+        measure(model, (x, labels.float()))
+    w = model.head.weight
+    two = Head("body", torch.cat([torch.zeros_like(w), w]), lambda z: F.pad(z, (1, 0)))
+    assert (
+        measure(model, (x, labels), head=two).train_accuracy == (model(x)[:, 0] > 0).eq(labels).double().mean().item()
+    )
+
+
 def test_what_is_not_linear_is_refused_and_described_by_a_head(data: tuple[Tensor, Tensor]) -> None:
     class Distances(nn.Module):
         def __init__(self) -> None:
@@ -128,7 +169,7 @@ def test_what_is_not_linear_is_refused_and_described_by_a_head(data: tuple[Tenso
             return -torch.cdist(x, self.weight)
 
     x, labels = data
-    with pytest.raises(TypeError, match=r"the head 'head', a Bare, is not linear.*head=Head\(features="):
+    with pytest.raises(TypeError, match=r"the head 'head', a Bare, is not linear.*head=ncollapse.Head\(features="):
         measure(Net(Bare(D, K)), data)
     model = Net(Distances()).eval()
     with pytest.raises(TypeError, match="must take a tensor and return one"):
