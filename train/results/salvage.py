@@ -142,7 +142,7 @@ def _copy_run(
     if whole:
         row |= {name: run.row[name] for name in ("session", "train_samples", "seconds", "diverged_epoch", "digest")}
     _insert(target, "runs", row)
-    for table in ("metrics", "layers"):
+    for table in ("metrics", "layers") if last >= 0 else ():
         columns = tuple(schema.TABLES[table])
         rows = source.execute(
             f"SELECT {schema.quoted(columns)} FROM {table} WHERE run = ? AND typeof(epoch) = 'integer' "

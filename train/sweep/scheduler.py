@@ -112,11 +112,11 @@ def _prepare(store: Store, policy: StackPolicy, options: Options, engine: Engine
     earlier session stays, unless the user asks for another size of stacks.
     """
     before = store.engine()
-    if before and options.stack in ("auto", before.get("stack")) and options.engine == before.get("engine"):
-        try:
-            known = Plan.from_dict(before)
-        except ValueError as error:
-            raise damaged(store.folder / schema.FILE, error) from None
+    try:
+        known = None if before is None else Plan.from_dict(before)
+    except ValueError as error:
+        raise damaged(store.folder / schema.FILE, error) from None
+    if before and known and options.stack in ("auto", before.get("stack")) and options.engine == before.get("engine"):
         workers = policy.workers if isinstance(policy.workers, int) else known.workers
         engine.use(workers, known.threads, known.per_gpu)
         return
