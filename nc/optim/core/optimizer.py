@@ -29,7 +29,7 @@ class Optimizer(torch.optim.Optimizer):
     """Base of the optimizers: `torch.optim.Optimizer` with coupled and decoupled decay, one kernel launch a step.
 
     A hyperparameter may be a float, a 0-d tensor, or a tensor `[R]` for parameters `[R, …]` of R stacked runs. Tensors
-    on the parameters' device are read at every step, also in a CUDA graph.
+    on the parameters' device are read at every step; a CUDA graph goes on reading those that it was captured with.
 
     A subclass defines `rule`, and `default_coupling` if it is not 1. `by_name` then finds it; it may have `aliases`.
     The settings that it takes are those of `defaults` and `coupling`; they are checked in the constructor, in a new
