@@ -22,7 +22,7 @@ from ncollapse.samples import Pool, select_samples
 Heads = list[Any] | tuple[HeadLike, ...] | Mapping[str, HeadLike]
 
 
-class Options(TypedDict, total=False):
+class MeasureOptions(TypedDict, total=False):
     """The options of `measure`."""
 
     layers: Sequence[str]
@@ -40,9 +40,13 @@ class Options(TypedDict, total=False):
 
 
 @overload
-def measure(model: nn.Module, loader: Loader, *, head: HeadLike = None, **options: Unpack[Options]) -> NCResult: ...
+def measure(
+    model: nn.Module, loader: Loader, *, head: HeadLike = None, **options: Unpack[MeasureOptions]
+) -> NCResult: ...
 @overload
-def measure(model: nn.Module, loader: Loader, *, head: Heads, **options: Unpack[Options]) -> dict[str, NCResult]: ...
+def measure(
+    model: nn.Module, loader: Loader, *, head: Heads, **options: Unpack[MeasureOptions]
+) -> dict[str, NCResult]: ...
 def measure(
     model: nn.Module, loader: Loader, *, head: HeadLike | Heads = None,
     layers: Sequence[str] = (), pool: Pool | None = None, batch: Batch | None = None, ignore_index: int | None = -100,
@@ -240,7 +244,13 @@ class NCCallback:
     """
 
     def __init__(
-        self, model: nn.Module, loader: Loader, *, every: int = 1, head: HeadLike = None, **options: Unpack[Options]
+        self,
+        model: nn.Module,
+        loader: Loader,
+        *,
+        every: int = 1,
+        head: HeadLike = None,
+        **options: Unpack[MeasureOptions],
     ) -> None:
         if every < 1:
             raise ValueError(f"NCCallback: every must be at least 1, got {every}")

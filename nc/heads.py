@@ -47,13 +47,14 @@ class HeadCall(NamedTuple):
     Attributes:
         features: `[B, *P, d]`.
         logits: `[B, *P, K]`.
-        weight: `[K, d]`, with logits = features · weightᵀ + bias.
+        weight, bias: W `[K, d]` and b `[K]`, with logits = features · Wᵀ + b; b is None if the user described the head.
         is_map: whether the model has them as `[B, d, *P]` and `[B, K, *P]`.
     """
 
     features: Tensor
     logits: Tensor
     weight: Tensor
+    bias: Tensor | None = None
     is_map: bool = False
 
 
@@ -68,6 +69,7 @@ class LinearHead:
     def __init__(self, module: nn.Module, name: str) -> None:
         self.module, self.name = module, name
         self._weight: Tensor | None = None  # from the first call: while it runs, even a sharded model has all of it
+        self._bias: Tensor | None = None
         self._product: int | None = None  # which of the products within; None: the input and the weight themselves
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> HeadCall:
@@ -89,7 +91,9 @@ class LinearHead:
         if self._weight is None or self._product is not None:
             x = self._within(args, kwargs, x, logits)
         assert self._weight is not None
-        return HeadCall(x, logits, self._weight, is_map)
+        if self._bias is None:
+            self._bias = (logits - x.to(logits.dtype) @ self._weight.to(logits.dtype).mT).flatten(0, -2).mean(0)
+        return HeadCall(x, logits, self._weight, self._bias, is_map)
 
     def _plain_weight(self, x: Tensor, logits: Tensor) -> Tensor | None:
         """Return the module's weight `[K, d]` if the logits are x · weightᵀ + bias, else None."""
@@ -105,7 +109,10 @@ class LinearHead:
             expected = F.linear(x.to(weight.dtype), weight, bias)
         else:
             return None
-        return weight.flatten(1).clone() if expected.shape == logits.shape and _close(expected, logits) else None
+        if expected.shape != logits.shape or not _close(expected, logits):
+            return None
+        self._bias = weight.new_zeros(len(weight)) if bias is None else bias.clone()
+        return weight.flatten(1).clone()
 
     def _within(self, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, logits: Tensor) -> Tensor:
         """Run the module again; return the features of the product within whose result the logits are."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from ncollapse import Head, NCResult, measure
+from ncollapse.heads import LinearHead
 from plain_metrics import plain_metrics
 
 N, D, K = 90, 12, 3
@@ -111,6 +112,10 @@ def test_effective_features_and_weight(kind: str, given: str, data: tuple[Tensor
         h, logits = model.body(x), model(x)
         result = measure(model, data, batch_size=32, **({"head": "head"} if given == "named" else {}))
         agree(result, features_of(model.head, h), weight_of(model.head), logits, labels)
+        call = LinearHead(model.head, "head")((h,), {}, logits) if kind not in ("sequence", "wrapped") else None
+        if call is not None:  # the bias goes with them
+            assert call.bias is not None
+            torch.testing.assert_close(call.features @ call.weight.T + call.bias, logits, rtol=1e-4, atol=1e-5)
     assert result.head == {"sequence": "head.1", "wrapped": "head.1"}.get(kind, "head")
 
 
