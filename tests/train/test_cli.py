@@ -60,6 +60,11 @@ def test_sweep_reads_a_grid_and_options_replace_its_axes(capsys: pytest.CaptureF
         (["run", "--data", "fashion-mnist"], "--data-dir or NCOLLAPSE_DATA, or fetch it with --download"),
         (["run", "--device", "cuda:99"], "--device cuda:99: "),
         (["run", "--device", "toaster"], "--device toaster: "),
+        (["run", "--device", "meta"], "--device meta: runs train on cpu or cuda"),
+        (["sweep", "grid.toml", "--workers", "1000000"], "--workers must be at least 1 and at most 1,024"),
+        (["sweep", "grid.toml", "--stack", "1000000"], "--stack must be at least 1 and at most 100,000"),
+        (["sweep", "grid.toml", "--checkpoint-minutes", "inf"], "--checkpoint-minutes must be at least 0, at most"),
+        (["check", "nowhere"], "no results in nowhere"),
         (["run", "--preset", "demo"], "it has no [run]; presets that do: paper"),
         (["run", "--preset", "paper", "--lr", "-1"], "run: lr = -1.0: input should be greater than 0"),
         (["sweep", "nothing.toml"], "neither a file nor a preset"),
@@ -107,6 +112,32 @@ def test_an_interrupt_is_exit_code_130(capsys: pytest.CaptureFixture[str], monke
     assert "0 of 2 runs are finished and kept in results/grid; the same command continues from there" in text
 
 
+def test_an_unforeseen_error_is_one_line_and_a_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def bug(*args: object) -> object:
+        raise ZeroDivisionError("a [bug]\x1b[31m")
+
+    monkeypatch.setattr(cli, "load_grid", bug)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    text = fails(capsys, 3, "sweep", "grid.toml")
+    assert text.startswith(
+        "ncollapse: an error that ncollapse did not foresee: ZeroDivisionError: a [bug]\\x1b[31m. Its"
+    )
+    (log,) = tmp_path.glob("ncollapse-*.log")
+    assert str(log) in text
+    assert "in bug" in log.read_text()
+
+
+@pytest.mark.parametrize("name", ["out[/b]", "out[red]x", "out\x1b[31m"])
+def test_paths_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    cli.main(["sweep", "grid.toml", "--device", "cpu", "--out", name])
+    cli.main(["status", name])
+    shown = capsys.readouterr().out
+    assert name.replace("\x1b", "\\x1b") in shown
+    assert "\x1b" not in shown
+
+
 def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
     """The options of every command are frozen: scripts of users depend on them."""
     settings = [
@@ -125,6 +156,7 @@ def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
         "status": [],
         "report": choice,
         "export": ["--format", "--out"],
+        "check": ["--salvage"],
         "doctor": ["--data-dir"],
     }.items():
         with pytest.raises(SystemExit):

@@ -1,5 +1,6 @@
 """No finished run is ever lost: sweeps that are killed at a hundred points end like the undisturbed one."""
 
+import contextlib
 import multiprocessing
 import random
 import shutil
@@ -11,8 +12,11 @@ import pytest
 import torch
 
 import crashes
-from ncollapse.train.errors import NoResultsError
+from ncollapse.train.errors import NoResultsError, UserError
+from ncollapse.train.results.inspection import inspect_folder
 from ncollapse.train.results.reader import load_metrics, load_runs
+from ncollapse.train.results.salvage import salvage_folder
+from ncollapse.train.results.schema import FILE
 from sweep_results import assert_same
 
 pytestmark = pytest.mark.skipif(
@@ -73,6 +77,46 @@ def test_killed_at_every_kind_of_point(part: int, undisturbed: Path, tmp_path: P
         crashes.finish(out)
         assert_as_undisturbed(undisturbed, out)
         shutil.rmtree(out)
+
+
+def test_killed_and_a_file_damaged(undisturbed: Path, tmp_path: Path) -> None:
+    """A flipped bit in what a killed sweep has left is refused or harmless, never another number."""
+    count = crashes.chances(tmp_path / "whole")
+    chosen, seen = random.Random(7), set()
+    for trial in range(5):
+        out = tmp_path / "cut"
+        crashes.start(out, die_at=chosen.randrange(count // 3, count)).join()
+        assert_finished_as_undisturbed(undisturbed, out)
+        kept = Path(shutil.copytree(out, tmp_path / "kept"))
+        checkpoints = sorted(out.glob("checkpoints/*.pt"))
+        victim = checkpoints[0] if trial % 2 and checkpoints else out / FILE
+        content = bytearray(victim.read_bytes())
+        for bit in chosen.sample(range(8 * len(content)), 1 if trial % 2 else 40):
+            content[bit // 8] ^= 1 << bit % 8
+        victim.write_bytes(content)
+        damaged = _problems(out)
+        process = crashes.start(out)
+        process.join()
+        if process.exitcode:  # refused, or left: what can be read goes on in another folder
+            assert damaged
+            with contextlib.suppress(UserError):
+                salvage_folder(out, tmp_path / "salvaged")
+                assert_finished_as_undisturbed(undisturbed, tmp_path / "salvaged")
+        elif not damaged or victim.parent.name == "checkpoints":
+            assert_same(undisturbed, out)
+            seen.add(victim.parent.name)
+        crashes.finish(kept)
+        assert_as_undisturbed(undisturbed, kept)
+        for folder in (out, kept, tmp_path / "salvaged"):
+            shutil.rmtree(folder, ignore_errors=True)
+    assert "checkpoints" in seen
+
+
+def _problems(out: Path) -> list[str]:
+    try:
+        return [finding.problem for finding in inspect_folder(out) if finding.problem]
+    except UserError as error:
+        return [str(error)]
 
 
 @pytest.mark.parametrize("part", range(5))

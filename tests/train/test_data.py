@@ -1,9 +1,11 @@
 """Data sets: the embedded one, torchvision's files, image folders, and faults in them."""
 
 import hashlib
+import os
 import pickle
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,3 +157,64 @@ def test_image_folder_faults_are_named(tmp_path: Path) -> None:
     (tmp_path / "train" / "cat" / "9.png").unlink()
     (tmp_path / "test" / "dog").rename(tmp_path / "test" / "wolf")
     fails(r"train/ has the classes \('cat', 'dog'\), test/ has \('cat', 'wolf'\)")
+
+
+def damaged(folder: Path) -> str:
+    with pytest.raises(UserError) as error:
+        load("imagefolder", data_dir=folder, download=False, device=CPU)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, suffix: str) -> None:
+    """Pillow's conversion would make all above 255 white."""
+    write_images(tmp_path / "eight", mode="L")
+    for path in sorted((tmp_path / "eight").rglob("*.png")):
+        other = tmp_path / "sixteen" / path.relative_to(tmp_path / "eight").with_suffix(suffix)
+        other.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(Image.open(path)).astype(np.uint16) * 257).save(other)
+    eight, sixteen = (
+        load("imagefolder", data_dir=tmp_path / name, download=False, device=CPU) for name in ("eight", "sixteen")
+    )
+    assert torch.equal(eight.train_x, sixteen.train_x)
+    assert eight.fingerprint == sixteen.fingerprint
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    write_images(tmp_path, size=32)
+    path = tmp_path / "train" / "cat" / "1.png"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "cat/1.png cannot be read: " in damaged(tmp_path)
+    path.write_bytes(b"")
+    assert "cat/1.png cannot be read: " in damaged(tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    assert damaged(tmp_path).endswith("cat/1.png is not a file")
+    path.unlink()
+    path.symlink_to(path.name)
+    assert "cat/1.png" in damaged(tmp_path)
+    path.unlink()
+    path.with_suffix(".ppm").write_bytes(b"P6 70000 70000 255\n" + bytes(100))
+    assert "70000×70000 pixels, more than" in damaged(tmp_path) or "1.ppm cannot be read" in damaged(tmp_path)
+    path.with_suffix(".ppm").write_bytes(b"P6 5000 5000 255\n" + bytes(100))
+    assert "1.ppm has 5000×5000 pixels, more than 16,777,216" in damaged(tmp_path)
+    path.with_suffix(".ppm").unlink()
+    Image.fromarray(np.full((32, 32), 1e5, np.float32)).save(path.with_suffix(".tiff"))
+    assert "1.tiff has values outside 0 to 65,535" in damaged(tmp_path)
+
+
+def test_a_loop_of_links_is_named(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    (tmp_path / "test" / "dog" / "again").symlink_to("..")
+    assert "test/dog/again is a symbolic link to a folder that it lies in" in damaged(tmp_path)
+    (tmp_path / "test" / "dog" / "again").unlink()
+    (tmp_path / "test" / "dog").rename(tmp_path / "elsewhere")
+    (tmp_path / "test" / "dog").symlink_to("../elsewhere")  # a class may lie elsewhere
+    assert load("imagefolder", data_dir=tmp_path, download=False, device=CPU).classes == ("cat", "dog")
+
+
+def test_images_beyond_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    assert "6 images of 8×8 take 0.0 GiB" in damaged(tmp_path)

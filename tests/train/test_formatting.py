@@ -1,17 +1,21 @@
 """Numbers, durations and settings as text."""
 
+import io
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
 import pytest
+from rich.console import Console
+from rich.table import Table
 
 from ncollapse.train.formatting import (
     change,
     duration,
     number,
     percentage,
+    plain,
     rate,
     rough_duration,
     setting_value,
@@ -68,3 +72,15 @@ from ncollapse.train.formatting import (
 )
 def test_text(function: Callable[..., str], values: tuple[Any, ...], text: str) -> None:
     assert function(*values) == text
+
+
+def test_text_from_outside_is_shown_as_it_is() -> None:
+    """Neither markup nor an escape sequence, a line break, an overlong or an invisible character has an effect."""
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor", width=200)
+    console.print(plain("[/red] [bold]x :smile: \x1b[31mred\x07 \u202eback \ud800 é\nnext"))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown == "[/red] [bold]x :smile: \\x1b[31mred\\x07 \\u202eback \\ud800 é next\n"
+    table = Table("a")
+    table.add_row(plain("[/red]"))
+    console.print(table)  # markup would raise an error here
+    assert str(plain("x", "red").style) == "red"

@@ -72,6 +72,21 @@ def test_prints_a_table_and_writes_a_figure(tmp_path: Path, decay: float) -> Non
     assert {*LABELS.values(), "predicted", "upper bound", "step", "NC0 = ‖Wᵀ1‖²"} <= drawn
 
 
+def test_it_says_up_to_where_a_prediction_holds(tmp_path: Path) -> None:
+    text = io.StringIO()
+    setting = Setting(classes=3, steps=600, lr=1.0, weight_decay=1e-3)
+    print_theory(setting, tmp_path, Console(file=text, width=80))
+    found = {one.optimizer: one.prediction for one in trajectories(setting)}
+    theory = found["signumw"]
+    assert theory is not None
+    assert theory.holds_until is not None
+    lines = [line for line in text.getvalue().splitlines() if "underflows" in line]
+    assert max(map(len, lines)) <= 80
+    expected = f"SignumW: exact to step {theory.holds_until:,}; then the softmax underflows (logit gap 743)"
+    assert expected in lines
+    assert not any(line.startswith("SGD") for line in lines)
+
+
 def test_the_figure_has_a_line_for_every_trajectory_and_prediction(found: list[Trajectory]) -> None:
     figure = nc0_over_steps(found)
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata())]

@@ -122,6 +122,13 @@ def print_theory(setting: Setting, out: Path, console: Console) -> None:
     say(f"Unconstrained features model, K = {K}, d = {setting.d}, features e_k; NC0 = ‖Wᵀ1‖²")
     say(f"{setting.steps} steps, η = {setting.lr:g} ÷ 10 at ⅓ and ⅔, β = {setting.momentum:g}, λ = {λ:g}")
     console.print(table)
+    for one in found:
+        theory = one.prediction
+        if theory is not None and theory.holds_until is not None and theory.holds_until < setting.steps:
+            until, gap = theory.holds_until, theory.largest_gap
+            say(
+                f"{TABLE[one.optimizer].label}: {theory.kind} to step {until:,}; then the softmax underflows (logit gap {gap:.0f})"
+            )
     say("Theorems of arXiv 2602.16642" + (f"; K(K − 2)²/λ² = {K * (K - 2) ** 2 / λ**2:.3g}" if λ else ""))
     image, vectors = encode(nc0_over_steps(found))
     for name, content in (("theory.png", image), ("theory.svg", vectors.encode())):

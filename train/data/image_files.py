@@ -49,7 +49,7 @@ def read_images(folder: Path) -> tuple[list[Tensor], list[int], tuple[str, ...]]
 def _check_links(folder: Path) -> None:
     """Raise UserError for a folder that lies within itself by a symbolic link: walking it would not end."""
     for path, folders, _ in os.walk(folder, followlinks=True):
-        above = {os.path.realpath(parent) for parent in (path, *Path(path).parents)}
+        above = {os.path.realpath(parent) for parent in (Path(path), *Path(path).parents)}
         for name in folders:
             inner = os.path.join(path, name)
             if os.path.islink(inner) and os.path.realpath(inner) in above:

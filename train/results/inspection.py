@@ -16,6 +16,7 @@ from ncollapse.train.results.storage_errors import cannot_read, is_busy
 from ncollapse.train.results.validation import (
     check_not_lost,
     check_tables,
+    no_results,
     plan_problems,
     read_json,
     run_digest,
@@ -77,7 +78,7 @@ def open_damaged(folder: Path) -> Iterator[sqlite3.Connection]:
         UserError: it is of another format, or another program holds it.
     """
     if not (folder / schema.FILE).is_file():
-        check_not_lost(folder)
+        raise no_results(folder)
     try:
         with contextlib.closing(schema.connect(folder, create=False)) as connection:
             connection.text_factory = lambda text: text.decode("utf-8", "replace")

@@ -6,10 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ncollapse.train.errors import NoResultsError
 from ncollapse.train.results import columns, schema
 from ncollapse.train.results.storage_errors import cannot_read, damaged
-from ncollapse.train.results.validation import check_not_lost, check_plan, check_settings, check_tables, session_facts
+from ncollapse.train.results.validation import (
+    check_not_lost,
+    check_plan,
+    check_settings,
+    check_tables,
+    no_results,
+    session_facts,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,10 +109,7 @@ def query(folder: Path | str, sql: str, wanted: Iterable[columns.ResultColumn] =
 
     folder, file = Path(folder), Path(folder, schema.FILE)
     if not file.is_file():
-        check_not_lost(folder)
-        raise NoResultsError(
-            f"no results in {folder}: {file.name} is not there; make some with ncollapse sweep … --out {folder}"
-        )
+        raise no_results(folder)
     try:
         with contextlib.closing(schema.connect(folder, create=False)) as connection:
             if schema.is_empty(connection):

@@ -5,13 +5,13 @@ import json
 import math
 import sqlite3
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncollapse.train.config import make_run, short
-from ncollapse.train.errors import UserError
+from ncollapse.train.errors import DamageError, NoResultsError, UserError
 from ncollapse.train.formatting import is_missing
 from ncollapse.train.results import schema
 from ncollapse.train.results.checkpoint_file import file_name
@@ -31,6 +31,17 @@ def check_not_lost(folder: Path) -> None:
             f"it is missing or empty, but {' and '.join(f'{name}/' for name in left)} hold files of runs; put the "
             "database back, or move these folders away to begin anew",
         )
+
+
+def no_results(folder: Path) -> UserError:
+    """Return the error for a folder without a database; DamageError where it was lost."""
+    try:
+        check_not_lost(folder)
+    except DamageError as error:
+        return error
+    return NoResultsError(
+        f"no results in {folder}: {schema.FILE} is not there; make some with ncollapse sweep … --out {folder}"
+    )
 
 
 def check_tables(connection: sqlite3.Connection, folder: Path) -> None:
@@ -77,7 +88,7 @@ def check_settings(runs: "pd.DataFrame", folder: Path) -> None:
                 ) from None
 
 
-def session_facts(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+def session_facts(row: Mapping[Any, Any], folder: Path) -> dict[str, Any]:
     """Return the row of a start of the sweep as one dictionary; raise DamageError where it cannot be read."""
     facts = read_json(row["provenance"])
     if not isinstance(facts, dict) or not isinstance(facts.get("versions", {}), dict):

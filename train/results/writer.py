@@ -117,6 +117,8 @@ class Store:
     def _check_grid(self) -> None:
         stored = {row[0]: row[1:] for row in self._db.execute(f"SELECT id, {quoted(SETTINGS, 'runs')} FROM runs")}
         wanted = {run.id: tuple(run.as_dict().values()) for run in self.grid.runs}
+        if stored.keys() == wanted.keys() and (changed := [run for run in wanted if stored[run] != wanted[run]]):
+            raise damaged(self.folder / schema.FILE, f"the settings of run {changed[0]} are not those of its id")
         if stored != wanted:
             raise UserError(
                 f"{self.folder} was made by another grid ({len(stored)} runs there, {len(wanted)} now): "
@@ -226,8 +228,8 @@ class Store:
             )
             self._db.execute("DELETE FROM stacks WHERE id NOT IN (SELECT stack FROM runs WHERE stack IS NOT NULL)")
             if engine is not None:
-                row = ("engine", json.dumps(engine))
-                self._db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", row)
+                text = json.dumps(engine)
+                self._db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('engine', ?)", (text,))
         known = {name for (name,) in self._rows("SELECT checkpoint FROM stacks")}
         for name in replaced - known:
             self._unlink(name)
