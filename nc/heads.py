@@ -241,6 +241,12 @@ def logits_in(output: Any, batch: int, classes: int) -> list[Tensor]:
     return [t for t in tensors_in(output) if t.shape == (batch, classes)]
 
 
+def predict_alike(returned: Tensor, logits: Tensor) -> bool:
+    """Whether what a model returned, `[B, K]`, is largest for the classes for which the logits are."""
+    chosen = returned.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
+    return not bool((returned.amax(1) > chosen).any())  # equal values, and NaN, are no difference
+
+
 def tensors_in(output: Any) -> Iterator[Tensor]:
     """Yield the tensors of a model's output: in tuples, lists, mappings and dataclasses."""
     if isinstance(output, Tensor):

@@ -23,6 +23,7 @@ from ncollapse.heads import (
     linear_layers,
     logits_in,
     name_of,
+    predict_alike,
     tensors_in,
 )
 from ncollapse.samples import Pool, pooled
@@ -245,8 +246,7 @@ class _Found:
                 f"returns {', '.join(map(str, shapes))}; name the head, or say what it is: head=Head(…)"
             )
         returned = logits_in(output, *call.logits.shape) if call.logits.dim() == 2 else []
-        chosen = [t.gather(1, call.logits.argmax(1, keepdim=True)).squeeze(1) for t in returned]
-        if chosen and all(bool((t.amax(1) > at).any()) for t, at in zip(returned, chosen, strict=True)):
+        if returned and not any(predict_alike(t, call.logits) for t in returned):
             warnings.warn(
                 f"measure: the predictions of the model are not those of its last linear layer {self.name!r}, which is "
                 "measured; if it has several heads, name one or more",

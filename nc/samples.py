@@ -1,12 +1,13 @@
 """Choose the samples of a batch: one row of features for each label, of tokens or places, labels as class indices."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ncollapse.heads import HeadCall, logits_in
+from ncollapse.heads import HeadCall, logits_in, predict_alike
 
 #: The token that is taken, or the mean over all.
 TokenPool = Literal["mean", "first", "last"]
@@ -121,17 +122,27 @@ def _one_of_places(call: HeadCall, output: Any, pool: Pool | None, mask: Tensor 
         h, z = (t.movedim(-1, 1) if call.is_map else t for t in call[:2])
         return pool(h), returned[0] if len(returned) == 1 else pool(z)
     h, z = call.features.flatten(1, -2), call.logits.flatten(1, -2)
-    if call.is_map:  # what follows the head, a ReLU in SqueezeNet, is in what the model returns
-        return h.mean(1), returned[0] if len(returned) == 1 else z.mean(1)
+    if call.is_map:
+        if len(returned) != 1:
+            return h.mean(1), z.mean(1)
+        # What follows the head is in what the model returns: in SqueezeNet a ReLU before the mean.
+        if h.shape[1] > 1 and not any(predict_alike(returned[0], made.mean(1)) for made in (z, z.relu())):
+            warnings.warn(
+                "measure: the predictions of the model are not those of the mean over places of its head's logits, "
+                "while the features are averaged over places; if the model pools otherwise, give `pool` or a Head",
+                stacklevel=2,
+            )
+        return h.mean(1), returned[0]
     if pool is not None:
         return _of_tokens(h, pool, mask), returned[0] if len(returned) == 1 else _of_tokens(z, pool, mask)
     for logits in returned:
         hits = (z.to(logits.dtype) == logits.unsqueeze(1)).all(-1)
         if bool(hits.any(1).all()):
             return h[torch.arange(batch, device=h.device), hits.int().argmax(1)], logits
-        for shown in (None, mask):
-            if torch.allclose(_of_tokens(z, "mean", shown).to(logits.dtype), logits, rtol=1e-3, atol=1e-5):
-                return _of_tokens(h, "mean", shown), logits
+        masks = [None] if mask is None else [None, mask]
+        errors = [float((_of_tokens(z, "mean", shown) - logits).norm()) for shown in masks]
+        if min(errors) <= 1e-3 * float(logits.norm()):
+            return _of_tokens(h, "mean", masks[errors.index(min(errors))]), logits
     raise ValueError(
         f"measure: the head ran over {tuple(places)} tokens of each sample, and which of them the model uses does not "
         "show in what it returns: features must be [B, d]; give `pool`: 'mean', 'first', 'last' or a function; or name "

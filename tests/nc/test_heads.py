@@ -210,6 +210,8 @@ class Places(nn.Module):
         if self.order == "after":
             return self.conv(maps.mean((2, 3), keepdim=True)).flatten(1)
         logits = self.conv(maps)
+        if self.order == "largest":
+            return logits.amax((2, 3))
         return (logits.relu_() if self.order == "relu" else logits).mean((2, 3))
 
 
@@ -224,6 +226,11 @@ def test_a_pointwise_convolution_before_and_after_pooling(order: str) -> None:
     corner = measure(model, (x, labels), pool=lambda maps: maps[..., 0, 0] if maps.dim() == 4 else maps)
     if order != "after":
         assert corner.nc1 != pytest.approx(result.nc1)
+
+
+def test_other_pooling_than_the_mean_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="not those of the mean over places"):
+        measure(Places("largest"), (torch.randn(N, 1, 6, 6), torch.arange(N) % K))
 
 
 def test_every_place_of_a_segmentation_is_a_sample() -> None:
