@@ -92,7 +92,7 @@ def measure(
         moment, nan_policy: as in `Measurement` and `ClassStats`.
         previous: an earlier result of the same model.
         keep_bytes: the most that the features kept for NC4 may take, on the head's device.
-        dtype: of the sums; None: float64 for float64 features, else float32.
+        dtype: as in `ClassStats`; None: float64 for float64 features, else float32.
         batch_size: of the batches into which a pair, a data set or samples are divided.
         progress: whether to show a progress bar on stderr; None: if that is a terminal and the pass takes long.
 
@@ -145,8 +145,7 @@ def measure(
                             f"measure: previous has means {tuple(means.shape)}; the head {name!r} has K × d = "
                             f"{tuple(call.weight.shape)}"
                         )
-                    sums = dtype or (torch.float64 if features.dtype == torch.float64 else torch.float32)
-                    measurements[key] = start(call.weight, previous=means, name=name, dtype=sums)
+                    measurements[key] = start(call.weight, previous=means, name=name, dtype=dtype)
                 measurements[key].add(features, logits, classes, of_layers)
 
     modules = {name: find_module(model, name) for name in layers}

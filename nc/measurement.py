@@ -55,7 +55,7 @@ class Measurement:
         self, weight: Tensor, names: Collection[str] = HEAD_METRICS, *,
         moment: Literal["full", "projected"] = "full", previous: Tensor | None = None, keep_bytes: int = 2**30,
         group: Any = None, nan_policy: Literal["raise", "propagate"] = "raise", name: str = "",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         if not set(names) <= set(HEAD_METRICS):
             raise ValueError(f"Measurement: metrics are {', '.join(HEAD_METRICS)}; got {', '.join(names)}")
