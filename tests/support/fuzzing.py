@@ -1,14 +1,11 @@
-"""Damaged and hostile inputs of every kind that is read from disk or typed: what may come of each, and a large budget.
+"""Damaged and hostile inputs of every kind that is read from disk or typed, and what may come of each.
 
 A trial makes one input from a source of random numbers, hands it to what reads it, and asserts: it is taken, or refused
 with a `UserError`; no file outside its folder has changed; what is said to be whole has the numbers of the undamaged
-one. `tests/train/test_fuzz.py` runs a few hundred. The record in `bench/results/fuzz.json` is of many:
-
-    python -m tests.support.fuzzing --trials 20000
+one. `tests/train/test_fuzz.py` runs a few hundred, `bench/fuzz.py` as many as it is given time for.
 """
 
 import contextlib
-import functools
 import io
 import itertools
 import json
@@ -16,10 +13,7 @@ import math
 import os
 import shutil
 import sqlite3
-import sys
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -34,96 +28,25 @@ from rich.console import Console
 from ncollapse.train import cli
 from ncollapse.train.commands.check import print_check
 from ncollapse.train.commands.status import print_status, read_status
-from ncollapse.train.config import FIELDS, RunConfig, make_run
-from ncollapse.train.data.sets import Dataset, load
-from ncollapse.train.errors import InterruptError, UserError
+from ncollapse.train.config import FIELDS, make_run
+from ncollapse.train.data.sets import load
+from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid, load_grid, presets, run_settings
 from ncollapse.train.results import schema
 from ncollapse.train.results.checkpoint_file import seal, unseal
 from ncollapse.train.results.inspection import inspect_folder
 from ncollapse.train.results.reader import load_layers, load_metrics, load_runs, load_sessions
 from ncollapse.train.results.writer import Store
-from ncollapse.train.sweep import this_machine
-from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.scheduler import sweep
 from ncollapse.train.training.checkpoints import serialised
 from ncollapse.train.training.loop import Training
+from whole_inputs import CPU, GRID, digits, whole_checkpoint, whole_images, whole_store
 
-CPU = torch.device("cpu")
 NASTY: tuple[Any, ...] = (
     None, True, False, 0, -0.0, -1, 1, 3, 2**31, 2**63 - 1, 2**63, 10**30, 0.5, 1e308, 5e-324, math.nan, math.inf, "",
     "0.1", "sgd", "done", "running", "../../x", "/etc/passwd", "[/red]", "\x1b[31m", "é\u202e", "a\nb", "x" * 300, [],
     [1], [[0.1]], {}, {"a": 1},
 )  # fmt: skip
 _QUIET = Console(quiet=True)
-
-
-# What is whole before it is damaged.
-
-
-@functools.cache
-def _home() -> Path:
-    folder = tempfile.TemporaryDirectory(prefix="fuzz-")
-    _home.kept = folder  # type: ignore[attr-defined]
-    return Path(folder.name)
-
-
-@functools.cache
-def digits(name: str, device: torch.device) -> Dataset:
-    """A few digits."""
-    data = load("digits", CPU, data_dir=None, download=False)
-    few = {
-        "train_x": data.train_x[:60],
-        "train_y": data.train_y[:60],
-        "val_x": data.val_x[:20],
-        "val_y": data.val_y[:20],
-    }
-    return Dataset(**few, classes=data.classes, fingerprint="few")
-
-
-GRID = Grid(
-    "fuzz",
-    tuple(
-        RunConfig(model="mlp", optimizer=name, width=12, lr=0.01, epochs=4, eval_every=2, layers="all", seed=seed)  # type: ignore[arg-type]
-        for name in ("sgd", "adamw")
-        for seed in (0, 1)
-    ),
-)
-
-
-@functools.cache
-def whole_store() -> Path:
-    """A results folder: one stack has ended, one is at a checkpoint; with weights."""
-    out, real, left = _home() / "whole", this_machine.train_stack, itertools.count()
-
-    def stopping(*args: Any) -> Iterator[Any]:
-        for event in real(*args):
-            if next(left) == 13:
-                raise KeyboardInterrupt
-            yield event
-
-    options = Options(stack=2, workers=1, checkpoint_minutes=0, save_weights=True)
-    with mock.patch.object(this_machine, "train_stack", stopping), contextlib.suppress(InterruptError):
-        sweep(GRID, out, digits, CPU, options, _QUIET)
-    assert len(list((out / "checkpoints").glob("*.pt"))) == 1
-    return out
-
-
-@functools.cache
-def whole_checkpoint() -> bytes:
-    """The state of a training after an epoch."""
-    training = Training(GRID.runs[:2], digits("digits", CPU), CPU)
-    return next(training.checkpoint() for event in training if event == 1)
-
-
-@functools.cache
-def whole_images() -> Path:
-    """A folder of images: two classes, 8 × 8."""
-    out, rng = _home() / "images", np.random.default_rng(0)
-    for split, name, i in itertools.product(("train", "test"), ("cat", "dog"), range(2)):
-        (out / split / name).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(out / split / name / f"{i}.png")
-    return out
 
 
 # Damage.
@@ -461,50 +384,3 @@ def trial(kind: str, seed: int) -> str:
     """Run one trial in a folder of its own; return "taken" or "refused"."""
     with tempfile.TemporaryDirectory(prefix="case-") as case:
         return KINDS[kind][0](Random(f"{kind} {seed}"), Path(case))
-
-
-def main() -> int:
-    """Run many trials and record them: command, machine, counts, the slowest, and every fault."""
-    from bench.record import Record, recording
-
-    parser = recording(__doc__)
-    parser.add_argument("--trials", type=int, default=20_000)
-    parser.add_argument("--first", type=int, default=0, help="seed of the first trial of each kind")
-    parser.add_argument("--minutes", type=float, default=600.0, help="what is tried by then is recorded")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    record = Record(
-        options.out / "fuzz.json", " ".join(["python -m tests.support.fuzzing", *sys.argv[1:]]), "cpu", options.commit
-    )
-    counts: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
-    slowest: dict[str, float] = dict.fromkeys(KINDS, 0.0)
-    faults: list[str] = []
-    until, total = time.monotonic() + 60 * options.minutes, sum(share for _, share in KINDS.values())
-    for number in range(options.trials):
-        if time.monotonic() > until:
-            break
-        place, kind = number % total, ""
-        for kind, (_, share) in KINDS.items():  # noqa: B007
-            place -= share
-            if place < 0:
-                break
-        started, seed = time.monotonic(), options.first + number
-        try:
-            counts[kind][trial(kind, seed)] += 1
-        except Exception as error:
-            counts[kind]["fault"] += 1
-            faults.append(f"{kind} {seed}: {type(error).__name__}: {str(error)[:200]}")
-            print(faults[-1], flush=True)
-        slowest[kind] = max(slowest[kind], time.monotonic() - started)
-        if number % 500 == 499:
-            print(number + 1, {kind: dict(count) for kind, count in counts.items()}, flush=True)
-    record.data |= {
-        "first": options.first, "trials": sum(map(Counter.total, counts.values())), "counts": counts,
-        "slowest_seconds": slowest, "faults": faults,
-    }  # fmt: skip
-    record.save()
-    return 1 if faults or max(slowest.values()) > 10 else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

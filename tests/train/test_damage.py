@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-import fuzzing
+import whole_inputs
 from ncollapse.train import cli
 from ncollapse.train.commands.status import read_status
 from ncollapse.train.errors import CheckpointError, DamageError, NoResultsError, UserError
@@ -29,19 +29,19 @@ from sweep_results import assert_same
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Two stacks of two runs: one has ended, one is at its checkpoint of an epoch; with weights."""
-    return Path(shutil.copytree(fuzzing.whole_store(), tmp_path / "results"))
+    return Path(shutil.copytree(whole_inputs.whole_store(), tmp_path / "results"))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = Path(shutil.copytree(fuzzing.whole_store(), tmp_path_factory.mktemp("finished") / "results"))
+    out = Path(shutil.copytree(whole_inputs.whole_store(), tmp_path_factory.mktemp("finished") / "results"))
     go_on(out)
     return out
 
 
 def go_on(folder: Path) -> int:
     options = Options(workers=1, checkpoint_minutes=0, save_weights=True)
-    return sweep(fuzzing.GRID, folder, fuzzing.digits, fuzzing.CPU, options, Console(quiet=True))
+    return sweep(whole_inputs.GRID, folder, whole_inputs.digits, whole_inputs.CPU, options, Console(quiet=True))
 
 
 def alter(folder: Path, *statements: str) -> None:
@@ -209,7 +209,7 @@ def test_a_checkpoint_that_cannot_be_used_is_kept_aside_and_said(
 def test_only_the_stores_own_files_are_tidied(folder: Path) -> None:
     (folder / "checkpoints" / "notes.txt").write_text("mine")
     (folder / "checkpoints" / "9-9.pt").write_text("left by a kill")
-    with Store(folder, fuzzing.GRID):
+    with Store(folder, whole_inputs.GRID):
         pass
     assert (folder / "checkpoints" / "notes.txt").exists()
     assert not (folder / "checkpoints" / "9-9.pt").exists()
@@ -221,7 +221,7 @@ def test_a_folder_does_not_lead_elsewhere_by_links(folder: Path, name: str) -> N
     path.rename(elsewhere) if path.exists() else elsewhere.touch()
     path.symlink_to(elsewhere)
     with pytest.raises(UserError, match=f"{name} is a symbolic link"):
-        Store(folder, fuzzing.GRID)
+        Store(folder, whole_inputs.GRID)
 
 
 def test_a_report_is_written_into_its_own_folder(finished: Path, tmp_path: Path, quiet: Console) -> None:
