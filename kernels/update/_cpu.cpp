@@ -20,7 +20,7 @@ constexpr int64_t RULE_MASK = 255, MAXIMIZE = 256, NESTEROV = 512, FRESH = 2;
 
 // `layout` below reports these structs, numbers and flags; cpu.py compares them with table.py.
 struct Row {  // of the table `tensors`
-  int64_t param, grad, first, second, step, copy, numel, hyper, flags, run, pitch, sums;
+  int64_t param, grad, first, second, step, copy, numel, hyper, flags, run;
 };
 struct Hyper {  // of the table `hypers`
   int64_t number[6], wide, code;
@@ -49,8 +49,15 @@ template <class R> Scalars<R> scalars(const Row &row, const Hyper &h, const floa
   double rate = lr, root = 1;
   if ((h.code & RULE_MASK) == ADAM) {
     const double t = double(*reinterpret_cast<const float *>(row.step) + 1);
-    rate = lr / (1 - std::pow(beta1, t));
-    root = std::pow(1 - std::pow(beta2, t), -0.5);
+    // Powers take longer than the update of a small tensor, and most parameters have the same betas and count.
+    static thread_local double key[3], correction[2];
+    if (beta1 != key[0] || beta2 != key[1] || t != key[2]) {
+      key[0] = beta1, key[1] = beta2, key[2] = t;
+      correction[0] = 1 - std::pow(beta1, t);
+      correction[1] = std::pow(1 - std::pow(beta2, t), -0.5);
+    }
+    rate = lr / correction[0];
+    root = correction[1];
   }
   return {scale ? R(*scale) : R(1), R(coupling * decay), R(lr * (1 - coupling) * decay), R(rate), R(beta1),
           R(1 - beta1), R(beta2), R(1 - beta2), R(root), R(number(h, 5)),
@@ -79,7 +86,7 @@ template <int RULE, class R> INLINE R direction(R g, R &m, R &v, const Scalars<R
 }
 
 template <int RULE, bool FIRST, bool EXTRA, class P, class G, class R>
-INLINE void span(const Row &row, const Scalars<R> &scalars, int64_t start, int64_t end, double *norms, double *sums) {
+INLINE void span(const Row &row, const Scalars<R> &scalars, int64_t start, int64_t end, double *norms) {
   P *__restrict param = reinterpret_cast<P *>(row.param);
   const G *__restrict grad = reinterpret_cast<const G *>(row.grad);
   R *__restrict first = reinterpret_cast<R *>(row.first);
@@ -105,42 +112,30 @@ INLINE void span(const Row &row, const Scalars<R> &scalars, int64_t start, int64
     if constexpr (EXTRA) {
       changes += double(change) * double(change);
       if (copy) store(copy, i, float(load<R>(param, i)));
-      if (sums) sums[i - start] += double(load<R>(param, i));
     }
   }
   if constexpr (EXTRA) norms[0] += grads, norms[1] += changes;
 }
 
-template <int RULE, bool FIRST, bool EXTRA, class P, class G, class R>
-INLINE void loop(const Row &row, const Scalars<R> &s, int64_t start, int64_t end, double *norms) {
-  if (EXTRA && row.pitch) {  // a chunk of a classifier [K, d] is a range of columns, over all K rows
-    double *sums = reinterpret_cast<double *>(row.sums) + start;
-    std::memset(sums, 0, (end - start) * sizeof(double));
-    for (int64_t k = 0; k < row.numel; k += row.pitch)
-      span<RULE, FIRST, EXTRA, P, G>(row, s, k + start, k + end, norms, sums);
-  } else {
-    span<RULE, FIRST, EXTRA, P, G>(row, s, start, end, norms, nullptr);
-  }
-}
-
-// Returns false, and changes nothing, if the row's rule is unknown.
+// Returns false, and changes nothing, if the row's rule is unknown. A row without a gradient is left as it is.
 template <bool EXTRA, class P, class G, class R>
 INLINE bool chunk(const Row &row, const Hyper &h, const float *scale, int64_t start, int64_t end, double *norms) {
+  if (!row.grad) return true;
   const Scalars<R> s = scalars<R>(row, h, scale);
   switch (h.code & RULE_MASK) {
     case SGD:
-      row.first ? loop<SGD, true, EXTRA, P, G>(row, s, start, end, norms)
-                : loop<SGD, false, EXTRA, P, G>(row, s, start, end, norms);
+      row.first ? span<SGD, true, EXTRA, P, G>(row, s, start, end, norms)
+                : span<SGD, false, EXTRA, P, G>(row, s, start, end, norms);
       break;
     case SIGNUM:
-      row.first ? loop<SIGNUM, true, EXTRA, P, G>(row, s, start, end, norms)
-                : loop<SIGNUM, false, EXTRA, P, G>(row, s, start, end, norms);
+      row.first ? span<SIGNUM, true, EXTRA, P, G>(row, s, start, end, norms)
+                : span<SIGNUM, false, EXTRA, P, G>(row, s, start, end, norms);
       break;
     case ADAM:
-      loop<ADAM, true, EXTRA, P, G>(row, s, start, end, norms);
+      span<ADAM, true, EXTRA, P, G>(row, s, start, end, norms);
       break;
     case LION:
-      loop<LION, true, EXTRA, P, G>(row, s, start, end, norms);
+      span<LION, true, EXTRA, P, G>(row, s, start, end, norms);
       break;
     default:
       return false;
@@ -176,16 +171,15 @@ Function choose(int param, int grad, bool extra) {
 }
 
 PyObject *update(PyObject *, PyObject *args) {
-  unsigned long long tensors_at, chunks_at, hypers_at, steps_at, scale_at, norms_at;
-  long long n, size, n_steps;
+  unsigned long long tensors_at, chunks_at, hypers_at, scale_at, norms_at;
+  long long n_rows, n, size;
   int extra, add, runs, param, grad, threads;
-  if (!PyArg_ParseTuple(args, "KKLLKKLKpKpiiii", &tensors_at, &chunks_at, &n, &size, &hypers_at, &steps_at, &n_steps,
-                        &scale_at, &extra, &norms_at, &add, &runs, &param, &grad, &threads))
+  if (!PyArg_ParseTuple(args, "KLKLLKKpKpiiii", &tensors_at, &n_rows, &chunks_at, &n, &size, &hypers_at, &scale_at,
+                        &extra, &norms_at, &add, &runs, &param, &grad, &threads))
     return nullptr;
   const auto *tensors = reinterpret_cast<const Row *>(tensors_at);
   const auto *chunks = reinterpret_cast<const Chunk *>(chunks_at);
   const auto *hypers = reinterpret_cast<const Hyper *>(hypers_at);
-  const auto *steps = reinterpret_cast<const int64_t *>(steps_at);
   const auto *scale = reinterpret_cast<const float *>(scale_at);
   auto *norms = reinterpret_cast<double *>(norms_at);
   const Function function = choose(param, grad, extra);
@@ -198,14 +192,15 @@ PyObject *update(PyObject *, PyObject *args) {
     const int64_t team = omp_get_num_threads(), thread = omp_get_thread_num(), stop = n * (thread + 1) / team;
     for (int64_t i = n * thread / team; i < stop;) {
       const Row &row = tensors[chunks[i].row];
-      const int64_t first = i++, span = row.pitch ? row.pitch : row.numel;
+      const int64_t first = i++;
       if (!extra)  // merge a tensor's chunks; but sum chunk by chunk, so that the sums do not depend on the threads
         while (i < stop && chunks[i].row == chunks[first].row) ++i;
-      const int64_t end = std::min<int64_t>(chunks[i - 1].start + size, span);
+      const int64_t end = std::min<int64_t>(chunks[i - 1].start + size, row.numel);
       unknown += !function(row, hypers[row.hyper], scale, chunks[first].start, end, &partial[2 * first]);
     }
   }
-  for (int64_t i = 0; i < n_steps && !unknown; ++i) *reinterpret_cast<float *>(steps[i]) += 1;
+  for (const Row *row = tensors; row != tensors + n_rows && !unknown; ++row)
+    if (row->step && row->grad && !row->run) *reinterpret_cast<float *>(row->step) += 1;  // runs share a count
   if (norms && !add) std::memset(norms, 0, 2 * runs * sizeof(double));
   if (norms)
     for (int64_t i = 0; i < n; ++i)
@@ -219,10 +214,9 @@ PyObject *layout(PyObject *, PyObject *) {
   const auto column = [](size_t offset) { return int(offset / sizeof(int64_t)); };
 #define COLUMN(name, field) name, column(offsetof(Row, field))
   return Py_BuildValue(
-      "{si si si si si si si si si si si si si si si si si si si si si si si si si si si si}", COLUMN("PARAM", param),
+      "{si si si si si si si si si si si si si si si si si si si si si si si si si si}", COLUMN("PARAM", param),
       COLUMN("GRAD", grad), COLUMN("FIRST", first), COLUMN("SECOND", second), COLUMN("STEP", step),
-      COLUMN("COPY", copy), COLUMN("NUMEL", numel), COLUMN("HYPER", hyper), COLUMN("FLAGS", flags), COLUMN("RUN", run),
-      COLUMN("PITCH", pitch), COLUMN("SUMS", sums), "columns", column(sizeof(Row)), "wide", column(offsetof(Hyper, wide)),
+      COLUMN("COPY", copy), COLUMN("NUMEL", numel), COLUMN("HYPER", hyper), COLUMN("FLAGS", flags), COLUMN("RUN", run), "columns", column(sizeof(Row)), "wide", column(offsetof(Hyper, wide)),
       "code", column(offsetof(Hyper, code)), "hyper columns", column(sizeof(Hyper)), "rule mask", int(RULE_MASK),
       "maximize", int(MAXIMIZE), "nesterov", int(NESTEROV), "fresh", int(FRESH), "sgd", SGD, "signum", SIGNUM, "adam",
       ADAM, "lion", LION, "float32", F32, "float64", F64, "bfloat16", BF16, "float16", F16);

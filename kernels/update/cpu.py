@@ -39,14 +39,16 @@ def launch_update(table: Table, grad_scale: Tensor | None, found_inf: Tensor | N
     Raises:
         ValueError: the table holds the number of a rule without a kernel.
     """
+    norms = table.norms
     if found_inf is not None and found_inf.item() != 0:
+        if norms is not None:
+            norms.fill_(float("nan"))
         return
     scale = None if grad_scale is None else grad_scale.float()
-    norms = table.norms
-    extra = scale is not None or norms is not None or table.row_sum is not None or table.has_copies
+    extra = scale is not None or norms is not None or table.has_copies
     _cpu.update(
-        table.tensors.data_ptr(), table.chunks.data_ptr(), table.programs, CHUNK, table.hypers.table.data_ptr(),
-        table.steps.data_ptr(), table.counts, 0 if scale is None else scale.data_ptr(), extra,
+        table.tensors.data_ptr(), len(table.tensors), table.chunks.data_ptr(), table.programs, CHUNK,
+        table.hypers.table.data_ptr(), 0 if scale is None else scale.data_ptr(), extra,
         0 if norms is None else norms.data_ptr(), table.add, 0 if norms is None else len(norms),
         DTYPE_CODES[table.param], DTYPE_CODES[table.grad], cpu_threads(table.elements),
     )  # fmt: skip

@@ -28,7 +28,6 @@ _FIRST, _SECOND = tl.constexpr(Col.FIRST.value), tl.constexpr(Col.SECOND.value)
 _STEP, _COPY = tl.constexpr(Col.STEP.value), tl.constexpr(Col.COPY.value)
 _NUMEL, _HYPER = tl.constexpr(Col.NUMEL.value), tl.constexpr(Col.HYPER.value)
 _FLAGS, _RUN = tl.constexpr(Col.FLAGS.value), tl.constexpr(Col.RUN.value)
-_PITCH, _SUMS = tl.constexpr(Col.PITCH.value), tl.constexpr(Col.SUMS.value)
 _COLUMNS, _HYPER_COLUMNS = tl.constexpr(len(Col)), tl.constexpr(layout.HYPER_COLUMNS)
 _WIDE, _CODE = tl.constexpr(layout.WIDE), tl.constexpr(layout.CODE)
 _RULE_MASK = tl.constexpr(layout.RULE_MASK)
@@ -61,29 +60,28 @@ def _at(address, dtype: tl.constexpr, offset, ALIGNED: tl.constexpr):
     return pointer
 
 
-@triton.jit(do_not_specialize=["n_steps", "n_runs"])
+@triton.jit(do_not_specialize=["n_rows", "n_runs"])
 def _update_kernel(
-    tensors_ptr, chunks_ptr, hypers_ptr, steps_ptr, n_steps, arrived_ptr, scale_ptr, inf_ptr, partial_ptr, norms_ptr,
+    tensors_ptr, n_rows, chunks_ptr, hypers_ptr, arrived_ptr, scale_ptr, inf_ptr, partial_ptr, norms_ptr,
     n_runs, PARAM: tl.constexpr, GRAD: tl.constexpr, REAL: tl.constexpr, RULE: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_INF: tl.constexpr, HAS_COPY: tl.constexpr, HAS_NORMS: tl.constexpr, ADD: tl.constexpr,
-    HAS_SUMS: tl.constexpr, HAS_STEPS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_STEPS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Update every parameter in a table: W ← W − rate·direction − decoupled·W, in place, with its states.
 
-    Program p updates the elements of chunk p: CHUNK elements of one row of `tensors`, or BLOCK columns of a classifier
-    whose row sum is wanted. The last program to finish counts the step and sums the norms.
+    Program p updates the elements of chunk p: CHUNK elements of one row of `tensors`. The last program to finish counts
+    the step and sums the norms.
 
     Args:
-        tensors_ptr, chunks_ptr, hypers_ptr: `[rows, len(Col)]`, `[programs, 2]` and `[sets, HYPER_COLUMNS]` int64, as
-            `table.py` describes them.
-        steps_ptr: `[n_steps]` int64, addresses of the float32 counts of steps.
+        tensors_ptr, chunks_ptr, hypers_ptr: `[n_rows, len(Col)]`, `[programs, 2]` and `[sets, HYPER_COLUMNS]` int64,
+            as `table.py` describes them.
         arrived_ptr: `[1]` int32, the number of programs that have finished; 0 before and after the launch.
         scale_ptr, inf_ptr: `[1]` float32, read with HAS_SCALE, HAS_INF: divides the gradients; not 0: change nothing.
         partial_ptr: `[programs, 2]` float32, each program's squared norms of gradient and change, if HAS_NORMS.
         norms_ptr: `[n_runs, 2]` float64, their sums for each run; with ADD, added to the values there.
         PARAM, GRAD, REAL: dtypes of parameters and gradients; of states and arithmetic.
         RULE: the rule of all rows, or MIXED: read from the table.
-        HAS_COPY, HAS_SUMS, HAS_STEPS: whether a row has a bfloat16 copy, a row sum, a count of steps.
+        HAS_COPY, HAS_STEPS: whether a row has a bfloat16 copy, a count of steps.
     """
     # 1. Find the parameter, and its addresses.
     program = tl.program_id(0).to(tl.int64)
@@ -114,14 +112,8 @@ def _update_kernel(
             root = 1.0 / tl.sqrt(1.0 - tl.exp(t * tl.log(beta2)))
     rate, root = rate.to(REAL), root.to(REAL)
     b1, b1c, b2, b2c = beta1.to(REAL), (1.0 - beta1).to(REAL), beta2.to(REAL), (1.0 - beta2).to(REAL)
-    # 3. Set the range of the loop: blocks of the chunk, or the K rows of a block of columns.
-    rounds, stride, end = CHUNK // BLOCK, tl.full((), BLOCK, tl.int64), numel
-    pitch = tl.full((), 0, tl.int64)
-    if HAS_SUMS:
-        # For a classifier [K, d] a program takes all K rows of BLOCK columns, so it has their complete sum.
-        pitch = tl.load(row + _PITCH)
-        if pitch != 0:
-            rounds, stride, end = (numel // pitch).to(tl.int32), pitch, pitch
+    # 3. Set the number of blocks: none if the step is skipped, or if the parameter has no gradient.
+    rounds, numel = CHUNK // BLOCK, tl.where(grad == 0, 0, numel)
     skip = tl.full((), False, tl.int1)
     if HAS_INF:
         skip = tl.load(inf_ptr) != 0.0
@@ -132,30 +124,25 @@ def _update_kernel(
     # 4. Update block by block.
     lanes = tl.arange(0, BLOCK)
     grad_square, change_square = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    total = tl.zeros((BLOCK if HAS_SUMS else 1,), tl.float64)
     for i in range(0, rounds):
-        offset = start + i * stride
-        left = tl.where(pitch != 0, end - start, end - offset)
+        offset = start + i * BLOCK
+        left = numel - offset
         # Two compiled versions: whole blocks of aligned tensors with 128-bit vectors, other blocks with a mask.
         if (left >= BLOCK) & ((flags & _ALIGNED) != 0):
-            grad_square, change_square, total = _block(
+            grad_square, change_square = _block(
                 param, grad, first, second, copy, offset, lanes, left, True,
                 rule, scale, maximize, coupled, decoupled, rate, b1, b1c, b2, b2c, root, eps,
-                damp, nesterov, grad_square, change_square, total,
-                PARAM, GRAD, REAL, RULE, HAS_SCALE, HAS_COPY, HAS_NORMS, HAS_SUMS,
+                damp, nesterov, grad_square, change_square,
+                PARAM, GRAD, REAL, RULE, HAS_SCALE, HAS_COPY, HAS_NORMS,
             )  # fmt: skip
         elif left > 0:
-            grad_square, change_square, total = _block(
+            grad_square, change_square = _block(
                 param, grad, first, second, copy, offset, lanes, left, False,
                 rule, scale, maximize, coupled, decoupled, rate, b1, b1c, b2, b2c, root, eps,
-                damp, nesterov, grad_square, change_square, total,
-                PARAM, GRAD, REAL, RULE, HAS_SCALE, HAS_COPY, HAS_NORMS, HAS_SUMS,
+                damp, nesterov, grad_square, change_square,
+                PARAM, GRAD, REAL, RULE, HAS_SCALE, HAS_COPY, HAS_NORMS,
             )  # fmt: skip
-    # 5. Store the row sum and the partial norms.
-    if HAS_SUMS:  # noqa: SIM102 (the outer condition is a compile-time constant)
-        if (pitch != 0) & (skip == 0):
-            sums = tl.load(row + _SUMS).to(tl.pointer_type(tl.float64)) + start
-            tl.store(sums + lanes, total, mask=lanes < end - start)
+    # 5. Store the partial norms.
     if HAS_NORMS:
         tl.store(partial_ptr + 2 * program, tl.sum(grad_square))
         tl.store(partial_ptr + 2 * program + 1, tl.sum(change_square))
@@ -167,18 +154,21 @@ def _update_kernel(
             tl.store(arrived_ptr, 0)
             if skip == 0:
                 _finish(
-                    tensors_ptr, chunks_ptr, steps_ptr, n_steps, partial_ptr, norms_ptr, n_runs, programs,
-                    HAS_NORMS, ADD,
+                    tensors_ptr, n_rows, chunks_ptr, partial_ptr, norms_ptr, n_runs, programs,
+                    HAS_NORMS, ADD, HAS_STEPS,
                 )  # fmt: skip
+            elif HAS_NORMS:
+                for i in range(0, 2 * n_runs):
+                    tl.store(norms_ptr + i, float("nan"))
 
 
 @triton.jit
 def _block(
     param, grad, first, second, copy, offset, lanes, left, ALIGNED: tl.constexpr,
     rule, scale, maximize, coupled, decoupled, rate, b1, b1c, b2, b2c, root, eps,
-    damp, nesterov, grad_square, change_square, total,
+    damp, nesterov, grad_square, change_square,
     PARAM: tl.constexpr, GRAD: tl.constexpr, REAL: tl.constexpr, RULE: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_COPY: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_SUMS: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_COPY: tl.constexpr, HAS_NORMS: tl.constexpr,
 ):  # fmt: skip
     """Update one block: the first `left` elements from `offset` on; with ALIGNED, the whole block in vectors.
 
@@ -186,7 +176,6 @@ def _block(
         param, grad, first, second, copy: addresses of the tensors; 0 for those that the parameter lacks.
         rule … nesterov: scalars of the parameter, REAL unless integer or boolean.
         grad_square, change_square: `[BLOCK]` float32, sums of squares so far.
-        total: `[BLOCK]` float64 with HAS_SUMS, the sums of the columns so far.
     """
     # A mask with the same value in all lanes allows vector loads. (The interpreter cannot broadcast a scalar mask.)
     same = tl.zeros_like(lanes).to(tl.int64)
@@ -220,22 +209,25 @@ def _block(
         tl.store(copy_ptr, w.to(tl.bfloat16), mask=inside & (same + copy != 0))
     if HAS_NORMS:
         change_square += tl.where(inside, change * change, 0.0).to(tl.float32)
-    if HAS_SUMS:
-        total += tl.where(inside, w.to(tl.float64), 0.0)
-    return grad_square, change_square, total
+    return grad_square, change_square
 
 
 @triton.jit
 def _finish(
-    tensors_ptr, chunks_ptr, steps_ptr, n_steps, partial_ptr, norms_ptr, n_runs, programs,
-    HAS_NORMS: tl.constexpr, ADD: tl.constexpr,
+    tensors_ptr, n_rows, chunks_ptr, partial_ptr, norms_ptr, n_runs, programs,
+    HAS_NORMS: tl.constexpr, ADD: tl.constexpr, HAS_STEPS: tl.constexpr,
 ):  # fmt: skip
     """Count the step, and sum the programs' norms in a fixed order, so that the result is reproducible."""
     lanes = tl.arange(0, 128)
-    for i in range(0, n_steps, 128):
-        mask = i + lanes < n_steps
-        pointers = tl.load(steps_ptr + i + lanes, mask=mask, other=0).to(tl.pointer_type(tl.float32))
-        tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + 1.0, mask=mask)
+    if HAS_STEPS:
+        for i in range(0, n_rows, 128):
+            row = tensors_ptr + (i + lanes) * _COLUMNS
+            mask = i + lanes < n_rows
+            step, grad = tl.load(row + _STEP, mask=mask, other=0), tl.load(row + _GRAD, mask=mask, other=0)
+            # The runs of a parameter share a count.
+            mask = (step != 0) & (grad != 0) & (tl.load(row + _RUN, mask=mask, other=1) == 0)
+            pointers = step.to(tl.pointer_type(tl.float32))
+            tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + 1.0, mask=mask)
     if HAS_NORMS:
         for run in range(0, n_runs):
             grads, changes = tl.zeros((128,), tl.float64), tl.zeros((128,), tl.float64)
@@ -277,13 +269,13 @@ def launch_update(table: Table, scratch: Scratch, grad_scale: Tensor | None, fou
             return launch_update(table, scratch, grad_scale, found_inf)
     norms, unused = table.norms, table.tensors
     return _update_kernel[(table.programs,)](
-        table.tensors, table.chunks, table.hypers.table, table.steps, table.counts, scratch.arrived,
+        table.tensors, len(table.tensors), table.chunks, table.hypers.table, scratch.arrived,
         unused if grad_scale is None else grad_scale, unused if found_inf is None else found_inf,
         scratch.partial, unused if norms is None else norms, 0 if norms is None else len(norms),
         PARAM=_TYPES[table.param], GRAD=_TYPES[table.grad],
         REAL=_TYPES[torch.float64 if table.param == torch.float64 else torch.float32], RULE=table.hypers.rule,
         HAS_SCALE=grad_scale is not None, HAS_INF=found_inf is not None, HAS_COPY=table.has_copies,
-        HAS_NORMS=norms is not None, ADD=table.add, HAS_SUMS=table.row_sum is not None, HAS_STEPS=table.counts > 0,
+        HAS_NORMS=norms is not None, ADD=table.add, HAS_STEPS=table.counts_steps,
         BLOCK=block_size(table.param), CHUNK=CHUNK, num_warps=WARPS,
         # Round products and sums separately, as the reference does; the kernel is bound by memory anyway.
         enable_fp_fusion=False,

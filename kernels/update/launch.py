@@ -1,20 +1,23 @@
 """Steps over lists of tensors: one launch per device and dtype; the reference where no kernel fits."""
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ncollapse.kernels import operators
+from ncollapse.kernels.tensors import CHANGED, FOREIGN, Fingerprint, has_no_memory
 from ncollapse.kernels.update import cpu
-from ncollapse.kernels.update.reference import declared, update_reference
-from ncollapse.kernels.update.table import HyperTable, Lists, Table
+from ncollapse.kernels.update.reference import Slot, declared, update_reference
+from ncollapse.kernels.update.table import Col, Extras, HyperTable, Lists, Rows, Table, Tensors, same_layout
 
 # The dtype that gradients may have other than the parameter's own.
 _GRADS = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+_WRITTEN = [Col.PARAM, Col.FIRST, Col.SECOND, Col.STEP, Col.COPY]
 
 
 def why_no_kernel(device: torch.device) -> str | None:
@@ -33,24 +36,36 @@ class _Bucket:
 
 
 class Update:
-    """Steps over the same parameters with the same hyperparameters.
+    """Steps over the same parameters with the same sets of hyperparameters.
 
-    Tables are built once, and filled again when the address of a tensor has changed. Holds no parameter, gradient or
-    state.
+    Every step looks at the address, shape, strides and dtype of every tensor that it hands to a kernel: other code may
+    have changed them since the last step. Tables are filled again when an address has changed, built again when more
+    has. Holds no parameter, gradient or state.
 
     Args:
-        hypers: for each device of the parameters, its table of hyperparameters.
+        sets: for each parameter, the index of its set of hyperparameters.
+        codes: for each set, the `code` of each stacked run.
+        places: of the tensors `live` of `step`: each replaces the number of this place in the flattened `values`.
+        fresh: for each parameter, whether no step was taken yet (`Slot.fresh`); none by default.
 
     Warns:
         UserWarning: (once for each reason) the slower reference updates some parameters, and why.
     """
 
-    def __init__(self, hypers: dict[torch.device, HyperTable]) -> None:
-        self._hypers = hypers
+    def __init__(
+        self, sets: list[int], codes: list[list[int]], places: Sequence[int] = (), fresh: Sequence[bool] = ()
+    ) -> None:
+        self._sets, self._codes, self._places = sets, codes, list(places)
+        self.fresh = list(fresh) or [False] * len(sets)
+        self._seen = Fingerprint(optional=Col.GRAD, written=sum(1 << column for column in _WRITTEN))
+        self._seen_numbers = Fingerprint()
         self._buckets: list[_Bucket] = []
-        self._layout: Any = None
-        self._seen: Any = None
-        self._mixed = True
+        self._hypers: dict[torch.device, HyperTable] = {}
+        self._filled = False  # the tables hold the addresses of `_seen`
+        self._bytes: Rows = np.zeros((len(_WRITTEN), 0), dtype=np.int64)
+        self._turns: list[int] | None = None  # None: make new tables
+        # Of each parameter's last gradient: its dtype, and whether it lay in memory as the parameter.
+        self._grads: dict[int, tuple[torch.dtype, bool]] = {}
         self._captured: list[Any] = []  # tensors whose addresses CUDA graphs hold, kept alive after the buckets go
 
     @property
@@ -59,70 +74,128 @@ class Update:
         return sum(bucket.table is not None for bucket in self._buckets)
 
     def step(
-        self, params: list[Tensor], grads: list[Tensor], lists: Callable[[], Lists],
+        self, tensors: Tensors, values: list[Tensor], live: list[Tensor] | None = None, norms: Tensor | None = None,
         grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
+        changed: Callable[[], Tensors] | None = None,
     ) -> None:  # fmt: skip
-        """Take one step, in place.
+        """Take one step, in place. Parameters without a gradient stay as they are.
 
         Args:
-            params: the same parameters at every step.
-            grads: their gradients, of the same shapes.
-            lists: returns the parameters with their states and extras; called when the layout has changed.
+            tensors: the same parameters at every step, with their gradients, states and copies.
+            values: for each device of the parameters, `[sets, len(HYPERS)]` float64, as in `HyperTable`.
+            live: tensors that replace numbers of `values`, as in `HyperTable`; each on the device of parameters.
+            norms: a result, as in `Extras`.
             grad_scale, found_inf: as in `update_reference`.
+            changed: called when a tensor has another dtype, device, shape or layout than before; returns the tensors.
+
+        Raises:
+            RuntimeError: shapes that do not fit the parameter's, or a storage that is smaller than its tensor; nothing
+                has changed then. During the capture of a CUDA graph: tensors have changed since the last step.
         """
-        # This runs at every step: map is faster than a comprehension.
-        pointers, grad_pointers = list(map(Tensor.data_ptr, params)), list(map(Tensor.data_ptr, grads))
-        seen = pointers, grad_pointers, list(map(Tensor.stride, grads))
-        # Where dtypes of gradients and parameters differ, a gradient may change its dtype alone: check at every step.
-        if seen != self._seen or self._mixed:
-            self._point(lists, params, grads, pointers, grad_pointers)
-            self._seen = seen
+        numbers = ([*values, *(live or ()), *(() if norms is None else (norms,))],)
+        extras = Extras(tensors.copies, norms)
+        if self._seen_numbers.look(numbers) != 0:
+            self._seen_numbers.renew(numbers)
+            self._hypers, self._turns = {}, None
+        moved = self._seen.look(tensors)
+        if moved == CHANGED:
+            tensors = tensors if changed is None else changed()
+            extras.copies = tensors.copies
+            self._seen.renew(tensors)
+            self._bytes, self._turns = _bytes(tensors), None
+        if self._turns is None or moved & ~(1 << Col.GRAD):
+            turns, tangled = _turns(self._matrix()[_WRITTEN], self._bytes)
+            if turns != self._turns:
+                self._turns = None  # until all of it has succeeded
+                self._plan(tensors, extras, values, live or [], turns, tangled)
+                self._turns = turns
+                self._filled = False
+        if moved or not self._filled:
+            addresses = self._matrix()
+            for bucket in self._buckets:
+                if bucket.table is not None:
+                    every = len(bucket.indices) == len(self._sets)
+                    bucket.table.point(addresses if every else addresses[:, bucket.indices])
+            self._filled = True
         for bucket in self._buckets:
-            scale = None if grad_scale is None else grad_scale.to(bucket.device, non_blocking=True)
-            inf = None if found_inf is None else found_inf.to(bucket.device, non_blocking=True)
-            if bucket.table is None:
-                add = bucket is not self._buckets[0]
-                self._reference(lists().part(bucket.indices, add), [grads[i] for i in bucket.indices], scale, inf)
-            elif bucket.device.type == "cpu":
-                cpu.launch_update(bucket.table, scale, inf)
-            else:
-                from ncollapse.kernels.update import gpu
+            self._launch(bucket, tensors, extras, grad_scale, found_inf)
 
-                gpu.launch_update(bucket.table, bucket.scratch, scale, inf)
-                if torch.cuda.is_current_stream_capturing():
-                    self._captured.append((bucket.table, bucket.table.tensors, bucket.scratch))
-                    self._seen = None  # the replay fills the table, not the capture: the next step fills it again
+    def _launch(
+        self, bucket: _Bucket, tensors: Tensors, extras: Extras, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        scale = None if grad_scale is None else grad_scale.to(bucket.device, non_blocking=True)
+        inf = None if found_inf is None else found_inf.to(bucket.device, non_blocking=True)
+        if bucket.table is None:
+            lists = Lists(tensors.params, self._slots(tensors), self._sets, extras)
+            part = lists.part(bucket.indices, add=bucket is not self._buckets[0])
+            self._reference(part, [tensors.grads[i] for i in bucket.indices], scale, inf)
+        elif bucket.device.type == "cpu":
+            cpu.launch_update(bucket.table, scale, inf)
+        else:
+            from ncollapse.kernels.update import gpu
 
-    def _point(
-        self, lists: Callable[[], Lists], params: list[Tensor], grads: list[Tensor],
-        pointers: list[int], grad_pointers: list[int],
+            gpu.launch_update(bucket.table, bucket.scratch, scale, inf)
+            if torch.cuda.is_current_stream_capturing():
+                self._captured.append((bucket.table, bucket.table.tensors, bucket.scratch))
+                self._filled = False  # the replay fills the table, not the capture: the next step fills it again
+
+    def _matrix(self) -> Rows:
+        """The addresses of the parameters' tensors: `[NUMEL, parameters]`, 0 for those that there are not."""
+        matrix = np.zeros((int(Col.NUMEL), len(self._sets)), dtype=np.int64)
+        at = 0
+        for column, kinds in enumerate(self._seen.kinds):
+            matrix[column, : len(kinds)] = self._seen.addresses[at : at + len(kinds)]
+            at += len(kinds)
+        return matrix
+
+    def _slots(self, tensors: Tensors) -> list[Slot]:
+        columns = [c or [None] * len(tensors.params) for c in (tensors.firsts, tensors.seconds, tensors.steps)]
+        return [Slot(f, s, t, fresh) for f, s, t, fresh in zip(*columns, self.fresh, strict=True)]
+
+    def _plan(
+        self, tensors: Tensors, extras: Extras, values: list[Tensor], live: list[Tensor], turns: list[int],
+        tangled: set[int],
     ) -> None:  # fmt: skip
-        layout = [(p.dtype, p.stride(), g.dtype, g.stride()) for p, g in zip(params, grads, strict=True)]
-        if layout != self._layout:
-            self._plan(lists(), grads)
-            self._layout = layout
-        self._mixed = any(p.dtype != g.dtype for p, g in zip(params, grads, strict=True))
-        for bucket in self._buckets:
-            if bucket.table is not None:
-                bucket.table.point([pointers[i] for i in bucket.indices], [grad_pointers[i] for i in bucket.indices])
-
-    def _plan(self, lists: Lists, grads: list[Tensor]) -> None:
-        kinds: defaultdict[tuple[torch.device, torch.dtype, torch.dtype, bool], list[int]] = defaultdict(list)
-        for i, (param, grad) in enumerate(zip(lists.params, grads, strict=True)):
-            kinds[param.device, param.dtype, grad.dtype, self._fits(lists, i, grad)].append(i)
+        lists = Lists(tensors.params, self._slots(tensors), self._sets, extras)
+        if any(t.is_cuda for t in values) and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "tensors of the optimizer have changed since its last step; take a step before one is captured in a "
+                "CUDA graph"
+            )
+        if not self._hypers:
+            tables = (_hyper_table(t, live, self._places, self._codes) for t in values if not has_no_memory(t))
+            self._hypers = {table.values.device: table for table in tables}
+        kinds: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+        for i, (param, grad) in enumerate(zip(lists.params, tensors.grads, strict=True)):
+            if fault := _fault(lists, i, grad):
+                if grad is not None:
+                    raise RuntimeError(fault)
+                self._seen.expect_none(i)  # torch.optim, too, minds only when a gradient comes
+                continue
+            if grad is not None:
+                alike = self._seen.kinds[Col.GRAD][i] != FOREIGN and same_layout(param, grad)
+                self._grads[i] = grad.dtype, alike
+            if has_no_memory(param):  # a meta or fake tensor: there is nothing to compute
+                continue
+            if param.device not in self._hypers:
+                raise RuntimeError(f"there are no hyperparameters on {param.device}, where a parameter is")
+            dtype, alike = self._grads.get(i, (param.dtype, True))
+            fits = self._fits(lists, i, dtype, alike and i not in tangled)
+            kinds[param.device, param.dtype, dtype, fits, turns[i]].append(i)
         self._buckets = []
-        for (device, dtype, grad_dtype, fits), indices in kinds.items():
+        for (device, _, grad_dtype, fits, _), indices in sorted(kinds.items(), key=lambda item: item[0][-1]):
             bucket, part = _Bucket(indices, device), lists.part(indices, add=bool(self._buckets))
             if fits and device.type == "cpu":
-                bucket.table = Table(part, grad_dtype, self._hypers[device], cpu.CHUNK, cpu.CHUNK)
+                bucket.table = Table(part, grad_dtype, self._hypers[device], cpu.CHUNK)
             elif fits:
                 from ncollapse.kernels.update import gpu
 
-                bucket.table = Table(part, grad_dtype, self._hypers[device], gpu.block_size(dtype), gpu.CHUNK)
+                bucket.table = Table(part, grad_dtype, self._hypers[device], gpu.CHUNK)
                 bucket.scratch = gpu.Scratch(bucket.table)
             self._buckets.append(bucket)
 
-    def _fits(self, lists: Lists, i: int, grad: Tensor) -> bool:
+    def _fits(self, lists: Lists, i: int, grad: torch.dtype, alike: bool) -> bool:
+        """Whether a kernel can update a parameter; warns where it cannot."""
         param = lists.params[i]
         reason = why_no_kernel(param.device)
         names, slot = self._hypers[param.device].names[lists.sets[i]], lists.slots[i]
@@ -134,22 +207,27 @@ class Update:
             if reason is None and rule.kernel is None:
                 reason = f"there is no kernel for the rule {name}"
         allowed = param.dtype, _GRADS.get(param.dtype)
-        if reason is None and (param.dtype not in operators.DTYPE_CODES or grad.dtype not in allowed):
-            reason = f"there is no kernel for {param.dtype} parameters with {grad.dtype} gradients"
-        if reason is None and not lists.fits(i, grad, len(names)):
+        if reason is None and (param.dtype not in operators.DTYPE_CODES or grad not in allowed):
+            reason = f"there is no kernel for {param.dtype} parameters with {grad} gradients"
+        foreign = any(column[i] == FOREIGN for column in self._seen.kinds if column)
+        if reason is None and (foreign or not alike or not lists.fits(i, len(names))):
             reason = "a parameter, its gradient or its state is not dense in memory, or their layouts differ"
         if reason is not None:
             operators.warn_once("updates some parameters", reason)
         return reason is None
 
-    def _reference(self, lists: Lists, grads: list[Tensor], scale: Tensor | None, inf: Tensor | None) -> None:
+    def _reference(self, lists: Lists, grads: list[Any], scale: Tensor | None, inf: Tensor | None) -> None:
         """Update parameters one by one, since each may have other hyperparameters; then compute the extras."""
         extras = lists.extras
         if inf is not None and inf.item() != 0:
+            if extras.norms is not None:
+                extras.norms.fill_(float("nan"))
             return
         if extras.norms is not None and not extras.add:
             extras.norms.zero_()
         for i, (param, grad, slot, group) in enumerate(zip(lists.params, grads, lists.slots, lists.sets, strict=True)):
+            if grad is None:
+                continue
             hypers = self._hypers[param.device]
             before = param.detach().clone() if extras.norms is not None else param
             update_reference(hypers.rules(group), [param], [grad], [slot], hypers.settings(group), grad_scale=scale)
@@ -159,5 +237,65 @@ class Update:
                     extras.norms[:, k] += change.square().reshape(len(extras.norms), -1).sum(1)
             if extras.copies and (copy := extras.copies[i]) is not None:
                 copy.copy_(param)
-            if i == extras.head and extras.row_sum is not None:
-                extras.row_sum.copy_(param.double().sum(-2))
+
+
+def _hyper_table(values: Tensor, live: Sequence[Tensor], places: Sequence[int], codes: list[list[int]]) -> HyperTable:
+    on_device = [(t, place) for t, place in zip(live, places, strict=True) if t.device == values.device]
+    return HyperTable(values, [t for t, _ in on_device], [place for _, place in on_device], codes)
+
+
+def _fault(lists: Lists, i: int, grad: Tensor | None) -> str | None:
+    """What is wrong with a parameter's gradient, state or copy: another shape than its own, or memory that is gone."""
+    param, slot = lists.params[i], lists.slots[i]
+    copy = lists.extras.copies[i] if lists.extras.copies else None
+    alike = {"gradient": grad, "first state": slot.first, "second state": slot.second, "bfloat16 copy": copy}
+    for name, tensor in alike.items():
+        if tensor is not None and tensor.shape != param.shape:
+            return (
+                f"a parameter has shape {tuple(param.shape)}, its {name} {tuple(tensor.shape)}; where the parameter "
+                "was given other data, set its gradient to None and remove its entry from the optimizer's state"
+            )
+    for name, tensor in {"parameter": param, **alike, "count of steps": slot.step}.items():
+        if tensor is None or tensor.layout != torch.strided or tensor.numel() == 0 or has_no_memory(tensor):
+            continue
+        last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        needed = (last + 1) * tensor.itemsize
+        if not tensor._is_zerotensor() and (has := tensor.untyped_storage().nbytes()) < needed:
+            return (
+                f"the storage of a {name} of shape {tuple(tensor.shape)} was resized to {has} bytes, it needs {needed}"
+            )
+    return None
+
+
+def _bytes(tensors: Tensors) -> Rows:
+    """How many bytes each tensor that is written has: `[len(_WRITTEN), parameters]`."""
+    columns = [tensors[column] or [None] * len(tensors.params) for column in _WRITTEN]
+    return np.array(
+        [[0 if t is None else t.numel() * t.itemsize for t in column] for column in columns], dtype=np.int64
+    )
+
+
+def _turns(addresses: Rows, sizes: Rows) -> tuple[list[int], set[int]]:
+    """For each parameter, in which turn it is updated: 0, or later and alone where it shares memory with others.
+
+    Threads update the parameters of a launch side by side, so two that share memory, or whose states do, must not be in
+    one. Also returns the parameters whose own tensors overlap. Addresses and sizes (bytes) are `[tensors, parameters]`.
+    """
+    count = sizes.shape[1]
+    owner = np.tile(np.arange(count), len(sizes))
+    there = (sizes.ravel() > 0) & (addresses.ravel() != 0)
+    start, size, owner = addresses.ravel()[there], sizes.ravel()[there], owner[there]
+    order = np.argsort(start, kind="stable")
+    start, owner, reach = start[order], owner[order], np.maximum.accumulate((start + size)[order])
+    overlaps = start[1:] < reach[:-1]
+    turns, tangled = [0] * count, set()
+    if overlaps.any():
+        clusters = np.concatenate([[0], np.cumsum(~overlaps)])
+        for cluster in np.unique(clusters[1:][overlaps]):
+            owners = owner[clusters == cluster].tolist()
+            if len(set(owners)) > 1:
+                for i in owners:
+                    turns[i] = 1 + i
+            if len(set(owners)) < len(owners):
+                tangled |= set(owners)
+    return turns, tangled

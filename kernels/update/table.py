@@ -2,7 +2,8 @@
 
 A launch reads three int64 tensors on the device of the parameters:
 
-- `tensors [rows, len(Col)]`: per parameter or run, the columns `Col`; addresses in bytes;
+- `tensors [rows, len(Col)]`: per parameter or run, the columns `Col`; addresses in bytes; a row without a gradient is
+  skipped;
 - `chunks [N, 2]`: per program, its row of `tensors` and the element it starts at;
 - `hypers [sets, HYPER_COLUMNS]`: per set of hyperparameters, the addresses of its numbers `HYPERS`, a bit mask of those
   that are float64 (the others are float32), and the code of its rule.
@@ -15,6 +16,7 @@ compares them with those compiled into the C++ kernel.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +48,6 @@ class Col(IntEnum):
 
     PARAM, GRAD, FIRST, SECOND, STEP, COPY = range(6)  # addresses
     NUMEL, HYPER, FLAGS, RUN = range(6, 10)
-    PITCH, SUMS = 10, 11  # of the classifier [K, d] whose row sum is wanted: d, and the sum's address; else 0
 
 
 def _rule_number(rule: str) -> int:
@@ -57,6 +58,17 @@ def _rule_number(rule: str) -> int:
 def code(rule: str, *, maximize: bool = False, nesterov: bool = False) -> int:
     """A rule of `RULES` and its flags as one number."""
     return _rule_number(rule) | MAXIMIZE * maximize | NESTEROV * nesterov
+
+
+class Tensors(NamedTuple):
+    """The tensors of a step in parallel lists, in the order of `Col`; a list is empty where no parameter has one."""
+
+    params: list[Any]  # W, on any devices, of any floating dtypes and layouts
+    grads: list[Any]  # ∇L, of the same shapes; None: the parameter takes no step
+    firsts: list[Any]
+    seconds: list[Any]
+    steps: list[Any]
+    copies: list[Any]
 
 
 class HyperTable:
@@ -106,9 +118,10 @@ class HyperTable:
         return Settings(**numbers, nesterov=bool(flags & NESTEROV), maximize=bool(flags & MAXIMIZE))
 
     def rules(self, group: int) -> str | list[str]:
-        """The rule of a set, or of each of its runs if they differ."""
+        """The rule of a set; of each of its runs if they differ, or if only a function for one run knows it."""
         names = self.names[group]
-        return names if len(set(names)) > 1 else names[0]
+        apart = len(set(names)) > 1 or declared(names[0]).kernel is None
+        return names if len(names) > 1 and apart else names[0]
 
 
 @dataclass
@@ -117,17 +130,14 @@ class Extras:
 
     Attributes:
         copies: for each parameter, a bfloat16 tensor of its layout for a copy of the new weights, or None.
-        norms: `[R, 2]` float64, for the squared norms of the unscaled gradients and of the change of the weights.
+        norms: `[R, 2]` float64, for the squared norms of the unscaled gradients and of the change of the weights; NaN
+            after a step that was skipped.
         add: whether to add the norms to the values already there.
-        head: index of the classifier `[K, d]` (or `[R, K, d]`) whose row sum Wᵀ1 is wanted; -1 for none.
-        row_sum: `[R, d]` float64.
     """
 
     copies: Sequence[Tensor | None] = ()
     norms: Tensor | None = None
     add: bool = False
-    head: int = -1
-    row_sum: Tensor | None = None
 
 
 def dense(tensor: Tensor) -> bool:
@@ -159,24 +169,23 @@ class Lists:
 
     def part(self, indices: list[int], add: bool) -> "Lists":
         """The lists of some of the parameters; `add` as in `Extras`."""
-        extras = self.extras
-        head = indices.index(extras.head) if extras.head in indices else -1
-        copies = [extras.copies[i] for i in indices] if extras.copies else ()
-        extras = Extras(copies, extras.norms, add, head, extras.row_sum if head >= 0 else None)
+        copies = [self.extras.copies[i] for i in indices] if self.extras.copies else ()
+        extras = Extras(copies, self.extras.norms, add)
         return Lists(
             [self.params[i] for i in indices], [self.slots[i] for i in indices], [self.sets[i] for i in indices], extras
         )
 
-    def fits(self, i: int, grad: Tensor, runs: int) -> bool:
-        """Whether parameter i, its gradient, states and copy are dense and alike in memory, as the kernels need."""
+    def fits(self, i: int, runs: int) -> bool:
+        """Whether parameter i, its states and copy are dense and alike in memory, as the kernels need."""
         param, slot = self.params[i], self.slots[i]
         copy = self.extras.copies[i] if self.extras.copies else None
-        alike = all(same_layout(param, t) for t in (grad, slot.first, slot.second, copy) if t is not None)
+        alike = all(same_layout(param, t) for t in (slot.first, slot.second, copy) if t is not None)
         typed = all(t.dtype == compute_dtype(param) for t in (slot.first, slot.second) if t is not None)
-        # Runs must be contiguous in memory, and so must the rows of a classifier.
+        typed &= slot.step is None or (slot.step.dtype == torch.float32 and slot.step.numel() == 1)
+        typed &= copy is None or copy.dtype == torch.bfloat16
+        # Runs must be contiguous in memory.
         split = runs == 1 or param.numel() == 0 or param.stride(0) == param.numel() // runs
-        rows = i != self.extras.head or param.is_contiguous()
-        return dense(param) and split and rows and alike and typed
+        return dense(param) and split and alike and typed
 
 
 class Table:
@@ -186,15 +195,14 @@ class Table:
         lists: the parameters, one or more; each must fit (`Lists.fits`).
         grad: the dtype of their gradients.
         hypers: their hyperparameters.
-        block: elements per iteration of a program.
-        chunk: elements in total per program, a multiple of block.
+        chunk: elements per program.
     """
 
-    def __init__(self, lists: Lists, grad: torch.dtype, hypers: HyperTable, block: int, chunk: int) -> None:
+    def __init__(self, lists: Lists, grad: torch.dtype, hypers: HyperTable, chunk: int) -> None:
         # Keep addresses, not tensors: a table must not keep a model alive.
         first, extras = lists.params[0], lists.extras
         self.param, self.grad, self.hypers = first.dtype, grad, hypers
-        self.device, self.norms, self.add, self.row_sum = first.device, extras.norms, extras.add, extras.row_sum
+        self.device, self.norms, self.add = first.device, extras.norms, extras.add
         self.has_copies = any(copy is not None for copy in extras.copies)
         runs = np.array([len(hypers.codes[s]) for s in lists.sets], dtype=np.int64)
         # One row per parameter, or per run of a stacked parameter: the index of its parameter, and its run.
@@ -206,42 +214,31 @@ class Table:
         rows[:, Col.HYPER] = hypers.base[np.array(lists.sets)][self._param] + run
         rows[:, Col.FLAGS] = FRESH * np.array([s.fresh for s in lists.slots], dtype=np.int64)[self._param]
         rows[:, Col.RUN] = run
-        spans = numel.copy()
-        if extras.row_sum is not None:
-            head = self._param == extras.head
-            pitch = lists.params[extras.head].shape[-1]
-            rows[head, Col.PITCH] = pitch
-            rows[head, Col.SUMS] = extras.row_sum.data_ptr() + 8 * pitch * run[head]
-            spans[head] = pitch
         self._rows = rows
         state = compute_dtype(first).itemsize
-        self._offsets = (numel * run)[:, None] * np.array([first.itemsize, grad.itemsize, state, state, 0, 2])
+        offsets = (numel * run) * np.array([first.itemsize, grad.itemsize, state, state, 0, 2])[:, None]
+        self._offsets = offsets if runs.max() > 1 else None
         self.elements = int(numel.sum())
-        copies = extras.copies or [None] * len(lists.params)
-        fixed = ((None, None, s.first, s.second, s.step, c) for s, c in zip(lists.slots, copies, strict=True))
-        self._fixed = np.array([[0 if t is None else t.data_ptr() for t in row] for row in fixed], dtype=np.int64)
-        chunks = _cut(spans, np.where(rows[:, Col.PITCH] > 0, block, chunk))
+        chunks = _cut(numel, chunk)
         self.programs = len(chunks)
         self.chunks = upload(chunks, self.device)
-        # Each count of steps once: the runs of a parameter share one.
-        steps = [s.step.data_ptr() for s in lists.slots if s.step is not None]
-        self.counts = len(steps)
-        self.steps = upload(np.array(steps or [0]), self.device)
-        self.tensors = self.steps  # replaced by `point`
+        self.counts_steps = any(s.step is not None for s in lists.slots)
+        self.tensors = self.chunks  # replaced by `point`
         self._spares: list[Tensor] = []
         self._captured: list[Tensor] = []
 
-    def point(self, params: list[int], grads: list[int]) -> None:
-        """Fill `tensors` with the addresses of parameters and gradients."""
-        pointers = self._fixed.copy()
-        pointers[:, Col.PARAM], pointers[:, Col.GRAD] = params, grads
-        pointers = pointers[self._param]
+    def point(self, addresses: Rows) -> None:
+        """Fill `tensors` with the addresses `[NUMEL, parameters]` of the parameters' tensors; 0 for those they lack.
+
+        A parameter whose gradient is missing takes no step.
+        """
         rows = self._rows.copy()
-        rows[:, : Col.NUMEL] = np.where(pointers != 0, pointers + self._offsets, 0)
-        vectors = rows[:, [Col.PARAM, Col.GRAD, Col.FIRST, Col.SECOND, Col.COPY]]
-        pitch = rows[:, Col.PITCH] * 2  # in bytes of the smallest dtype
-        aligned = (vectors % 16 == 0).all(axis=1) & (pitch % 16 == 0)
-        rows[:, Col.FLAGS] |= np.where(aligned, ALIGNED, 0)
+        if self._offsets is not None:
+            addresses = addresses[:, self._param]
+            addresses = np.where(addresses != 0, addresses + self._offsets, 0)
+        rows[:, : Col.NUMEL] = addresses.T
+        together = np.bitwise_or.reduce(addresses[[Col.PARAM, Col.GRAD, Col.FIRST, Col.SECOND, Col.COPY]])
+        rows[:, Col.FLAGS] |= np.where(together % 16 == 0, ALIGNED, 0)
         self.tensors = self._upload(rows)
 
     def _upload(self, rows: Rows) -> Tensor:
@@ -250,7 +247,8 @@ class Table:
         if not torch.cuda.is_current_stream_capturing():
             # Pinned memory cannot be allocated during a capture: allocate some for later captures.
             if len(self._spares) < _SPARES:
-                self._spares += torch.empty(_SPARES, *rows.shape, dtype=torch.int64, pin_memory=True).unbind()
+                spares = torch.empty(_SPARES, *rows.shape, dtype=torch.int64, device="cpu", pin_memory=True)
+                self._spares += spares.unbind()
             return upload(rows, self.device)
         if not self._spares:
             raise RuntimeError(
@@ -262,13 +260,13 @@ class Table:
         return upload(rows, self.device, self._captured[-1])
 
 
-def _cut(spans: Rows, sizes: Rows) -> Rows:
-    """Cut spans of elements into chunks of at most the given sizes: `[N, 2]`, index of the span and first element."""
-    counts = -(-spans // sizes)
+def _cut(spans: Rows, size: int) -> Rows:
+    """Cut spans of elements into chunks of at most `size`: `[N, 2]`, index of the span and first element."""
+    counts = -(-spans // size)
     counts[0] = max(counts[0], 1)  # steps are counted even where every parameter is empty
     span = np.repeat(np.arange(len(spans)), counts)
     nth = np.arange(len(span)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return np.stack([span, nth * sizes[span]], axis=1)
+    return np.stack([span, nth * size], axis=1)
 
 
 def upload(rows: Rows, device: torch.device, pinned: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
+from ncollapse.kernels.tensors import has_no_memory
 from ncollapse.kernels.update.reference import Hyper, compute_dtype
 from ncollapse.kernels.update.table import HYPERS, code
 from ncollapse.optim.adam import Adam
@@ -17,7 +18,7 @@ from ncollapse.optim.core.checks import check_grads
 from ncollapse.optim.core.numbers import HyperSet
 from ncollapse.optim.core.optimizer import Optimizer
 from ncollapse.optim.core.rule import Rule
-from ncollapse.optim.core.stepper import Stepped, Stepper, capturing, is_sharded, state_values
+from ncollapse.optim.core.stepper import Stepped, Stepper, capturing, is_sharded
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # The factor s of the update of a matrix [A, B], by torch.optim.Muon's names.
@@ -53,29 +54,38 @@ class _MatrixStepper(Stepper):
     The launch takes the orthogonalised matrices as gradients of SGD without momentum, the others as Adam's.
     """
 
-    def prepare(self, optimizer: Stepped, params: list[Tensor], present: list[bool]) -> None:
-        super().prepare(optimizer, params, present)
+    def _complete(self, optimizer: Stepped) -> list[bool]:
+        fresh = super()._complete(optimizer)
         # Indices of active matrices, by the place of their hyperparameters, device, dtype and shape.
         self._batches: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         self._directions: dict[int, Tensor] = {}  # by index
-        for i, (param, place) in enumerate(zip(self._active, self._lists.sets, strict=True)):
+        for i, (param, place) in enumerate(zip(self._active, self._places, strict=True)):
             if place % 2:  # the second set of a group
                 continue
-            self._batches[place, param.device, param.dtype, param.shape].append(i)
+            self._batches[place, *_kind(param)].append(i)
             # Allocated once: a new address makes the update rebuild its table, and a CUDA graph reads this one.
             self._directions[i] = torch.empty_like(param, dtype=compute_dtype(param)).detach()
             state = optimizer.state[param]
             if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(param, dtype=compute_dtype(param)).detach()
-        self._held = state_values(optimizer)
+        return fresh
 
-    def directions(self, optimizer: Stepped, grads: list[Tensor]) -> list[Tensor]:
+    def _has_states(self, optimizer: Stepped, param: Tensor, hypers: HyperSet) -> bool:
+        if hypers.counts_steps:
+            return super()._has_states(optimizer, param, hypers)
+        return param in optimizer.state and "momentum_buffer" in optimizer.state[param]
+
+    def directions(self, optimizer: Stepped, grads: list[Any]) -> list[Any]:
         check_grads(type(optimizer).__name__, self._active, grads, optimizer.state)
+        if any(_kind(self._active[i]) != tuple(kind) for (_, *kind), indices in self._batches.items() for i in indices):
+            self._complete(optimizer)
         if capturing(self._active):
             self._graphs.append(self._directions)
         for (place, *_), indices in self._batches.items():
-            self._orthogonalise(optimizer, place, indices, grads)
-        return [self._directions.get(i, grad) for i, grad in enumerate(grads)]
+            present = [i for i in indices if grads[i] is not None and not has_no_memory(self._active[i])]
+            if present:
+                self._orthogonalise(optimizer, place, present, grads)
+        return [grad if grad is None else self._directions.get(i, grad) for i, grad in enumerate(grads)]
 
     def step(self, optimizer: Stepped) -> None:
         super().step(optimizer)
@@ -125,6 +135,10 @@ class _MatrixStepper(Stepper):
         x *= _SCALES[group["adjust_lr_fn"] or "original"](rows, columns)
         for i, direction in zip(indices, x, strict=True):
             torch.addcmul(direction, self._active[i].to(dtype), coupled, value=-1, out=self._directions[i])
+
+
+def _kind(param: Tensor) -> tuple[Any, ...]:
+    return param.device, param.dtype, param.shape
 
 
 class Muon(Optimizer, aliases=("muonw",)):

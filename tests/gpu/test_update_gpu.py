@@ -9,7 +9,7 @@ import torch
 from ncollapse.kernels.update import gpu
 from ncollapse.kernels.update.reference import Slot
 from ncollapse.kernels.update.table import Extras, Lists, Table
-from update_twins import hyper_table, launch_triton, numbers, slot_for
+from update_twins import addresses, hyper_table, launch_triton, numbers, slot_for
 
 
 def test_every_step_is_counted_once(device: torch.device) -> None:
@@ -19,8 +19,8 @@ def test_every_step_is_counted_once(device: torch.device) -> None:
     norms = torch.zeros(1, 2, dtype=torch.float64, device=device)
     lists = Lists(params, slots, [0, 0], Extras(norms=norms))
     grads, hypers = [torch.ones_like(p) for p in params], hyper_table(["adam"], [numbers("adam")], device)
-    table = Table(lists, torch.float32, hypers, gpu.block_size(torch.float32), gpu.CHUNK)
-    table.point([p.data_ptr() for p in params], [g.data_ptr() for g in grads])
+    table = Table(lists, torch.float32, hypers, gpu.CHUNK)
+    table.point(addresses(lists, grads))
     scratch = gpu.Scratch(table)
     for _ in range(300):
         gpu.launch_update(table, scratch, None, None)

@@ -181,7 +181,7 @@ def cross_entropies(arch: int) -> Iterator[dict[str, Any]]:
         columns = triton.next_power_of_2(classes)
         yield {"kernel": "cross_entropy", "classes": classes} | compiled(
             cross_entropy._cross_entropy_grad_kernel, arch,
-            {"logits_ptr": "*fp32", "labels_ptr": "*i64", "out_ptr": "*fp32"},
+            {"logits_ptr": "*fp32", "labels_ptr": "*i64", "out_ptr": "*fp32", "smoothing": "fp32"},
             {"stride_class": 1, "ROWS": cross_entropy.BLOCK // columns, "CLASSES": columns},
             **cross_entropy.OPTIONS,
         )  # fmt: skip

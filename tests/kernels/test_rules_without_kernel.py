@@ -10,7 +10,7 @@ from ncollapse.kernels.update.launch import Update
 from ncollapse.kernels.update.op import parts, update_op
 from ncollapse.kernels.update.reference import RULES, Hyper, Settings, Slot, UpdateRule, declared, update_reference
 from ncollapse.kernels.update.table import HYPERS, MIXED, HyperTable, Lists, Table, code
-from update_twins import launch_cpu, launch_triton
+from update_twins import launch_cpu, launch_triton, tensors
 
 NUMBERS = {"lr": 0.05, "weight_decay": 0.3, "coupling": 0.4, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 WARNING = "plain PyTorch updates some parameters, slowly: there is no kernel for the rule mine"
@@ -29,8 +29,12 @@ def mine(monkeypatch: pytest.MonkeyPatch) -> str:
     return "mine"
 
 
+def values(sets: int) -> Tensor:
+    return torch.tensor([list(NUMBERS.values())] * sets, dtype=torch.float64)
+
+
 def table(codes: list[list[int]]) -> HyperTable:
-    return HyperTable(torch.tensor([list(NUMBERS.values())] * len(codes), dtype=torch.float64), [], [], codes)
+    return HyperTable(values(len(codes)), [], [], codes)
 
 
 def test_a_plain_function_is_a_rule_without_a_kernel(mine: str) -> None:
@@ -47,10 +51,11 @@ def test_the_reference_runs_it(mine: str, rules: list[str]) -> None:
     param = torch.randn(len(rules), 6, 5)
     copy, grad = param.clone(), torch.randn(len(rules), 6, 5)
     slot, twin = (Slot(torch.zeros_like(param), torch.zeros_like(param), torch.tensor(0.0)) for _ in range(2))
-    update = Update({param.device: table([[code(rule) for rule in rules]])})
+    update = Update([0], [[code(rule) for rule in rules]])
+    columns = tensors(Lists([param], [slot], [0]), [grad])
     with pytest.warns(UserWarning, match=WARNING):
-        update.step([param], [grad], lambda: Lists([param], [slot], [0]))
-    update.step([param], [grad], lambda: Lists([param], [slot], [0]))
+        update.step(columns, [values(1)])
+    update.step(columns, [values(1)])
     assert update.launches == 0
     for _ in range(2):
         update_reference(rules if len(rules) > 1 else mine, [copy], [grad], [twin], Settings(**NUMBERS))
@@ -65,9 +70,9 @@ def test_other_parameters_keep_their_kernel(mine: str) -> None:
     params, grads = [torch.randn(9) for _ in range(2)], [torch.randn(9) for _ in range(2)]
     copies = [p.clone() for p in params]
     slots, twins = [[Slot(torch.zeros(9)) for _ in params] for _ in range(2)]
-    update = Update({params[0].device: table([[code("sgd")], [code(mine)]])})
+    update = Update([0, 1], [[code("sgd")], [code(mine)]])
     with pytest.warns(UserWarning, match=WARNING):
-        update.step(params, grads, lambda: Lists(params, slots, [0, 1]))
+        update.step(tensors(Lists(params, slots, [0, 1]), grads), [values(2)])
     assert update.launches == 1
     for i, rule in enumerate(("sgd", mine)):
         update_reference(rule, copies[i : i + 1], grads[i : i + 1], twins[i : i + 1], Settings(**NUMBERS))
@@ -78,13 +83,11 @@ def test_other_parameters_keep_their_kernel(mine: str) -> None:
 def test_the_operator_runs_it_too(mine: str) -> None:
     param, grad, first = torch.randn(9), torch.randn(9), torch.zeros(9)
     copy, twin = param.clone(), Slot(torch.zeros(9))
-    values = torch.tensor([[NUMBERS[name] for name in HYPERS]], dtype=torch.float64)
-    bits = parts(Slot(first), None)
+    bits = parts(first, None, None, None, False)
     with pytest.warns(UserWarning, match=WARNING):
         update_op(
-            [param], [grad], [first], [], [], [], None, None, [values], [], [], [code(mine)], [1], [0], [bits], -1,
-            None, None,
-        )  # fmt: skip
+            [param], [grad], [first], [], [], [], None, [values(1)], [], [], [code(mine)], [1], [0], [bits], None, None
+        )
     update_reference(mine, [copy], [grad], [twin], Settings(**NUMBERS))
     assert torch.equal(param, copy)
 
@@ -111,9 +114,9 @@ def test_the_cpu_kernel_refuses_an_unknown_number(mine: str, beside: list[str]) 
 def test_the_gpu_kernel_refuses_an_unknown_number(mine: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lists = Lists([torch.ones(5, device=device)], [Slot(torch.zeros(5, device=device))], [0])
-    values = torch.zeros(1, len(HYPERS), dtype=torch.float64, device=device)
+    zeros = torch.zeros(1, len(HYPERS), dtype=torch.float64, device=device)
     with pytest.raises(Exception, match="does not know this rule"):
-        launch_triton(lists, [torch.ones(5, device=device)], HyperTable(values, [], [], [[code(mine)]]))
+        launch_triton(lists, [torch.ones(5, device=device)], HyperTable(zeros, [], [], [[code(mine)]]))
 
 
 @pytest.mark.compiled
@@ -125,4 +128,4 @@ def test_a_kernel_with_another_layout_is_refused() -> None:
         cpu.check_layout(_cpu.layout() | {"nesterov": 1024, "wide": 5})
     with pytest.raises(ImportError, match="lion"):
         cpu.check_layout({name: n for name, n in _cpu.layout().items() if name != "lion"})
-    assert Table(Lists([torch.ones(3)], [Slot()], [0]), torch.float32, table([[0]]), 4, 4).programs == 1
+    assert Table(Lists([torch.ones(3)], [Slot()], [0]), torch.float32, table([[0]]), 4).programs == 1

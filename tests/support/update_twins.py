@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 import interpreter
+from ncollapse.kernels.tensors import Fingerprint
 from ncollapse.kernels.update import cpu
 from ncollapse.kernels.update.reference import Settings, Slot, compute_dtype, update_reference
-from ncollapse.kernels.update.table import HYPERS, HyperTable, Lists, Table, code
+from ncollapse.kernels.update.table import HYPERS, HyperTable, Lists, Rows, Table, Tensors, code
 
 Launch = Callable[[Lists, Sequence[Tensor], HyperTable, Tensor | None, Tensor | None], None]
 #: Dtypes of parameters and of gradients.
@@ -25,11 +26,24 @@ DTYPES = {
 _BETAS = {"sgd": (0.9, 0.3), "signum": (0.9, 0.0), "adam": (0.9, 0.999), "lion": (0.9, 0.99)}
 
 
+def tensors(lists: Lists, grads: Sequence[Tensor | None]) -> Tensors:
+    """The columns of the table, from lists."""
+    columns = ([getattr(slot, name) for slot in lists.slots] for name in ("first", "second", "step"))
+    return Tensors(lists.params, list(grads), *columns, list(lists.extras.copies))
+
+
+def addresses(lists: Lists, grads: Sequence[Tensor | None]) -> Rows:
+    seen = Fingerprint()
+    columns = tensors(lists, grads)
+    seen.renew(Tensors(*(column or [None] * len(lists.params) for column in columns)))
+    return seen.addresses.reshape(len(columns), -1)
+
+
 def launch_cpu(
     lists: Lists, grads: Sequence[Tensor], hypers: HyperTable, scale: Tensor | None = None, inf: Tensor | None = None
 ) -> None:
-    table = Table(lists, grads[0].dtype, hypers, cpu.CHUNK, cpu.CHUNK)
-    table.point([p.data_ptr() for p in lists.params], [g.data_ptr() for g in grads])
+    table = Table(lists, grads[0].dtype, hypers, cpu.CHUNK)
+    table.point(addresses(lists, grads))
     cpu.launch_update(table, scale, inf)
 
 
@@ -39,8 +53,8 @@ def launch_triton(
     """Launch the Triton kernel, on a GPU or in the interpreter."""
     from ncollapse.kernels.update import gpu
 
-    table = Table(lists, grads[0].dtype, hypers, gpu.block_size(lists.params[0].dtype), gpu.CHUNK)
-    table.point([p.data_ptr() for p in lists.params], [g.data_ptr() for g in grads])
+    table = Table(lists, grads[0].dtype, hypers, gpu.CHUNK)
+    table.point(addresses(lists, grads))
     with interpreter.quiet():
         gpu.launch_update(table, gpu.Scratch(table), scale, inf)
 

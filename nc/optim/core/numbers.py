@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ncollapse.kernels.update.reference import Hyper
-from ncollapse.kernels.update.table import HYPERS, HyperTable
+from ncollapse.kernels.update.table import HYPERS
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,18 @@ class Numbers:
     """
 
     def __init__(self) -> None:
-        self.host = torch.empty(0, len(HYPERS), dtype=torch.float64)
+        self.host = torch.empty(0, len(HYPERS), dtype=torch.float64, device="cpu")
         self.values: list[Tensor] = []
         self.read: dict[int, Tensor] = {}
         self.copied: dict[int, Tensor] = {}
         self.codes: list[list[int]] = []
         self._dirty = False
 
-    def fill(self, sets: Sequence[HyperSet], devices: Sequence[torch.device]) -> dict[torch.device, HyperTable]:
-        """Take the numbers of all sets, and make a table of them for each device."""
+    def fill(self, sets: Sequence[HyperSet], devices: Sequence[torch.device]) -> None:
+        """Take the numbers of all sets, for parameters on these devices."""
         self.codes = [each.codes for each in sets]
         rows = [[0.0 if isinstance(n := each.numbers[name], Tensor) else n for name in HYPERS] for each in sets]
-        self.host = torch.tensor(rows, dtype=torch.float64).view(-1, len(HYPERS))
+        self.host = torch.tensor(rows, dtype=torch.float64, device="cpu").view(-1, len(HYPERS))
         # Reuse the existing tensors if they fit: a CUDA graph may hold their addresses.
         old = {v.device: v for v in self.values if v.shape == self.host.shape and v.device.type != "cpu"}
         self.values = [old.get(d, self.host.to(d)) if d.type != "cpu" else self.host for d in devices]
@@ -59,14 +59,17 @@ class Numbers:
         tensors = {place: number for place, number in flat if isinstance(number, Tensor)}
         self.read = {place: t for place, t in tensors.items() if t.device in devices}
         self.copied = {place: t for place, t in tensors.items() if t.device not in devices}
-        read, places = list(self.read.values()), list(self.read)
-        return {v.device: HyperTable(v, read, places, self.codes) for v in self.values}
 
     def write(self, row: int, numbers: dict[str, Hyper]) -> None:
-        """Take a set's plain numbers, on the CPU only; `flush` sends them to the devices."""
+        """Take a set's numbers, each of the kind that it was: `flush` sends plain ones to the devices."""
         for column, name in enumerate(HYPERS):
+            place = row * len(HYPERS) + column
             if not isinstance(number := numbers[name], Tensor):
                 self.host[row, column] = number
+            elif self.read.get(place, number) is not number:
+                self.read = {**self.read, place: number}  # a CUDA graph keeps what the old dict holds
+            elif place in self.copied:
+                self.copied[place] = number
         self._dirty = True
 
     def flush(self) -> None:
@@ -79,7 +82,7 @@ class Numbers:
     def refresh(self) -> None:
         """Before a step: send the numbers that were written, and CPU tensors that were changed in place."""
         flat = self.host.view(-1)
-        for place, tensor in self.copied.items():
+        for place, tensor in self.copied.items() if self.values else ():  # else no parameter has memory
             if flat[place] != tensor:
                 flat[place] = tensor
                 self._dirty = True

@@ -58,7 +58,7 @@ class Observed:
         return norms if self.stacked else norms[0]
 
     def forget(self) -> None:
-        """Before a step: it may be skipped on the device, and then writes no norms. Does not synchronise."""
+        """Where a step has not been taken: there are no norms of it. Does not synchronise."""
         if self._norms is not None:
             self._norms.fill_(float("nan"))
 

@@ -318,8 +318,6 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._stepper.observed is not None:
-            self._stepper.observed.forget()
         if torch.compiler.is_compiling():
             self._stepper.traced_step(self)
         else:

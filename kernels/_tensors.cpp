@@ -1,0 +1,265 @@
+// Addresses, shapes and strides of many torch tensors in one call. Compiled without torch: libtorch's C functions
+// (aoti_torch/c/shim.h, a stable interface) are found at run time, and their addresses passed in by tensors.py.
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+// A tensor's kind, in words: a header (dtype, device, number of dimensions), then sizes and strides. Two headers have
+// nothing after them: of None, and of what has no memory that a kernel may touch.
+constexpr int64_t NONE = -1, FOREIGN = -2;
+constexpr int CHANGED = -1;
+constexpr int64_t EMPTY = 16;  // stands for the address of an empty tensor
+
+// at::Tensor holds one pointer, so that a pointer to it serves as the functions' AtenTensorHandle.
+using Handle = void *;
+int32_t (*get_data_ptr)(Handle, void **);
+int32_t (*get_dim)(Handle, int64_t *);
+int32_t (*get_sizes)(Handle, int64_t **);
+int32_t (*get_strides)(Handle, int64_t **);
+int32_t (*get_dtype)(Handle, int32_t *);
+int32_t (*get_device_type)(Handle, int32_t *);
+int32_t (*get_device_index)(Handle, int32_t *);
+int32_t (*get_layout)(Handle, int32_t *);
+int32_t (*get_storage_size)(Handle, int64_t *);
+int32_t (*get_storage_offset)(Handle, int64_t *);
+void (*bump_version)(Handle);  // C++: void torch::autograd::impl::bump_version(const at::Tensor &); may be missing
+int32_t strided, cpu, cuda;
+size_t (*element_size)(int32_t);
+int64_t item_sizes[256];  // by dtype, as far as asked
+Py_ssize_t tensor_offset;  // of the at::Tensor in a Python tensor
+std::vector<PyObject *> types;  // of Python tensors that have memory of their own
+
+struct Found {
+  int64_t header = FOREIGN, address = 0, dim = 0;
+  const int64_t *sizes = nullptr, *strides = nullptr;
+};
+
+inline Handle handle_of(PyObject *object) { return reinterpret_cast<char *>(object) + tensor_offset; }
+
+[[gnu::always_inline]] inline bool known(PyObject *object) {
+  auto *type = reinterpret_cast<PyObject *>(Py_TYPE(object));
+  for (auto *each : types)
+    if (each == type) return true;
+  return false;
+}
+
+// Whether a view of one element has torch's lazy minus sign: its memory then holds the negative.
+bool negated(PyObject *object) {
+  PyObject *result = PyObject_CallMethod(object, "is_neg", nullptr);
+  const bool yes = result == Py_True;
+  Py_XDECREF(result);
+  PyErr_Clear();
+  return yes;
+}
+
+Found find(PyObject *object) {
+  Found found;
+  if (object == Py_None) {
+    found.header = NONE;
+    return found;
+  }
+  int32_t layout, dtype, device, index = 0;
+  const Handle tensor = handle_of(object);
+  if (!known(object) || get_layout(tensor, &layout) || layout != strided || get_device_type(tensor, &device) ||
+      (device != cpu && device != cuda) || get_dtype(tensor, &dtype) || (device != cpu && get_device_index(tensor, &index)))
+    return found;
+  int64_t dim, bytes, offset, *sizes, *strides;
+  if (get_dim(tensor, &dim) || get_sizes(tensor, &sizes) || get_strides(tensor, &strides) ||
+      get_storage_size(tensor, &bytes) || get_storage_offset(tensor, &offset))
+    return found;
+  int64_t numel = 1, last = 0;
+  bool unit = true;
+  for (int64_t d = 0; d < dim; ++d) {
+    numel *= sizes[d];
+    last += (sizes[d] - 1) * strides[d];
+    unit &= strides[d] == 1;
+  }
+  int64_t &item = item_sizes[dtype & 255];
+  if (!item) item = int64_t(element_size(dtype));
+  // The storage may have been made smaller behind the tensor's back.
+  if (numel && (offset + last + 1) * item > bytes) return found;
+  // Dense views with a lazy minus sign have one element.
+  if (numel == 1 && !unit && negated(object)) return found;
+  void *address = reinterpret_cast<void *>(EMPTY);
+  if (numel && get_data_ptr(tensor, &address)) return found;
+  found.header = int64_t(dtype) | int64_t(device) << 8 | int64_t(index & 255) << 16 | dim << 24;
+  found.address = reinterpret_cast<int64_t>(address);
+  found.dim = dim, found.sizes = sizes, found.strides = strides;
+  return found;
+}
+
+// Tensors lie scattered, so that waiting for memory would take most of the time: ask early for what comes later. The
+// second and the fifth word of a TensorImpl are its storage and its version; were they others, only time would be lost.
+inline void fetch(const std::vector<PyObject *> &objects, size_t i) {
+  const auto words = [&](size_t k) -> const char *const * {
+    return k < objects.size() && known(objects[k]) ? *static_cast<const char *const **>(handle_of(objects[k])) : nullptr;
+  };
+  if (i + 20 < objects.size()) __builtin_prefetch(handle_of(objects[i + 20]));
+  if (const auto *impl = words(i + 10))
+    for (int word = 0; word < 32; word += 8) __builtin_prefetch(impl + word);
+  if (const auto *impl = words(i + 4))
+    for (const char *line : {impl[2], impl[2] + 64, impl[5]}) __builtin_prefetch(line);
+}
+
+inline void bump(PyObject *object) {
+  try {
+    bump_version(handle_of(object));
+  } catch (...) {  // tensors made in inference mode have no version
+  }
+}
+
+inline bool same(const int64_t *a, const int64_t *b, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    if (a[i] != b[i]) return false;
+  return true;
+}
+
+// look(columns, kinds, addresses, optional, written) -> -1, or a mask of the columns of which an address has changed.
+PyObject *look(PyObject *, PyObject *args) {
+  PyObject *columns, *kinds;
+  unsigned long long addresses_at;
+  int optional;
+  unsigned written;
+  if (!PyArg_ParseTuple(args, "O!SKiI", &PyTuple_Type, &columns, &kinds, &addresses_at, &optional, &written))
+    return nullptr;
+  auto *at = reinterpret_cast<const int64_t *>(PyBytes_AsString(kinds));
+  const int64_t *end = at + PyBytes_Size(kinds) / Py_ssize_t(sizeof(int64_t));
+  auto *address = reinterpret_cast<int64_t *>(addresses_at);
+  long moved = 0;
+  std::vector<PyObject *> objects;
+  for (Py_ssize_t c = 0; c < PyTuple_Size(columns); ++c) {
+    PyObject *column = PyTuple_GetItem(columns, c);
+    const Py_ssize_t n = PyList_Size(column);
+    if (n < 0) return nullptr;
+    const bool counts = written >> c & 1 && bump_version;
+    objects.resize(n);
+    for (Py_ssize_t i = 0; i < n; ++i) objects[i] = PyList_GetItem(column, i);
+    for (Py_ssize_t i = 0; i < n; ++i) {
+      if (at == end) return PyLong_FromLong(CHANGED);
+      fetch(objects, i);
+      PyObject *object = objects[i];
+      const Found found = find(object);
+      const int64_t expected = *at++, dim = expected < 0 ? 0 : expected >> 24;
+      const bool gap = found.header == NONE && c == optional;
+      if (!gap && (found.header != expected || !same(at, found.sizes, dim) || !same(at + dim, found.strides, dim)))
+        return PyLong_FromLong(CHANGED);
+      at += 2 * dim;
+      if (*address != found.address) {
+        *address = found.address;
+        moved |= 1L << c;
+      }
+      ++address;
+      if (counts && found.header >= 0) bump(object);
+    }
+  }
+  return PyLong_FromLong(at == end ? moved : CHANGED);
+}
+
+// describe(list) -> list of bytes: each tensor's kind.
+PyObject *describe(PyObject *, PyObject *list) {
+  const Py_ssize_t n = PyList_Size(list);
+  PyObject *result = n < 0 ? nullptr : PyList_New(n);
+  std::vector<int64_t> words;
+  for (Py_ssize_t i = 0; result && i < n; ++i) {
+    const Found found = find(PyList_GetItem(list, i));
+    words.assign(1, found.header);
+    words.insert(words.end(), found.sizes, found.sizes + found.dim);
+    words.insert(words.end(), found.strides, found.strides + found.dim);
+    const auto *bytes = reinterpret_cast<const char *>(words.data());
+    PyObject *kind = PyBytes_FromStringAndSize(bytes, Py_ssize_t(words.size() * sizeof(int64_t)));
+    if (!kind || PyList_SetItem(result, i, kind)) Py_CLEAR(result);
+  }
+  return result;
+}
+
+// same(list, list) -> whether both hold the same objects.
+PyObject *same_objects(PyObject *, PyObject *args) {
+  PyObject *a, *b;
+  if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &a, &PyList_Type, &b)) return nullptr;
+  const Py_ssize_t n = PyList_Size(a);
+  bool same = n == PyList_Size(b);
+  for (Py_ssize_t i = 0; same && i < n; ++i) same = PyList_GetItem(a, i) == PyList_GetItem(b, i);
+  return PyBool_FromLong(same);
+}
+
+// values(dicts, key) -> list of dict[key] of each; KeyError where one is missing.
+PyObject *values(PyObject *, PyObject *args) {
+  PyObject *dicts, *key;
+  if (!PyArg_ParseTuple(args, "O!O", &PyList_Type, &dicts, &key)) return nullptr;
+  const Py_ssize_t n = PyList_Size(dicts);
+  PyObject *result = PyList_New(n);
+  for (Py_ssize_t i = 0; result && i < n; ++i) {
+    PyObject *value = PyDict_GetItemWithError(PyList_GetItem(dicts, i), key);
+    if (!value) {
+      if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key);
+      Py_CLEAR(result);
+      break;
+    }
+    Py_INCREF(value);
+    PyList_SetItem(result, i, value);
+  }
+  return result;
+}
+
+// gradients(list, descriptor) -> list of the `grad` of each, by the descriptor of torch.Tensor.grad.
+PyObject *gradients(PyObject *, PyObject *args) {
+  PyObject *tensors, *descriptor;
+  if (!PyArg_ParseTuple(args, "O!O", &PyList_Type, &tensors, &descriptor)) return nullptr;
+  const auto get = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(descriptor), Py_tp_descr_get));
+  const Py_ssize_t n = PyList_Size(tensors);
+  PyObject *result = PyList_New(n);
+  for (Py_ssize_t i = 0; result && i < n; ++i) {
+    PyObject *tensor = PyList_GetItem(tensors, i);
+    auto *type = reinterpret_cast<PyObject *>(Py_TYPE(tensor));
+    // The first two types are torch's. A class of the user's may have a `grad` of its own.
+    PyObject *grad = types.size() >= 2 && (type == types[0] || type == types[1])
+                         ? get(descriptor, tensor, type)
+                         : PyObject_GetAttrString(tensor, "grad");
+    if (!grad || PyList_SetItem(result, i, grad)) Py_CLEAR(result);
+  }
+  return result;
+}
+
+// bind(offset, strided, cpu, cuda, *functions)
+PyObject *bind(PyObject *, PyObject *args) {
+  unsigned long long f[12];
+  if (!PyArg_ParseTuple(args, "niiiKKKKKKKKKKKK", &tensor_offset, &strided, &cpu, &cuda, f, f + 1, f + 2, f + 3, f + 4,
+                        f + 5, f + 6, f + 7, f + 8, f + 9, f + 10, f + 11))
+    return nullptr;
+  const auto set = [](auto &function, unsigned long long address) {
+    function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(address);
+  };
+  set(get_data_ptr, f[0]), set(get_dim, f[1]), set(get_sizes, f[2]), set(get_strides, f[3]), set(get_dtype, f[4]);
+  set(get_device_type, f[5]), set(get_device_index, f[6]), set(get_layout, f[7]), set(get_storage_size, f[8]);
+  set(get_storage_offset, f[9]), set(element_size, f[10]), set(bump_version, f[11]);
+  Py_RETURN_NONE;
+}
+
+// accept(type): tensors of this type have memory of their own.
+PyObject *accept(PyObject *, PyObject *type) {
+  Py_INCREF(type);
+  types.push_back(type);
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"look", look, METH_VARARGS, "Compare tensors with their kinds, and take their addresses."},
+    {"describe", describe, METH_O, "Return the kinds of tensors."},
+    {"same", same_objects, METH_VARARGS, "Return whether two lists hold the same objects."},
+    {"values", values, METH_VARARGS, "Return the values of a key in a list of dicts."},
+    {"gradients", gradients, METH_VARARGS, "Return the gradients of tensors."},
+    {"bind", bind, METH_VARARGS, "Take the addresses of libtorch's functions."},
+    {"accept", accept, METH_O, "Take tensors of a type for such with memory of their own."},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_tensors", nullptr, 0, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__tensors() { return PyModule_Create(&module); }
