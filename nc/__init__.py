@@ -9,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ncollapse import metrics, optim, ufm
+    from ncollapse import metrics, optim, plot, ufm
     from ncollapse.classifier import NCCallback, measure
     from ncollapse.heads import Head
+    from ncollapse.kernels.cross_entropy import cross_entropy
     from ncollapse.result import NCResult
     from ncollapse.stats import ClassStats
 
@@ -20,15 +21,14 @@ try:
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
-__all__ = ["ClassStats", "Head", "NCCallback", "NCResult", "measure", "metrics", "optim", "ufm"]
+__all__ = [
+    "ClassStats", "Head", "NCCallback", "NCResult", "cross_entropy", "measure", "metrics", "optim", "plot", "ufm",
+]  # fmt: skip
 
 _MODULE_OF = {
-    "ClassStats": "stats",
-    "Head": "heads",
-    "NCCallback": "classifier",
-    "NCResult": "result",
-    "measure": "classifier",
-}
+    "ClassStats": "stats", "Head": "heads", "NCCallback": "classifier", "NCResult": "result", "measure": "classifier",
+    "cross_entropy": "kernels.cross_entropy",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

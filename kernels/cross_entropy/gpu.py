@@ -16,13 +16,14 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 @triton.jit(do_not_specialize=["rows", "batch"])
 def _cross_entropy_grad_kernel(
     logits_ptr, stride_run, stride_sample, stride_class, labels_ptr, label_stride_run, label_stride_sample,
-    rows, batch, classes, out_ptr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
+    rows, batch, classes, smoothing, out_ptr, ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """(softmax(logits) − one-hot(labels)) / batch: a program computes ROWS rows, a row being one sample of one run.
+    """(softmax(logits) − targets) / batch: a program computes ROWS rows, a row being one sample of one run.
 
     Args:
         logits_ptr, labels_ptr: `[R, B, K]` float32 and `[R, B]` int64, with the strides given.
         rows, batch, classes: R·B, B, K; CLASSES is the power of two that holds K.
+        smoothing: ε/K, the target of the classes that are not the label.
         out_ptr: `[R, B, K]` float32, contiguous.
     """
     # 1. Load the logits and the labels.
@@ -36,7 +37,7 @@ def _cross_entropy_grad_kernel(
     # 2. Compute the softmax. max ignores NaN, exp and the sum do not: a NaN or an infinity makes the whole row NaN.
     e = tl.exp(x - tl.max(x, 1)[:, None])
     is_label = k[None, :] == label[:, None]
-    others = tl.where(is_label, 0.0, e / tl.sum(e, 1)[:, None])
+    others = tl.where(is_label | (k >= classes)[None, :], 0.0, e / tl.sum(e, 1)[:, None] - smoothing)
     # 3. Set the label's entry to minus the sum of the others, not p − 1: for p near 1 that is only rounding error, and
     # the row sum is not zero.
     grad = tl.where(is_label, -tl.sum(others, 1)[:, None], others)
@@ -45,7 +46,7 @@ def _cross_entropy_grad_kernel(
     tl.store(out, grad / batch.to(tl.float32), mask=inside)
 
 
-def launch_cross_entropy_grad(logits: Tensor, labels: Tensor, out: Tensor) -> None:
+def launch_cross_entropy_grad(logits: Tensor, labels: Tensor, label_smoothing: float, out: Tensor) -> None:
     """Write the gradient into `out`, contiguous, like the logits `[R, B, K]` float32; labels `[R, B]` int64."""
     runs, batch, classes = logits.shape
     if not logits.numel():
@@ -54,6 +55,6 @@ def launch_cross_entropy_grad(logits: Tensor, labels: Tensor, out: Tensor) -> No
     rows = BLOCK // padded
     with torch.cuda.device_of(logits):  # Triton launches on the current device
         _cross_entropy_grad_kernel[(-(-runs * batch // rows),)](
-            logits, *logits.stride(), labels, *labels.stride(), runs * batch, batch, classes, out,
-            rows, padded, **OPTIONS,
+            logits, *logits.stride(), labels, *labels.stride(), runs * batch, batch, classes,
+            label_smoothing / classes, out, rows, padded, **OPTIONS,
         )  # fmt: skip

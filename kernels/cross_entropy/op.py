@@ -9,8 +9,8 @@ from ncollapse.kernels.cross_entropy.reference import cross_entropy_grad_referen
 _MOST_CLASSES = 1024  # `BLOCK` of `gpu`, which needs Triton
 
 
-def cross_entropy_grad(logits: Tensor, labels: Tensor) -> Tensor:
-    """(softmax(logits) − one-hot(labels)) / B: the gradient of each run's mean cross-entropy by its logits.
+def cross_entropy_grad(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """(softmax(logits) − targets) / B: the gradient of each run's mean cross-entropy by its logits.
 
     Its sum over the classes is zero up to float32's rounding, as the exact theory of the classifier's row sum assumes.
     Not differentiable.
@@ -21,6 +21,7 @@ def cross_entropy_grad(logits: Tensor, labels: Tensor) -> Tensor:
         labels: int64 in [0, K), `[B]` for all runs or `[R, B]`. They are not checked, since that would synchronise
             with the GPU at every step: check them once when loading the data. On a GPU a label out of range counts as
             none.
+        label_smoothing: ε; the targets are (1 − ε)·one-hot(labels) + ε/K.
 
     Returns:
         `[R, B, K]`, in the logits' dtype.
@@ -40,9 +41,9 @@ def cross_entropy_grad(logits: Tensor, labels: Tensor) -> Tensor:
         raise ValueError(f"logits are on {logits.device}, labels on {labels.device}")
     if logits.device.type != "cpu":
         if not (reason := why_no_kernel(logits)):
-            return grad_op(logits.detach(), labels)
+            return grad_op(logits.detach(), labels, label_smoothing)
         operators.warn_once("computes the gradient of the cross-entropy", reason)
-    return cross_entropy_grad_reference(logits, labels)
+    return cross_entropy_grad_reference(logits, labels, label_smoothing)
 
 
 def why_no_kernel(logits: Tensor) -> str | None:
@@ -54,18 +55,20 @@ def why_no_kernel(logits: Tensor) -> str | None:
     return f"there are more than {_MOST_CLASSES} classes" if logits.shape[-1] > _MOST_CLASSES else None
 
 
-def _cross_entropy_grad(logits: Tensor, labels: Tensor) -> Tensor:
+def _cross_entropy_grad(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     from ncollapse.kernels.cross_entropy import gpu
 
-    out = _result(logits, labels)
-    gpu.launch_cross_entropy_grad(logits, labels.expand(logits.shape[:2]), out)
+    out = _result(logits, labels, label_smoothing)
+    gpu.launch_cross_entropy_grad(logits, labels.expand(logits.shape[:2]), label_smoothing, out)
     return out
 
 
-def _result(logits: Tensor, labels: Tensor) -> Tensor:
+def _result(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 grad_op = operators.register_operator(
-    "cross_entropy_grad(Tensor logits, Tensor labels) -> Tensor", _cross_entropy_grad, _result
+    "cross_entropy_grad(Tensor logits, Tensor labels, float label_smoothing=0.0) -> Tensor",
+    _cross_entropy_grad,
+    _result,
 )

@@ -8,12 +8,12 @@ network; `simulate` trains the model and measures NC0–NC3.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ncollapse.ufm.prediction import Prediction, predict, row_sum_factor
+from ncollapse.ufm.prediction import Prediction, largest_gap, predict, row_sum_factor
 
 if TYPE_CHECKING:
     from ncollapse.ufm.simulation import Simulation, simulate
 
-__all__ = ["Prediction", "Simulation", "predict", "row_sum_factor", "simulate"]
+__all__ = ["Prediction", "Simulation", "largest_gap", "predict", "row_sum_factor", "simulate"]
 
 
 def __getattr__(name: str) -> Any:

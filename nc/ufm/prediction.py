@@ -6,6 +6,7 @@ everything linear in ∇L, such as momentum, and to an odd matrix polynomial X·
 nor to Adam's division by √v. η is the learning rate, β the momentum, λ the decay, c its coupled share.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 Floats = NDArray[np.float64]
 #: "fixed": the unit vectors e_k; "etf": a simplex; "free": trained.
 Features = Literal["fixed", "etf", "free"]
+#: Whose gradient: `ncollapse.cross_entropy`, or `torch.nn.functional.cross_entropy`.
+Loss = Literal["ncollapse", "torch"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,37 @@ class Prediction:
         kind: "exact": NC0 itself, from which a run deviates only by rounding. "bound": an upper bound of NC0.
         nc0: `[T + 1]` float64, before the first step and after each.
         limit: the limit of `nc0` as η → 0 with Ση = ∞.
+        largest_gap: the largest gap between the label's logit and another up to which the prediction holds in the
+            arithmetic of the run (`largest_gap`); ∞ if for all.
+        holds_until: the last step up to which it is known to hold, at most T; None where the gap is not predicted.
     """
 
     kind: Literal["exact", "bound"]
     nc0: Floats
     limit: float
+    largest_gap: float = math.inf
+    holds_until: int | None = None
+
+
+def largest_gap(dtype: str = "float64", loss: Loss = "ncollapse") -> float:
+    """Return the gap between the label's logit and another up to which the gradient is that of the theory.
+
+    "ncollapse": `ncollapse.cross_entropy`, `simulate` and the trainer, whose gradient by a logit is exp(−gap) at least,
+    until that underflows: 745 in float64, 103 in float32. "torch": `torch.nn.functional.cross_entropy`, whose gradient
+    by the label's logit is p − 1, which is only rounding error once 1 − p is below the rounding of 1: 36.7 and 16.6.
+    There its row sum is no longer zero beside the entries, and a sign makes whole steps of it.
+
+    Args:
+        dtype: "float64" or "float32", of the logits.
+        loss: which gradient.
+
+    Raises:
+        ValueError: another dtype or loss.
+    """
+    if dtype not in ("float32", "float64") or loss not in get_args(Loss):
+        raise ValueError(f"dtype is 'float32' or 'float64', loss 'ncollapse' or 'torch'; got {dtype!r} and {loss!r}")
+    info = np.finfo(dtype)
+    return -math.log(info.smallest_subnormal if loss == "ncollapse" else info.epsneg)
 
 
 def row_sum_factor(lrs: Iterable[float], *, momentum: float = 0.0, weight_decay: float, coupling: float) -> Floats:
@@ -58,7 +87,7 @@ def row_sum_factor(lrs: Iterable[float], *, momentum: float = 0.0, weight_decay:
 def predict(
     optimizer: str,
     K: int, d: int, *, start: ArrayLike, lr: ArrayLike, steps: int, momentum: float = 0.0, weight_decay: float = 0.0,
-    coupling: float | None = None, features: Features | None = None,
+    coupling: float | None = None, features: Features | None = None, dtype: str = "float64", loss: Loss = "ncollapse",
 ) -> Prediction | None:  # fmt: skip
     """NC0 over the steps of a run; None where no prediction is known.
 
@@ -76,8 +105,14 @@ def predict(
 
     A prediction for any network requires that this rule alone trains the last layer and that the gradient of the loss
     has row sum zero; features, bias, momentum and batches do not matter. The last column requires the features e_k and
-    all classes in every batch: a sign depends on the axes, and features that move rotate them. Rounding is not
-    modelled: Newton–Schulz in bfloat16, as in torch.optim, deviates from the law by large factors.
+    all classes in every batch: a sign depends on the axes, and features that move rotate them.
+
+    "exact" and "never exceeds" hold in real arithmetic, and in floating point up to where `largest_gap` and
+    `holds_until` say. The linear laws hold for every gap, up to rounding. Under a sign each gradient counts, however
+    small: the softmax of float64 underflows at a gap of 745, which for a decay λ below 2/745 lies before the limit
+    2/λ, so a run stops short of it; and with torch's cross-entropy a sign turns the rounding error of p − 1 into full
+    steps from a gap of 16.6 on in float32 (`ncollapse.cross_entropy`). Newton–Schulz in bfloat16, as in torch.optim,
+    deviates from the law by large factors.
 
     Args:
         optimizer: its name, as in `ncollapse.optim.by_name`.
@@ -87,6 +122,7 @@ def predict(
         momentum: β of heavy-ball momentum, without dampening or Nesterov.
         coupling: c; by default the optimizer's own.
         features: as in `simulate`. "fixed" selects the last column; by default any network.
+        dtype, loss: the arithmetic of the run, as in `largest_gap`.
 
     Raises:
         ValueError: an unknown optimizer, numbers out of range, arrays of the wrong shape, or NC0_0 where W_0 is needed.
@@ -112,28 +148,37 @@ def predict(
     if not 0 <= nc0 < math.inf:
         raise ValueError(f"start: NC0 must be at least 0 and finite; got {nc0:g}")
 
+    gap = largest_gap(dtype, loss)
     law = cls.rule.law if coupling == 0 or cls.rule.law_if_coupled else None
     if law == "linear":
         factor = row_sum_factor(lrs, momentum=momentum, weight_decay=weight_decay, coupling=coupling)
-        return Prediction("exact", nc0 * factor**2, 0.0 if weight_decay else nc0)
+        return Prediction("exact", nc0 * factor**2, 0.0 if weight_decay else nc0, math.inf, steps)
     if law is None or (features != "fixed" and coupling > 0) or 0 < coupling < 1:
         return None
     if features != "fixed":
-        return _sign_decoupled_bound(K, d, nc0, lrs, weight_decay)
+        return _limited(_sign_decoupled_bound(K, d, nc0, lrs, weight_decay), loss, gap, steps)
     if weight.ndim == 0:
         raise ValueError(f"{optimizer} with fixed features: start must be W_0, of shape {(K, d)}; NC0_0 is not enough")
     if coupling == 0:
-        return _sign_decoupled(weight, lrs, weight_decay)
-    return _sign_coupled_bound(weight, lrs, momentum, weight_decay)
+        return _sign_decoupled(weight, lrs, weight_decay, gap)
+    return _limited(_sign_coupled_bound(weight, lrs, momentum, weight_decay), loss, gap, steps)
 
 
-def _sign_decoupled(weight: Floats, lrs: list[float], weight_decay: float) -> Prediction:
+def _limited(bound: Prediction, loss: Loss, gap: float, steps: int) -> Prediction:
+    """Say up to where a bound holds: a gradient that underflows to zero in whole columns keeps it, p − 1 does not."""
+    if loss == "ncollapse":
+        return dataclasses.replace(bound, holds_until=steps)
+    return dataclasses.replace(bound, largest_gap=gap)
+
+
+def _sign_decoupled(weight: Floats, lrs: list[float], weight_decay: float, gap: float) -> Prediction:
     """Exact NC0 of sign descent with decoupled decay on the features e_k, for any W_0, momentum and schedule.
 
     Column k of ∇L is p_k − e_k over K: for every W negative in row k and positive elsewhere, and zero for k > K. So
     sign(V) = S = [11ᵀ − 2I, 0] at every step and W ← (1 − ηλ)W − ηS, with the solution W_t = Π_t W_0 − a_t S,
     Π = ∏(1 − ηλ) and a ← (1 − ηλ)a + η, that is a = (1 − Π)/λ. With 1ᵀS = (K − 2)[1, 0], K entries of the row sum go to
-    −(K − 2)/λ: NC0 → K(K − 2)²/λ² (arXiv 2602.16642, Theorem 3.3, for SignGD).
+    −(K − 2)/λ: NC0 → K(K − 2)²/λ² (arXiv 2602.16642, Theorem 3.3, for SignGD). The logits' gaps are Π times the initial
+    ones plus 2a: they go to 2/λ. An entry of ∇L is exp(−gap)/K for large gaps, so it underflows at `gap` − log K.
     """
     K = len(weight)
     product, pull = _decay_and_pull(lrs, weight_decay, abs_factor=False)
@@ -142,7 +187,12 @@ def _sign_decoupled(weight: Floats, lrs: list[float], weight_decay: float) -> Pr
     # Sum around the mean, which avoids cancellation beyond that of the row sum itself.
     spread = np.square(s[:K] - middle).sum() + np.square(s[K:]).sum()
     nc0 = K * (product * middle - (K - 2) * pull) ** 2 + product**2 * spread
-    return Prediction("exact", nc0, _limit(K, K, float(nc0[0]), weight_decay))
+    logits = weight[:, :K]
+    gaps = product * float((logits.diagonal() - logits).max()) + 2 * pull
+    beyond = np.flatnonzero(gaps > gap - math.log(K))
+    # A gradient that vanishes after step t is that of step t + 1.
+    until = int(beyond[0]) if beyond.size else len(lrs)
+    return Prediction("exact", nc0, _limit(K, K, float(nc0[0]), weight_decay), gap - math.log(K), until)
 
 
 def _sign_decoupled_bound(K: int, d: int, nc0: float, lrs: list[float], weight_decay: float) -> Prediction:

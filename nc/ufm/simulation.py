@@ -52,7 +52,8 @@ def simulate(
     Args:
         optimizer: a name, as in `optim.by_name`; several names, which train from the same start as one stack (a rule
             that is not elementwise only with its own kind); or a class or function that makes a
-            `torch.optim.Optimizer` of (parameters, lr=…, **options).
+            `torch.optim.Optimizer` of (parameters, lr=…, **options). Its `step` gets a closure, which sets the
+            gradients and returns the loss, with a graph for optimizers that differentiate it themselves.
         K, d, n: numbers of classes, features and samples of each class.
         lr: η, a number or `[steps]`; for several names also `[R, 1]` or `[R, steps]`.
         features: "fixed": e_k for all samples of class k, which needs d ≥ K. "etf": a random simplex of unit vectors,
@@ -66,6 +67,7 @@ def simulate(
 
     Raises:
         ValueError: an unknown optimizer, numbers out of range, arrays of the wrong shape.
+        RuntimeError: an optimizer that was given as a class or function never moved a weight that has a gradient.
 
     Example:
         >>> setting = {"lr": 0.01, "steps": 1000, "weight_decay": 0.1, "features": "fixed"}
@@ -87,7 +89,7 @@ def simulate(
     if not callable(optimizer):
         W = W.repeat(runs, 1, 1)
         H = H.repeat(runs, 1, 1) if features == "free" else H
-    model = _Model(W.clone(), H, trained=features == "free")
+    model = _Model(W.clone(), H.clone(), trained=features == "free")
     rate = schedule[0].expand(runs).clone()
     if callable(optimizer):
         chosen = optimizer(model.parameters, lr=rate.item(), **options)
@@ -112,8 +114,9 @@ def simulate(
             else:
                 model.gradients()
                 chosen.step()
-        if features != "free":
-            H = H.repeat_interleave(n, 0)
+        if callable(optimizer):
+            model.check_moved([W, *([H] if features == "free" else [])], type(chosen).__name__)
+        H = model.H if features == "free" else H.repeat_interleave(n, 0)
         arrays = [a.expand(runs, *a.shape[-2:]) for a in (W, model.W.detach(), H.detach())]
     series = torch.stack(records, -1)
     if not several:
@@ -144,6 +147,9 @@ class _Model:
         gradient = (self.W @ self.H.mT).softmax(-2).mul_(self._others)
         # The label's entry as −Σ of the others: p − 1 cancels near collapse, and the sum would no longer be zero.
         gradient.addcmul_(self._targets, gradient.sum(-2, keepdim=True), value=-1)
+        for parameter in self.parameters:
+            if parameter.grad is None:  # as `zero_grad` leaves it
+                parameter.grad = torch.empty_like(parameter)
         torch.matmul(gradient, self.H, out=self.W.grad)
         if self.trained:
             torch.matmul(gradient.mT, self.W, out=self.H.grad)
@@ -155,16 +161,30 @@ class _Model:
         label = (logits * self._targets).sum(-2)
         return torch.logaddexp(torch.zeros_like(label), others - label).mean(-1)
 
-    @torch.no_grad()
     def closure(self) -> Any:
-        self.gradients()
-        return self.loss()
+        """Set the gradients and return the loss, with a graph where gradients are enabled."""
+        with torch.no_grad():
+            self.gradients()
+        return self.loss().sum()
+
+    def check_moved(self, start: list[Tensor], name: str) -> None:
+        """Raise RuntimeError if all parameters are where they started, although there is a gradient."""
+        if all(torch.equal(a, b) for a, b in zip(start, self.parameters, strict=True)):
+            self.gradients()
+            if any(p.grad is not None and bool(p.grad.any()) for p in self.parameters):
+                raise RuntimeError(
+                    f"simulate: {name} never moved the weights, although their gradient is not zero; its step(closure) "
+                    "must use the gradients that the closure leaves, or differentiate the loss that it returns"
+                )
 
     def measure(self) -> Tensor:
         """The loss and NC0–NC3, `[5, R]`."""
         W = self.W.detach().reshape(-1, self.K, self.d)
         measurement = Measurement(W, _RECORDED, nan_policy="propagate", dtype=torch.float64)
-        measurement.add(self.H.detach().expand(len(W), -1, -1), None, self._labels)
+        H, labels = self.H.detach(), self._labels
+        if not self.trained:  # all samples of a class are the same: two of them show that NC1 is zero
+            H, labels = H.repeat(2, 1), labels.repeat(2)
+        measurement.add(H.expand(len(W), -1, -1), None, labels)
         values, _ = measurement.finish()
         geometry = [values[name].masked_fill(values["degenerate"], torch.nan) for name in ("nc1", "nc2", "nc3")]
         return torch.stack([self.loss().reshape(-1), values["nc0"], *geometry])

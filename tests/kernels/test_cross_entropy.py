@@ -21,12 +21,12 @@ LARGE = [(1, 128, 10), (24, 128, 10), (3, 1000, 100), (2, 77, 1000)]
 shared_or_not = pytest.mark.parametrize("shared", [False, True], ids=["labels per run", "shared labels"])
 
 
-def kernel(logits: Tensor, labels: Tensor) -> Tensor:
+def kernel(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The kernel: on a GPU through the public function, on the CPU in Triton's interpreter."""
     if logits.is_cuda:
-        return cross_entropy_grad(logits, labels)
+        return cross_entropy_grad(logits, labels, label_smoothing)
     with interpreter.quiet():
-        return grad_op(logits, labels)
+        return grad_op(logits, labels, label_smoothing)
 
 
 def logits_and_labels(
@@ -41,6 +41,23 @@ def exact(logits: Tensor, labels: Tensor) -> Tensor:
     labels = labels.expand(x.shape[:2])
     losses = F.cross_entropy(x.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
     return torch.autograd.grad(losses.mean(1).sum(), x)[0]
+
+
+@shared_or_not
+@cases("shape", SHAPES, LARGE)
+def test_label_smoothing(device: torch.device, shape: tuple[int, int, int], shared: bool) -> None:
+    logits, labels = logits_and_labels(*shape, device=device)
+    labels = labels[0] if shared else labels
+    for smoothing in (0.1, 1.0):
+        x = logits.double().requires_grad_()
+        losses = F.cross_entropy(
+            x.flatten(0, 1), labels.expand(x.shape[:2]).flatten(), reduction="none", label_smoothing=smoothing
+        )
+        expected = torch.autograd.grad(losses.view(x.shape[:2]).mean(1).sum(), x)[0]
+        for implementation in (kernel, cross_entropy_grad):
+            ours = implementation(logits, labels, smoothing)
+            torch.testing.assert_close(ours.double(), expected, rtol=4e-6, atol=2**-22 / shape[1])
+            assert ours.double().sum(-1).abs().max() <= 2**-21 / shape[1]
 
 
 @shared_or_not

@@ -152,6 +152,44 @@ def test_no_prediction_where_theory_has_none(optimizer: str, options: dict[str, 
     assert ufm.predict(optimizer, 4, 4, start=1.0, lr=0.1, steps=5, weight_decay=0.1, **options) is None
 
 
+@pytest.mark.parametrize("decay", [0.002, 5e-4])
+def test_an_exact_prediction_says_where_the_softmax_underflows(decay: float) -> None:
+    """The paper's decay is the second."""
+    setting: dict[str, Any] = {"lr": 1.0, "steps": 900, "weight_decay": decay}
+    run = ufm.simulate("signumw", 4, 4, record=range(901), **setting)
+    predicted = ufm.predict("signumw", 4, 4, start=run.start, features="fixed", **setting)
+    assert predicted is not None
+    until = predicted.holds_until
+    assert until is not None
+    assert 300 < until < 900
+    wrong = np.abs(run.nc0 / predicted.nc0 - 1) > 1e-9
+    assert not wrong[: until + 1].any()
+    assert wrong[until + 5 :].all()
+    assert predicted.largest_gap == pytest.approx(744.44 - np.log(4), abs=0.01)
+    early = ufm.predict("signumw", 4, 4, start=run.start, features="fixed", dtype="float32", **setting)
+    assert early is not None
+    assert early.holds_until is not None
+    assert early.holds_until < 60
+
+
+def test_where_predictions_hold() -> None:
+    assert ufm.largest_gap("float32") == pytest.approx(103.28, abs=0.01)
+    assert ufm.largest_gap("float32", "torch") == pytest.approx(16.64, abs=0.01)
+    assert ufm.largest_gap("float64", "torch") == pytest.approx(36.74, abs=0.01)
+    with pytest.raises(ValueError, match="loss 'ncollapse' or 'torch'; got 'float16'"):
+        ufm.largest_gap("float16")
+    setting: dict[str, Any] = {"start": 1.0, "lr": 0.1, "steps": 7, "weight_decay": 0.1}
+    linear, bound = (ufm.predict(name, 4, 4, loss="torch", **setting) for name in ("sgdw", "signumw"))
+    assert linear is not None
+    assert bound is not None
+    assert (linear.largest_gap, linear.holds_until) == (np.inf, 7)
+    assert bound.largest_gap == ufm.largest_gap("float64", "torch")
+    assert bound.holds_until is None
+    ours = ufm.predict("signumw", 4, 4, **setting)
+    assert ours is not None
+    assert (ours.largest_gap, ours.holds_until) == (np.inf, 7)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

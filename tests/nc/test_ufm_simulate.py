@@ -269,6 +269,52 @@ def test_a_function_may_make_the_optimizer() -> None:
     np.testing.assert_allclose(run.nc0, run.nc0[0] * 0.95 ** (2 * run.steps), rtol=1e-10)
 
 
+class Clearing(torch.optim.SGD):
+    """Clears the gradients before it calls the closure, as SAM does; or after."""
+
+    def __init__(self, params: Any, *, after: bool = False, **options: Any) -> None:
+        super().__init__(params, **options)
+        self.after = after
+
+    def step(self, closure: Any = None) -> Any:
+        self.zero_grad()
+        with torch.enable_grad():
+            loss = closure()
+        if self.after:
+            self.zero_grad()
+        super().step()
+        return loss
+
+
+class OwnGradients(torch.optim.SGD):
+    """Differentiates the loss itself."""
+
+    def step(self, closure: Any = None) -> Any:
+        params = self.param_groups[0]["params"]
+        with torch.enable_grad():
+            loss = closure()
+            grads = torch.autograd.grad(loss, params, create_graph=True)
+            torch.autograd.grad(sum(g.square().sum() for g in grads), params)  # twice differentiable
+        for p, g in zip(params, grads, strict=True):
+            torch.testing.assert_close(p.grad, g)
+            p.grad = g.detach()
+        return super().step()
+
+
+@pytest.mark.parametrize("features", ["fixed", "free"])
+@pytest.mark.parametrize("cls", [Clearing, OwnGradients])
+def test_optimizers_that_clear_gradients_or_make_their_own(cls: Any, features: Any) -> None:
+    setting: dict[str, Any] = {"lr": 0.1, "steps": 20, "features": features}
+    run, plain = ufm.simulate(cls, 4, 6, 2, **setting), ufm.simulate("sgd", 4, 6, 2, **setting)
+    np.testing.assert_allclose(run.loss, plain.loss, rtol=1e-9)
+    np.testing.assert_allclose(run.W, plain.W, rtol=1e-9, atol=1e-12)
+
+
+def test_weights_that_never_move_are_an_error() -> None:
+    with pytest.raises(RuntimeError, match="Clearing never moved the weights"):
+        ufm.simulate(Clearing, 4, 6, lr=0.1, steps=3, after=True)
+
+
 def test_records_geometrically_or_where_told() -> None:
     geometric = ufm.simulate("sgd", 3, 3, lr=0.1, steps=1000, record=4).steps
     assert geometric.tolist() == [0, 1, 10, 100, 1000]

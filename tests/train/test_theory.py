@@ -74,7 +74,7 @@ def test_prints_a_table_and_writes_a_figure(tmp_path: Path, decay: float) -> Non
 
 def test_it_says_up_to_where_a_prediction_holds(tmp_path: Path) -> None:
     text = io.StringIO()
-    setting = Setting(classes=3, steps=600, lr=1.0, weight_decay=1e-3)
+    setting = Setting(classes=3, steps=600, lr=3.0, weight_decay=1e-3)
     print_theory(setting, tmp_path, Console(file=text, width=80))
     found = {one.optimizer: one.prediction for one in trajectories(setting)}
     theory = found["signumw"]

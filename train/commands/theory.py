@@ -125,10 +125,8 @@ def print_theory(setting: Setting, out: Path, console: Console) -> None:
     for one in found:
         theory = one.prediction
         if theory is not None and theory.holds_until is not None and theory.holds_until < setting.steps:
-            until, gap = theory.holds_until, theory.largest_gap
-            say(
-                f"{TABLE[one.optimizer].label}: {theory.kind} to step {until:,}; then the softmax underflows (logit gap {gap:.0f})"
-            )
+            held = f"{TABLE[one.optimizer].label}: {theory.kind} to step {theory.holds_until:,}"
+            say(f"{held}; then the softmax underflows (logit gap {theory.largest_gap:.0f})")
     say("Theorems of arXiv 2602.16642" + (f"; K(K − 2)²/λ² = {K * (K - 2) ** 2 / λ**2:.3g}" if λ else ""))
     image, vectors = encode(nc0_over_steps(found))
     for name, content in (("theory.png", image), ("theory.svg", vectors.encode())):
