@@ -89,8 +89,8 @@ def _triangle(
     for k, colour, corner in zip(chosen, _COLOURS, corners, strict=True):
         if features is not None and labels is not None:
             samples = (features[labels == k].detach().cpu().double() - centre) @ plane.mT
-            panel.scatter(*samples.numpy().T, s=4, color=colour, alpha=0.4, linewidths=0)
-        panel.scatter(*corner.numpy(), s=60, color=colour, label=f"class {k}", **drawn)
+            panel.scatter(samples[:, 0].numpy(), samples[:, 1].numpy(), s=4, color=colour, alpha=0.4, linewidths=0)
+        panel.scatter(float(corner[0]), float(corner[1]), s=60, color=colour, label=f"class {k}", **drawn)
     if weight is not None:
         rows = weight[chosen].detach().cpu().double() @ plane.mT
         rows = rows * (corners.norm() / rows.norm())

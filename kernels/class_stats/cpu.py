@@ -52,7 +52,8 @@ def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -
 def _move_scatter(state: State, run: int, moves: Tensor) -> None:
     """Add Σ (a·δᵀ + δ·aᵀ) to a run's scatter, which moves it to the new shifts; `moves` are (a, δ), `[*, 2, d]`."""
     assert state.scatter is not None
-    scatter, axes = (t if t is None or t.dim() == 2 else t[run] for t in (state.scatter, state.axes))
+    scatter = state.scatter if state.scatter.dim() == 2 else state.scatter[run]
+    axes = state.axes if state.axes is None or state.axes.dim() == 2 else state.axes[run]
     a, delta = (moves if axes is None else moves @ axes.double().mT).unbind(1)
     cross = a.mT @ delta
     scatter.add_(cross + cross.mT)

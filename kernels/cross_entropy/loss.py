@@ -15,7 +15,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
     As `torch.nn.functional.cross_entropy`, whose gradient has p − 1 at the label: for p near 1 that is only rounding
     error, which the row sum of the classifier then follows. A sign makes whole steps of it. Here the label's entry is
     minus the sum of the others: so the row sum is exactly zero for K = 2, and for more classes within the rounding of
-    that sum. So neither SGD nor sign descent moves Wᵀ1 by rounding errors of p − 1; the loss keeps its digits near zero.
+    that sum. So neither SGD nor sign descent moves Wᵀ1 by rounding errors of p − 1; near zero the loss has
+    all its digits.
 
     Differentiable once.
 
@@ -76,7 +77,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, labels = ctx.saved_tensors
         x = logits.to(torch.promote_types(logits.dtype, torch.float32))
         by_logits = cross_entropy_grad(x, labels, ctx.label_smoothing) * grad.view(-1, 1, 1)
