@@ -188,9 +188,9 @@ def test_how_many_share_a_gpu_is_measured(
 
 def test_a_bug_in_a_task_is_shown(cluster: Any, grid: Grid, digits: Dataset, quiet: Console, tmp_path: Path) -> None:
     broken = dataclasses.replace(digits, train_y=digits.train_y + 5)
-    with pytest.raises(Exception, match=r"(?s)in train.*labels outside \[0, 10\)"):
+    with pytest.raises(UserError, match=r"did not foresee: .*labels outside \[0, 10\)"):
         sweep(grid, tmp_path, lambda name, device: broken, CPU, on(cluster), quiet)
-    assert set(load_runs(tmp_path).status) == {"running", "pending"}
+    assert set(load_runs(tmp_path).status) <= {"running", "pending"}
 
 
 def test_a_cluster_without_the_device_is_refused(cluster: Any, digits: Dataset) -> None:

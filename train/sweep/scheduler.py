@@ -157,7 +157,8 @@ class _Sweep:
             left = sum(len(self._left(stack)) for stack in self._queue)
             raise DataError(f"{self._no_data}. {left} runs are left, all others are kept; the same command continues")
         if self._given_up:
-            raise UserError("; ".join(self._explain(kind) for kind in dict.fromkeys(f.kind for f, _ in self._given_up)))
+            texts = [self._explain(kind) for kind in dict.fromkeys(failure.kind for failure, _ in self._given_up)]
+            raise UserError("; ".join([*texts, "all other runs are finished and kept"]))
 
     def _explain(self, kind: str) -> str:
         """Say which runs could not be trained for a reason of this kind, and what to do."""
@@ -179,7 +180,7 @@ class _Sweep:
                 f"{self._store.folder / ERRORS}; please report it"
             ),
         }.get(kind, f"{names}: {text}")
-        return f"{len(runs)} runs could not be trained, {what}; all other runs are finished and kept"
+        return f"{len(runs)} runs could not be trained, {what}"
 
     def _next(self) -> PlannedStack | None:
         """The next stack to train; the store has begun it."""
@@ -295,4 +296,6 @@ class _Sweep:
             file.write(f"stack {stack.id}: {', '.join(run.describe() for run in stack.runs)}\n{failure.log}\n")
         self._unforeseen += 1
         if self._unforeseen >= _UNFORESEEN:
-            raise UserError(f"{_UNFORESEEN} stacks in a row failed: {self._explain('unforeseen')}")
+            raise UserError(
+                f"{_UNFORESEEN} stacks in a row failed: {self._explain('unforeseen')}; finished runs are kept"
+            )
