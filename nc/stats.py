@@ -19,7 +19,7 @@ Balance = Literal["class", "sample", "sample_mean"]
 class ClassStats:
     """Counts, means and within-class second moment of features, accumulated batch by batch in one read of the features.
 
-    The sums are kept about a shift per class, its first sample, so that they stay accurate near collapse
+    The sums are kept about a shift per class, near its first samples, so that they stay accurate near collapse
     (`ncollapse.kernels.class_stats`). Nothing waits for a GPU until a result is read; every result is float64.
 
     Args:
@@ -39,7 +39,7 @@ class ClassStats:
         dtype: of shifts and second moment, float32 or float64. None: float64 if the first features are float64, else
             float32. Sums and squares of K × d values are float64 in any case.
 
-    A refused batch does not change the statistics. On a CPU `update` raises the error; on other devices the first read
+    A refused batch does not change the statistics, but perhaps the shifts that they are kept about. On a CPU `update` raises the error; on other devices the first read
     of a result raises it, once.
     """
 
