@@ -39,8 +39,8 @@ class ClassStats:
         dtype: of shifts and second moment, float32 or float64. None: float64 if the first features are float64, else
             float32. Sums and squares of K × d values are float64 in any case.
 
-    A refused batch does not change the statistics, but perhaps the shifts that they are kept about. On a CPU `update` raises the error; on other devices the first read
-    of a result raises it, once.
+    A refused batch does not change the statistics, but perhaps the shifts that they are kept about. On a CPU `update`
+    raises the error; on other devices the first read of a result raises it, once.
     """
 
     def __init__(
