@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 
+from ncollapse.train.config import MOST
 from ncollapse.train.formatting import DASH, is_missing, plain, rate, rough_duration
 from ncollapse.train.optimizers import OPTIMIZERS
 from ncollapse.train.results.reader import load_meta, load_sessions, query
@@ -103,8 +104,12 @@ def read_status(folder: Path) -> SweepStatus:
     nullable = ("session", "stack", "size", "begun_epoch", "epoch", "checkpoint_epoch")
     try:
         runs = runs.astype({**dict.fromkeys(nullable, float), "epochs": "int64"})
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise damaged(folder / FILE, f"the progress of a stack is no number: {error}") from None
+    if not (runs[[*nullable]].isna() | ((runs[[*nullable]] % 1 == 0) & (runs[[*nullable]].abs() < MOST))).all(
+        axis=None
+    ):
+        raise damaged(folder / FILE, "the progress of a stack is no number of epochs")
     check_settings(runs, folder)
     last = sessions[-1] if sessions else {}
     _check_progress(runs, last.get("id"), folder)

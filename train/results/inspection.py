@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ncollapse.train.config import RunConfig, make_run, short
+from ncollapse.train.config import MOST, RunConfig, make_run, short
 from ncollapse.train.errors import CheckpointError, DamageError, UserError
 from ncollapse.train.results import schema
 from ncollapse.train.results.checkpoint_file import check_archive, file_name, read_checkpoint
@@ -160,8 +160,18 @@ def _evaluations(connection: sqlite3.Connection, row: dict[str, Any], config: Ru
         return (), f"its evaluations cannot be read: {error}"
     if not all(type(epoch) is int for epoch in epochs):
         return (), "an epoch of its evaluations is no integer"
-    kinds = {"session": int, "train_samples": int, "diverged_epoch": int, "seconds": float, "digest": str}
-    if wrong := [name for name, kind in kinds.items() if not isinstance(row[name], (kind, type(None)))]:
+    kinds = {
+        "position": int,
+        "session": int,
+        "train_samples": int,
+        "diverged_epoch": int,
+        "seconds": float,
+        "digest": str,
+    }
+    given = {name: kind for name, kind in kinds.items() if row[name] is not None}
+    if wrong := [
+        n for n, kind in given.items() if not isinstance(row[n], kind) or (kind is int and abs(row[n]) > MOST)
+    ]:
         return epochs, f"its {wrong[0]} is {short(row[wrong[0]])}"
     if row["status"] not in schema.STATUSES:
         return epochs, f"its status is {short(row['status'])}"

@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from ncollapse.train.config import MOST
 from ncollapse.train.errors import DamageError, UserError
 from ncollapse.train.results import schema
 from ncollapse.train.results.checkpoint_file import file_name
@@ -48,7 +49,11 @@ def salvage_folder(folder: Path, out: Path) -> Salvaged:
         raise UserError(f"--salvage {out}: it exists already; give a new folder")
     with open_damaged(folder) as source:
         runs = list(read_runs(source))
-        kept = [run for run in runs if run.config is not None and isinstance(run.row["position"], int)]
+        kept = [
+            run
+            for run in runs
+            if run.config is not None and type(run.row["position"]) is int and abs(run.row["position"]) <= MOST
+        ]
         if not kept:
             raise UserError(f"{folder}: no run can be read, so there is nothing to salvage")
         try:
