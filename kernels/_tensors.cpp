@@ -6,6 +6,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 #include <vector>
 
@@ -95,17 +96,22 @@ Found find(PyObject *object) {
   return found;
 }
 
-// Tensors lie scattered, so that waiting for memory would take most of the time: ask early for what comes later. The
-// second and the fifth word of a TensorImpl are its storage and its version; were they others, only time would be lost.
-inline void fetch(const std::vector<PyObject *> &objects, size_t i) {
-  const auto words = [&](size_t k) -> const char *const * {
+// Tensors lie scattered, so that waiting for memory would take most of the time: ask early for what comes later. Words 2,
+// 3 and 5 of a TensorImpl are its storage, its gradient's owner and its version; were they others, only time would be lost.
+inline void fetch(const std::vector<PyObject *> &objects, size_t i, std::initializer_list<int> words) {
+  const auto impl = [&](size_t k) -> const char *const * {
     return k < objects.size() && known(objects[k]) ? *static_cast<const char *const **>(handle_of(objects[k])) : nullptr;
   };
   if (i + 20 < objects.size()) __builtin_prefetch(handle_of(objects[i + 20]));
-  if (const auto *impl = words(i + 10))
-    for (int word = 0; word < 32; word += 8) __builtin_prefetch(impl + word);
-  if (const auto *impl = words(i + 4))
-    for (const char *line : {impl[2], impl[2] + 64, impl[5]}) __builtin_prefetch(line);
+  if (const auto *at = impl(i + 10))
+    for (int word = 0; word < 32; word += 8) __builtin_prefetch(at + word);
+  if (const auto *at = impl(i + 4))
+    for (const int word : words) __builtin_prefetch(at[word]), __builtin_prefetch(at[word] + 64);
+}
+
+void take(PyObject *list, std::vector<PyObject *> &objects) {
+  objects.resize(PyList_Size(list));
+  for (size_t i = 0; i < objects.size(); ++i) objects[i] = PyList_GetItem(list, Py_ssize_t(i));
 }
 
 inline void bump(PyObject *object) {
@@ -139,11 +145,10 @@ PyObject *look(PyObject *, PyObject *args) {
     const Py_ssize_t n = PyList_Size(column);
     if (n < 0) return nullptr;
     const bool counts = written >> c & 1 && bump_version;
-    objects.resize(n);
-    for (Py_ssize_t i = 0; i < n; ++i) objects[i] = PyList_GetItem(column, i);
+    take(column, objects);
     for (Py_ssize_t i = 0; i < n; ++i) {
       if (at == end) return PyLong_FromLong(CHANGED);
-      fetch(objects, i);
+      fetch(objects, i, {2, 5});
       PyObject *object = objects[i];
       const Found found = find(object);
       const int64_t expected = *at++, dim = expected < 0 ? 0 : expected >> 24;
@@ -189,21 +194,28 @@ PyObject *same_objects(PyObject *, PyObject *args) {
   return PyBool_FromLong(same);
 }
 
-// values(dicts, key) -> list of dict[key] of each; KeyError where one is missing.
+// values(dicts, keys) -> for each key, a list of dict[key] of each dict; KeyError where one is missing.
 PyObject *values(PyObject *, PyObject *args) {
-  PyObject *dicts, *key;
-  if (!PyArg_ParseTuple(args, "O!O", &PyList_Type, &dicts, &key)) return nullptr;
-  const Py_ssize_t n = PyList_Size(dicts);
-  PyObject *result = PyList_New(n);
+  PyObject *dicts, *keys;
+  if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &dicts, &PyTuple_Type, &keys)) return nullptr;
+  const Py_ssize_t n = PyList_Size(dicts), m = PyTuple_Size(keys);
+  PyObject *result = PyList_New(m);
+  for (Py_ssize_t k = 0; result && k < m; ++k) {
+    PyObject *column = PyList_New(n);
+    if (!column || PyList_SetItem(result, k, column)) Py_CLEAR(result);
+  }
   for (Py_ssize_t i = 0; result && i < n; ++i) {
-    PyObject *value = PyDict_GetItemWithError(PyList_GetItem(dicts, i), key);
-    if (!value) {
-      if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key);
-      Py_CLEAR(result);
-      break;
+    PyObject *dict = PyList_GetItem(dicts, i);
+    for (Py_ssize_t k = 0; result && k < m; ++k) {
+      PyObject *key = PyTuple_GetItem(keys, k), *value = PyDict_GetItemWithError(dict, key);
+      if (value) {
+        Py_INCREF(value);
+        PyList_SetItem(PyList_GetItem(result, k), i, value);
+      } else {
+        if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key);
+        Py_CLEAR(result);
+      }
     }
-    Py_INCREF(value);
-    PyList_SetItem(result, i, value);
   }
   return result;
 }
@@ -215,8 +227,11 @@ PyObject *gradients(PyObject *, PyObject *args) {
   const auto get = reinterpret_cast<descrgetfunc>(PyType_GetSlot(Py_TYPE(descriptor), Py_tp_descr_get));
   const Py_ssize_t n = PyList_Size(tensors);
   PyObject *result = PyList_New(n);
+  std::vector<PyObject *> objects;
+  take(tensors, objects);
   for (Py_ssize_t i = 0; result && i < n; ++i) {
-    PyObject *tensor = PyList_GetItem(tensors, i);
+    fetch(objects, i, {3});
+    PyObject *tensor = objects[i];
     auto *type = reinterpret_cast<PyObject *>(Py_TYPE(tensor));
     // The first two types are torch's. A class of the user's may have a `grad` of its own.
     PyObject *grad = types.size() >= 2 && (type == types[0] || type == types[1])
@@ -253,7 +268,7 @@ PyMethodDef methods[] = {
     {"look", look, METH_VARARGS, "Compare tensors with their kinds, and take their addresses."},
     {"describe", describe, METH_O, "Return the kinds of tensors."},
     {"same", same_objects, METH_VARARGS, "Return whether two lists hold the same objects."},
-    {"values", values, METH_VARARGS, "Return the values of a key in a list of dicts."},
+    {"values", values, METH_VARARGS, "Return the values of keys in a list of dicts."},
     {"gradients", gradients, METH_VARARGS, "Return the gradients of tensors."},
     {"bind", bind, METH_VARARGS, "Take the addresses of libtorch's functions."},
     {"accept", accept, METH_O, "Take tensors of a type for such with memory of their own."},

@@ -160,9 +160,9 @@ def same_objects(a: list[Any], b: list[Any]) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
-def values_of(dicts: list[dict[str, Any]], key: str) -> list[Any]:
-    """The value of a key in each dict; KeyError where it is missing."""
-    return _compiled.values(dicts, key) if _compiled is not None else [each[key] for each in dicts]
+def values_of(dicts: list[dict[str, Any]], keys: tuple[str, ...]) -> list[list[Any]]:
+    """For each key, its value in each dict; KeyError where one is missing."""
+    return _compiled.values(dicts, keys) if _compiled is not None else [[d[key] for d in dicts] for key in keys]
 
 
 def gradients_of(params: list[Any]) -> list[Any]:

@@ -117,6 +117,11 @@ INLINE void span(const Row &row, const Scalars<R> &scalars, int64_t start, int64
   if constexpr (EXTRA) norms[0] += grads, norms[1] += changes;
 }
 
+INLINE void fetch(const Row &row) {
+  for (const int64_t address : {row.param, row.grad, row.first, row.second, row.step})
+    __builtin_prefetch(reinterpret_cast<const void *>(address));
+}
+
 // Returns false, and changes nothing, if the row's rule is unknown. A row without a gradient is left as it is.
 template <bool EXTRA, class P, class G, class R>
 INLINE bool chunk(const Row &row, const Hyper &h, const float *scale, int64_t start, int64_t end, double *norms) {
@@ -193,6 +198,8 @@ PyObject *update(PyObject *, PyObject *args) {
     for (int64_t i = n * thread / team; i < stop;) {
       const Row &row = tensors[chunks[i].row];
       const int64_t first = i++;
+      // Small tensors lie scattered: ask early for those that come next.
+      if (i + 8 < stop) fetch(tensors[chunks[i + 8].row]);
       if (!extra)  // merge a tensor's chunks; but sum chunk by chunk, so that the sums do not depend on the threads
         while (i < stop && chunks[i].row == chunks[first].row) ++i;
       const int64_t end = std::min<int64_t>(chunks[i - 1].start + size, row.numel);

@@ -138,7 +138,8 @@ class Stepper:
         """The tensors of the active parameters, read from where the user keeps them; KeyError if a state is missing."""
         states: list[list[Any]]
         if self._columns:
-            states = [[] if name is None else values_of(self._dicts, name) for name in self._columns]
+            found = iter(values_of(self._dicts, tuple(name for name in self._columns if name is not None)))
+            states = [[] if name is None else next(found) for name in self._columns]
         else:
             pairs = zip(self._dicts, self._names, strict=True)
             rows = [tuple(None if name is None else each[name] for name in names) for each, names in pairs]
