@@ -167,7 +167,8 @@ class Update:
             self._hypers = {table.values.device: table for table in tables}
         kinds: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
         for i, (param, grad) in enumerate(zip(lists.params, tensors.grads, strict=True)):
-            if fault := _fault(lists, i, grad):
+            foreign = any(column[i] == FOREIGN for column in self._seen.kinds if column)
+            if fault := _fault(lists, i, grad, foreign):
                 if grad is not None:
                     raise RuntimeError(fault)
                 self._seen.expect_none(i)  # torch.optim, too, minds only when a gradient comes
@@ -175,12 +176,12 @@ class Update:
             if grad is not None:
                 alike = self._seen.kinds[Col.GRAD][i] != FOREIGN and same_layout(param, grad)
                 self._grads[i] = grad.dtype, alike
-            if has_no_memory(param):  # a meta or fake tensor: there is nothing to compute
+            if foreign and has_no_memory(param):  # a meta or fake tensor: there is nothing to compute
                 continue
             if param.device not in self._hypers:
                 raise RuntimeError(f"there are no hyperparameters on {param.device}, where a parameter is")
             dtype, alike = self._grads.get(i, (param.dtype, True))
-            fits = self._fits(lists, i, dtype, alike and i not in tangled)
+            fits = self._fits(lists, i, dtype, alike and not foreign and i not in tangled)
             kinds[param.device, param.dtype, dtype, fits, turns[i]].append(i)
         self._buckets = []
         for (device, _, grad_dtype, fits, _), indices in sorted(kinds.items(), key=lambda item: item[0][-1]):
@@ -209,8 +210,7 @@ class Update:
         allowed = param.dtype, _GRADS.get(param.dtype)
         if reason is None and (param.dtype not in operators.DTYPE_CODES or grad not in allowed):
             reason = f"there is no kernel for {param.dtype} parameters with {grad} gradients"
-        foreign = any(column[i] == FOREIGN for column in self._seen.kinds if column)
-        if reason is None and (foreign or not alike or not lists.fits(i, len(names))):
+        if reason is None and (not alike or not lists.fits(i, len(names))):
             reason = "a parameter, its gradient or its state is not dense in memory, or their layouts differ"
         if reason is not None:
             operators.warn_once("updates some parameters", reason)
@@ -244,8 +244,11 @@ def _hyper_table(values: Tensor, live: Sequence[Tensor], places: Sequence[int], 
     return HyperTable(values, [t for t, _ in on_device], [place for _, place in on_device], codes)
 
 
-def _fault(lists: Lists, i: int, grad: Tensor | None) -> str | None:
-    """What is wrong with a parameter's gradient, state or copy: another shape than its own, or memory that is gone."""
+def _fault(lists: Lists, i: int, grad: Tensor | None, foreign: bool) -> str | None:
+    """What is wrong with a parameter's gradient, state or copy: another shape than its own, or memory that is gone.
+
+    `foreign`: whether one of them has no memory that a kernel may touch.
+    """
     param, slot = lists.params[i], lists.slots[i]
     copy = lists.extras.copies[i] if lists.extras.copies else None
     alike = {"gradient": grad, "first state": slot.first, "second state": slot.second, "bfloat16 copy": copy}
@@ -255,7 +258,7 @@ def _fault(lists: Lists, i: int, grad: Tensor | None) -> str | None:
                 f"a parameter has shape {tuple(param.shape)}, its {name} {tuple(tensor.shape)}; where the parameter "
                 "was given other data, set its gradient to None and remove its entry from the optimizer's state"
             )
-    for name, tensor in {"parameter": param, **alike, "count of steps": slot.step}.items():
+    for name, tensor in {"parameter": param, **alike, "count of steps": slot.step}.items() if foreign else ():
         if tensor is None or tensor.layout != torch.strided or tensor.numel() == 0 or has_no_memory(tensor):
             continue
         last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))

@@ -167,12 +167,13 @@ class Stepper:
     def _step(self, optimizer: Stepped) -> None:
         params = params_of(optimizer)
         grads = gradients_of(params)
-        if (
+        prepared = (
             self.stale
             or not same_objects(params, self._params)
             or not same_objects(list(optimizer.state.values()), self._states)
             or (self._chosen is not None and sum(g is not None for g in grads) > self._present(grads))
-        ):
+        )
+        if prepared:
             self.prepare(optimizer, params, [g is not None for g in grads])
         if self._chosen is not None:
             grads = [grads[i] for i in self._chosen]
@@ -197,7 +198,10 @@ class Stepper:
             tensors = self._tensors(taken)
         numbers, extras = self.numbers, self._extras
         scale, inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
-        self._update.step(tensors, numbers.values, list(numbers.read.values()), extras.norms, scale, inf, changed)
+        live = list(numbers.read.values())
+        self._update.step(tensors, numbers.values, live, extras.norms, scale, inf, None if prepared else changed)
+        if self._sharded:  # of the shards the update has counted the versions
+            torch.autograd.graph.increment_version(self._active)
         if capturing(params):
             self.live = True
             self._graphs.append((self._update, numbers.values, numbers.read, tensors, extras))
