@@ -51,7 +51,7 @@ def labelled_batches(loader: Loader, batch_size: int, batch: Batch | None = None
 
 def is_pair(loader: Any) -> TypeGuard[tuple[Any, Any]]:
     """Whether it is one pair of tensors or arrays (inputs, labels)."""
-    return isinstance(loader, tuple | list) and len(loader) == 2 and all(map(_is_array, loader))
+    return isinstance(loader, tuple | list) and len(loader) == 2 and all(map(is_array, loader))
 
 
 def batch_count(loader: Loader, batch_size: int) -> int | None:
@@ -109,8 +109,8 @@ def arguments_of(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[s
         return (), dict(inputs)
     names = [p.name for p in parameters]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    kwargs = {k: v for k, v in inputs.items() if k in names or (takes_any and _is_array(v))}
-    arrays = [value for value in inputs.values() if _is_array(value)]
+    kwargs = {k: v for k, v in inputs.items() if k in names or (takes_any and is_array(v))}
+    arrays = [value for value in inputs.values() if is_array(value)]
     if kwargs or not inputs:
         return (), kwargs
     if len(arrays) == 1:
@@ -121,13 +121,14 @@ def arguments_of(model: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[s
     )
 
 
-def _is_array(value: Any) -> bool:
+def is_array(value: Any) -> TypeGuard[Tensor | np.ndarray[Any, Any]]:
+    """Whether it is a tensor or a NumPy array."""
     return isinstance(value, Tensor | np.ndarray)
 
 
 def _may_be_labels(value: Any, *, strict: bool) -> bool:
     """Whether it can be labels. `strict`: integers only, where something else may be the labels."""
-    if isinstance(value, int | np.integer) or _is_array(value):
+    if isinstance(value, int | np.integer) or is_array(value):
         return not strict or not (torch.as_tensor(value).is_floating_point() and np.ndim(value) != 2)
     if isinstance(value, Mapping):  # of several heads
         return bool(value) and all(_may_be_labels(each, strict=strict) for each in value.values())
@@ -135,6 +136,6 @@ def _may_be_labels(value: Any, *, strict: bool) -> bool:
 
 
 def _described(value: Any) -> str:
-    if _is_array(value):
+    if is_array(value):
         return f"{value.dtype} {tuple(value.shape)}"
     return type(value).__name__

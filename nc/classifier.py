@@ -1,23 +1,23 @@
-"""NC0–NC4 of any classifier: `measure` a model on data, `NCCallback` while it trains."""
+"""NC0–NC5 of any classifier: `measure` a model on data, `NCCallback` while it trains."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
-from ncollapse.batches import Batch, Loader, batch_count, labelled_batches
+from ncollapse import metrics
+from ncollapse.batches import Batch, Loader
 from ncollapse.heads import Head, find_module, name_of
-from ncollapse.hooks import Forward, HeadLike, unwrapped, watch
+from ncollapse.hooks import HeadLike, unwrapped, watch
 from ncollapse.measurement import Measurement, to_numbers
-from ncollapse.process_group import in_step, is_sharded, run_in_all, told_by_all
-from ncollapse.progress import tracked
-from ncollapse.result import LayerResult, NCResult
-from ncollapse.samples import Pool, select_samples
+from ncollapse.passes import MeasuredHead, Passes
+from ncollapse.process_group import is_sharded
+from ncollapse.result import LayerResult, NCResult, further_of_head, further_of_layer, nearest_numbers
+from ncollapse.samples import Pool
 
 Heads = list[Any] | tuple[HeadLike, ...] | Mapping[str, HeadLike]
 
@@ -26,6 +26,9 @@ class MeasureOptions(TypedDict, total=False):
     """The options of `measure`."""
 
     layers: Sequence[str]
+    test: Loader | None
+    ood: Loader | None
+    further: bool
     pool: Pool | None
     batch: Batch | None
     ignore_index: int | None
@@ -49,19 +52,21 @@ def measure(
 ) -> dict[str, NCResult]: ...
 def measure(
     model: nn.Module, loader: Loader, *, head: HeadLike | Heads = None,
-    layers: Sequence[str] = (), pool: Pool | None = None, batch: Batch | None = None, ignore_index: int | None = -100,
-    group: Any = None, moment: Literal["full", "projected"] = "full",
+    layers: Sequence[str] = (), test: Loader | None = None, ood: Loader | None = None, further: bool = True,
+    pool: Pool | None = None, batch: Batch | None = None,
+    ignore_index: int | None = -100, group: Any = None, moment: Literal["full", "projected"] = "full",
     previous: NCResult | Mapping[str, NCResult] | None = None, keep_bytes: int = 2**30,
     nan_policy: Literal["raise", "propagate"] = "raise", dtype: torch.dtype | None = None, batch_size: int = 1024,
     progress: bool | None = None,
 ) -> NCResult | dict[str, NCResult]:  # fmt: skip
-    """Measure NC0–NC4 of a classifier on its training data.
+    """Measure NC0–NC5 of a classifier on its training data, and on test and out-of-distribution data if they are given.
 
     The model runs once over the data, in evaluation mode without gradients; its modes and hooks are restored, also
-    after an error. For NC4 the head's inputs (N × d values) are kept until the class means are known; if they take more
-    than `keep_bytes`, there is a second forward pass instead. With `previous` NC4 takes the class means of that earlier
-    result, a good approximation if they have hardly moved since. Two passes see the same data only if the loader yields
-    the same data twice, so use it without random augmentation.
+    after an error. For NC4 and the nearest class means the features of the head and of the layers (N × d values) are
+    kept until the class means are known; if they take more than `keep_bytes`, there is a second forward pass instead.
+    With `previous` NC4 takes the class means of that earlier result, a good approximation if they have hardly moved
+    since; the layers' nearest means are left out then. Two passes see the same data only if the loader yields the same
+    data twice, so use it without random augmentation.
 
     Args:
         model: any module. Of one that is compiled, in place, in part or by `torch.compile`, the original code runs,
@@ -79,7 +84,13 @@ def measure(
             weight that they multiply: normalised ones if they normalise. For all else a `Head` says what features,
             weight and logits are. Several heads as a sequence, or a mapping of names, give a dictionary of results;
             labels may be a mapping with the same names.
-        layers: names of further layers; NC1 and NC2 of their outputs are measured.
+        layers: names of further layers; NC1, NC2 and the nearest class means of their outputs are measured.
+        test: data like `loader`, of the same classes; `result.test` has all metrics of them, with NC4 and the nearest
+            class means against the means of the training data.
+        ood: out-of-distribution data, like `loader`; their labels are not used and may be missing. `result.nc5` tells
+            how orthogonal they are to the class means.
+        further: whether to measure what is more than NC0–NC4: uniformity, ranks, nearest means by class and layer,
+            `result.matrices`. It needs arithmetic of K × K × d and memory of K × K.
         pool: makes features `[B, d]` of the output of `layers`, and of a head that runs over tokens or places of which
             the model uses one or the mean. A function, or of tokens `[B, T, d]` "mean", "first" or "last", without
             padding. Default: outputs `[B, d]` unchanged, of maps `[B, d, H, W]` (or with three dimensions of space) the
@@ -91,7 +102,7 @@ def measure(
             `DistributedSampler` repeats samples until all shares are equal.) None: of this process's data.
         moment, nan_policy: as in `Measurement` and `ClassStats`.
         previous: an earlier result of the same model.
-        keep_bytes: the most that the features kept for NC4 may take, on the head's device.
+        keep_bytes: the most that the features kept for NC4 may take, on their device.
         dtype: as in `ClassStats`; None: float64 for float64 features, else float32.
         batch_size: of the batches into which a pair, a data set or samples are divided.
         progress: whether to show a progress bar on stderr; None: if that is a terminal and the pass takes long.
@@ -110,61 +121,49 @@ def measure(
     several = _by_name(model, head)
     heads: Mapping[str, HeadLike] = {"": head} if several is None else several  # type: ignore[dict-item]
     earlier = previous if isinstance(previous, Mapping) else dict.fromkeys(heads, previous)
-    once = isinstance(loader, Iterator)
-    if moment == "projected" and once:
+    loaders = [each for each in (loader, test, ood) if each is not None]
+    if moment == "projected" and any(isinstance(each, Iterator) for each in (loader, test)):
         raise ValueError("measure: moment='projected' needs two passes over the data, and an iterator allows one")
-    if group is None and isinstance(getattr(loader, "sampler", None), DistributedSampler):
+    if group is None and any(isinstance(getattr(each, "sampler", None), DistributedSampler) for each in loaders):
         warnings.warn(
             "measure: the loader has a DistributedSampler, and the result is of this process's share of the data only; "
             "give group=torch.distributed.group.WORLD in every process",
             stacklevel=2,
         )
-    start = partial(Measurement, moment=moment, keep_bytes=keep_bytes // len(heads), group=group, nan_policy=nan_policy)
-    measurements: dict[str, Measurement] = {}
 
-    def add(run: Callable[[Any], Forward]) -> None:
-        """Add all batches to the measurements, which begin with the first."""
-        parts = labelled_batches(loader, batch_size, batch)
-        show = progress if group is None or dist.get_rank(group) == 0 else False
-        parts = tracked(parts, batch_count(loader, batch_size), show)
-        steps = in_step(parts, group) if group is not None and is_sharded(model) else ((part, True) for part in parts)
-        for (inputs, labels), is_new in steps:
-            forward = run(inputs)
-            if not is_new:
-                continue
-            mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-            for key, (name, call) in zip(heads, forward.heads, strict=True):
-                features, logits, classes, of_layers = select_samples(
-                    call, forward.output, labels[key] if isinstance(labels, Mapping) else labels, forward.layers,
-                    pool=pool, mask=mask, ignore_index=ignore_index,
-                )  # fmt: skip
-                if key not in measurements:
-                    means = None if (result := earlier.get(key)) is None else result.means
-                    if means is not None and means.shape != call.weight.shape:
-                        raise ValueError(
-                            f"measure: previous has means {tuple(means.shape)}; the head {name!r} has K × d = "
-                            f"{tuple(call.weight.shape)}"
-                        )
-                    measurements[key] = start(call.weight, previous=means, name=name, dtype=dtype)
-                measurements[key].add(features, logits, classes, of_layers)
+    def begin(name: str, weight: Tensor, means: Tensor | None, of_layers: Mapping[str, Tensor]) -> Measurement:
+        return Measurement(
+            weight, moment=moment, previous=means, by_layer=further, previous_of_layers=of_layers,
+            keep_bytes=keep_bytes // len(heads), group=group, nan_policy=nan_policy, name=name, dtype=dtype,
+        )  # fmt: skip
+
+    def begin_training(key: str, name: str, weight: Tensor) -> Measurement:
+        means = None if (result := earlier.get(key)) is None else result.means
+        if means is not None and means.shape != weight.shape:
+            raise ValueError(
+                f"measure: previous has means {tuple(means.shape)}; the head {name!r} has K × d = {tuple(weight.shape)}"
+            )
+        return begin(name, weight, means, {})
+
+    def begin_test(key: str, name: str, weight: Tensor) -> Measurement:
+        known = trained[key].measurement
+        return begin(f"{name}, test data", weight, known.means, known.means_of_layers)
 
     modules = {name: find_module(model, name) for name in layers}
     with torch.no_grad(), watch(model, list(heads.values()), modules, pool) as run:
-        run_in_all(lambda: add(run), group)
-        if not sum(told_by_all(_samples(measurements), group) if group is not None else [_samples(measurements)]):
-            raise ValueError("measure: the loader gave no samples")
-        if group is not None:
-            _join_without_data(measurements, model, group, start)
-        again = [measurement.end_pass() for measurement in measurements.values()]
-        if any(again) and not once:
-            run_in_all(lambda: add(run), group)
-        elif any(again):
-            warnings.warn(
-                f"measure: NC4 is unknown (NaN): the features take more than keep_bytes={keep_bytes}, and an "
-                "iterator cannot be read twice; give a loader, a previous result or more keep_bytes",
-                stacklevel=2,
-            )
-    results = {key: _result(measurement) for key, measurement in measurements.items()}
+        state = next(chain(model.parameters(), model.buffers()), None)
+        passes = Passes(
+            run=run, keys=tuple(heads), pool=pool, batch=batch, ignore_index=ignore_index, batch_size=batch_size,
+            progress=progress, group=group, together=group is not None and is_sharded(model),
+            device=torch.device("cpu") if state is None else state.device,
+        )  # fmt: skip
+        trained = passes.measure(loader, "", begin_training)
+        tested = {} if test is None else passes.measure(test, "test data", begin_test)
+        strange = {} if ood is None else passes.mean(ood, trained, "out-of-distribution data")
+    results: dict[str, NCResult] = {}
+    for key, measured in trained.items():
+        of_test = _result(tested[key], None, None, further) if key in tested else None
+        results[key] = _result(measured, of_test, strange.get(key), further)
     return results if several is not None else results[""]
 
 
@@ -186,43 +185,30 @@ def _by_name(model: nn.Module, head: HeadLike | Heads) -> dict[str, HeadLike] | 
     return heads
 
 
-def _samples(measurements: Mapping[str, Measurement]) -> int:
-    return sum(measurement.samples for measurement in measurements.values())
-
-
-def _join_without_data(
-    measurements: dict[str, Measurement], model: nn.Module, group: Any, start: Callable[..., Measurement]
-) -> None:
-    """Begin the measurements of a process that had no batch, as others have begun them."""
-    told = told_by_all(bool(measurements), group)
-    if all(told):
-        return
-    mine = None
-    if dist.get_rank(group) == told.index(True):
-        mine = {key: measurement.blank() for key, measurement in measurements.items()}
-    blanks = next(blank for blank in told_by_all(mine, group) if blank is not None)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if not measurements:
-        for key, (weight, layers, options) in blanks.items():
-            weight = weight.to(device)
-            measurements[key] = start(weight, **options)
-            nothing = weight[:0]
-            labels = torch.zeros(0, dtype=torch.int64, device=device)
-            measurements[key].add(
-                nothing,
-                weight.new_zeros(0, len(weight)),
-                labels,
-                {name: weight.new_zeros(0, dim) for name, dim in layers.items()},
-            )
-
-
-def _result(measurement: Measurement) -> NCResult:
+def _result(measured: MeasuredHead, test: NCResult | None, strange: Tensor | None, more: bool) -> NCResult:
+    """Compute the numbers; `strange` is the mean of out-of-distribution features."""
+    measurement = measured.measurement
     values, values_of_layers = measurement.finish()
+    stats = measurement.stats
+    nearest: dict[str, Any] = {}
+    matrices: dict[str, Tensor] = {}
+    if more:
+        added, matrices = further_of_head(measured.weight, measured.bias, stats)
+        values |= added
+        nearest = nearest_numbers(measurement.agreement())
+        for name, of_layer in values_of_layers.items():
+            of_layer |= further_of_layer(measurement.layers[name])
+    if strange is not None:
+        values["nc5"] = metrics.nc5(strange.unsqueeze(0), stats)
     numbers = to_numbers(values)
     numbers["degenerate"] = bool(numbers["degenerate"])
-    layers = {name: LayerResult(**to_numbers(of_layer)) for name, of_layer in values_of_layers.items()}
-    means = measurement.stats.means.cpu()
-    return NCResult(**numbers, head=measurement.stats.name, layers=layers, means=means)
+    layers = {
+        name: LayerResult(**to_numbers(of_layer), **(nearest_numbers(measurement.agreement(name)) if more else {}))
+        for name, of_layer in values_of_layers.items()
+    }
+    return NCResult(
+        **numbers, **nearest, head=measured.name, layers=layers, means=stats.means.cpu(), matrices=matrices, test=test
+    )
 
 
 class NCCallback:
@@ -253,7 +239,7 @@ class NCCallback:
     ) -> None:
         if every < 1:
             raise ValueError(f"NCCallback: every must be at least 1, got {every}")
-        if isinstance(loader, Iterator):
+        if any(isinstance(each, Iterator) for each in (loader, options.get("test"), options.get("ood"))):
             raise ValueError("NCCallback: an iterator can be read only once; give a loader or a pair of tensors")
         self.model, self.loader, self.every, self.head, self.options = model, loader, every, head, options
         self.calls = 0

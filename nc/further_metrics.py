@@ -34,14 +34,9 @@ def gnc2(
     check_kind(kind, "mean", "variation")
     if kernel not in ("log", "riesz") or not exponent > 0:
         raise ValueError(f"gnc2: kernel is 'log' or 'riesz', exponent positive; got {kernel!r} and {exponent:g}")
-    rows = usable_means(of, balance) if isinstance(of, ClassStats) else of.double()
-    directions = torch.nn.functional.normalize(rows, dim=-1, eps=0.0)
-    distances = torch.cdist(directions, directions, compute_mode="donot_use_mm_for_euclid_dist")
-    pairs = distances[..., off_diagonal(rows)]
-    energies = -pairs.log() if kernel == "log" else pairs**-exponent
-    if kind == "mean":
-        return defined_any(energies.mean(-1))
-    return defined(energies.std(-1, correction=0) / energies.abs().mean(-1))
+    distances = pair_distances(rows_of(of, balance))
+    energies = -distances.log() if kernel == "log" else distances**-exponent
+    return mean_energy(energies) if kind == "mean" else energy_variation(energies)
 
 
 def unc3(weight: Tensor, stats: ClassStats, *, balance: Balance = "class") -> Tensor:
@@ -81,9 +76,7 @@ def effective_rank(of: ClassStats | Tensor, *, balance: Balance = "class") -> Te
     Args:
         of: the statistics, for their centred class means, or W `[*, K, d]`.
     """
-    values = _singular_values(of, balance)
-    shares = values / values.sum(-1, keepdim=True)
-    return defined(torch.special.entr(shares).sum(-1).exp())
+    return entropy_rank(spectrum(rows_of(of, balance), of.dtype)[1])
 
 
 def mean_rank(of: ClassStats | Tensor, *, balance: Balance = "class") -> Tensor:
@@ -92,11 +85,8 @@ def mean_rank(of: ClassStats | Tensor, *, balance: Balance = "class") -> Tensor:
     Args:
         of: as in `effective_rank`. At collapse the centred class means have rank K − 1.
     """
-    values = _singular_values(of, balance)
-    dtype = of.dtype
-    sizes = (of.num_classes, of.dim) if isinstance(of, ClassStats) else of.shape[-2:]
-    bound = max(sizes) * torch.finfo(dtype).eps * values[..., :1]
-    return (values > bound).sum(-1).double().where(values.isfinite().all(-1), torch.nan)
+    rows = rows_of(of, balance)
+    return numerical_rank(spectrum(rows, of.dtype)[1], max(rows.shape[-2:]), of.dtype)
 
 
 def nc5(features: Tensor, stats: ClassStats) -> Tensor:
@@ -131,12 +121,57 @@ def matrices(weight: Tensor, stats: ClassStats) -> dict[str, Tensor]:
     return {"means": unit_means @ unit_means.mT, "weight": unit_w @ unit_w.mT, "product": w @ means.mT}
 
 
-def defined_any(value: Tensor) -> Tensor:
-    """Return the value of any sign, or NaN where it is not finite."""
-    return value.where(value.isfinite(), torch.nan)
+def rows_of(of: ClassStats | Tensor, balance: Balance = "class") -> Tensor:
+    """Return the centred class means `[*, K', d]` of statistics, or W `[*, K, d]`; float64."""
+    return usable_means(of, balance) if isinstance(of, ClassStats) else of.double()
 
 
-def _singular_values(of: ClassStats | Tensor, balance: Balance) -> Tensor:
-    rows = usable_means(of, balance) if isinstance(of, ClassStats) else of.double()
-    values = torch.linalg.svdvals(rows.nan_to_num(0.0, 0.0, 0.0))
-    return values.masked_fill(~finite(rows).unsqueeze(-1) | (values[..., :1] == 0), torch.nan)
+def pair_distances(rows: Tensor) -> Tensor:
+    """Compute ‖u_i − u_j‖ of rows `[*, K, d]` divided by their norms, for all i ≠ j; `[*, K(K − 1)]`."""
+    directions = torch.nn.functional.normalize(rows, dim=-1, eps=0.0)
+    distances = torch.cdist(directions, directions, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances[..., off_diagonal(rows)]
+
+
+def mean_energy(energies: Tensor) -> Tensor:
+    """Compute the mean `[*]` of the pairs' energies `[*, n]`, which may have any sign; NaN where it is not finite."""
+    mean = energies.mean(-1)
+    return mean.where(mean.isfinite(), torch.nan)
+
+
+def energy_variation(energies: Tensor) -> Tensor:
+    """Compute the standard deviation of the pairs' energies `[*, n]` divided by their mean absolute value, `[*]`."""
+    return defined(energies.std(-1, correction=0) / energies.abs().mean(-1))
+
+
+def spectrum(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Compute the left singular vectors `[*, K, r]` and singular values `[*, r]` of rows `[*, K, d]`, r = min(K, d).
+
+    Args:
+        dtype: of which the rows were before they became float64. Up to float32 they come from the K × K products of the
+            rows, whose rounding is far below that of the rows: for K = 1,000 in a small part of the time.
+
+    Where the rows are not finite or all zero, they are NaN.
+    """
+    finite_rows, r = rows.nan_to_num(0.0, 0.0, 0.0), min(rows.shape[-2:])
+    if dtype == torch.float64:
+        left, values, _ = torch.linalg.svd(finite_rows, full_matrices=False)
+    else:
+        squares, left = torch.linalg.eigh(finite_rows @ finite_rows.mT)
+        squares, left = squares.flip(-1)[..., :r], left.flip(-1)[..., :r]
+        rounding = max(rows.shape[-2:]) * torch.finfo(torch.float64).eps * squares[..., :1]
+        values = torch.where(squares > rounding, squares, 0.0).sqrt()
+    unknown = (~finite(rows).unsqueeze(-1)) | (values[..., :1] == 0)
+    return left.masked_fill(unknown.unsqueeze(-1), torch.nan), values.masked_fill(unknown, torch.nan)
+
+
+def entropy_rank(values: Tensor) -> Tensor:
+    """Compute the effective rank `[*]` of singular values `[*, r]`."""
+    shares = values / values.sum(-1, keepdim=True)
+    return defined(torch.special.entr(shares).sum(-1).exp())
+
+
+def numerical_rank(values: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Count the singular values `[*, r]`, the largest first, above size·ε times the largest; `[*]` float64."""
+    bound = size * torch.finfo(dtype).eps * values[..., :1]
+    return (values > bound).sum(-1).double().where(values.isfinite().all(-1), torch.nan)

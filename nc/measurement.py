@@ -1,20 +1,16 @@
 """NC0–NC4 of features and logits that are added batch by batch, in one process or several."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ncollapse import metrics
+from ncollapse.nearest_counts import NearestCounts
 from ncollapse.process_group import told_by_all
 from ncollapse.result import HEAD_METRICS, OF_HEAD, OF_LAYER
 from ncollapse.stats import ClassStats
-
-# Bytes of kept features that are compared with the class means in one call: on a GPU a call costs more than the copy
-# that joins batches, on a CPU only that of small batches does.
-_BYTES_PER_CALL = {"cpu": 2**20, "cuda": 2**26}
 
 
 class Measurement:
@@ -29,7 +25,10 @@ class Measurement:
         moment: "full" keeps d × d values for the head and each layer. "projected" keeps at most K × K, for wide layers,
             and needs a second pass.
         previous: `[*, K, d]` float64, class means of an earlier measurement, which NC4 then takes for the nearest mean.
-        keep_bytes: the most that the kept features of a run may take, on their device.
+        by_layer: whether to look for the nearest mean in each further layer too, as NC4 does in the head's features.
+        previous_of_layers: name -> `[*, K, d']`, the means that it then takes. If there are `previous` ones, layers
+            without theirs are left out.
+        keep_bytes: the most that all kept features of a run may take, on their device.
         group: a `torch.distributed` process group of which each process adds its share of the data. The results are
             those of all of it, in every process; each must call `end_pass` and `finish`, and have added at least one
             batch, which may be empty.
@@ -39,7 +38,8 @@ class Measurement:
         ValueError: unknown names, fewer than two classes.
 
     Attributes:
-        stats: the statistics of the head's features.
+        stats, layers: the statistics of the head's features, and name -> those of a further layer.
+        means, means_of_layers: all class means, once the first pass has ended.
         samples: how many were added in the first pass.
 
     Example:
@@ -53,7 +53,8 @@ class Measurement:
 
     def __init__(
         self, weight: Tensor, names: Collection[str] = HEAD_METRICS, *,
-        moment: Literal["full", "projected"] = "full", previous: Tensor | None = None, keep_bytes: int = 2**30,
+        moment: Literal["full", "projected"] = "full", previous: Tensor | None = None, by_layer: bool = False,
+        previous_of_layers: Mapping[str, Tensor] | None = None, keep_bytes: int = 2**30,
         group: Any = None, nan_policy: Literal["raise", "propagate"] = "raise", name: str = "",
         dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
@@ -62,20 +63,19 @@ class Measurement:
         self._weight, self._names, self._moment = weight.detach(), names, moment
         self._group, self._nan_policy, self._dtype = group, nan_policy, dtype
         self.stats = self._statistics(weight.shape[-1], name, weight.device)
-        self._layers: dict[str, ClassStats] = {}
+        self.layers: dict[str, ClassStats] = {}
+        self.means: Tensor | None = None
+        self.means_of_layers: dict[str, Tensor] = {}
         self._first_pass = True
-        self._means: Tensor | None = None  # for NC4, once the first pass has ended
-        self.samples = self._compared = 0
+        self.samples = 0
         runs = weight.shape[:-2]
         self._correct = torch.zeros(runs, dtype=torch.int64, device=weight.device)
-        self._differ = torch.zeros_like(self._correct)
-        # For NC4, a batch is compared with `_centres` at once if there are any; else it goes into `_kept` if that is a
-        # list; else NC4 is left to the second pass.
-        self._centres = previous.to(weight.device) if previous is not None and "nc4" in names else None
-        self._kept: list[tuple[Tensor, Tensor]] | None = None
-        if self._centres is None and "nc4" in names and moment == "full" and keep_bytes > 0:
-            self._kept = []
         self._bytes_left = keep_bytes * runs.numel()
+        self._nearest = self._counts(weight.device, previous) if "nc4" in names else None
+        self._nearest_of_layers: dict[str, NearestCounts] = {}
+        self._by_layer = by_layer and "nc4" in names
+        self._previous_of_layers = {} if previous_of_layers is None else previous_of_layers
+        self._leave_out_layers = previous is not None  # those without means
 
     def add(
         self, features: Tensor, logits: Tensor | None, labels: Tensor, layers: Mapping[str, Tensor] | None = None
@@ -96,9 +96,9 @@ class Measurement:
         if self._first_pass or self._moment == "projected":
             self.stats.update(features, labels.to(features.device))
             for name, h in (layers or {}).items():
-                if name not in self._layers:
-                    self._layers[name] = self._statistics(h.shape[-1], name, h.device)
-                self._layers[name].update(h, labels.to(h.device))
+                if name not in self.layers:
+                    self._begin_layer(name, h)
+                self.layers[name].update(h, labels.to(h.device))
         if self._first_pass:
             self.samples += len(labels)
         if logits is None or not needs_logits:
@@ -106,35 +106,30 @@ class Measurement:
         predicted = logits.argmax(-1)
         if self._first_pass:
             self._correct += (predicted == labels.to(predicted.device)).sum(-1)
-        if self._centres is not None:
-            self._compare(features, predicted, self._centres)
-        elif self._kept is not None:
-            features = features.detach()
-            # A view, such as the first token of a sequence, would keep the whole tensor alive.
-            if features.untyped_storage().nbytes() > features.nbytes:
-                features = features.clone()
-            self._bytes_left -= features.nbytes
-            if self._bytes_left < 0:
-                self._kept = None
-            else:
-                self._kept.append((features, predicted))
+        if self._nearest is None:
+            return
+        compared = [(self._nearest, features)]
+        compared += [(self._nearest_of_layers[k], h) for k, h in (layers or {}).items() if k in self._nearest_of_layers]
+        for nearest, h in compared:
+            self._bytes_left -= nearest.add(h, labels.to(h.device), predicted.to(h.device))
+        if self._bytes_left < 0:
+            for nearest in self._all_nearest():
+                nearest.drop()
 
     def end_pass(self) -> bool:
         """End the first pass over the data; return whether a second is needed, in which the same batches are added."""
-        kept, compared = self._kept, self._centres is not None
-        self._first_pass, self._kept, self._centres = False, None, None
+        self._first_pass = False
         self._reduce_statistics()
-        if "nc4" in self._names:
-            self._means = self.stats.means
-            if kept is not None:
-                for features, predicted in _joined(kept):
-                    self._compare(features, predicted, self._means)
-            elif not compared:
-                self._centres = self._means
+        self.means = self.stats.means
+        self.means_of_layers = {name: stats.means for name, stats in self.layers.items()}
+        again = self._moment == "projected"
+        if self._nearest is not None:
+            again |= self._nearest.end_pass(self.means)
+        for name, nearest in self._nearest_of_layers.items():
+            again |= nearest.end_pass(self.means_of_layers[name])
         if self._moment == "projected":
             self.stats = self.stats.projected()
-            self._layers = {name: stats.projected() for name, stats in self._layers.items()}
-        again = self._centres is not None or self._moment == "projected"
+            self.layers = {name: stats.projected() for name, stats in self.layers.items()}
         return again if self._group is None else any(told_by_all(again, self._group))
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -152,26 +147,52 @@ class Measurement:
         if self._group is not None:
             if self._moment == "projected":
                 self._reduce_statistics()
-            counts = self._correct.new_tensor([self.samples, self._compared])
-            for tensor in (counts, self._correct, self._differ):
+            nearest = self._all_nearest()
+            counts = self._correct.new_tensor([self.samples, *(each.compared for each in nearest)])
+            for tensor in (counts, self._correct, *(each.counts for each in nearest)):
                 dist.all_reduce(tensor, group=self._group)
-            self.samples, self._compared = counts.tolist()
+            self.samples, *compared = counts.tolist()
+            for each, samples in zip(nearest, compared, strict=True):
+                each.compared = samples
             self._group = None  # from here on all processes have all
         values = {name: of(self.stats) for name, of in OF_LAYER.items() if name in self._names}
         values |= {name: of(self._weight, self.stats) for name, of in OF_HEAD.items() if name in self._names}
-        if self._means is not None:
-            finite = self._means[..., self.stats.present, :].isfinite().flatten(-2).all(-1)  # else nothing is near
-            known = finite & (self._compared >= self.samples)
-            values["nc4"] = (self._differ.double() / self.samples).masked_fill(~known, float("nan"))
+        if self._nearest is not None and self.means is not None:
+            known = self._usable(self.means) & (self._nearest.compared >= self.samples)
+            differ = self._nearest.counts[..., 2].sum(-1)
+            values["nc4"] = (differ.double() / self.samples).masked_fill(~known, float("nan"))
         if "train_accuracy" in self._names:
             values["train_accuracy"] = self._correct.double() / self.samples
-        layers = {key: {name: of(stats) for name, of in OF_LAYER.items()} for key, stats in self._layers.items()}
+        layers = {key: {name: of(stats) for name, of in OF_LAYER.items()} for key, stats in self.layers.items()}
         return values, layers
 
-    def blank(self) -> tuple[Tensor, dict[str, int], dict[str, Any]]:
-        """Return W on the CPU, the dimensions of the layers by name, and the options of this measurement alone."""
-        dims = {name: stats.dim for name, stats in self._layers.items()}
-        return self._weight.cpu(), dims, {"name": self.stats.name, "dtype": self._dtype}
+    def agreement(self, layer: str | None = None) -> Tensor | None:
+        """Return the counts of `metrics.agreement`, `[*, K, 3]`, of the head's features or a layer's, after `finish`.
+
+        None where they were not asked for, or a second pass was not made; zeros where the means are not finite.
+        """
+        nearest = self._nearest if layer is None else self._nearest_of_layers.get(layer)
+        means = self.means if layer is None else self.means_of_layers.get(layer)
+        if nearest is None or means is None or nearest.compared < self.samples:
+            return None
+        return nearest.counts.masked_fill(~self._usable(means)[..., None, None], 0)
+
+    def _usable(self, means: Tensor) -> Tensor:
+        """Return whether the means of the classes with samples are finite, `[*]` bool; else nothing is near."""
+        return means[..., self.stats.present, :].isfinite().flatten(-2).all(-1)
+
+    def _begin_layer(self, name: str, features: Tensor) -> None:
+        self.layers[name] = self._statistics(features.shape[-1], name, features.device)
+        means = self._previous_of_layers.get(name)
+        if self._by_layer and not (self._leave_out_layers and means is None):
+            self._nearest_of_layers[name] = self._counts(features.device, means)
+
+    def _counts(self, device: torch.device, means: Tensor | None) -> NearestCounts:
+        keep = self._moment == "full" and self._bytes_left > 0
+        return NearestCounts(self._weight.shape[:-1], device, means, keep=keep)
+
+    def _all_nearest(self) -> list[NearestCounts]:
+        return [*([] if self._nearest is None else [self._nearest]), *self._nearest_of_layers.values()]
 
     def _statistics(self, dim: int, name: str, device: torch.device) -> ClassStats:
         *runs, classes, _ = self._weight.shape
@@ -182,24 +203,8 @@ class Measurement:
 
     def _reduce_statistics(self) -> None:
         if self._group is not None:
-            for stats in (self.stats, *self._layers.values()):
+            for stats in (self.stats, *self.layers.values()):
                 stats.all_reduce(self._group)
-
-    def _compare(self, features: Tensor, predicted: Tensor, means: Tensor) -> None:
-        """Count the samples whose predicted class is not that of the nearest mean."""
-        self._differ += (predicted != metrics.nearest_class(features, means)).sum(-1)
-        self._compared += features.shape[-2]
-
-
-def _joined(kept: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Join batches of features `[*, B, d]` and predictions `[*, B]` into fewer."""
-    if not kept:
-        return
-    features, _ = kept[0]
-    count = max(1, _BYTES_PER_CALL.get(features.device.type, 0) // max(1, features.nbytes))
-    for start in range(0, len(kept), count):
-        some = kept[start : start + count]
-        yield some[0] if len(some) == 1 else (torch.cat([h for h, _ in some], -2), torch.cat([p for _, p in some], -1))
 
 
 def to_numbers(values: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -6,10 +6,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ncollapse import metrics
+from ncollapse.further_metrics import (
+    energy_variation,
+    entropy_rank,
+    mean_energy,
+    numerical_rank,
+    pair_distances,
+    rows_of,
+    spectrum,
+)
 from ncollapse.stats import ClassStats
 
 #: The metrics of a layer's features, by the names of `LayerResult`.
@@ -33,41 +41,57 @@ OF_HEAD: dict[str, Callable[[Tensor, ClassStats], Tensor]] = {
 }
 #: The names of all metrics of a head that a `Measurement` takes by default.
 HEAD_METRICS = (*OF_LAYER, *OF_HEAD, "nc4", "train_accuracy")
-#: What `measure` adds to them, for a layer and for the head.
-FURTHER_OF_LAYER: dict[str, Callable[[ClassStats], Tensor]] = {
-    "nc1_trace_ratio_balanced": partial(metrics.nc1, kind="trace_ratio", within="class"),
-    "gnc2": metrics.gnc2,
-    "gnc2_energy": partial(metrics.gnc2, kind="mean"),
-    "effective_rank": metrics.effective_rank,
-    "mean_rank": metrics.mean_rank,
-}
-FURTHER_OF_HEAD: dict[str, Callable[[Tensor, ClassStats], Tensor]] = {
-    "gnc2_weight": lambda weight, _: metrics.gnc2(weight),
-    "gnc2_weight_energy": lambda weight, _: metrics.gnc2(weight, kind="mean"),
-    "effective_rank_weight": lambda weight, _: metrics.effective_rank(weight),
-    "unc3": metrics.unc3,
-}
 
 
-def further(weight: Tensor, bias: Tensor | None, stats: ClassStats) -> dict[str, Tensor]:
-    """Compute the further metrics of a head, `[*]` each, by the names of `NCResult`.
+def further_of_head(
+    weight: Tensor, bias: Tensor | None, stats: ClassStats
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Compute what `measure` adds for a head.
 
     Args:
-        weight, bias: W `[*, K, d]` and b `[*, K]`, or None.
+        weight, bias: W `[*, K, d]` and b `[*, K]`; without b the global logits are left out.
         stats: of the head's input.
+
+    Returns:
+        The further metrics, `[*]` each, by the names of `NCResult`; and its `matrices`, on the CPU.
     """
-    values = {name: of(stats) for name, of in FURTHER_OF_LAYER.items()}
-    values |= {name: of(weight, stats) for name, of in FURTHER_OF_HEAD.items()}
-    return values | {"global_logits": metrics.global_logits(weight, bias, stats)}
+    weight = weight.detach()
+    of_weight, left, values = _geometry(weight, "_weight")
+    del of_weight["mean_rank_weight"]
+    numbers = further_of_layer(stats) | of_weight | {"unc3": metrics.unc3(weight, stats)}
+    if bias is not None:
+        numbers["global_logits"] = metrics.global_logits(weight, bias, stats)
+    row_sum = left.sum(-2).abs() / left.shape[-2] ** 0.5
+    matrices = metrics.matrices(weight, stats) | {"singular_values": values, "row_sum": row_sum}
+    return numbers, {name: matrix.cpu() for name, matrix in matrices.items()}
 
 
 def further_of_layer(stats: ClassStats) -> dict[str, Tensor]:
     """Compute the further metrics of a layer, `[*]` each, by the names of `LayerResult`."""
-    return {name: of(stats) for name, of in FURTHER_OF_LAYER.items()}
+    return _geometry(stats)[0] | {"nc1_trace_ratio_balanced": metrics.nc1(stats, kind="trace_ratio", within="class")}
 
 
-def nearest_numbers(counts: Tensor) -> dict[str, Any]:
-    """Turn the counts of `metrics.agreement`, `[K, 3]`, into the fields of `LayerResult` on nearest means."""
+def _geometry(of: ClassStats | Tensor, of_what: str = "") -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Compute GNC2 and ranks by name, with the left singular vectors and the singular values: one decomposition."""
+    rows = rows_of(of)
+    energies = -pair_distances(rows).log()
+    left, values = spectrum(rows, of.dtype)
+    numbers = {
+        f"gnc2{of_what}": energy_variation(energies),
+        f"gnc2{of_what}_energy": mean_energy(energies),
+        f"effective_rank{of_what}": entropy_rank(values),
+        f"mean_rank{of_what}": numerical_rank(values, max(rows.shape[-2:]), of.dtype),
+    }
+    return numbers, left, values
+
+
+def nearest_numbers(counts: Tensor | None) -> dict[str, Any]:
+    """Turn the counts of `metrics.agreement`, `[K, 3]`, into the fields of `LayerResult` on nearest means.
+
+    There are none without counts, and NaN without samples.
+    """
+    if counts is None:
+        return {}
     samples, right, differ = counts.cpu().double().unbind(-1)
     return {
         "nearest_mean_accuracy": float(right.sum() / samples.sum()),
@@ -157,11 +181,3 @@ class NCResult(LayerResult):
         if self.test is not None:
             numbers |= {f"test.{key}": value for key, value in self.test.as_dict().items()}
         return numbers
-
-
-def kept_matrices(weight: Tensor, stats: ClassStats) -> dict[str, Tensor]:
-    """Compute `NCResult.matrices` of a head, on the CPU; weight W `[K, d]`."""
-    left, values, _ = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    row_sum = left.sum(0).abs() / len(left) ** 0.5
-    found = metrics.matrices(weight.detach(), stats) | {"singular_values": values, "row_sum": row_sum}
-    return {name: matrix.cpu() for name, matrix in found.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ncollapse import ClassStats, metrics
-from ncollapse.result import LayerResult, further, kept_matrices, nearest_numbers
+from ncollapse.result import LayerResult, further_of_head, nearest_numbers
 
 
 def gather(features: Tensor, labels: Tensor, k: int, runs: int | None = None) -> ClassStats:
@@ -45,7 +45,7 @@ def test_a_collapsed_classifier(k: int, d: int) -> None:
     assert metrics.unc3(weight, stats).item() == pytest.approx(0, abs=1e-7)
     assert metrics.global_logits(weight, None, stats).item() == pytest.approx(0, abs=1e-12)
     assert metrics.global_logits(weight, torch.full((k,), 2.0), stats).item() == pytest.approx(2 * k**0.5)
-    found = kept_matrices(weight, stats)
+    found = further_of_head(weight, None, stats)[1]
     ideal = (torch.eye(k, dtype=torch.float64) - 1 / k) * k / (k - 1)
     for name in ("means", "weight"):
         torch.testing.assert_close(found[name], ideal)
@@ -141,16 +141,16 @@ def test_stacked_runs_are_separate() -> None:
     labels = torch.arange(60) % 5
     features, weight = torch.randn(2, 60, 7) + 1, torch.randn(2, 5, 7)
     bias = torch.randn(2, 5)
-    values = further(weight, bias, gather(features, labels, 5, runs=2))
+    values, _ = further_of_head(weight, bias, gather(features, labels, 5, runs=2))
     for r in range(2):
-        alone = further(weight[r], bias[r], gather(features[r], labels, 5))
+        alone, _ = further_of_head(weight[r], bias[r], gather(features[r], labels, 5))
         assert {name: value[r].item() for name, value in values.items()} == pytest.approx(
             {name: value.item() for name, value in alone.items()}, rel=1e-5, nan_ok=True
         )
     features[1] *= math.nan
     stats = ClassStats(5, 7, runs=2, nan_policy="propagate")
     stats.update(features, labels)
-    for name, value in further(weight, bias, stats).items():
+    for name, value in further_of_head(weight, bias, stats)[0].items():
         if "weight" not in name:
             assert value.isnan().tolist() in ([False, True], [True, True]), name
 

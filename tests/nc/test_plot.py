@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ncollapse import ClassStats, NCResult, plot
-from ncollapse.result import kept_matrices
+from ncollapse.result import further_of_head
 
 
 def result_of(k: int, *, matrices: bool = True) -> tuple[NCResult, dict[str, torch.Tensor]]:
@@ -22,7 +22,7 @@ def result_of(k: int, *, matrices: bool = True) -> tuple[NCResult, dict[str, tor
             "nc2_weight_equinorm", "nc2_weight_equiangularity", "nc3", "nc3_difference", "nc4", "train_accuracy",
         ), 0.0,
     )  # fmt: skip
-    kept = kept_matrices(weight, stats) if matrices else {}
+    kept = further_of_head(weight, None, stats)[1] if matrices else {}
     result = NCResult(**numbers, degenerate=False, layers={}, means=stats.means, matrices=kept)
     return result, {"features": features, "labels": labels, "weight": weight}
 
