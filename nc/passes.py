@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ncollapse.batches import Batch, Loader, batch_count, inputs_and_labels, is_array, labelled_batches
+from ncollapse.batches import Batch, Loader, batch_count, inputs_and_labels, is_array, is_pair, labelled_batches
 from ncollapse.heads import HeadCall
 from ncollapse.hooks import Forward
 from ncollapse.measurement import Measurement
@@ -127,6 +127,8 @@ class Passes:
             batch = batch or _inputs_and_perhaps_labels
             if is_array(loader):  # the inputs alone
                 loader = (loader, np.zeros(len(loader), dtype=int))
+            elif is_pair(loader) and loader[0].ndim > 1 and loader[0].shape[1:] == loader[1].shape[1:]:
+                loader = [(inputs,) for inputs in loader]  # two batches
         parts = labelled_batches(loader, self.batch_size, batch)
         show = self.progress if self.group is None or dist.get_rank(self.group) == 0 else False
         parts = tracked(parts, batch_count(loader, self.batch_size), show, f"measure{what and f', {what}'}")
@@ -183,6 +185,8 @@ class Passes:
 
 def _inputs_and_perhaps_labels(batch: Any) -> tuple[Any, Any]:
     """Divide a batch as `inputs_and_labels`, or take all of it for the inputs."""
+    if isinstance(batch, tuple | list) and len(batch) == 1:
+        batch = batch[0]
     if is_array(batch):
         return batch, np.zeros(len(batch), dtype=int)
     if isinstance(batch, Mapping) and not {"labels", "label"} & set(batch):

@@ -25,7 +25,8 @@ x = torch.randn(N, 6) + torch.eye(K, 6)[labels]
 plain = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, K))
 mine = slice(0, 50) if rank == 0 else slice(50, N)
 share = (x[mine], labels[mine])
-whole = measure(plain, (x, labels), layers=("0",))
+other, strange = x.flip(1) + torch.eye(K, 6)[labels], x - 1
+whole = measure(plain, (x, labels), layers=("0",), test=(other, labels), ood=strange)
 
 
 def same(result, name, rel=1e-5):
@@ -35,12 +36,25 @@ def same(result, name, rel=1e-5):
         near = abs(value - expected[key]) <= rel * max(1.0, abs(expected[key]))
         assert near or (value != value and expected[key] != expected[key]), (name, key, value, expected[key])
     told = [None, None]
+    assert result.nearest_mean_accuracy == whole.nearest_mean_accuracy or "previous" in name, name
+    assert result.nc4_per_class == whole.nc4_per_class, name
     dist.all_gather_object(told, repr(result.as_dict()))
     assert told[0] == told[1], f"{name}: the same numbers in every process"
 
 
 options = {"layers": ("0",), "group": group, "batch_size": 16}
+more = {"test": (other[mine], labels[mine]), "ood": strange[mine]}
+none = {"test": (other[:0], labels[:0]), "ood": strange[:0]}
+every = {"test": (other, labels), "ood": strange}
 assert measure(plain, share).train_accuracy != whole.train_accuracy
+for name, several in (
+    ("all kept", {}), ("nothing kept", {"keep_bytes": 0}), ("projected", {"moment": "projected"}),
+    ("a process without test data", every if rank else none),
+):
+    result = measure(plain, share, **options, **(more | several))
+    same(result, "test data, " + name)
+    assert set(result.as_dict()) == set(whole.as_dict())
+    assert result.test.layers["0"].nc4_per_class == whole.test.layers["0"].nc4_per_class
 same(measure(plain, share, **options), "all kept")
 same(measure(plain, share, keep_bytes=30 * 10 * 4, **options), "nothing kept")
 same(measure(plain, share, keep_bytes=55 * 10 * 4, **options), "kept by one process")
