@@ -2,6 +2,7 @@
 
 python -m bench.bench_optim --device cpu
 python -m bench.bench_optim --device cuda --minutes 4
+python -m bench.bench_optim --device cpu --no-compile --before COMMIT   # beside the optimizers of another commit
 
 Every case first checks that all candidates compute the same; then they take turns. Nothing is asserted of time. What is
 recorded of each candidate, in microseconds a step:
@@ -29,6 +30,8 @@ from typing import Any
 
 import torch
 
+from bench import optim_cases
+from bench.before import package_of
 from bench.optim_cases import TOLERANCE, Candidate, Case, Parameters, difference, shapes
 from bench.record import Record, first_line, timing_options
 from bench.timing import QUIET, Clock, Step, Yardstick, captured, compared, gpu, wall_cpu, wall_cuda
@@ -183,7 +186,8 @@ def yardstick_for(case: Case, device: str, made: dict[Any, Yardstick]) -> Yardst
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = timing_options(__doc__, arguments, seconds=3.0, flags={"no-compile": "time nothing that is compiled"})
+    flags = {"no-compile": "time nothing that is compiled"}
+    options = timing_options(__doc__, arguments, seconds=3.0, flags=flags, values={"before": "time a commit's, too"})
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # what is compiled is compiled anew,
         torch.compile(lambda x: x + 1)(torch.ones(2, device=options.device))  # and the compiler's own start not counted
@@ -197,7 +201,12 @@ def record_all(options: argparse.Namespace) -> int:
     command = f"python -m bench.bench_optim --device {options.device} {limits}"
     if options.no_compile:
         command += " --no-compile"
-    record = Record(options.out / f"optim-{options.device}.json", command, options.device, options.commit)
+    name = f"optim-{options.device}"
+    if options.before:
+        optim_cases.before = package_of(options.before).optim
+        command += f" --before {options.before}"
+        name += "-before-after"
+    record = Record(options.out / f"{name}.json", command, options.device, options.commit)
     record.data |= {"tolerance": TOLERANCE, "cases": [], "left_out": []}
     yardsticks: dict[Any, Yardstick] = {}
     threads = torch.get_num_threads()
@@ -205,6 +214,8 @@ def record_all(options: argparse.Namespace) -> int:
     todo = [case for case in cases(options.device) if options.only in str(case)]
     if options.no_compile:
         todo = [without_compilation(case) for case in todo]
+    if options.before:  # as the baseline
+        todo = [replace(case, candidates=(case.candidates[0], "before", *case.candidates[1:])) for case in todo]
     for case in todo:
         if time.monotonic() > end:
             break

@@ -16,6 +16,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: of bfloat16 parameters in bfloat16, ours in float32, so that the two are not the same there.
 TOLERANCE = {"fp32": 3e-5, "bf16": 1e-2}
 RUNS = 24  # stacked
+#: `ncollapse.optim` of another commit, of the candidate "before".
+before: Any = None
 
 
 def _shapes(name: str) -> list[tuple[int, ...]]:
@@ -160,7 +162,9 @@ class Candidate:
 
         if case.rule == "mixed":
             return self._stacked(name, parameters, theirs)
-        if name.startswith("nc"):
+        if name == "before":
+            optimizer = getattr(before, RULES[case.rule].ours.__name__)(groups(self.params), **RULES[case.rule].numbers)
+        elif name.startswith("nc"):
             optimizer = RULES[case.rule].ours(groups(self.params), **RULES[case.rule].numbers)
         elif name == "by hand":
             by_hand = ByHand(RULES[case.rule], self.params)
@@ -179,11 +183,11 @@ class Candidate:
 
     def _stacked(self, name: str, parameters: Parameters, theirs: Any) -> tuple[list[Any], Callable[[], Any]]:
         each = [RULES[rule].numbers for rule in STACKED]
-        if name == "nc":
+        if name in ("nc", "before"):
             vectors: dict[str, Any] = {
                 n: torch.tensor([h[n] for h in each], device=parameters.device) for n in ("lr", "weight_decay")
             }
-            optimizer = optim.Stacked(self.params, STACKED, momentum=0.9, **vectors)
+            optimizer = (before if name == "before" else optim).Stacked(self.params, STACKED, momentum=0.9, **vectors)
             return [optimizer], optimizer.step
         runs: list[list[Tensor]] = []
         for r in range(RUNS):

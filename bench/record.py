@@ -22,13 +22,14 @@ def recording(doc: str | None) -> argparse.ArgumentParser:
 
 
 def timing_options(
-    doc: str | None, arguments: list[str] | None, seconds: float, flags: dict[str, str] | None = None
-) -> argparse.Namespace:
+    doc: str | None, arguments: list[str] | None, seconds: float, flags: dict[str, str] | None = None,
+    values: dict[str, str] | None = None,
+) -> argparse.Namespace:  # fmt: skip
     """The options of a benchmark of many cases, parsed; without the GPU that is asked for it ends here.
 
     Args:
         seconds: for each group of timings, unless the user says otherwise.
-        flags: further switches, with their help.
+        flags, values: further switches, and options with a value, with their help.
     """
     parser = recording(doc)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -37,6 +38,8 @@ def timing_options(
     parser.add_argument("--only", default="", help="cases whose name holds this")
     for name, told in (flags or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=told)
+    for name, told in (values or {}).items():
+        parser.add_argument(f"--{name}", help=told)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.exit(1, "there is no CUDA GPU here; --device cpu times the CPU kernels\n")

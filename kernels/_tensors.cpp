@@ -12,8 +12,8 @@
 
 namespace {
 
-// A tensor's kind, in words: a header (dtype, device, number of dimensions), then sizes and strides. Two headers have
-// nothing after them: of None, and of what has no memory that a kernel may touch.
+// A tensor's kind, in words: a header (dtype, device, number of dimensions), the bytes that it spans, then sizes and
+// strides. Two headers have nothing after them: of None, and of what has no memory that a kernel may touch.
 constexpr int64_t NONE = -1, FOREIGN = -2;
 constexpr int CHANGED = -1;
 constexpr int64_t EMPTY = 16;  // stands for the address of an empty tensor
@@ -38,9 +38,13 @@ Py_ssize_t tensor_offset;  // of the at::Tensor in a Python tensor
 std::vector<PyObject *> types;  // of Python tensors that have memory of their own
 
 struct Found {
-  int64_t header = FOREIGN, address = 0, dim = 0;
+  int64_t header = FOREIGN, bytes = 0, address = 0, dim = 0;
   const int64_t *sizes = nullptr, *strides = nullptr;
 };
+
+inline int64_t header_of(int32_t dtype, int32_t device, int32_t index, int64_t dim) {
+  return int64_t(dtype) | int64_t(device) << 8 | int64_t(index & 255) << 16 | dim << 24;
+}
 
 inline Handle handle_of(PyObject *object) { return reinterpret_cast<char *>(object) + tensor_offset; }
 
@@ -90,7 +94,8 @@ Found find(PyObject *object) {
   if (numel == 1 && !unit && negated(object)) return found;
   void *address = reinterpret_cast<void *>(EMPTY);
   if (numel && get_data_ptr(tensor, &address)) return found;
-  found.header = int64_t(dtype) | int64_t(device) << 8 | int64_t(index & 255) << 16 | dim << 24;
+  found.header = header_of(dtype, device, index, dim);
+  found.bytes = numel ? (last + 1) * item : 0;
   found.address = reinterpret_cast<int64_t>(address);
   found.dim = dim, found.sizes = sizes, found.strides = strides;
   return found;
@@ -127,6 +132,36 @@ inline bool same(const int64_t *a, const int64_t *b, int64_t n) {
   return true;
 }
 
+// Whether a tensor is of a kind, of which the words after the header are given; then its address. Like `find`, in fewer
+// calls. Only gradients turn sparse; of others torch would log an error, and the answer be the same.
+[[gnu::always_inline]] inline bool matches(PyObject *object, int64_t header, const int64_t *kind, bool may_be_sparse,
+                                           int64_t *address) {
+  const Handle tensor = handle_of(object);
+  const int64_t dim = header >> 24;
+  int32_t layout, dtype, device, index = 0;
+  int64_t found, *sizes, *strides, bytes, offset;
+  void *at = reinterpret_cast<void *>(EMPTY);
+  if (!known(object) || (may_be_sparse && (get_layout(tensor, &layout) || layout != strided)) ||
+      get_dim(tensor, &found) || found != dim ||
+      get_device_type(tensor, &device) || get_dtype(tensor, &dtype) ||
+      (device != cpu && get_device_index(tensor, &index)) || header_of(dtype, device, index, dim) != header)
+    return false;
+  if (dim && (get_sizes(tensor, &sizes) || get_strides(tensor, &strides) || !same(kind + 1, sizes, dim) ||
+              !same(kind + 1 + dim, strides, dim)))
+    return false;
+  if (kind[0]) {
+    if (get_storage_size(tensor, &bytes) || get_storage_offset(tensor, &offset) ||
+        offset * item_sizes[dtype & 255] + kind[0] > bytes || get_data_ptr(tensor, &at))
+      return false;
+    // Dense views with a lazy minus sign have one element, and strides that are not 1.
+    if (kind[0] == item_sizes[dtype & 255])
+      for (int64_t d = 0; d < dim; ++d)
+        if (strides[d] != 1) return !negated(object) && (*address = reinterpret_cast<int64_t>(at), true);
+  }
+  *address = reinterpret_cast<int64_t>(at);
+  return true;
+}
+
 // look(columns, kinds, addresses, optional, written) -> -1, or a mask of the columns of which an address has changed.
 PyObject *look(PyObject *, PyObject *args) {
   PyObject *columns, *kinds;
@@ -150,18 +185,23 @@ PyObject *look(PyObject *, PyObject *args) {
       if (at == end) return PyLong_FromLong(CHANGED);
       fetch(objects, i, {2, 5});
       PyObject *object = objects[i];
-      const Found found = find(object);
-      const int64_t expected = *at++, dim = expected < 0 ? 0 : expected >> 24;
-      const bool gap = found.header == NONE && c == optional;
-      if (!gap && (found.header != expected || !same(at, found.sizes, dim) || !same(at + dim, found.strides, dim)))
+      const int64_t header = *at++;
+      int64_t now = 0;
+      if (object == Py_None) {
+        if (header != NONE && c != optional) return PyLong_FromLong(CHANGED);
+      } else if (header < 0) {
+        if (header == NONE || find(object).header != FOREIGN) return PyLong_FromLong(CHANGED);
+      } else if (!matches(object, header, at, c == optional, &now)) {
         return PyLong_FromLong(CHANGED);
-      at += 2 * dim;
-      if (*address != found.address) {
-        *address = found.address;
+      } else if (counts) {
+        bump(object);
+      }
+      if (header >= 0) at += 1 + 2 * (header >> 24);
+      if (*address != now) {
+        *address = now;
         moved |= 1L << c;
       }
       ++address;
-      if (counts && found.header >= 0) bump(object);
     }
   }
   return PyLong_FromLong(at == end ? moved : CHANGED);
@@ -175,6 +215,7 @@ PyObject *describe(PyObject *, PyObject *list) {
   for (Py_ssize_t i = 0; result && i < n; ++i) {
     const Found found = find(PyList_GetItem(list, i));
     words.assign(1, found.header);
+    if (found.header >= 0) words.push_back(found.bytes);
     words.insert(words.end(), found.sizes, found.sizes + found.dim);
     words.insert(words.end(), found.strides, found.strides + found.dim);
     const auto *bytes = reinterpret_cast<const char *>(words.data());
@@ -206,8 +247,11 @@ PyObject *values(PyObject *, PyObject *args) {
   }
   for (Py_ssize_t i = 0; result && i < n; ++i) {
     PyObject *dict = PyList_GetItem(dicts, i);
+    Py_ssize_t place = 0;
     for (Py_ssize_t k = 0; result && k < m; ++k) {
-      PyObject *key = PyTuple_GetItem(keys, k), *value = PyDict_GetItemWithError(dict, key);
+      PyObject *key = PyTuple_GetItem(keys, k), *next, *value;
+      // Most dicts hold their entries in the order of the keys.
+      if (!PyDict_Next(dict, &place, &next, &value) || next != key) value = PyDict_GetItemWithError(dict, key);
       if (value) {
         Py_INCREF(value);
         PyList_SetItem(PyList_GetItem(result, k), i, value);
