@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import reprlib
@@ -103,7 +104,7 @@ class RunConfig:
         assert self.coupling is not None
         return self.coupling
 
-    @property
+    @functools.cached_property  # a sweep asks for the ids of all its runs many times
     def id(self) -> str:
         """12 hexadecimal digits, the same for the same settings on every machine.
 

@@ -6,7 +6,6 @@ import functools
 import io
 import shutil
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -227,33 +226,6 @@ def test_a_worker_that_cannot_read_the_data_leaves_the_stacks_to_the_others(
     monkeypatch.undo()
     assert said(few, digits, tmp_path)[1] == ""
     assert_same(undisturbed(2), tmp_path)
-
-
-def test_a_database_that_another_program_holds_is_waited_for(
-    few: Grid, undisturbed: Callable[[int], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = Path(shutil.copytree(undisturbed(1), tmp_path / "results"))
-    texts: list[str] = []
-    reader = sqlite3.connect(folder / FILE, check_same_thread=False)
-    with Store(folder, few, texts.append) as store:
-        store._db.execute("PRAGMA busy_timeout = 50")
-        reader.execute("BEGIN")
-        reader.execute("SELECT count(*) FROM runs").fetchone()
-        waiting = threading.Event()
-        store._say = lambda text: (texts.append(text), waiting.set())  # type: ignore[assignment]
-        release = threading.Thread(target=lambda: (waiting.wait(60), reader.rollback()))
-        release.start()
-        assert store.begin_session("again", {}) == 2
-        release.join()
-        assert len(texts) == 1
-        assert "another program holds" in texts[0]
-        monkeypatch.setattr(writer, "_PATIENCE", 0.0)
-        reader.execute("BEGIN")
-        reader.execute("SELECT count(*) FROM runs").fetchone()
-        with pytest.raises(UserError, match="another program holds the database: close what reads it"):
-            store.begin_session("again", {})
-        reader.close()
-        assert store.begin_session("again", {}) == 3
 
 
 def test_a_folder_that_is_deleted_meanwhile_is_not_made_again(few: Grid, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ columns of settings are those of `runs` without a declared type.
 """
 
 import sqlite3
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from ncollapse.train.results.columns import LAYER_METRICS, METRICS
 FILE = "runs.sqlite"
 SCHEMA_VERSION = 3
 
-#: The statuses of a run that has ended (diverged: NaN or inf; degenerate: features or weights have vanished), and all.
-FINISHED = ("done", "diverged", "degenerate")
+#: The statuses of a run that has ended (diverged: NaN or inf; degenerate: features or weights have vanished; hopeless:
+#: ended by `--stop-hopeless`, its training loss had not left chance level), and all.
+FINISHED = ("done", "diverged", "degenerate", "hopeless")
 STATUSES = (*FINISHED, "running", "pending")
 #: `FINISHED` in SQL.
 ENDED = ", ".join(f"'{status}'" for status in FINISHED)
@@ -86,6 +87,8 @@ TABLES: dict[str, dict[str, str]] = {
         **dict.fromkeys(LAYER_METRICS, "REAL"),
     },
 }
+#: Without it every stack that begins would read all runs.
+_INDEXES = {"runs_by_stack": "runs (stack)"}
 _KEYS = {"metrics": "PRIMARY KEY (run, epoch)", "layers": "PRIMARY KEY (run, epoch, position)"}
 
 
@@ -111,7 +114,14 @@ def create_tables(connection: sqlite3.Connection) -> None:
         key = _KEYS.get(table)
         rows = ", ".join([*parts, key] if key else parts)
         connection.execute(f"CREATE TABLE {table} ({rows})" + (" WITHOUT ROWID" if key else ""))
+    create_indexes(connection)
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def create_indexes(connection: sqlite3.Connection) -> None:
+    """Create the indexes that the database lacks; any version of this package can read it with and without them."""
+    for name, what in _INDEXES.items():
+        connection.execute(f"CREATE INDEX IF NOT EXISTS {name} ON {what}")
 
 
 def is_empty(connection: sqlite3.Connection) -> bool:
@@ -186,16 +196,6 @@ def check_unknown_settings(connection: sqlite3.Connection, folder: Path) -> None
             f"{folder} was made by a newer ncollapse, with settings that this version does not have: "
             f"{'; '.join(parts)}. Use the version that wrote it, or choose another --out"
         )
-
-
-def difference(stored: Collection[tuple[Any, ...]], wanted: Collection[tuple[Any, ...]]) -> str:
-    """Return the settings whose values differ between two lists of runs, as text."""
-    parts = []
-    for i, name in enumerate(SETTINGS):
-        was, now = ({row[i] for row in rows} for rows in (stored, wanted))
-        if was != now:
-            parts.append(f"{name} was {_listing(was)}, is {_listing(now)}")
-    return "; ".join(parts) or "the same values, combined otherwise"
 
 
 def _listing(values: set[Any]) -> str:

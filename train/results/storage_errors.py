@@ -1,7 +1,9 @@
 """What a failed write or read of a results folder means, by its kind, and what the user can do."""
 
+import contextlib
 import errno
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 from ncollapse.train.errors import DamageError, UserError
@@ -43,6 +45,15 @@ def cannot_write(path: Path, error: Exception) -> UserError:
     if code == sqlite3.SQLITE_IOERR or number == errno.EIO:
         return UserError(f"{said}; the disk or the network that it is on fails: look after it, {_AGAIN}")
     return UserError(f"{said}; mend that, {_AGAIN}")
+
+
+@contextlib.contextmanager
+def user_errors(folder: Path) -> Iterator[None]:
+    """Raise `UserError`, by `cannot_write`, where a file or the database of a results folder cannot be written."""
+    try:
+        yield
+    except (sqlite3.Error, OSError) as error:
+        raise cannot_write(folder, error) from error
 
 
 def cannot_read(path: Path, error: Exception) -> UserError:

@@ -1,4 +1,7 @@
-"""The store: one SQLite file per results folder, written in transactions while runs train; `reader` reads it.
+"""The store: one SQLite file per results folder, a set of runs; written while they train, in transactions.
+
+An event of a stack costs the same however many runs the folder has: which runs have ended, and which checkpoints there
+are, is read once, since one process at a time owns the folder.
 
 Checkpoints of stacks are files beside it, named in the table `stacks`. The row of a checkpoint is committed after its
 file is complete; a file without a row does not count.
@@ -8,17 +11,17 @@ import dataclasses
 import itertools
 import json
 import re
-import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from ncollapse.train.config import RunConfig
+from ncollapse.train.config import RunConfig, make_run
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results import schema
@@ -26,7 +29,8 @@ from ncollapse.train.results.atomic_write import write_whole
 from ncollapse.train.results.checkpoint_file import file_name, seal
 from ncollapse.train.results.columns import LAYER_METRICS, METRICS
 from ncollapse.train.results.schema import ENDED, SETTINGS, quoted
-from ncollapse.train.results.storage_errors import cannot_write, damaged, is_busy
+from ncollapse.train.results.storage_errors import damaged, user_errors
+from ncollapse.train.results.transactions import Database
 from ncollapse.train.results.validation import check_not_lost, check_plan, check_tables, read_json, run_digest
 
 if TYPE_CHECKING:
@@ -35,8 +39,8 @@ if TYPE_CHECKING:
 LOCK = ".lock"
 #: Seconds between transactions that only record the progress of stacks.
 _PROGRESS_SECONDS = 1.0
-#: Seconds for which a transaction waits while another program holds the database; SQLite itself waits half a minute.
-_PATIENCE = 600.0
+#: Seconds for which a starting sweep waits for the lock, which `ncollapse status` holds for an instant.
+_LOCK_SECONDS = 2.0
 #: The folder in `checkpoints` for those that could not be used.
 ASIDE = "unusable"
 #: The files of `checkpoints` that are the store's: only these are ever deleted.
@@ -54,77 +58,95 @@ class PlannedStack:
 
 
 class Store:
-    """The runs of one grid in one folder; a context manager that holds the folder's lock.
+    """A folder of runs, of which those of a grid are to be trained; a context manager that holds the folder's lock.
 
     Args:
         folder: made if missing. A database of an older version gets the columns that it lacks.
-        grid: the runs of the folder.
+        grid: runs that the folder does not have yet are added to it; what is in the folder stays.
         say: takes a sentence for the user, as when another program holds the database.
 
     Raises:
-        UserError: the folder holds another grid (the message names the differences) or settings that this version does
-            not have, is in use by another process, has another format, or cannot be written. Every method raises it
-            where something cannot be written: a full disk, a deleted folder, ….
+        UserError: the folder holds settings that this version does not have, is in use by another process, has another
+            format, or cannot be written. Every method raises it where something cannot be written: a full disk, a
+            deleted folder, ….
         DamageError: the folder holds what no sweep has written, or its database is missing beside files of runs.
+
+    Attributes:
+        before, added: number of runs that the folder held when it was opened, and that the grid has added.
     """
 
     def __init__(self, folder: Path, grid: Grid, say: Callable[[str], None] = lambda text: None) -> None:
-        self.folder, self.grid, self._say = folder, grid, say
+        self.folder, self.grid = folder, grid
+        self._configs = {run.id: run for run in grid.runs}
+        self._wanted = frozenset(self._configs)
+        self.before = self.added = 0
         self._checkpoints = folder / "checkpoints"
         self._progress: dict[int, int] = {}  # stack -> epoch; not written yet
         self._written = time.monotonic()
-        with ExitStack() as undo, self._user_errors():
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in (LOCK, "checkpoints", "weights"):
-                if (folder / name).is_symlink():
-                    raise UserError(f"{folder / name} is a symbolic link: a results folder holds its own files only")
-            try:
-                undo.enter_context(FileLock(folder / LOCK, timeout=0))
-            except Timeout:
-                raise UserError(
-                    f"{folder} is in use by another process; wait for it, or choose another --out"
-                ) from None
-            if not (folder / schema.FILE).exists():
-                check_not_lost(folder)
-            self._db = undo.enter_context(closing(schema.connect(folder, create=True)))
-            self._open_or_create()
-            self._close = undo.pop_all().close
+        with ExitStack() as undo:
+            undo.enter_context(self._lock())
+            self._database = undo.enter_context(Database(folder, say))
+            self._db = self._database.connection
+            with user_errors(folder):
+                self._open_or_create()
+            self._finished = dict(self._database.rows(f"SELECT id, status FROM runs WHERE status IN ({ENDED})"))
+            self._kept: dict[int, str] = {}  # stack -> the name of its checkpoint's file
+            self._tidy()
+            self._exits = undo.pop_all()
 
     def __enter__(self) -> "Store":
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._close()
+    def __exit__(self, *exc: Any) -> None:
+        self._exits.__exit__(*exc)
+
+    def _lock(self) -> AbstractContextManager[Any]:
+        """Make the folder and take its lock; return the context that releases it."""
+        with user_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in (LOCK, "checkpoints", "weights"):
+                if (self.folder / name).is_symlink():
+                    raise UserError(
+                        f"{self.folder / name} is a symbolic link: a results folder holds its own files only"
+                    )
+            if not (self.folder / schema.FILE).exists():
+                check_not_lost(self.folder)
+            try:
+                return FileLock(self.folder / LOCK).acquire(_LOCK_SECONDS, poll_interval=0.02)
+            except Timeout:
+                raise UserError(
+                    f"{self.folder} is in use by another process; wait for it, or choose another --out"
+                ) from None
 
     def _open_or_create(self) -> None:
-        with self._transaction():
+        with self._database.transaction():
             if schema.is_empty(self._db):
                 check_not_lost(self.folder)
                 schema.create_tables(self._db)
                 self._insert_one("meta", key="grid", value=self.grid.name)
                 self._insert_one("meta", key="description", value=self.grid.description)
-                rows = [(run.id, i, "pending", *run.as_dict().values()) for i, run in enumerate(self.grid.runs)]
-                self._insert("runs", ("id", "position", "status", *SETTINGS), rows)
         schema.check_version(self._db, self.folder)
         check_tables(self._db, self.folder)
         check_plan(self._db, self.folder)
         schema.check_unknown_settings(self._db, self.folder)
-        with self._transaction():  # rolled back where the grid is another one
+        with self._database.transaction():
             schema.add_missing_columns(self._db)
-            self._check_grid()
-        self._tidy()
+            schema.create_indexes(self._db)
+            self._add_runs()
 
-    def _check_grid(self) -> None:
+    def _add_runs(self) -> None:
+        """Add the runs of the grid that the folder does not have."""
         stored = {row[0]: row[1:] for row in self._db.execute(f"SELECT id, {quoted(SETTINGS, 'runs')} FROM runs")}
         wanted = {run.id: tuple(run.as_dict().values()) for run in self.grid.runs}
-        if stored.keys() == wanted.keys() and (changed := [run for run in wanted if stored[run] != wanted[run]]):
+        if changed := [run for run, settings in wanted.items() if stored.get(run, settings) != settings]:
             raise damaged(self.folder / schema.FILE, f"the settings of run {changed[0]} are not those of its id")
-        if stored != wanted:
-            raise UserError(
-                f"{self.folder} was made by another grid ({len(stored)} runs there, {len(wanted)} now): "
-                f"{schema.difference(stored.values(), wanted.values())}. "
-                "Choose another --out, or go back to the grid that made it"
-            )
+        new = [(run, settings) for run, settings in wanted.items() if run not in stored]
+        last = self._database.value("SELECT max(position) FROM runs")
+        rows = [
+            (run, i, "pending", *settings) for i, (run, settings) in enumerate(new, (-1 if last is None else last) + 1)
+        ]
+        self._insert("runs", ("id", "position", "status", *SETTINGS), rows)
+        self.before, self.added = len(stored), len(new)
 
     def _insert(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         places = ", ".join("?" * len(columns))
@@ -137,69 +159,98 @@ class Store:
         assert row.lastrowid is not None
         return row.lastrowid
 
-    def _value(self, sql: str, *parameters: Any) -> Any:
-        """Return the first value of the first row that a query finds; None where it finds none."""
-        rows = self._rows(sql, *parameters)
-        return rows[0][0] if rows else None
-
-    def _rows(self, sql: str, *parameters: Any) -> list[Any]:
-        with self._user_errors():
-            return self._db.execute(sql, parameters).fetchall()
-
     def _tidy(self) -> None:
         """Remove what a killed sweep has left: files without a row, checkpoints of stacks whose runs have all ended."""
-        with self._transaction():
+        with self._database.transaction():
             self._db.execute(
                 "UPDATE stacks SET checkpoint = NULL, checkpoint_epoch = NULL WHERE checkpoint IS NOT NULL "
                 f"AND id NOT IN (SELECT stack FROM runs WHERE stack IS NOT NULL AND status NOT IN ({ENDED}))"
             )
-        known = {name for (name,) in self._rows("SELECT checkpoint FROM stacks")}
+        self._kept = dict(self._database.rows("SELECT id, checkpoint FROM stacks WHERE checkpoint IS NOT NULL"))
+        known = set(self._kept.values())
         left = [path for path in self._checkpoints.glob("*") if _CHECKPOINT.fullmatch(path.name)]
-        for path in (*left, *(self.folder / "weights").glob("*.pt.partial")):
-            if path.name not in known and path.is_file():
-                path.unlink()
+        with user_errors(self.folder):
+            for path in (*left, *(self.folder / "weights").glob("*.pt.partial")):
+                if path.name not in known and path.is_file():
+                    path.unlink()
 
     def begin_session(self, command: str, provenance: Mapping[str, Any]) -> int:
         """Record the start of a sweep and return its number; runs that a killed one left running are pending again."""
-        with self._transaction():
+        self._database.let_others_read()
+        with self._database.transaction():
             self._db.execute("UPDATE runs SET status = 'pending' WHERE status = 'running'")
             return self._insert_one("sessions", started=_now(), command=command, provenance=json.dumps(provenance))
 
     def check_data(self, name: str, fingerprint: str) -> None:
         """Raise `UserError` where earlier runs of the folder were trained on data with another fingerprint."""
         key = f"data {name}"
-        with self._transaction():
+        with self._database.transaction():
             self._db.execute("INSERT OR IGNORE INTO meta (key, value) VALUES (?, ?)", (key, fingerprint))
-            known = self._value("SELECT value FROM meta WHERE key = ?", key)
+            known = self._database.value("SELECT value FROM meta WHERE key = ?", key)
         if known != fingerprint:
             raise UserError(
                 f"{self.folder}: the data set {name} is not the one that its earlier runs were trained on "
                 f"({fingerprint} now, {known} then); give that one with --data-dir, or choose another --out"
             )
 
-    def finished(self) -> dict[str, str]:
-        """Return id -> status of the runs that have ended."""
-        return dict(self._rows(f"SELECT id, status FROM runs WHERE status IN ({ENDED})"))
+    def finished(self) -> Mapping[str, str]:
+        """Return id -> status of the runs that have ended; a view, which grows with them."""
+        return MappingProxyType(self._finished)
 
     # The plan: which runs train together. It is kept, since the last digits of a run's numbers depend on it.
 
     def stacks(self) -> list[PlannedStack]:
-        """Return the stacks with runs that have not ended, in order; empty before there is a plan."""
-        by_id = {run.id: run for run in self.grid.runs}
-        rows = self._rows(
-            "SELECT stack, checkpoint, checkpoint_epoch, runs.id FROM runs LEFT JOIN stacks ON stacks.id = stack "
-            f"WHERE stack IN (SELECT stack FROM runs WHERE status NOT IN ({ENDED})) ORDER BY stack, runs.id"
+        """Return the stacks with runs of the grid that have not ended, in order; empty before there is a plan.
+
+        A stack may also hold runs of the folder that are not of the grid.
+        """
+        return self._stacks(f"stack IN (SELECT stack FROM runs WHERE status NOT IN ({ENDED}))")
+
+    def stack(self, number: int) -> PlannedStack:
+        """Return a stack with runs of the grid that have not ended, as it is now, with its last checkpoint."""
+        (stack,) = self._stacks("stack = ?", number)
+        return stack
+
+    def _stacks(self, which: str, *parameters: int) -> list[PlannedStack]:
+        rows = self._database.rows(
+            "SELECT stack, checkpoint, checkpoint_epoch, runs.id, status FROM runs JOIN stacks ON stacks.id = stack "
+            f"WHERE {which} ORDER BY stack, runs.id",
+            *parameters,
         )
-        return [
-            PlannedStack(
-                stack, tuple(by_id[run] for *_, run in members), self._checkpoints / file if file else None, epoch
+        stacks = []
+        for (stack, file, epoch), group in itertools.groupby(rows, key=lambda row: row[:3]):
+            members = [row[3:] for row in group]
+            if any(run in self._wanted and status not in schema.FINISHED for run, status in members):
+                runs = tuple(self._config(run) for run, _ in members)
+                stacks.append(PlannedStack(stack, runs, self._checkpoints / file if file else None, epoch))
+        return stacks
+
+    def _config(self, run: str) -> RunConfig:
+        """Return the settings of a run of the folder, which may not be of the grid."""
+        if run not in self._configs:
+            (row,) = self._database.rows(f"SELECT {quoted(SETTINGS, 'runs')} FROM runs WHERE id = ?", run)
+            self._configs[run] = make_run(dict(zip(SETTINGS, row, strict=True)), f"{self.folder}, run {run}")
+        return self._configs[run]
+
+    def reset(self, runs: Iterable[str]) -> None:
+        """Make these runs of the folder pending again, and delete what was measured of them and their weights."""
+        names = [(run,) for run in runs]
+        with self._database.transaction():
+            for table in ("metrics", "layers"):
+                self._db.executemany(f"DELETE FROM {table} WHERE run = ?", names)
+            self._db.executemany(
+                "UPDATE runs SET status = 'pending', stack = NULL, session = NULL, seconds = NULL, "
+                "diverged_epoch = NULL, digest = NULL WHERE id = ?",
+                names,
             )
-            for (stack, file, epoch), members in itertools.groupby(rows, key=lambda row: row[:3])
-        ]
+        with user_errors(self.folder):
+            for (run,) in names:
+                self._finished.pop(run, None)
+                (self.folder / "weights" / f"{run}.pt").unlink(missing_ok=True)
 
     def begun(self) -> set[int]:
         """Return the stacks whose plan has to stay: those with a run that has ended, or with a checkpoint."""
-        rows = self._rows(
+        rows = self._database.rows(
             f"SELECT stack FROM runs WHERE status IN ({ENDED}) UNION SELECT id FROM stacks WHERE checkpoint IS NOT NULL"
         )
         return {stack for (stack,) in rows}
@@ -214,24 +265,22 @@ class Store:
             engine: is kept; it says how the runs train and why.
             checkpoints: for each of the first stacks, its epoch and the state of its training; None: it has none.
         """
-        replaced = {name for (name,) in self._rows("SELECT checkpoint FROM stacks WHERE checkpoint IS NOT NULL")}
-        with self._transaction():
+        with self._database.transaction():
             numbers = [self._insert_one("stacks", size=len(runs)) for runs in stacks]
             for number, kept in zip(numbers, checkpoints, strict=False):
                 if kept is not None:
                     self._write_checkpoint(number, *kept)
-                    row = (file_name(number, kept[0]), kept[0], number)
-                    self._db.execute("UPDATE stacks SET checkpoint = ?, checkpoint_epoch = ? WHERE id = ?", row)
-            self._db.executemany(
-                "UPDATE runs SET stack = ?, status = 'pending' WHERE id = ?",
-                [(number, run.id) for number, runs in zip(numbers, stacks, strict=True) for run in runs],
-            )
+                    rows = [(file_name(number, kept[0]), kept[0], number)]
+                    self._update("stacks", "checkpoint = ?, checkpoint_epoch = ?", rows)
+            moved = [(number, run.id) for number, runs in zip(numbers, stacks, strict=True) for run in runs]
+            self._update("runs", "stack = ?, status = 'pending'", moved)
             self._db.execute("DELETE FROM stacks WHERE id NOT IN (SELECT stack FROM runs WHERE stack IS NOT NULL)")
             if engine is not None:
                 text = json.dumps(engine)
                 self._db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('engine', ?)", (text,))
-        known = {name for (name,) in self._rows("SELECT checkpoint FROM stacks")}
-        for name in replaced - known:
+        replaced = set(self._kept.values())
+        self._kept = dict(self._database.rows("SELECT id, checkpoint FROM stacks WHERE checkpoint IS NOT NULL"))
+        for name in replaced - set(self._kept.values()):
             self._unlink(name)
         return numbers
 
@@ -241,7 +290,7 @@ class Store:
         Raises:
             DamageError: it cannot be read.
         """
-        text = self._value("SELECT value FROM meta WHERE key = 'engine'")
+        text = self._database.value("SELECT value FROM meta WHERE key = 'engine'")
         kept = read_json(text)
         if text is not None and not isinstance(kept, dict):
             raise damaged(self.folder / schema.FILE, "the plan of its stacks cannot be read")
@@ -255,9 +304,10 @@ class Store:
         Evaluations of its unfinished runs after that epoch are deleted.
         """
         unfinished = f"stack = ? AND status NOT IN ({ENDED})"
-        with self._transaction():
-            kept = self._value("SELECT checkpoint_epoch FROM stacks WHERE id = ?", stack.id) if resume else -1
-            start = max(kept, 0)
+        kept = stack.epoch if resume and stack.epoch is not None else -1
+        start, now = max(kept, 0), _now()
+
+        def change() -> None:
             for table in ("metrics", "layers"):
                 where = f"run IN (SELECT id FROM runs WHERE {unfinished}) AND epoch > ?"
                 self._db.execute(f"DELETE FROM {table} WHERE {where}", (stack.id, kept))
@@ -267,8 +317,10 @@ class Store:
             )
             self._db.execute(
                 "UPDATE stacks SET session = ?, updated = ?, begun_epoch = ?, epoch = ? WHERE id = ?",
-                (session, _now(), start, start, stack.id),
+                (session, now, start, start, stack.id),
             )
+
+        self._database.soon(change)
         return start
 
     def record(self, stack: PlannedStack, evaluation: "Evaluation") -> dict[str, str]:
@@ -277,8 +329,8 @@ class Store:
         A run that had already ended is left as it is: a stack that starts again trains its finished runs too, so that
         it stays the same program. NaN is stored as NULL.
         """
-        finished, epoch = self.finished(), evaluation.epoch
-        new = [(n, i, stack.runs[i].id) for n, i in enumerate(evaluation.rows) if stack.runs[i].id not in finished]
+        epoch = evaluation.epoch
+        new = [(n, i, run) for n, i in enumerate(evaluation.rows) if (run := stack.runs[i].id) not in self._finished]
         ended = {run: evaluation.ended[i] for _, i, run in new if i in evaluation.ended}
         for _, i, run in new:
             if i in evaluation.weights:  # before the row says that the run has ended
@@ -290,33 +342,38 @@ class Store:
             for position, (layer, values) in enumerate(evaluation.layers.items())
         ]
         self._progress[stack.id] = epoch
-        with self._transaction():
+        progress = self._take_progress()
+
+        def change() -> None:
             self._insert("metrics", ("run", "epoch", *METRICS), rows)
             self._insert("layers", ("run", "epoch", "position", "layer", *LAYER_METRICS), layers)
-            self._db.executemany(
-                "UPDATE runs SET status = ?, diverged_epoch = ?, seconds = ?, digest = ? WHERE id = ?",
-                [
-                    (end.status, end.diverged_epoch, end.seconds, run_digest(self._db, run), run)
-                    for run, end in ended.items()
-                ],
-            )
-            self._write_progress()
-        return {run: end.status for run, end in ended.items()}
+            ends = [
+                (end.status, end.diverged_epoch, end.seconds, run_digest(self._db, run), run)
+                for run, end in ended.items()
+            ]
+            self._update("runs", "status = ?, diverged_epoch = ?, seconds = ?, digest = ?", ends)
+            progress()
+
+        self._database.soon(change)
+        statuses = {run: end.status for run, end in ended.items()}
+        self._finished |= statuses
+        return statuses
 
     def progress(self, stack: PlannedStack, epoch: int) -> None:
         """Record the progress of a stack, in epochs; written once a second, so that `ncollapse status` can show it."""
         self._progress[stack.id] = epoch
         if time.monotonic() - self._written > _PROGRESS_SECONDS:
-            with self._transaction():
-                self._write_progress()
+            self._database.soon(self._take_progress())
 
-    def _write_progress(self) -> None:
-        self._db.executemany(
-            "UPDATE stacks SET epoch = ?, updated = ? WHERE id = ?",
-            [(epoch, _now(), stack) for stack, epoch in self._progress.items()],
-        )
+    def _take_progress(self) -> Callable[[], None]:
+        """Return the change that writes the progress of all stacks so far."""
+        rows = [(epoch, _now(), stack) for stack, epoch in self._progress.items()]
         self._progress.clear()
         self._written = time.monotonic()
+        return lambda: self._update("stacks", "epoch = ?, updated = ?", rows)
+
+    def _update(self, table: str, what: str, rows: Iterable[Sequence[Any]]) -> None:
+        self._db.executemany(f"UPDATE {table} SET {what} WHERE id = ?", rows)
 
     def save_checkpoint(self, stack: PlannedStack, epoch: int, content: bytes) -> None:
         """Replace the checkpoint of a stack; all evaluations up to its epoch must be recorded."""
@@ -330,7 +387,7 @@ class Store:
         """Keep the file of a checkpoint that cannot be used in the folder `ASIDE`; the stack has none then."""
         assert stack.checkpoint is not None
         aside = self._checkpoints / ASIDE / stack.checkpoint.name
-        with self._user_errors():
+        with user_errors(self.folder):
             aside.parent.mkdir(exist_ok=True)
             if stack.checkpoint.is_file():
                 stack.checkpoint.replace(aside)
@@ -351,54 +408,22 @@ class Store:
         self._set_checkpoint(stack.id, None, None)
 
     def _set_checkpoint(self, stack: int, name: str | None, epoch: int | None) -> None:
-        old = self._value("SELECT checkpoint FROM stacks WHERE id = ?", stack)
+        old = self._kept.pop(stack, None)
+        if name is not None:
+            self._kept[stack] = name
         if old == name:
             return
-        row = (name, epoch, stack)
-        with self._transaction():
-            self._db.execute("UPDATE stacks SET checkpoint = ?, checkpoint_epoch = ? WHERE id = ?", row)
-        if old is not None:
-            self._unlink(old)
+        rows = [(name, epoch, stack)]
+        self._database.soon(
+            lambda: self._update("stacks", "checkpoint = ?, checkpoint_epoch = ?", rows),
+            # Only after the row is committed: until then the stack would go on from the older file.
+            lambda: self._unlink(old),
+        )
 
-    def _unlink(self, checkpoint: str) -> None:
-        if _CHECKPOINT.fullmatch(checkpoint):
-            with self._user_errors():
+    def _unlink(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and _CHECKPOINT.fullmatch(checkpoint):
+            with user_errors(self.folder):
                 (self._checkpoints / checkpoint).unlink(missing_ok=True)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._user_errors():
-            self._patiently("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._patiently("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
-
-    def _patiently(self, statement: str) -> None:
-        """Begin or commit a transaction; wait while another program holds the database."""
-        until, said = time.monotonic() + _PATIENCE, False
-        while True:
-            try:
-                self._db.execute(statement)
-                return
-            except sqlite3.OperationalError as error:
-                if not is_busy(error) or time.monotonic() >= until:
-                    raise
-                if not said:
-                    self._say(
-                        f"another program holds {self.folder / schema.FILE} ({error}); waiting until it closes it"
-                    )
-                said = True
-
-    @contextmanager
-    def _user_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.Error, OSError) as error:
-            raise cannot_write(self.folder, error) from error
 
 
 def _now() -> str:
