@@ -9,6 +9,10 @@ class InterruptError(UserError):
     """The user has stopped the command; the message says what is kept."""
 
 
+class StoppedError(InterruptError):
+    """A signal of a batch system or a limit of time has stopped the command; the same command continues."""
+
+
 class NoResultsError(UserError):
     """A folder holds no results: no sweep has run there, or one is just starting."""
 

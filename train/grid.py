@@ -30,6 +30,7 @@ import itertools
 import math
 import tomllib
 from collections import Counter
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,12 @@ _MOST_BYTES, _MOST_RUNS, _LONGEST_NAME, _LONGEST_DESCRIPTION = 2**18, 200_000, 1
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """A named list of different runs."""
+    """A named list of different runs; `notes` are sentences for the user about how it came about."""
 
     name: str
     runs: tuple[RunConfig, ...]
     description: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         repeated = [run.describe() for run, n in Counter(self.runs).items() if n > 1]
@@ -68,6 +70,8 @@ def presets() -> dict[str, str]:
 
 def load_grid(source: str, overrides: dict[str, list[Any]] | None = None) -> Grid:
     """Read a grid from a TOML file, or a preset by its name; `overrides` replace values in every table of it.
+
+    Where tables differ in a value that is replaced, the grid has a note: what they said together is then taken apart.
 
     Raises:
         UserError: unreadable, too large or too deep a file, bad TOML, unknown keys or tables, values of another type or
@@ -90,7 +94,20 @@ def load_grid(source: str, overrides: dict[str, list[Any]] | None = None) -> Gri
         runs += _product({**shared, **table, **(overrides or {})}, place, _MOST_RUNS - len(runs))
     if overrides:  # which can make runs of several tables equal: each is trained once
         runs = list(dict.fromkeys(runs))
-    return Grid(name, tuple(runs), description)
+    return Grid(name, tuple(runs), description, tuple(_crossed(tables, overrides or {})))
+
+
+def _crossed(tables: list[dict[str, Any]], overrides: dict[str, list[Any]]) -> Iterator[str]:
+    """Yield a sentence for each option that is combined with tables which differ in it."""
+    for key in overrides:
+        values = [table.get(key) for table in tables]
+        if any(value != values[0] for value in values):
+            option, first = key.replace("_", "-"), overrides[key][0]
+            yield (
+                f"--{option} replaces {key} in each of the {len(tables)} [[grid]] tables, which differ in it: each "
+                "value is combined with all other settings of every table. To train a part of the grid as it is, give "
+                f'--where "{key}={first}" instead'
+            )
 
 
 def check_name(name: object, what: str) -> None:

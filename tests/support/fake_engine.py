@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from ncollapse.train.results.writer import PlannedStack
 from ncollapse.train.sweep.grouping import StackKey
 from ncollapse.train.sweep.messages import Message
-from ncollapse.train.sweep.throughput import DataFacts
+from ncollapse.train.sweep.throughput import DataFacts, Rate
 
 
 class FakeEngine:
@@ -16,6 +16,7 @@ class FakeEngine:
         room: runs that fit into memory.
         cores, gpus: to train on.
         in_process: see `Engine`.
+        share: of the processors' time that other programs leave to it.
     """
 
     device = "fake"
@@ -28,8 +29,9 @@ class FakeEngine:
         cores: int = 1,
         gpus: int = 0,
         in_process: bool = True,
+        share: float = 1.0,
     ) -> None:
-        self._rates, self._room, self._cores = rates, room, cores
+        self._rates, self._room, self._cores, self._share = rates, room, cores, share
         self.gpus, self.in_process = gpus, in_process
         self.used: list[tuple[int, int, int]] = []
         self.measured: list[tuple[int, int, bool]] = []  # workers, size, quick
@@ -46,14 +48,18 @@ class FakeEngine:
     def room(self, key: StackKey, facts: DataFacts) -> int | None:
         return self._room
 
-    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> float | None:
+    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> Rate | None:
         workers = self.used[-1][0]
         self.measured.append((workers, size, quick))
         rates = self._rates(workers) if callable(self._rates) else self._rates
-        return rates[max(known for known in rates if known <= size)]
+        rate = rates[max(known for known in rates if known <= size)]
+        return rate if rate is None else Rate(rate * self._share, self._share)
 
     def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
         raise NotImplementedError
+
+    def stop(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -50,19 +50,6 @@ def test_a_stack_that_has_diverged_altogether_stops_early(run_sweep: Callable[..
     assert load_metrics(tmp_path).epoch.max() == 1
 
 
-def test_another_grid_in_the_folder_is_refused_by_name(
-    run_sweep: Callable[..., int], small_grid: Grid, swept: Path
-) -> None:
-    changed = Grid("small", tuple(dataclasses.replace(run, epochs=5) for run in small_grid.runs[:3]))
-    with pytest.raises(UserError) as error:
-        run_sweep(changed, swept)
-    text = str(error.value)
-    assert "made by another grid (12 runs there, 3 now)" in text
-    assert "epochs was 4, is 5" in text
-    assert "optimizer was adam, adamw, sgd, sgdw, signum, signumw, is sgd, sgdw" in text
-    assert (load_runs(swept).status == "done").all()
-
-
 def test_other_data_in_the_folder_are_refused(
     run_sweep: Callable[..., int],
     small_grid: Grid,

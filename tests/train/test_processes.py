@@ -30,7 +30,7 @@ from ncollapse.train.sweep.messages import Message, WorkerSettings
 from ncollapse.train.sweep.options import Options
 from ncollapse.train.sweep.scheduler import ERRORS, sweep
 from ncollapse.train.sweep.this_machine import ThisMachine
-from ncollapse.train.sweep.throughput import DataFacts, bytes_per_run, measure_rate
+from ncollapse.train.sweep.throughput import DataFacts, Rate, bytes_per_run, measure_rate
 from ncollapse.train.training.stack import Stack
 from sweep_results import assert_same, count
 
@@ -173,7 +173,7 @@ def test_a_sweep_with_much_to_do_measures_and_records_its_choice(
 
 
 def test_measuring_says_what_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (measure_rate(MLP, DIGITS, 2, CPU, quick=True) or 0) > 0
+    assert (measure_rate(MLP, DIGITS, 2, CPU, quick=True) or Rate(0.0)).steps > 0
 
     def exhausted(*args: object) -> object:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
@@ -206,7 +206,7 @@ def test_what_cannot_be_sent_to_other_processes_trains_in_this_one(
     monkeypatch.setattr(stack_size, "WORTH_MEASURING", 0.0)
     monkeypatch.setattr(stack_size, "WORTH_PROCESSES", 0.0)
     monkeypatch.setattr(this_machine, "_cores", lambda: 2)
-    monkeypatch.setattr(ThisMachine, "measure_rate", lambda *args, **options: 1e-3)
+    monkeypatch.setattr(ThisMachine, "measure_rate", lambda *args, **options: Rate(1e-3))
     console = Console(record=True, width=500, file=io.StringIO())
     grid = Grid("few", small_grid.runs[:2])
     assert sweep(grid, tmp_path, lambda name, device: digits, CPU, Options(), console) == 2
@@ -243,7 +243,7 @@ def test_the_number_of_workers_can_change_between_measurements() -> None:
         for workers, threads in ((1, before), (2, 1), (3, 1), (2, 1), (1, before)):
             engine.use(workers, threads)
             assert len(multiprocessing.active_children()) == (workers if workers > 1 else 0)
-            assert (engine.measure_rate(MLP, DIGITS, 2, quick=True) or 0) > 0
+            assert (engine.measure_rate(MLP, DIGITS, 2, quick=True) or Rate(0.0)).steps > 0
             assert engine.room(MLP, DIGITS) >= 1
     finally:
         engine.close()

@@ -88,7 +88,7 @@ def text(status: SweepStatus) -> str:
 def test_a_finished_sweep(folder: Path) -> None:
     status = read_status(folder)
     assert (status.grid, status.sweeping, status.session) == ("small", False, 1)
-    assert status.counts == {"done": 12, "diverged": 0, "degenerate": 0, "running": 0, "pending": 0}
+    assert status.counts == {"done": 12, "diverged": 0, "degenerate": 0, "hopeless": 0, "running": 0, "pending": 0}
     assert status.finished == status.total == 12
     assert status.optimizers == dict.fromkeys(PAPER_OPTIMIZERS, (2, 2))
     assert status.trained == 12
@@ -104,7 +104,7 @@ def test_a_sweep_that_runs(half: Path) -> None:
     with sweeping(half):
         status = read_status(half)
     assert status.sweeping is True
-    assert status.counts == {"done": 2, "diverged": 1, "degenerate": 1, "running": 4, "pending": 4}
+    assert status.counts == {"done": 2, "diverged": 1, "degenerate": 1, "hopeless": 0, "running": 4, "pending": 4}
     assert list(status.optimizers.items())[:3] == [("sgd", (2, 2)), ("sgdw", (2, 2)), ("signum", (0, 2))]
     assert status.trained == 1  # a quarter of each of four runs
     assert status.seconds == 60

@@ -60,8 +60,8 @@ RUN_COLUMNS: tuple[ResultColumn, ...] = (
     ResultColumn("id", _RUN, "string"),
     ResultColumn("position", "place in the grid, from 0", "Int64"),
     ResultColumn(
-        "status", "pending, running, done, diverged (NaN or inf) or degenerate (features or weights have vanished)",
-        "string",
+        "status", "pending, running, done, diverged (NaN or inf), degenerate (features or weights have vanished) or "
+        "hopeless (ended early: the training loss had not left chance level)", "string",
     ),
     *(ResultColumn(name, DESCRIPTIONS[name], _DTYPES[type(value)]) for name, value in RunConfig().as_dict().items()),
     ResultColumn("stack", "number of the stack that it trained in", "Int64"),

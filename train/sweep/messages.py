@@ -14,7 +14,7 @@ from ncollapse.train.errors import CheckpointError, DataError, UserError, out_of
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.writer import PlannedStack
 from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.throughput import DataFacts
+from ncollapse.train.sweep.throughput import DataFacts, Rate
 from ncollapse.train.training.loop import Training
 
 
@@ -32,6 +32,11 @@ class Finished:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stopped:
+    """The stack has stopped, with a checkpoint, as `Engine.stop` asked."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Failed:
     """The training of the stack has stopped, for the reason `text`.
 
@@ -46,7 +51,7 @@ class Failed:
     log: str = ""
 
 
-Message = Evaluation | Progress | Finished | Failed
+Message = Evaluation | Progress | Finished | Stopped | Failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +64,7 @@ class WorkerSettings:
     fingerprints: Mapping[str, str] = dataclasses.field(
         default_factory=dict
     )  # data set -> that of the sweep's own copy
+    hopeless_after: float | None = None  # see `Training`
 
     def load(self, name: str, device: torch.device) -> Dataset:
         """Load a data set, which must be the one that the sweep began with.
@@ -111,8 +117,8 @@ class Engine(Protocol):
     def room(self, key: StackKey, facts: DataFacts) -> int | None:
         """How many runs fit into the memory of each worker, at least 1; None: not known before a measurement."""
 
-    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> float | None:
-        """Training steps per second, summed over all runs, with a stack of `size` runs in every worker at once.
+    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> Rate | None:
+        """How fast training is with a stack of `size` runs in every worker at once.
 
         None where that does not fit in memory. `quick`: time a single step.
         """
@@ -120,8 +126,14 @@ class Engine(Protocol):
     def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
         """Train what `next_stack` returns until it returns None and nothing is in training.
 
-        The messages of each stack end with Finished or Failed; after that `next_stack` may have a stack again. It may
-        end with stacks left where no worker can read their data.
+        The messages of each stack end with Finished, Stopped or Failed; after that `next_stack` may have a stack again.
+        It may end with stacks left where no worker can read their data.
+        """
+
+    def stop(self) -> None:
+        """Have every stack in training stop with a checkpoint at the end of its epoch.
+
+        Only sets a flag: a signal handler and other threads may call it.
         """
 
     def close(self) -> None:
@@ -130,25 +142,33 @@ class Engine(Protocol):
 
 def train_stack(
     runs: Sequence[RunConfig], load: Callable[[], Dataset], device: torch.device, settings: WorkerSettings,
-    read_checkpoint: Callable[[], bytes] | None,
+    read_checkpoint: Callable[[], bytes] | None, stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[Message]:  # fmt: skip
-    """Train a stack in this process; ends with Finished or Failed, whatever happens.
+    """Train a stack in this process; ends with Finished, Stopped or Failed, whatever happens.
 
     Args:
         load: returns the data set on the device.
         read_checkpoint: returns the content of the checkpoint to continue from; None: from the beginning.
+        stopping: is asked after each epoch whether to stop with a checkpoint.
     """
     try:
         data = load()
         checkpoint = None if read_checkpoint is None else read_checkpoint()
-        training = Training(runs, data, device, checkpoint=checkpoint, keep_weights=settings.keep_weights)
+        training = Training(
+            runs, data, device, checkpoint=checkpoint, keep_weights=settings.keep_weights,
+            hopeless_after=settings.hopeless_after,
+        )  # fmt: skip
         saved = time.monotonic()
         for event in training:
             if isinstance(event, Evaluation):
                 yield event
                 continue
-            due = time.monotonic() - saved >= settings.checkpoint_seconds
+            stop = stopping() and not training.ended
+            due = stop or time.monotonic() - saved >= settings.checkpoint_seconds
             yield Progress(event, training.checkpoint() if due else None)
+            if stop:
+                yield Stopped()
+                return
             saved = time.monotonic() if due else saved
         yield Finished()
     except Exception as error:

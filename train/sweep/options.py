@@ -18,7 +18,7 @@ hide_default = tyro.conf.arg(help_behavior_hint="")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeepOptions:
-    """What is kept besides the metrics."""
+    """What is kept besides the metrics, and until when it is trained."""
 
     save_weights: bool = False
     """Write each run's final weights to weights/RUN.pt."""
@@ -26,6 +26,8 @@ class KeepOptions:
     """Also log every metric of every run for TensorBoard, in the folder tensorboard."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints of a stack, from which the same command continues."""
+    minutes: Annotated[float | None, hide_default] = None
+    """Stop after so many minutes, at checkpoints, with exit code 75: --minutes 230 in a job of four hours."""
 
     def __post_init__(self) -> None:
         # A command inherits from several such classes.
@@ -34,6 +36,8 @@ class KeepOptions:
             raise UserError(
                 f"--checkpoint-minutes must be at least 0, at most {_MOST_MINUTES:g}; got {self.checkpoint_minutes:g}"
             )
+        if self.minutes is not None and not 0 < self.minutes <= _MOST_MINUTES:
+            raise UserError(f"--minutes must be above 0 and at most {_MOST_MINUTES:g}; got {self.minutes:g}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,8 @@ class Options(KeepOptions):
     """Processes of the local engine that train side by side; auto measures what is fastest."""
     ray_address: Annotated[str | None, hide_default] = None
     """A Ray cluster's address (HOST:6379); by default $RAY_ADDRESS, one on this machine, or else a new one here."""
+    stop_hopeless: Annotated[float | None, hide_default] = None
+    """End runs whose training loss is still at chance level, or above it, after this share of their epochs: 0.25."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,6 +61,8 @@ class Options(KeepOptions):
             value = getattr(self, name)
             if value != "auto" and not 1 <= value <= most:
                 raise UserError(f"--{name} must be at least 1 and at most {most:,}, or auto; got {value}")
+        if self.stop_hopeless is not None and not 0 < self.stop_hopeless < 1:
+            raise UserError(f"--stop-hopeless is a share of a run's epochs, in (0, 1); got {self.stop_hopeless:g}")
         if self.engine != "ray" and self.ray_address is not None:
             raise UserError("--ray-address goes with --engine ray")
         if self.engine == "ray" and self.workers != "auto":

@@ -27,9 +27,18 @@ from ncollapse.train.errors import DataError, UserError
 from ncollapse.train.results.checkpoint_file import read_checkpoint
 from ncollapse.train.results.writer import PlannedStack
 from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, WorkerSettings, failure, train_stack
+from ncollapse.train.sweep.messages import (
+    Engine,
+    Failed,
+    Finished,
+    Message,
+    Stopped,
+    WorkerSettings,
+    failure,
+    train_stack,
+)
 from ncollapse.train.sweep.this_machine import keep_memory
-from ncollapse.train.sweep.throughput import DataFacts, measure_rate, room_on
+from ncollapse.train.sweep.throughput import DataFacts, Rate, measure_rate, room_on
 
 #: Threads of each task. Tasks share a machine's cores among them, as the processes of the local engine do.
 _THREADS = 1
@@ -72,6 +81,7 @@ class Cluster(Engine):
         self._in_flight: dict[Any, PlannedStack] = {}  # the messages of a task -> the stack that it trains
         self._probes: list[Any] = []  # actors that measure, with the bundle of resources that they share on a GPU
         self._bundle: Any = None
+        self._stopping = False
         if self.slots(1) == 0:
             self.close()
             raise UserError(
@@ -125,6 +135,7 @@ class Cluster(Engine):
         # sweep retries from the last checkpoint. For each task on a GPU Ray starts a new process, since an idle one
         # would keep the GPU's memory.
         task = self._remote(_train, num_returns="streaming", max_retries=0)
+        flag, told = self._ray.remote(num_cpus=0)(_StopFlag).remote(), False
         queried, blind = -math.inf, False  # blind: a data set cannot be read; what is in training goes on
         while True:
             if time.monotonic() - queried > _QUERY_SECONDS:  # nodes come and go
@@ -138,16 +149,21 @@ class Cluster(Engine):
                     yield stack, failure(error)
                     blind = isinstance(error, DataError)
                     continue
-                messages = task.remote(stack.runs, data, self._device, self._settings_ref, checkpoint, self._threads)
+                messages = task.remote(
+                    stack.runs, data, self._device, self._settings_ref, checkpoint, self._threads, flag
+                )
                 self._in_flight[messages] = stack
             if not self._in_flight:
                 return
+            if self._stopping and not told:
+                told = True
+                flag.raise_it.remote()
             self._ray.wait(list(self._in_flight), timeout=_QUERY_SECONDS)
             # Take a message of every task that has one: a stack with many messages would hold up those of the others.
             ready, _ = self._ray.wait(list(self._in_flight), num_returns=len(self._in_flight), timeout=0)
             for messages in ready:
                 stack, message = self._in_flight[messages], self._receive(messages)
-                if isinstance(message, (Finished, Failed)):
+                if isinstance(message, (Finished, Stopped, Failed)):
                     del self._in_flight[messages]
                 yield stack, message
 
@@ -180,7 +196,7 @@ class Cluster(Engine):
         fits = self._ask("room", key, facts)
         return max(1, min(fit // max(1, min(sharing[node], self._workers)) for node, fit in fits))
 
-    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> float | None:
+    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> Rate | None:
         """See `Engine`; measured by workers that share a machine or a GPU, and scaled to all workers."""
         if not self._probes:
             self._open_probes()
@@ -190,7 +206,10 @@ class Cluster(Engine):
         except (errors.RayActorError, errors.OutOfMemoryError):  # killed for the memory it took
             self._close_probes()
             return None
-        return None if None in rates else sum(rates) * self._workers / len(rates)
+        if None in rates:
+            return None
+        total = Rate.total(rates)
+        return Rate(total.steps * self._workers / len(rates), total.share)
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
         return self._ray.get([getattr(probe, method).remote(*arguments) for probe in self._probes])
@@ -213,6 +232,9 @@ class Cluster(Engine):
         if self._bundle is not None:
             self._ray.util.remove_placement_group(self._bundle)
         self._probes, self._bundle = [], None
+
+    def stop(self) -> None:
+        self._stopping = True
 
     def close(self) -> None:
         """See `Engine`; a cluster that was running before keeps running."""
@@ -288,18 +310,42 @@ class _Probe:
 
         return ray.get_runtime_context().get_node_id(), room_on(self._device, key, facts)
 
-    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, quick: bool) -> float | None:
+    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, quick: bool) -> Rate | None:
         return measure_rate(key, facts, size, self._device, quick=quick)
+
+
+class _StopFlag:
+    """Tells the tasks, on whatever machine, that the sweep stops."""
+
+    def __init__(self) -> None:
+        self._raised = False
+
+    def raise_it(self) -> None:
+        self._raised = True
+
+    def is_raised(self) -> bool:
+        return self._raised
 
 
 def _train(
     runs: Sequence[RunConfig], data: list[Any], device: torch.device, settings: WorkerSettings,
-    checkpoint: bytes | None, threads: int,
+    checkpoint: bytes | None, threads: int, flag: Any,
 ) -> Iterator[Message]:  # fmt: skip
     """Train a stack; `data` holds a reference, since Ray would replace a bare one by a new copy for every task."""
     _set_up(threads)
     read = None if checkpoint is None else lambda: checkpoint
-    yield from train_stack(runs, lambda: _data_set(data[0], device), device, settings, read)
+    asked = time.monotonic()
+
+    def stopping() -> bool:
+        nonlocal asked
+        import ray
+
+        if time.monotonic() - asked < _QUERY_SECONDS:  # an answer takes a millisecond, an epoch may take less
+            return False
+        asked = time.monotonic()
+        return bool(ray.get(flag.is_raised.remote()))
+
+    yield from train_stack(runs, lambda: _data_set(data[0], device), device, settings, read, stopping)
 
 
 @functools.cache

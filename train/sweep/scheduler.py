@@ -1,4 +1,4 @@
-"""`sweep`: group a grid's runs into stacks, have an engine train the unfinished ones, and store each message."""
+"""`sweep`: have an engine train the runs of a grid that are unfinished, and store each of its messages."""
 
 import contextlib
 import dataclasses
@@ -13,22 +13,19 @@ from rich.console import Console
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
-from ncollapse.train.errors import CheckpointError, DataError, InterruptError, UserError, out_of_memory
-from ncollapse.train.formatting import plain
+from ncollapse.train.errors import CheckpointError, DataError, InterruptError, StoppedError, UserError, out_of_memory
 from ncollapse.train.grid import Grid
-from ncollapse.train.results import schema
 from ncollapse.train.results.checkpoint_file import read_checkpoint
 from ncollapse.train.results.provenance import describe_machine
 from ncollapse.train.results.record import Evaluation
-from ncollapse.train.results.storage_errors import damaged
 from ncollapse.train.results.tensorboard import Logs
 from ncollapse.train.results.writer import PlannedStack, Store
-from ncollapse.train.sweep.grouping import StackKey, make_stacks
-from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, Progress, WorkerSettings
+from ncollapse.train.sweep.grouping import StackKey
+from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, Progress, Stopped
 from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.progress_bar import SweepProgress
-from ncollapse.train.sweep.stack_size import Plan, StackPolicy
-from ncollapse.train.sweep.this_machine import ThisMachine
+from ncollapse.train.sweep.planning import load_all, make_engine, plan_stacks, say
+from ncollapse.train.sweep.progress_bar import MinuteLog, SweepProgress
+from ncollapse.train.sweep.stopping import StopRequest
 from ncollapse.train.sweep.throughput import DataFacts
 from ncollapse.train.training.checkpoints import split_checkpoint
 
@@ -46,113 +43,97 @@ def sweep(
 ) -> int:  # fmt: skip
     """Train every run of the grid that is not finished in `out`, and return their number.
 
+    The folder may hold other runs; they stay as they are, except that a stack which has begun is trained as a whole.
+
     Args:
         load_data: loads a data set by its name onto a device. Several workers of the local engine need one that can be
             pickled; with any other, `workers="auto"` trains in this process.
         device: "cpu" for all cores, "cuda" for all GPUs, or one GPU.
 
     Raises:
-        UserError: see `Store`; data that cannot be loaded, or that have changed; interrupted; at the end, runs that
-            could not be trained: they do not fit in memory even alone, their process is lost again and again, the user
-            has to change something, or an unforeseen error. Finished runs and checkpoints are kept.
+        StoppedError: SIGTERM, SIGUSR1 or `options.minutes`; stacks in training have checkpoints.
+        InterruptError: Ctrl-C.
+        UserError: see `Store`; data that cannot be loaded, or that have changed; at the end, runs that could not be
+            trained: they do not fit in memory even alone, their process is lost again and again, the user has to change
+            something, or an unforeseen error. Finished runs and checkpoints are kept.
     """
-    with Store(out, grid, lambda text: _say(console, text)) as store:
-        finished = store.finished()
-        left = [run for run in grid.runs if run.id not in finished]
-        if not left:
-            return 0
-        logs = Logs(out) if options.tensorboard else None
-        loaded: dict[str, Dataset] = {}
-        facts: dict[str, DataFacts] = {}
-        settings = WorkerSettings(load_data, 60 * options.checkpoint_minutes, options.save_weights)
-        for name in dict.fromkeys(run.data for run in left):
-            loaded[name] = settings.load(name, torch.device("cpu"))
-            facts[name] = DataFacts.of(loaded[name])
-            store.check_data(name, facts[name].fingerprint)
-        settings = dataclasses.replace(settings, fingerprints={name: of.fingerprint for name, of in facts.items()})
-        engine, workers = _make_engine(options, device, settings, loaded, console)
+    request = StopRequest()
+    with request.listening(options.minutes), Store(out, grid, lambda text: say(console, text)) as store:
         try:
-            _prepare(store, StackPolicy(left, facts, options.stack, workers), options, engine, console)
+            return _sweep(store, load_data, device, options, console, request)
+        except KeyboardInterrupt:
+            kind = StoppedError if request.reason else InterruptError
+            raise kind(_stopped(store, request)) from None
+
+
+def _sweep(
+    store: Store, load_data: Callable[[str, torch.device], Dataset], device: torch.device, options: Options,
+    console: Console, request: StopRequest,
+) -> int:  # fmt: skip
+    grid, finished = store.grid, store.finished()
+    left = [run for run in grid.runs if run.id not in finished]
+    others = store.before + store.added - len(grid.runs)
+    if others or (store.before and store.added):
+        say(
+            console,
+            f"{store.folder} held {store.before} runs, {store.added} are added; {others} of them are not of this grid "
+            "and stay as they are",
+        )
+    if not left:
+        return 0
+    with MinuteLog(console) as log:
+        logs = Logs(store.folder) if options.tensorboard else None
+        loaded, facts, settings = load_all((run.data for run in left), load_data, options)
+        for name, of in facts.items():
+            store.check_data(name, of.fingerprint)
+        engine, workers = make_engine(options, device, settings, loaded, console)
+        try:
+            plan_stacks(store, left, facts, options, engine, workers, console)
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
             session = store.begin_session(command, describe_machine(engine.device))
-            _Sweep(store, session, facts, console, logs).train(engine)
-        except KeyboardInterrupt:
-            raise InterruptError(
-                f"stopped: {len(store.finished())} of {len(grid.runs)} runs are finished and kept in {out}; "
-                "the same command continues from there"
-            ) from None
+            _Sweep(store, session, facts, console, logs, request, log).train(engine)
         finally:
             engine.close()
-        return len(left)
+    return len(left)
 
 
-def _make_engine(
-    options: Options, device: torch.device, settings: WorkerSettings, loaded: dict[str, Dataset], console: Console
-) -> tuple[Engine, int | str]:
-    """Return the engine and its number of workers, or "auto"."""
-    if options.engine == "ray":
-        from ncollapse.train.sweep.ray_cluster import Cluster
-
-        return Cluster(options.ray_address, device, settings, loaded), options.workers
-    engine = ThisMachine(device, settings, loaded)
-    if options.workers == "auto" and engine.unpicklable:
-        _say(
-            console,
-            f"load_data cannot be sent to other processes ({engine.unpicklable}), so this process trains all stacks; "
-            "give a function that is defined in a module to use several",
-        )
-        return engine, 1
-    return engine, options.workers
-
-
-def _prepare(store: Store, policy: StackPolicy, options: Options, engine: Engine, console: Console) -> None:
-    """Have the engine use a plan, stored or new, and store a new one with its stacks.
-
-    The last digits of a run depend on the other runs of its stack and on the number of threads. So the plan of an
-    earlier session stays, unless the user asks for another size of stacks.
-    """
-    before = store.engine()
-    try:
-        known = None if before is None else Plan.from_dict(before)
-    except ValueError as error:
-        raise damaged(store.folder / schema.FILE, error) from None
-    if before and known and options.stack in ("auto", before.get("stack")) and options.engine == before.get("engine"):
-        workers = policy.workers if isinstance(policy.workers, int) else known.workers
-        engine.use(workers, known.threads, known.per_gpu)
-        return
-    plan = policy.choose(engine)
-    begun = store.begun()
-    fixed = {run.id for stack in store.stacks() if stack.id in begun for run in stack.runs}
-    stacks = make_stacks([run for run in policy.runs if run.id not in fixed], plan.sizes.__getitem__, plan.workers)
-    store.set_plan(stacks, {"engine": options.engine, "stack": options.stack, **plan.as_dict()})
-    for line in plan.describe():
-        console.print(plain(line))
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(plain(f"ncollapse: {text}", "yellow"), soft_wrap=True)
+def _stopped(store: Store, request: StopRequest) -> str:
+    """Say what is kept by a sweep that was stopped."""
+    finished = store.finished()
+    done = sum(run.id in finished for run in store.grid.runs)
+    by = f" by {request.reason}" if request.reason else ""
+    return (
+        f"stopped{by}: {done} of {len(store.grid.runs)} runs are finished and kept in {store.folder}; "
+        "the same command continues from there"
+    )
 
 
 class _Sweep:
     """The queue of stacks to train; handles the messages that an engine sends about them."""
 
     def __init__(
-        self, store: Store, session: int, facts: dict[str, DataFacts], console: Console, logs: Logs | None
-    ) -> None:
+        self, store: Store, session: int, facts: dict[str, DataFacts], console: Console, logs: Logs | None,
+        request: StopRequest, log: MinuteLog,
+    ) -> None:  # fmt: skip
         self._store, self._session, self._facts, self._console = store, session, facts, console
         self._queue = deque(store.stacks())
         self._losses: Counter[int] = Counter()  # stack -> losses of its process or node since its last checkpoint
         self._given_up: list[tuple[Failed, list[RunConfig]]] = []
         self._unforeseen = 0  # errors in a row
         self._no_data = ""  # why a worker could not read a data set
-        self._bar = SweepProgress(store.grid, store.finished(), console)
+        # A stack that has begun may hold runs that are not of the grid.
+        runs = dict.fromkeys([*store.grid.runs, *(run for stack in self._queue for run in stack.runs)])
+        self._bar = SweepProgress(store.grid.name, list(runs), store.finished(), console)
+        self._request, log.line = request, self._bar.line
         self._logs = logs
 
     def train(self, engine: Engine) -> None:
         """Have an engine train all of them; at the end, raise for runs that could not be trained."""
-        with self._bar:
+        with self._bar, self._request.training(engine.stop):
             for stack, message in engine.run(self._next):
                 self._handle(stack, message)
+        if self._request.reason and self._store.stacks():
+            raise StoppedError(_stopped(self._store, self._request))
         if self._queue and self._no_data:
             left = sum(len(self._left(stack)) for stack in self._queue)
             raise DataError(f"{self._no_data}. {left} runs are left, all others are kept; the same command continues")
@@ -184,11 +165,11 @@ class _Sweep:
 
     def _next(self) -> PlannedStack | None:
         """The next stack to train; the store has begun it."""
-        if not self._queue:
+        if not self._queue or self._request.reason:
             return None
         stack = self._queue.popleft()
         if stack.checkpoint is not None and not stack.checkpoint.is_file():
-            _say(self._console, f"{stack.checkpoint} is not there; stack {stack.id} starts from its beginning")
+            say(self._console, f"{stack.checkpoint} is not there; stack {stack.id} starts from its beginning")
             stack = dataclasses.replace(stack, checkpoint=None, epoch=None)
         key = StackKey.of(stack.runs[0])
         samples = self._facts[key.data].samples_of(key)
@@ -208,13 +189,15 @@ class _Sweep:
             if message.checkpoint is not None:
                 self._store.save_checkpoint(stack, message.epoch, message.checkpoint)
                 del self._losses[stack.id]
+        elif isinstance(message, Stopped):
+            pass  # with a checkpoint, from which the same command continues
         elif isinstance(message, Finished) or not self._left(stack):  # it may also fail when it has nothing left to do
             self._store.end(stack)
         elif message.kind == "checkpoint":
             self._set_aside(self._stored(stack), message.text)
             self._queue.appendleft(self._stored(stack))
         elif message.kind == "data":  # which is not the stack's fault: a worker that has the data may train it
-            _say(self._console, message.text)
+            say(self._console, message.text)
             self._no_data = message.text
             self._queue.appendleft(self._stored(stack))
         elif message.kind == "lost":
@@ -231,13 +214,13 @@ class _Sweep:
 
     def _stored(self, stack: PlannedStack) -> PlannedStack:
         """The stack as the store has it now, with its last checkpoint."""
-        return next(one for one in self._store.stacks() if one.id == stack.id)
+        return self._store.stack(stack.id)
 
     def _set_aside(self, stack: PlannedStack, why: str) -> None:
         """Have a stack start from its beginning, since its checkpoint cannot be used; its file is kept."""
         if stack.checkpoint is not None:
             aside = self._store.set_aside(stack)
-            _say(self._console, f"stack {stack.id} starts from its beginning: {why}; the file is kept as {aside}")
+            say(self._console, f"stack {stack.id} starts from its beginning: {why}; the file is kept as {aside}")
 
     def _lose(self, stack: PlannedStack, failure: Failed) -> None:
         """Have a stack go on from its last checkpoint; halve it or give it up where it is lost without a new one."""
@@ -248,7 +231,7 @@ class _Sweep:
             return
         stored = self._stored(stack)
         where = "its beginning" if stored.epoch is None else f"its last checkpoint, of epoch {stored.epoch}"
-        _say(self._console, f"stack {stack.id} was lost: {failure.text}; it starts again from {where}")
+        say(self._console, f"stack {stack.id} was lost: {failure.text}; it starts again from {where}")
         self._queue.appendleft(stored)
 
     def _halve(self, stack: PlannedStack, failure: Failed) -> None:
@@ -276,7 +259,7 @@ class _Sweep:
                 self._give_up(stack, failure)
                 return
         why = "do not fit" if failure.kind == "memory" else f"were lost {_HALVED_AFTER} times without a new checkpoint"
-        _say(self._console, f"{size} runs at once {why} ({failure.text}); continuing with stacks of {half}")
+        say(self._console, f"{size} runs at once {why} ({failure.text}); continuing with stacks of {half}")
         key = StackKey.of(stack.runs[0])
         untried = [one for one in self._queue if one.checkpoint is None and StackKey.of(one.runs[0]) == key]
         alike = [one for one in untried if len(one.runs) > half]
@@ -289,7 +272,7 @@ class _Sweep:
     def _give_up(self, stack: PlannedStack, failure: Failed) -> None:
         """Leave a stack as it is, with its checkpoint, and go on with the others; `train` says so at the end."""
         self._given_up.append((failure, self._left(stack)))
-        _say(self._console, f"stack {stack.id} is left: {failure.text}")
+        say(self._console, f"stack {stack.id} is left: {failure.text}")
         if failure.kind != "unforeseen":
             return
         with contextlib.suppress(OSError), (self._store.folder / ERRORS).open("a", encoding="utf-8") as file:

@@ -24,6 +24,10 @@ PER_GPU = (1, 2, 4)
 _USUAL = {"mlp": 32, "cnn": 4}
 #: A larger stack has to be faster by this factor, since a failure costs the work of the whole stack.
 _FASTER = 1.03
+#: Another size than that of an earlier session has to be faster by this factor: a run's last digits depend on it.
+_MUCH_FASTER = 1.2
+#: Share of the processors' time below which the machine was busy while it was measured.
+_BUSY = 0.85
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Plan:
         workers, per_gpu: number of stacks that train side by side, and of those that share a GPU.
         threads: CPU threads of each worker.
         sizes: runs in a stack, at most.
-        rates: training steps per second, summed over all runs in training; without the keys that were not measured.
+        rates: training steps per second, summed over all runs in training, on a machine without other programs; without
+            the keys that were not measured.
         measured: every measurement.
     """
 
@@ -77,8 +82,15 @@ class Plan:
         workers, threads, per_gpu = numbers
         return cls(workers, threads, sizes, rates, measured, per_gpu)
 
+    @property
+    def others(self) -> float:
+        """The share of the processors' time that other programs took while the machine was measured; 0 if little."""
+        shares = [one.get("share", 1.0) for one in self.measured if one.get("steps_per_second")]
+        mean = sum(shares) / len(shares) if shares else 1.0
+        return 1 - mean if mean < _BUSY else 0.0
+
     def describe(self) -> Iterator[str]:
-        """Yield a line for the user for each key."""
+        """Yield a line for the user for each key, and one where the machine was busy."""
         workers = "one process" if self.workers == 1 else f"{self.workers} processes"
         threads = "one thread" if self.threads == 1 else f"{self.threads} threads"
         if self.per_gpu > 1:
@@ -87,16 +99,28 @@ class Plan:
             stacks = "one run at a time" if size == 1 else f"stacks of up to {size} runs"
             measured = f" (measured: {self.rates[key]:,.0f} training steps/s)" if key in self.rates else ""
             yield f"{key}: {stacks} in {workers} with {threads}{measured}"
+        if self.others:
+            yield (
+                f"The machine was busy: other programs took {100 * self.others:.0f} % of the processors' time while it "
+                "was measured. The sizes and rates are those for a machine without them"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
 class StackPolicy:
-    """Chooses the plan for some runs; `stack` and `workers` are what the user asks for."""
+    """Chooses the plan for some runs; `stack` and `workers` are what the user asks for.
+
+    Attributes:
+        before: the plan of an earlier session, whose sizes stay unless others are much faster now.
+        pinned: whether stacks of that session have begun: their last digits depend on the threads, which stay.
+    """
 
     runs: Sequence[RunConfig]
     facts: "Mapping[str, DataFacts]"  # by the name of a data set
     stack: int | str = "auto"
     workers: int | str = "auto"
+    before: Plan | None = None
+    pinned: bool = False
 
     def choose(self, engine: "Engine") -> Plan:
         """Choose by measurement where that pays, and have the engine use the plan.
@@ -110,7 +134,8 @@ class StackPolicy:
         if len(self.runs) == 1 or (isinstance(self.stack, int) and len(counts) == 1):
             return usual  # nothing to choose
         sizes = usual.sizes.items()
-        seconds = self.seconds({k: engine.measure_rate(k, self.facts[k.data], size, quick=True) for k, size in sizes})
+        quick = {key: engine.measure_rate(key, self.facts[key.data], size, quick=True) for key, size in sizes}
+        seconds = self.seconds({key: rate and rate.alone for key, rate in quick.items()})
         if seconds < WORTH_MEASURING:
             return usual
         if not engine.gpus and seconds >= WORTH_PROCESSES:
@@ -128,11 +153,27 @@ class StackPolicy:
         """The numbers of workers to try, ascending."""
         if isinstance(self.workers, int):
             return [self.workers]
+        if self.pinned and self.before is not None:
+            return [self._pinned_workers(engine, self.before)]
         counts = {min(engine.slots(per_gpu), len(self.runs)) for per_gpu in PER_GPU}
         return sorted(counts | {1} if engine.in_process else counts)
 
+    def _pinned_workers(self, engine: "Engine", before: Plan) -> int:
+        """As many workers as this machine has room for, with the threads of an earlier session."""
+        if before.workers == 1 and engine.in_process:
+            return 1
+        return max(1, engine.slots(before.per_gpu) // (1 if engine.gpus else before.threads))
+
+    def keep(self, engine: "Engine") -> None:
+        """Have the engine go on with the plan `before`, in as many workers as this machine has room for."""
+        assert self.before is not None
+        (workers,) = self._worker_counts(engine)
+        engine.use(workers, self.before.threads, self.before.per_gpu)
+
     def _without_sizes(self, engine: "Engine", workers: int, most: int) -> Plan:
         """A plan with `workers` workers, before sizes are chosen; `most`: the largest number of workers to try."""
+        if self.pinned and self.before is not None:
+            return Plan(workers, self.before.threads, per_gpu=self.before.per_gpu)
         per_gpu = -(-workers // engine.gpus) if engine.gpus else 1
         return Plan(workers, engine.threads(1 if workers == 1 else most), per_gpu=per_gpu)
 
@@ -151,7 +192,8 @@ class StackPolicy:
         engine.use(plan.workers, plan.threads, plan.per_gpu)
         sizes = {}
         for key, members in group(self.runs, StackKey.of).items():
-            size = self.stack if isinstance(self.stack, int) else _USUAL.get(key.model, 1)
+            known = {} if self.before is None else self.before.sizes
+            size = self.stack if isinstance(self.stack, int) else known.get(key, _USUAL.get(key.model, 1))
             sizes[key] = min(size, self._most(engine, key, len(members)))
         return dataclasses.replace(plan, sizes=sizes)
 
@@ -165,15 +207,22 @@ class StackPolicy:
             most = self._most(engine, key, -(-len(members) // plan.workers))
             # Where even that does not fit by the measurement, training tries, says so and halves it.
             sizes[key] = min(self.stack, most) if isinstance(self.stack, int) else 1
-            tried = set()
+            tried: dict[int, float | None] = {}
+
+            def measure(size: int, key: StackKey = key, tried: dict[int, float | None] = tried) -> float | None:
+                if size not in tried:
+                    rate = engine.measure_rate(key, self.facts[key.data], size)
+                    tried[size] = rate and rate.alone
+                    one = {"shape": str(key), "workers": plan.workers, "threads": plan.threads, "size": size}
+                    found = {} if rate is None else {"share": round(rate.share, 3)}
+                    measured.append({**one, "steps_per_second": tried[size], **found})
+                return tried[size]
+
             for factor in (4, 2):  # first grow in large steps, then try the sizes next to the best
                 for size in self._candidates(sizes[key], most, factor):
                     if size in tried:
                         continue
-                    tried.add(size)
-                    rate = engine.measure_rate(key, self.facts[key.data], size)
-                    one = {"workers": plan.workers, "threads": plan.threads, "size": size, "steps_per_second": rate}
-                    measured.append({"shape": str(key), **one})
+                    rate = measure(size)
                     if rate is None:
                         break
                     better = _FASTER if size > sizes[key] else 1 / _FASTER
@@ -181,6 +230,11 @@ class StackPolicy:
                         sizes[key], rates[key] = size, rate
                     elif factor == 4:
                         break
+            known = None if self.before is None else self.before.sizes.get(key)
+            if known is not None and known != sizes[key] and known <= most and not isinstance(self.stack, int):
+                rate = measure(known)
+                if rate is not None and _MUCH_FASTER * rate >= rates.get(key, 0.0):
+                    sizes[key], rates[key] = known, rate
         return dataclasses.replace(plan, sizes=sizes, rates=rates, measured=tuple(measured))
 
     def _most(self, engine: "Engine", key: StackKey, runs: int) -> int:

@@ -21,8 +21,17 @@ from ncollapse.train.results.checkpoint_file import read_checkpoint
 from ncollapse.train.results.provenance import device_name
 from ncollapse.train.results.writer import PlannedStack
 from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, WorkerSettings, failure, train_stack
-from ncollapse.train.sweep.throughput import DataFacts, measure_rate, room_on
+from ncollapse.train.sweep.messages import (
+    Engine,
+    Failed,
+    Finished,
+    Message,
+    Stopped,
+    WorkerSettings,
+    failure,
+    train_stack,
+)
+from ncollapse.train.sweep.throughput import DataFacts, Rate, measure_rate, room_on
 
 #: How workers start: a fork of this process would copy torch's threads and the state of the GPU.
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -47,6 +56,8 @@ class ThisMachine(Engine):
         self._threads_before = self._threads = torch.get_num_threads()
         self._trainer: _Trainer | None = None
         self._workers: list[_Worker] = []  # none where this process trains
+        # Without a lock, which a killed worker could keep.
+        self._stopping = _CONTEXT.RawValue("b", 0)
         self.unpicklable = _why_unpicklable(settings)  # empty if they can be sent to worker processes
 
     @property
@@ -76,7 +87,7 @@ class ThisMachine(Engine):
         self._threads = threads
         if workers == 1:
             torch.set_num_threads(threads)
-            self._trainer = self._trainer or _Trainer(self._devices[0], self._settings, self._loaded)
+            self._trainer = self._trainer or _Trainer(self._devices[0], self._settings, self._loaded, self._stopping)
             return
         if self.unpicklable:
             raise UserError(
@@ -89,7 +100,7 @@ class ThisMachine(Engine):
             self._workers.append(self._start(len(self._workers)))
 
     def _start(self, i: int) -> "_Worker":
-        return _Worker(self._devices[i % len(self._devices)], self._threads, self._settings)
+        return _Worker(self._devices[i % len(self._devices)], self._threads, self._settings, self._stopping)
 
     def _restart(self, i: int) -> None:
         self._workers[i].kill()
@@ -104,7 +115,7 @@ class ThisMachine(Engine):
     def room(self, key: StackKey, facts: DataFacts) -> int:
         return max(1, room_on(self._devices[0], key, facts) * len(self._devices) // max(1, len(self._workers)))
 
-    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> float | None:
+    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> Rate | None:
         if not self._workers:
             return measure_rate(key, facts, size, self._devices[0], quick=quick)
         for worker in self._workers:
@@ -115,7 +126,7 @@ class ThisMachine(Engine):
             self._restart(i)
             if answer.kind == "unforeseen":
                 raise RuntimeError(f"a training process failed:\n{answer.log}")
-        return None if failed or None in answers else sum(answers)
+        return None if failed or None in answers else Rate.total(answers)
 
     def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
         if not self._workers:
@@ -142,9 +153,12 @@ class ThisMachine(Engine):
                     self._restart(i)
                 if isinstance(message, Failed) and message.kind == "data":
                     blind.add(i)
-                if isinstance(message, (Finished, Failed)):
+                if isinstance(message, (Finished, Stopped, Failed)):
                     del busy[i]
                 yield stack, message
+
+    def stop(self) -> None:
+        self._stopping.value = 1
 
     def close(self) -> None:
         self._keep_workers(0)
@@ -167,8 +181,10 @@ def _cores() -> int:
 class _Trainer:
     """Trains stacks in the process that it is made in, and keeps the data sets that they need on its device."""
 
-    def __init__(self, device: torch.device, settings: WorkerSettings, loaded: dict[str, Dataset]) -> None:
-        self._device, self._settings, self._loaded = device, settings, loaded
+    def __init__(
+        self, device: torch.device, settings: WorkerSettings, loaded: dict[str, Dataset], stopping: Any
+    ) -> None:
+        self._device, self._settings, self._loaded, self._stopping = device, settings, loaded, stopping
         self._data: dict[str, Dataset] = {}  # all of them, since stacks of different data sets alternate
         keep_memory()
         if device.type == "cuda":
@@ -181,7 +197,7 @@ class _Trainer:
 
         return train_stack(
             stack.runs, lambda: self._data_set(stack.runs[0].data), self._device, self._settings,
-            None if stack.checkpoint is None else read,
+            None if stack.checkpoint is None else read, lambda: bool(self._stopping.value),
         )  # fmt: skip
 
     def _data_set(self, name: str) -> Dataset:
@@ -194,9 +210,10 @@ class _Trainer:
 class _Worker:
     """A process that trains stacks and measures rates, and this end of the pipe to it."""
 
-    def __init__(self, device: torch.device, threads: int, settings: WorkerSettings) -> None:
+    def __init__(self, device: torch.device, threads: int, settings: WorkerSettings, stopping: Any) -> None:
         self.connection, child_end = _CONTEXT.Pipe()
-        self.process = _CONTEXT.Process(target=_serve, args=(child_end, device, threads, settings), daemon=True)
+        arguments = (child_end, device, threads, settings, stopping)
+        self.process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         child_end.close()
 
@@ -219,13 +236,16 @@ class _Worker:
         self.connection.close()
 
 
-def _serve(connection: Connection, device: torch.device, threads: int, settings: WorkerSettings) -> None:
+def _serve(connection: Connection, device: torch.device, threads: int, settings: WorkerSettings, stopping: Any) -> None:
     """Answer requests in a worker process until the parent ends, or after an exception, with Failed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which terminates its workers
+    # Ctrl-C and the signals of a batch system reach all processes of a job, but are for the parent.
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
-        trainer = _Trainer(device, settings, {})
+        trainer = _Trainer(device, settings, {}, stopping)
         while True:
             request = connection.recv()
             if isinstance(request, PlannedStack):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from collections.abc import Iterable
 
 import torch
 
@@ -19,8 +20,36 @@ from ncollapse.train.training.step import Step
 
 #: A measurement takes at least this many seconds, and this many steps, unless they take longer than `_LONG` seconds.
 _SECONDS, _STEPS, _LONG = 0.1, 3, 2.0
+#: Share of the time below which a measurement says nothing about a machine without other programs.
+_LEAST_SHARE = 0.01
 #: Share of the free memory that stacks may take by the estimate.
 _MEMORY = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """How fast stacks train.
+
+    Attributes:
+        steps: training steps per second, summed over all runs.
+        share: of the time, that the processors worked for this process, in (0, 1]; the rest went to other programs.
+            Known on a CPU with one thread, 1 elsewhere.
+    """
+
+    steps: float
+    share: float = 1.0
+
+    @property
+    def alone(self) -> float:
+        """The steps per second of a machine without other programs: what sizes are compared by."""
+        return self.steps / self.share
+
+    @staticmethod
+    def total(rates: Iterable["Rate"]) -> "Rate":
+        """Return the rate of workers that train side by side."""
+        rates = list(rates)
+        steps = sum(rate.steps for rate in rates)
+        return Rate(steps, steps / sum(rate.alone for rate in rates))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +74,8 @@ class DataFacts:
 
 def measure_rate(
     key: StackKey, facts: DataFacts, size: int, device: torch.device, *, quick: bool = False
-) -> float | None:
-    """Measure training steps per second, summed over all runs, in a stack of `size` runs, on random images.
+) -> Rate | None:
+    """Measure how fast a stack of `size` runs trains, on random images.
 
     None where the stack does not fit in memory. `quick`: time a single step.
     """
@@ -61,14 +90,17 @@ def measure_rate(
             for _ in range(1 if device.type == "cpu" else 5):  # libraries choose kernels; on a GPU a graph is captured
                 step(index, views)
             synchronize(device)
-            started, steps = time.perf_counter(), 0
+            started, worked, steps = time.perf_counter(), time.thread_time(), 0
             while True:
                 step(index, views)
                 steps += 1
                 synchronize(device)
                 elapsed = time.perf_counter() - started
                 if quick or (elapsed >= _SECONDS and (steps >= _STEPS or elapsed >= _LONG)):
-                    return size * steps / elapsed
+                    # Other threads of this process may work while this one waits for them.
+                    counted = device.type == "cpu" and torch.get_num_threads() == 1
+                    share = (time.thread_time() - worked) / elapsed if counted else 1.0
+                    return Rate(size * steps / elapsed, min(1.0, max(_LEAST_SHARE, share)))
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

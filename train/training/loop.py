@@ -23,6 +23,8 @@ from ncollapse.train.training.step import Step
 # Runs that have ended are removed from the stack once at most this share of it still trains: on a GPU the smaller stack
 # needs a new CUDA graph.
 _SHRINK_BELOW = 0.75
+#: A training loss has left chance level where it is below this share of it.
+_LEFT_CHANCE = 0.99
 
 
 class Training:
@@ -38,6 +40,8 @@ class Training:
         checkpoint: the result of `checkpoint()` in a training of the same runs. Training continues from it, bit for bit
             on the same device with the same versions.
         keep_weights: whether evaluations hold the final weights of the runs that end.
+        hopeless_after: share of a run's epochs after which it ends as hopeless at an evaluation where its training loss
+            has not left chance level, or is above it; None: never.
 
     Attributes:
         epoch: the number of epochs that have ended.
@@ -50,13 +54,15 @@ class Training:
 
     def __init__(
         self, runs: Sequence[RunConfig], data: Dataset, device: torch.device, *, checkpoint: bytes | None = None,
-        keep_weights: bool = False,
+        keep_weights: bool = False, hopeless_after: float | None = None,
     ) -> None:  # fmt: skip
         config = runs[0]
         self.runs = list(runs)
         self.data = data = data.limited(config.limit)
         _check_data(config, data)
         self._device, self._keep_weights = device, keep_weights
+        self._hopeless_after = math.inf if hopeless_after is None else hopeless_after
+        self._hopeless_loss = _LEFT_CHANCE * chance_loss(data.train_y)
         self.epoch = 0
         self._stacked = list(range(len(runs)))  # index of each run in the stack
         self._ended: set[int] = set()  # runs that have ended; some may still be in the stack
@@ -81,6 +87,11 @@ class Training:
             else:
                 self._add_seconds(started)
             yield self.epoch
+
+    @property
+    def ended(self) -> bool:
+        """Whether all runs have ended."""
+        return not self._active()
 
     def _active(self) -> list[int]:
         """Return the runs that have not ended."""
@@ -135,9 +146,12 @@ class Training:
         due = {i: position for position, i in enumerate(self._stacked) if i not in self._ended and self._due(i)}
         ended = {}
         for i, position in due.items():
-            diverged = not math.isfinite(values["train_loss"][position])
-            if diverged or self.epoch == self.runs[i].epochs:
-                status = "diverged" if diverged else "degenerate" if values["degenerate"][position] else "done"
+            loss, epochs = values["train_loss"][position], self.runs[i].epochs
+            diverged = not math.isfinite(loss)
+            hopeless = loss >= self._hopeless_loss and self._hopeless_after * epochs <= self.epoch < epochs
+            if diverged or hopeless or self.epoch == epochs:
+                degenerate = values["degenerate"][position]
+                status = "diverged" if diverged else "hopeless" if hopeless else "degenerate" if degenerate else "done"
                 ended[i] = Ended(status, self.epoch if diverged else None, self._seconds[i])
         weights = {}
         for i in ended if self._keep_weights else ():
@@ -189,6 +203,12 @@ class Training:
             if out_of_memory(error):
                 raise
             raise CheckpointError(f"the checkpoint is of another state than the training's: {error}") from None
+
+
+def chance_loss(labels: Tensor) -> float:
+    """Return the smallest mean cross-entropy of a classifier that does not look at the images: the labels' entropy."""
+    shares = labels.unique(return_counts=True)[1].double() / len(labels)
+    return -float((shares * shares.log()).sum())
 
 
 def _check_data(config: RunConfig, data: Dataset) -> None:

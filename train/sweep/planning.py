@@ -1,0 +1,114 @@
+"""What a sweep does before it trains: read the data, start the engine, plan the stacks of the runs that are left."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.sets import Dataset
+from ncollapse.train.formatting import plain
+from ncollapse.train.results import schema
+from ncollapse.train.results.storage_errors import damaged
+from ncollapse.train.results.writer import Store
+from ncollapse.train.sweep.grouping import StackKey, group, make_stacks
+from ncollapse.train.sweep.messages import Engine, WorkerSettings
+from ncollapse.train.sweep.options import Options
+from ncollapse.train.sweep.stack_size import Plan, StackPolicy
+from ncollapse.train.sweep.this_machine import ThisMachine
+from ncollapse.train.sweep.throughput import DataFacts
+
+
+def say(console: Console, text: str) -> None:
+    """Print a sentence for the user about what happens."""
+    console.print(plain(f"ncollapse: {text}", "yellow"), soft_wrap=True)
+
+
+def load_all(
+    names: Iterable[str], load_data: Callable[[str, torch.device], Dataset], options: Options
+) -> tuple[dict[str, Dataset], dict[str, DataFacts], WorkerSettings]:
+    """Load data sets on the CPU; return them and their facts by name, and what the workers of the sweep have to know.
+
+    Raises:
+        UserError: one cannot be loaded.
+    """
+    settings = WorkerSettings(
+        load_data, 60 * options.checkpoint_minutes, options.save_weights, hopeless_after=options.stop_hopeless
+    )
+    loaded = {name: settings.load(name, torch.device("cpu")) for name in dict.fromkeys(names)}
+    facts = {name: DataFacts.of(data) for name, data in loaded.items()}
+    fingerprints = {name: of.fingerprint for name, of in facts.items()}
+    return loaded, facts, dataclasses.replace(settings, fingerprints=fingerprints)
+
+
+def make_engine(
+    options: Options, device: torch.device, settings: WorkerSettings, loaded: dict[str, Dataset], console: Console
+) -> tuple[Engine, int | str]:
+    """Return the engine and its number of workers, or "auto"."""
+    if options.engine == "ray":
+        from ncollapse.train.sweep.ray_cluster import Cluster
+
+        return Cluster(options.ray_address, device, settings, loaded), options.workers
+    engine = ThisMachine(device, settings, loaded)
+    if options.workers == "auto" and engine.unpicklable:
+        say(
+            console,
+            f"load_data cannot be sent to other processes ({engine.unpicklable}), so this process trains all stacks; "
+            "give a function that is defined in a module to use several",
+        )
+        return engine, 1
+    return engine, options.workers
+
+
+def stored_plan(store: Store) -> tuple[dict[str, Any], Plan | None]:
+    """Return what the store keeps of the plan of an earlier session, and that plan.
+
+    Raises:
+        DamageError: it is no plan.
+    """
+    kept = store.engine()
+    try:
+        return kept or {}, None if kept is None else Plan.from_dict(kept)
+    except ValueError as error:
+        raise damaged(store.folder / schema.FILE, error) from None
+
+
+def plan_stacks(
+    store: Store, left: list[RunConfig], facts: Mapping[str, DataFacts], options: Options, engine: Engine,
+    workers: int | str, console: Console,
+) -> None:  # fmt: skip
+    """Have the engine use a plan, and store it with the stacks that are new in it.
+
+    The last digits of a run depend on the other runs of its stack and on the number of threads. So stacks that have
+    begun stay, and with them their threads. For all other runs the machine is measured anew in each session: their
+    stacks stay too, unless others are much faster now, the user asks for another size, or runs have been added.
+    """
+    kept, before = stored_plan(store)
+    if options.engine != kept.get("engine"):
+        before = None
+    stack = options.stack
+    if stack == "auto" and before is not None and isinstance(kept.get("stack"), int):
+        stack = kept["stack"]
+    begun, stacks = store.begun(), store.stacks()
+    fixed = {run.id for one in stacks if one.id in begun for run in one.runs}
+    free = [run for run in left if run.id not in fixed]
+    policy = StackPolicy(free or left, facts, stack, workers, before, pinned=bool(fixed))
+    if before is not None and not free:
+        policy.keep(engine)
+        return
+    plan = policy.choose(engine)
+    planned = group((one for one in stacks if one.id not in begun), lambda one: StackKey.of(one.runs[0]))
+    new: list[RunConfig] = []
+    for key, members in group(free, StackKey.of).items():
+        wanted = {run.id for run in members}
+        members_now = [{run.id for run in one.runs} for one in planned.get(key, ())]
+        whole = {run for each in members_now if each & wanted for run in each} == wanted
+        if not whole or before is None or plan.sizes[key] != before.sizes.get(key):
+            new += members
+    known = {} if before is None else before.sizes
+    stored = {"engine": options.engine, "stack": stack, **dataclasses.replace(plan, sizes=known | plan.sizes).as_dict()}
+    store.set_plan(make_stacks(new, plan.sizes.__getitem__, plan.workers), stored)
+    for line in plan.describe():
+        console.print(plain(line))
