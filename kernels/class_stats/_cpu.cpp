@@ -118,9 +118,10 @@ constexpr double FAR = 2.5;
 
 int bit_length(int64_t n) { return n ? 64 - __builtin_clzll(static_cast<unsigned long long>(n)) : 0; }
 
+// A class's samples before the batch, and its rows in the batch, in their order.
 struct Class {
   int64_t k, before, in_batch;
-  std::vector<int64_t> rows;
+  const int64_t *rows;
 };
 
 // The statistics that a batch changes: counts [classes], sums [runs, classes, dim], squares [runs, classes].
@@ -129,88 +130,142 @@ struct Totals {
   double *sums, *squares;
 };
 
-// Set or move the shift of a class in one run. `moved` gets what the second moment then needs: a and δ of a·δᵀ + δ·aᵀ.
-template <class X, class R>
-void move_shift(const Batch &b, const Totals &totals, const Class &c, int64_t run, std::vector<double> &moved) {
-  R *shift = shift_of<R>(b, run, c.k);
-  double *sums = totals.sums + (run * b.classes + c.k) * b.dim, &squares = totals.squares[run * b.classes + c.k];
-  std::vector<double> found(c.before ? 2 * b.dim : 0);  // a and δ; at first the sum of h − s, in the place of a
-  double *a = found.data(), *delta = a + b.dim;
-  const double before = double(c.before);
-  if (c.before) {
-    const size_t used = c.before < SAMPLES ? c.rows.size() : 0;
-    const double n = before + double(used);
-    double total = squares, distance = 0;
-    std::copy(sums, sums + b.dim, a);
-    for (size_t r = 0; r < used; ++r) {
-      const X *x = row_of<X>(b, run, c.rows[r]);
-      for (int64_t i = 0; i < b.dim; ++i) {
-        const double z = double(get<R>(x, i)) - double(shift[i]);
-        a[i] += z;
+template <class X, class R> INLINE bool is_far(const Batch &b, const Totals &totals, const Class &c, int64_t run) {
+  constexpr int64_t width = 128;
+  const R *__restrict shift = shift_of<R>(b, run, c.k);
+  const int64_t at = run * b.classes + c.k, used = c.before < SAMPLES ? std::min(SAMPLES, c.in_batch) : 0;
+  const double *__restrict sums = totals.sums + at * b.dim;
+  const double n = double(c.before + used);
+  double total = totals.squares[at], distance = 0, sum[width];
+  for (int64_t start = 0; start < b.dim; start += width) {
+    const int64_t stop = std::min<int64_t>(b.dim - start, width);
+    std::copy(sums + start, sums + start + stop, sum);
+    for (int64_t r = 0; r < used; ++r) {
+      const X *__restrict x = row_of<X>(b, run, c.rows[r]);
+#pragma omp simd reduction(+ : total)
+      for (int64_t i = 0; i < stop; ++i) {
+        const double z = double(get<R>(x, start + i)) - double(shift[start + i]);
+        sum[i] += z;
         total += z * z;
       }
     }
-    for (int64_t i = 0; i < b.dim; ++i) distance += a[i] / n * (a[i] / n);
-    if (!((before + double(c.in_batch)) * distance > FAR * (total - n * distance))) return;  // nor is NaN far
+#pragma omp simd reduction(+ : distance)
+    for (int64_t i = 0; i < stop; ++i) distance += sum[i] / n * (sum[i] / n);
   }
-  const bool three = c.rows.size() >= 3;
-  const X *x = row_of<X>(b, run, c.rows[0]), *y = row_of<X>(b, run, c.rows[three]), *z = row_of<X>(b, run, c.rows[2 * three]);
+  return double(c.before + c.in_batch) * distance > FAR * (total - n * distance);  // NaN is not far
+}
+
+// Set or move the shift of a class in one run. `moved` gets what the second moment then needs: a and δ of a·δᵀ + δ·aᵀ.
+template <class X, class R>
+INLINE void move_shift(const Batch &b, const Totals &totals, const Class &c, int64_t run, std::vector<double> &moved) {
+  if (c.before && !is_far<X, R>(b, totals, c, run)) return;
+  R *__restrict shift = shift_of<R>(b, run, c.k);
+  double *__restrict sums = totals.sums + (run * b.classes + c.k) * b.dim;
+  const bool three = c.in_batch >= 3;
+  const X *x = row_of<X>(b, run, c.rows[0]), *y = row_of<X>(b, run, c.rows[three]);
+  const X *z = row_of<X>(b, run, c.rows[2 * three]);
+  moved.resize(c.before ? 2 * b.dim : 0);
+  double *a = moved.data(), *delta = a + b.dim;
+  const double before = double(c.before);
+  double change = 0;
   for (int64_t i = 0; i < b.dim; ++i) {
     const R low = std::min(get<R>(x, i), get<R>(y, i)), high = std::max(get<R>(x, i), get<R>(y, i));
     const R median = std::max(low, std::min(high, get<R>(z, i)));
     if (c.before) {
       delta[i] = double(median) - double(shift[i]);
       a[i] = before * delta[i] / 2 - sums[i];
-      squares += before * delta[i] * delta[i] - 2 * delta[i] * sums[i];
+      change += before * delta[i] * delta[i] - 2 * delta[i] * sums[i];
       sums[i] -= before * delta[i];
     }
     shift[i] = median;
   }
-  moved.swap(found);
+  totals.squares[run * b.classes + c.k] += change;
 }
 
-template <class R> void commit(const Batch &b, const std::vector<Part> &parts, const Totals &totals, int threads) {
-  const int64_t cuts = int64_t(parts.size()) / b.runs;
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-  for (int64_t i = 0; i < b.runs * b.classes; ++i)
-    for (int64_t p = i / b.classes * cuts; p < (i / b.classes + 1) * cuts; ++p) {  // in a fixed order
-      const int64_t k = i % b.classes;
-      if (!parts[p].seen[k]) continue;
-      const R *__restrict sum = reinterpret_cast<const R *>(parts[p].sums.get()) + k * b.dim;
-      double *__restrict sums = totals.sums + i * b.dim;
-      for (int64_t j = 0; j < b.dim; ++j) sums[j] += double(sum[j]);
-      totals.squares[i] += parts[p].squares[k];
+// Add the rows of a class to the statistics; `sum` [dim] is for this call alone.
+template <class X, class R>
+INLINE void add_class(const Batch &b, const Totals &totals, const Class &c, int64_t run, R *__restrict sum) {
+  constexpr int64_t block = 512;
+  const R *__restrict shift = shift_of<R>(b, run, c.k);
+  double *__restrict sums = totals.sums + (run * b.classes + c.k) * b.dim;
+  double squares = 0;
+  for (int64_t start = 0; start < c.in_batch; start += block) {
+    std::memset(sum, 0, b.dim * sizeof(R));
+    for (int64_t r = start; r < std::min(start + block, c.in_batch); ++r) {
+      const X *__restrict x = row_of<X>(b, run, c.rows[r]);
+      R square = 0;
+#pragma omp simd reduction(+ : square)
+      for (int64_t i = 0; i < b.dim; ++i) {
+        const R centred = get<R>(x, i) - shift[i];
+        sum[i] += centred;
+        square += centred * centred;
+      }
+      squares += square;
     }
+    for (int64_t i = 0; i < b.dim; ++i) sums[i] += double(sum[i]);
+  }
+  totals.squares[run * b.classes + c.k] += squares;
+}
+
+template <class X, class R> INLINE int64_t not_finite(const Batch &b, int64_t run, int64_t row) {
+  const X *__restrict x = row_of<X>(b, run, row);
+  int32_t count = 0;
+#pragma omp simd reduction(+ : count)
+  for (int64_t i = 0; i < b.dim; ++i) {
+    const R value = get<R>(x, i);
+    count += !(value - value == 0);
+  }
+  return count;
+}
+
+template <class R> INLINE void add_part(const Part &part, int64_t k, int64_t dim, double *__restrict sums) {
+  const R *__restrict sum = reinterpret_cast<const R *>(part.sums.get()) + k * dim;
+  for (int64_t j = 0; j < dim; ++j) sums[j] += double(sum[j]);
 }
 
 struct Functions {
-  void (*add)(const Batch &, Part &);
+  void (*add_rows)(const Batch &, Part &);
+  void (*add_part)(const Part &, int64_t k, int64_t dim, double *sums);
+  void (*add_class)(const Batch &, const Totals &, const Class &, int64_t run, char *sum);
+  int64_t (*not_finite)(const Batch &, int64_t run, int64_t row);
   void (*map)(const Batch &, const Rows &);
   void (*move_shift)(const Batch &, const Totals &, const Class &, int64_t run, std::vector<double> &moved);
-  void (*commit)(const Batch &, const std::vector<Part> &, const Totals &, int threads);
 };
-#define KERNELS(name, X, R)                                                            \
-  CLONES void add_##name(const Batch &b, Part &part) { add_rows<X, R>(b, part); }      \
-  CLONES void map_##name(const Batch &b, const Rows &rows) { map_rows<X, R>(b, rows); }
+#define KERNELS(name, X, R)                                                                                            \
+  CLONES void add_rows_##name(const Batch &b, Part &part) { add_rows<X, R>(b, part); }                                 \
+  CLONES void add_part_##name(const Part &p, int64_t k, int64_t dim, double *sums) { add_part<R>(p, k, dim, sums); }   \
+  CLONES void add_class_##name(const Batch &b, const Totals &t, const Class &c, int64_t run, char *sum) {              \
+    add_class<X, R>(b, t, c, run, reinterpret_cast<R *>(sum));                                                         \
+  }                                                                                                                    \
+  CLONES int64_t not_finite_##name(const Batch &b, int64_t run, int64_t row) { return not_finite<X, R>(b, run, row); } \
+  CLONES void map_##name(const Batch &b, const Rows &rows) { map_rows<X, R>(b, rows); }                                \
+  CLONES void move_##name(const Batch &b, const Totals &t, const Class &c, int64_t run, std::vector<double> &moved) {  \
+    move_shift<X, R>(b, t, c, run, moved);                                                                             \
+  }                                                                                                                    \
+  constexpr Functions of_##name{add_rows_##name,   add_part_##name, add_class_##name,                                  \
+                                not_finite_##name, map_##name,      move_##name};
 KERNELS(f32, float, float)
 KERNELS(bf16, BF16x, float)
 KERNELS(f16, F16x, float)
 KERNELS(f64, double, double)
 KERNELS(f32_f64, float, double)
 
-Functions choose(int features, int sums) {
+const Functions *choose(int features, int sums) {
   switch (features * 4 + sums) {
-    case F32 * 4 + F32: return {add_f32, map_f32, move_shift<float, float>, commit<float>};
-    case BF16 * 4 + F32: return {add_bf16, map_bf16, move_shift<BF16x, float>, commit<float>};
-    case F16 * 4 + F32: return {add_f16, map_f16, move_shift<F16x, float>, commit<float>};
-    case F64 * 4 + F64: return {add_f64, map_f64, move_shift<double, double>, commit<double>};
-    case F32 * 4 + F64: return {add_f32_f64, map_f32_f64, move_shift<float, double>, commit<double>};
-    default: PyErr_SetString(PyExc_TypeError, "no kernel for these dtypes"); return {};
+    case F32 * 4 + F32: return &of_f32;
+    case BF16 * 4 + F32: return &of_bf16;
+    case F16 * 4 + F32: return &of_f16;
+    case F64 * 4 + F64: return &of_f64;
+    case F32 * 4 + F64: return &of_f32_f64;
+    default: PyErr_SetString(PyExc_TypeError, "no kernel for these dtypes"); return nullptr;
   }
 }
 
 // The number of parts does not depend on the number of threads, so neither do the sums.
 constexpr int64_t PART = 512, MOST_PARTS = 16;
+// Below so many numbers a loop is not divided among threads: where others use the machine too, to wait for them is long.
+constexpr int64_t SERIAL = 1 << 16;
+int64_t cuts_of(const Batch &b) { return std::clamp<int64_t>(b.rows / PART, 1, MOST_PARTS); }
 
 #define BATCH_FORMAT "KKKLLLLLL"
 #define BATCH_ADDRESSES(b)                                                                                              \
@@ -228,10 +283,13 @@ template <class F> bool with_memory(F f) {
 
 struct Gathered {
   long long bad_labels = 0, bad_values = 0;
-  std::vector<int64_t> in_batch;
+  bool by_class;
+  std::vector<int64_t> in_batch, rows;     // of each class; sorted by class
+  std::vector<Class> classes;              // those in the batch
+  std::vector<size_t> looked_at;           // of `classes`, those whose shifts may change
   std::vector<std::vector<double>> moved;  // of each class looked at and each run, as `move_shift` fills it
-  std::vector<Class> classes;
   std::vector<Part> parts;
+  std::vector<char> sums;  // of a class, for each thread
 };
 
 void count_labels(const Batch &b, Gathered &g) {
@@ -245,30 +303,66 @@ void count_labels(const Batch &b, Gathered &g) {
   }
 }
 
-// The classes whose count reaches another power of two: each is looked at as often as its samples double.
-void choose_classes(const Batch &b, const Totals &totals, Gathered &g) {
-  std::vector<int32_t> place(b.classes, -1);
+// The classes whose count reaches another power of two are looked at: each as often as its samples double.
+void sort_rows(const Batch &b, const Totals &totals, Gathered &g) {
+  std::vector<int64_t> next(b.classes);
+  int64_t start = 0;
+  g.rows.resize(b.rows);
   for (int64_t k = 0; k < b.classes; ++k) {
     const int64_t before = totals.counts[k], in_batch = g.in_batch[k];
-    if (!in_batch || bit_length(before + in_batch) == bit_length(before)) continue;
-    place[k] = int32_t(g.classes.size());
-    g.classes.push_back({k, before, in_batch, {}});
+    next[k] = start;
+    if (!in_batch) continue;
+    if (bit_length(before + in_batch) != bit_length(before)) g.looked_at.push_back(g.classes.size());
+    g.classes.push_back({k, before, in_batch, g.rows.data() + start});
+    start += in_batch;
   }
-  for (int64_t row = 0; !g.classes.empty() && row < b.rows; ++row) {
-    const int32_t i = place[label_of(b, row)];
-    if (i >= 0 && int64_t(g.classes[i].rows.size()) < SAMPLES) g.classes[i].rows.push_back(row);
-  }
-  g.moved.resize(g.classes.size() * b.runs);
+  if (g.looked_at.empty() && !g.by_class) return;
+  for (int64_t row = 0; row < b.rows; ++row) g.rows[next[label_of(b, row)]++] = row;
+  g.moved.resize(g.looked_at.size() * b.runs);
 }
 
-template <class R> void prepare_parts(const Batch &b, Gathered &g) {
-  const int64_t cuts = std::clamp<int64_t>(b.rows / PART, 1, MOST_PARTS);
+void prepare_parts(const Batch &b, size_t item, Gathered &g) {
+  const int64_t cuts = cuts_of(b);
   for (int64_t i = 0; i < cuts * b.runs; ++i) {
     const int64_t cut = i % cuts;
     g.parts.push_back({i / cuts, b.rows * cut / cuts, b.rows * (cut + 1) / cuts, 0,
-                       std::unique_ptr<char[]>(new char[b.classes * b.dim * sizeof(R)]),
-                       std::vector<double>(b.classes), std::vector<char>(b.classes)});
+                       std::unique_ptr<char[]>(new char[b.classes * b.dim * item]), std::vector<double>(b.classes),
+                       std::vector<char>(b.classes)});
   }
+}
+
+void add_parts(const Batch &b, const Totals &totals, const Functions &functions, bool propagate, int threads,
+               Gathered &g) {
+  const int64_t n_parts = int64_t(g.parts.size()), cuts = n_parts / b.runs;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
+  for (int64_t i = 0; i < n_parts; ++i) functions.add_rows(b, g.parts[i]);
+  for (const Part &part : g.parts) g.bad_values += part.not_finite;
+  if (g.bad_values && !propagate) return;
+  const int64_t workers = n_parts * b.classes * b.dim > SERIAL ? threads : 1;
+#pragma omp parallel for num_threads(workers) if (workers > 1)
+  for (int64_t i = 0; i < b.runs * b.classes; ++i)
+    for (int64_t p = i / b.classes * cuts; p < (i / b.classes + 1) * cuts; ++p) {  // in a fixed order
+      const int64_t k = i % b.classes;
+      if (!g.parts[p].seen[k]) continue;
+      functions.add_part(g.parts[p], k, b.dim, totals.sums + i * b.dim);
+      totals.squares[i] += g.parts[p].squares[k];
+    }
+}
+
+void add_classes(const Batch &b, const Totals &totals, const Functions &functions, bool propagate, int threads,
+                 Gathered &g) {
+  const int64_t n_rows = b.runs * b.rows, n_classes = b.runs * int64_t(g.classes.size());
+  long long bad = 0;
+  if (!propagate) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) reduction(+ : bad)
+    for (int64_t i = 0; i < n_rows; ++i) bad += functions.not_finite(b, i / b.rows, i % b.rows);
+  }
+  g.bad_values = bad;
+  if (bad) return;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 16)
+  for (int64_t i = 0; i < n_classes; ++i)
+    functions.add_class(b, totals, g.classes[i / b.runs], i % b.runs,
+                        g.sums.data() + omp_get_thread_num() * (g.sums.size() / threads));
 }
 
 PyObject *gather(PyObject *, PyObject *args) {
@@ -278,30 +372,36 @@ PyObject *gather(PyObject *, PyObject *args) {
   if (!PyArg_ParseTuple(args, BATCH_FORMAT "KKKpiii", BATCH_ADDRESSES(b), &counts_at, &sums_at, &squares_at,
                         &propagate, &features, &sums, &threads))
     return nullptr;
-  const Functions functions = choose(features, sums);
-  if (!functions.add) return nullptr;
+  const Functions *functions = choose(features, sums);
+  if (!functions) return nullptr;
   const Totals totals{reinterpret_cast<int64_t *>(counts_at), reinterpret_cast<double *>(sums_at),
                       reinterpret_cast<double *>(squares_at)};
+  const size_t item = sums == F64 ? 8 : 4;
   Gathered g;
+  // With many classes the parts' sums of each take more memory than the rows, and class after class is added instead.
+  g.by_class = 2 * cuts_of(b) * b.classes > b.rows;
   bool memory;
   Py_BEGIN_ALLOW_THREADS;
   memory = with_memory([&] {  // all that a batch needs, before any statistic changes
     count_labels(b, g);
     if (g.bad_labels) return;
-    choose_classes(b, totals, g);
-    sums == F64 ? prepare_parts<double>(b, g) : prepare_parts<float>(b, g);
+    sort_rows(b, totals, g);
+    if (g.by_class)
+      g.sums.resize(threads * b.dim * item);
+    else
+      prepare_parts(b, item, g);
   });
   if (memory && !g.bad_labels) {
-    const int64_t n_moves = int64_t(g.moved.size()), n_parts = int64_t(g.parts.size());
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic) reduction(&& : memory)
-    for (int64_t i = 0; i < n_moves; ++i)
-      memory = with_memory([&] { functions.move_shift(b, totals, g.classes[i / b.runs], i % b.runs, g.moved[i]); }) && memory;
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
-    for (int64_t i = 0; i < n_parts; ++i) functions.add(b, g.parts[i]);
-    for (const Part &part : g.parts) g.bad_values += part.not_finite;
-    if (memory && (propagate || !g.bad_values)) {
-      for (int64_t k = 0; k < b.classes; ++k) totals.counts[k] += g.in_batch[k];
-      functions.commit(b, g.parts, totals, threads);
+    const int64_t n_moves = int64_t(g.moved.size()), workers = n_moves * b.dim > SERIAL ? threads : 1;
+#pragma omp parallel for num_threads(workers) if (workers > 1) schedule(dynamic, 16) reduction(&& : memory)
+    for (int64_t i = 0; i < n_moves; ++i) {
+      const Class &c = g.classes[g.looked_at[i / b.runs]];
+      memory = with_memory([&] { functions->move_shift(b, totals, c, i % b.runs, g.moved[i]); }) && memory;
+    }
+    if (memory) {
+      (g.by_class ? add_classes : add_parts)(b, totals, *functions, propagate, threads, g);
+      if (propagate || !g.bad_values)
+        for (const Class &c : g.classes) totals.counts[c.k] += c.in_batch;
     }
   }
   Py_END_ALLOW_THREADS;
@@ -323,8 +423,8 @@ PyObject *map(PyObject *, PyObject *args) {
   if (!PyArg_ParseTuple(args, BATCH_FORMAT "KLKiii", BATCH_ADDRESSES(b), &rows.axes, &rows.n_axes, &rows.out, &features,
                         &sums, &threads))
     return nullptr;
-  const Functions functions = choose(features, sums);
-  if (!functions.map) return nullptr;
+  const Functions *functions = choose(features, sums);
+  if (!functions) return nullptr;
   bool memory = true;
   Py_BEGIN_ALLOW_THREADS;
   constexpr int64_t block = 64;
@@ -332,7 +432,7 @@ PyObject *map(PyObject *, PyObject *args) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) reduction(&& : memory)
   for (int64_t i = 0; i < total; ++i) {
     const int64_t run = i / blocks, start = i % blocks * block, stop = std::min<int64_t>(start + block, b.rows);
-    memory = with_memory([&] { functions.map(b, {run, start, stop, rows.axes, rows.out, rows.n_axes}); }) && memory;
+    memory = with_memory([&] { functions->map(b, {run, start, stop, rows.axes, rows.out, rows.n_axes}); }) && memory;
   }
   Py_END_ALLOW_THREADS;
   if (!memory) return PyErr_NoMemory();

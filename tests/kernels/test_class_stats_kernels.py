@@ -98,6 +98,31 @@ def test_shapes(
 
 
 @only("cpu")
+@pytest.mark.parametrize("runs", [None, 2])
+def test_many_classes_are_added_one_after_the_other(both: Both, add: Add, runs: int | None) -> None:
+    features, labels = batch(1300, 700, 20, runs=runs)
+    labels[:1100] = 5
+    state = empty(700, 20, "full", runs=runs)
+    both(state, (features, labels), (features[..., :30, :], labels[:30]), (features[..., 1000:, :], labels[1000:]))
+    before = copied(state)
+    features[..., 1200, 3] = torch.nan
+    add(features, labels, state, False)
+    assert state.refused.tolist() == [1, 0, 1 if runs is None else runs]
+    check(state._replace(refused=before.refused), in_float64(before), 1e-6)
+    add(features, labels, state, True)
+    assert state.counts.sum() == before.counts.sum() + 1300
+    assert state.sums[..., labels[1200], 3].isnan().all()
+    threads = torch.get_num_threads()
+    each = []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        each.append(empty(700, 20, "trace", runs=runs))
+        add(features.nan_to_num(), labels, each[-1], False)
+    torch.set_num_threads(threads)
+    same_bits(*each)
+
+
+@only("cpu")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_sums_in_float64(add: Add, moment: str) -> None:
     state = empty(5, 20, moment, dtype=torch.float64)
