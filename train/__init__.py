@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ncollapse.train.results.reader import load_layers, load_metrics, load_runs
+    from ncollapse.train.results.reader import iter_metrics, load_layers, load_metrics, load_runs
 
-__all__ = ["load_layers", "load_metrics", "load_runs"]
+__all__ = ["iter_metrics", "load_layers", "load_metrics", "load_runs"]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ from ncollapse.train.report.selection import Selection
 from ncollapse.train.report.settings import alike, described, varying
 from ncollapse.train.results.columns import METRICS, RUN_COLUMNS, dtypes
 from ncollapse.train.results.reader import load_metrics, load_runs
-from ncollapse.train.results.schema import FILE, SCHEMA_VERSION
+from ncollapse.train.results.schema import FILE, create_tables
 
 HALF = Selection(threshold=0.5)
 
@@ -43,14 +43,13 @@ class Epochs(Results):
 
     def __init__(self, runs: pd.DataFrame, tmp_path: Path, losses: dict[str, list[float]]) -> None:
         with sqlite3.connect(tmp_path / FILE) as db:
-            db.execute(f"CREATE TABLE metrics (run, epoch, {', '.join(METRICS)}, PRIMARY KEY (run, epoch))")
+            create_tables(db)
             for run, run_losses in losses.items():
                 for epoch, loss in enumerate(run_losses):
                     values = [loss if name == "train_loss" else float(epoch) for name in METRICS]
                     db.execute(
                         f"INSERT INTO metrics VALUES ({', '.join('?' * (2 + len(values)))})", [run, epoch, *values]
                     )
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         super().__init__(tmp_path, runs, {}, [])
 
 

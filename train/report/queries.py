@@ -5,6 +5,7 @@ would have to load them all.
 """
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ import pandas as pd
 
 from ncollapse.train.results.columns import EPOCH_COLUMNS, LAYER_COLUMNS
 from ncollapse.train.results.reader import load_meta, load_runs, load_sessions, query
+
+#: The values of a parameter that is a list in JSON: the ids of 100,000 runs are too long for the text of a query.
+_LISTED = "SELECT value FROM json_each(?)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,32 +30,33 @@ class Results:
 
     def histories(self, runs: Iterable[str]) -> pd.DataFrame:
         """Return the evaluated epochs of these runs, in the columns of `load_metrics`."""
-        sql = f"SELECT * FROM metrics WHERE run IN ({_listed(runs)}) ORDER BY run, epoch"
-        return query(self.folder, sql, EPOCH_COLUMNS)
+        sql = f"SELECT * FROM metrics WHERE run IN ({_LISTED}) ORDER BY run, epoch"
+        return query(self.folder, sql, EPOCH_COLUMNS, (json.dumps(list(runs)),))
 
     def last_layers(self, runs: Iterable[str]) -> pd.DataFrame:
         """Return the blocks of these runs at their last evaluated epochs, in the columns of `load_layers`."""
         sql = (
-            f"SELECT * FROM layers WHERE run IN ({_listed(runs)}) "
+            f"SELECT * FROM layers WHERE run IN ({_LISTED}) "
             "AND epoch = (SELECT MAX(epoch) FROM layers AS all_layers WHERE all_layers.run = layers.run) "
             "ORDER BY run, position"
         )
-        return query(self.folder, sql, LAYER_COLUMNS)
+        return query(self.folder, sql, LAYER_COLUMNS, (json.dumps(list(runs)),))
 
     def lowest_loss(self, runs: Iterable[str]) -> "pd.Series[float]":
         """Return the smallest training loss over the evaluated epochs, indexed by run."""
-        sql = f"SELECT run, MIN(train_loss) AS loss FROM metrics WHERE run IN ({_listed(runs)}) GROUP BY run"
-        return query(self.folder, sql).set_index("run").loss.astype(float)
+        sql = f"SELECT run, MIN(train_loss) AS loss FROM metrics WHERE run IN ({_LISTED}) GROUP BY run"
+        return query(self.folder, sql, parameters=(json.dumps(list(runs)),)).set_index("run").loss.astype(float)
 
     def first_at(self, losses: Mapping[str, float]) -> pd.DataFrame:
         """Return, for each run in `losses`, its first evaluated epoch with a training loss of at most `losses[run]`."""
-        wanted = ", ".join(f"({_quoted(run)}, {float(loss)!r})" for run, loss in losses.items())
-        # With MIN(), SQLite takes the other columns from the row that holds the minimum.
+        # With MIN(), SQLite takes the other columns from the row that holds the minimum. The columns of `wanted` are
+        # numbers of JSON as Python writes them: the same floats. CROSS JOIN: in this order.
         found = (
-            f"WITH wanted(run, loss) AS (VALUES {wanted}) SELECT metrics.*, MIN(epoch) AS first FROM wanted "
-            "JOIN metrics ON metrics.run = wanted.run AND train_loss <= loss GROUP BY metrics.run"
+            "WITH wanted(run, loss) AS (SELECT key, value FROM json_each(?)) "
+            "SELECT metrics.*, MIN(epoch) AS first FROM wanted CROSS JOIN metrics "
+            "ON metrics.run = wanted.run AND train_loss <= loss GROUP BY metrics.run"
         )
-        return query(self.folder, found if losses else "SELECT * FROM metrics WHERE 0", EPOCH_COLUMNS)
+        return query(self.folder, found, EPOCH_COLUMNS, (json.dumps(dict(losses), allow_nan=False),))
 
 
 def read_results(folder: Path) -> Results:
@@ -61,11 +66,3 @@ def read_results(folder: Path) -> Results:
         UserError: the folder holds no results, or results in a format that cannot be read.
     """
     return Results(folder, load_runs(folder), load_meta(folder), load_sessions(folder))
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _listed(runs: Iterable[str]) -> str:
-    return ", ".join(map(_quoted, runs)) or "NULL"

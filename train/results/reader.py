@@ -2,11 +2,12 @@
 
 import contextlib
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncollapse.train.results import columns, schema
+from ncollapse.train.results.frames import blocks, joined
 from ncollapse.train.results.storage_errors import cannot_read, damaged
 from ncollapse.train.results.validation import (
     check_not_lost,
@@ -32,20 +33,22 @@ def load_runs(folder: Path | str) -> "pd.DataFrame":
         DamageError: no database, or one with contents that no sweep has written.
         UserError: results of another format, or settings that this version does not know.
     """
-    runs = query(folder, "SELECT * FROM runs ORDER BY position").set_index("id", drop=False)
-    # A large sweep has a million rows of metrics: SQLite finds the first and the last of each run by their key.
-    ends = query(
-        folder,
-        "WITH ends(run, epoch) AS (SELECT id, (SELECT MIN(epoch) FROM metrics WHERE run = id) FROM runs "
-        "UNION SELECT id, (SELECT MAX(epoch) FROM metrics WHERE run = id) FROM runs) "
-        "SELECT metrics.* FROM ends JOIN metrics USING (run, epoch) ORDER BY run, epoch",
-        columns.EPOCH_COLUMNS,
-    ).groupby("run")
-    # `first` and `last` would skip NaN.
-    start, last = (rows.set_index("run")[list(columns.METRICS)] for rows in (ends.head(1), ends.tail(1)))
-    runs = runs.join(last).join(start.add_suffix("_start")).reset_index(drop=True)
-    runs = _typed(runs, columns.RUN_COLUMNS, Path(folder))
-    check_settings(runs, Path(folder))
+    folder = Path(folder)
+    stored = [column.name for column in columns.RUN_COLUMNS if column.name in schema.TABLES["runs"]]
+    ends = [
+        f'{which}."{name}" AS "{name}{suffix}"'
+        for which, suffix in (("last", ""), ("start", "_start"))
+        for name in columns.METRICS
+    ]
+    joins = [
+        f"LEFT JOIN metrics AS {which} "
+        f"ON {which}.run = runs.id AND {which}.epoch = (SELECT {end}(epoch) FROM metrics WHERE run = runs.id)"
+        for which, end in (("last", "MAX"), ("start", "MIN"))
+    ]
+    # In the order of the key of `metrics`: SQLite then reads each page once, of which a large sweep has a million.
+    sql = f"SELECT {schema.quoted(stored, 'runs')}, {', '.join(ends)} FROM runs {' '.join(joins)} ORDER BY runs.id"
+    runs = query(folder, sql, columns.RUN_COLUMNS).sort_values("position", ignore_index=True)
+    check_settings(runs, folder)
     return runs
 
 
@@ -53,8 +56,17 @@ def load_metrics(folder: Path | str) -> "pd.DataFrame":
     """Load one row per run and evaluated epoch; NaN where a metric is undefined or was not measured.
 
     The columns are `columns.EPOCH_COLUMNS`, each with the same dtype whatever is missing; errors as in `load_runs`.
+    A row takes 0.2 kB of memory: `iter_metrics` reads a sweep that is too large for that.
     """
-    return query(folder, "SELECT * FROM metrics ORDER BY run, epoch", columns.EPOCH_COLUMNS)
+    return joined(list(iter_metrics(folder)))
+
+
+def iter_metrics(folder: Path | str) -> Iterator["pd.DataFrame"]:
+    """Yield the rows of `load_metrics` in blocks of some ten thousand rows, at least one; run by run, in order.
+
+    All blocks are of the same moment, also while a sweep writes.
+    """
+    return _iterate(folder, "SELECT * FROM metrics ORDER BY run, epoch", columns.EPOCH_COLUMNS)
 
 
 def load_layers(folder: Path | str) -> "pd.DataFrame":
@@ -62,27 +74,17 @@ def load_layers(folder: Path | str) -> "pd.DataFrame":
 
     The columns are `columns.LAYER_COLUMNS`, each with the same dtype whatever is missing; errors as in `load_runs`.
     """
-    return query(folder, "SELECT * FROM layers ORDER BY run, epoch, position", columns.LAYER_COLUMNS)
+    return joined(list(iter_layers(folder)))
 
 
-def _typed(frame: "pd.DataFrame", wanted: Iterable[columns.ResultColumn], folder: Path) -> "pd.DataFrame":
-    import numpy as np
+def iter_layers(folder: Path | str) -> Iterator["pd.DataFrame"]:
+    """Yield the rows of `load_layers` as `iter_metrics` does."""
+    return _iterate(folder, "SELECT * FROM layers ORDER BY run, epoch, position", columns.LAYER_COLUMNS)
 
-    types = columns.dtypes(wanted)
-    frame = frame[list(types)]
-    try:
-        with np.errstate(invalid="ignore"):  # what is no integer is found below
-            typed = frame.astype(types)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise damaged(folder / schema.FILE, f"a number is none: {str(error)[:100]}") from None
-    for name, dtype in types.items():
-        # pandas cuts what is no integer.
-        if dtype == "int64" and frame[name].dtype.kind != "i" and (frame[name] != typed[name]).any():
-            raise damaged(folder / schema.FILE, f"{name} is not an integer everywhere")
-        # An object column holds text or bytes, of which pandas makes text or numbers.
-        if frame[name].dtype == object and dtype != "string" and frame[name].map(type).isin((str, bytes)).any():
-            raise damaged(folder / schema.FILE, f"{name} is not a number everywhere")
-    return typed
+
+def _iterate(folder: Path | str, sql: str, wanted: Iterable[columns.ResultColumn]) -> Iterator["pd.DataFrame"]:
+    with open_results(folder) as connection:
+        yield from blocks(connection.execute(sql), wanted, Path(folder))
 
 
 def load_sessions(folder: Path | str) -> list[dict[str, Any]]:
@@ -99,7 +101,9 @@ def load_meta(folder: Path | str) -> dict[str, str]:
     return meta
 
 
-def query(folder: Path | str, sql: str, wanted: Iterable[columns.ResultColumn] = ()) -> "pd.DataFrame":
+def query(
+    folder: Path | str, sql: str, wanted: Collection[columns.ResultColumn] = (), parameters: Sequence[Any] = ()
+) -> "pd.DataFrame":
     """Run a query on the folder's database, in which every column of this version exists; errors as in `load_runs`.
 
     Returns:
@@ -107,19 +111,31 @@ def query(folder: Path | str, sql: str, wanted: Iterable[columns.ResultColumn] =
     """
     import pandas as pd
 
+    with open_results(folder) as connection:
+        if wanted:
+            return joined(list(blocks(connection.execute(sql, parameters), wanted, Path(folder))))
+        found = connection.execute(sql, parameters)
+        return pd.DataFrame.from_records(found.fetchall(), columns=[column[0] for column in found.description])
+
+
+@contextlib.contextmanager
+def open_results(folder: Path | str) -> Iterator[sqlite3.Connection]:
+    """Open the folder's database for reading, in which every column of this version exists; errors as in `load_runs`.
+
+    All queries see the same moment, also while a sweep writes.
+    """
     folder, file = Path(folder), Path(folder, schema.FILE)
     if not file.is_file():
         raise no_results(folder)
     try:
         with contextlib.closing(schema.connect(folder, create=False)) as connection:
+            connection.execute("BEGIN")
             if schema.is_empty(connection):
                 check_not_lost(folder)
             schema.check_version(connection, folder)
             check_tables(connection, folder)
             check_plan(connection, folder)
             schema.show_missing_columns(connection)
-            frame = pd.read_sql_query(sql, connection)
-    except (sqlite3.Error, pd.errors.DatabaseError, OverflowError) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, sqlite3.Error) else error
-        raise cannot_read(file, cause) from None
-    return _typed(frame, wanted, folder) if wanted else frame
+            yield connection
+    except (sqlite3.Error, OverflowError) as error:
+        raise cannot_read(file, error) from None
