@@ -21,12 +21,13 @@ from tyro import conf
 import ncollapse
 from ncollapse.train.commands import theory
 from ncollapse.train.config import DESCRIPTIONS, FIELDS, make_run
-from ncollapse.train.errors import InterruptError, UserError
+from ncollapse.train.errors import InterruptError, LostRunsError, StoppedError, UserError
 from ncollapse.train.formatting import plain
 from ncollapse.train.grid import Grid, load_grid, presets, run_settings
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.results.export import Format, export_results
-from ncollapse.train.sweep.options import KeepOptions, Options, PlaceOptions, hide_default
+from ncollapse.train.sweep.options import KeepOptions, Options, PlaceOptions, SourceOptions, hide_default
+from ncollapse.train.sweep.part import part_of, shard_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,14 +35,17 @@ class Demo(PlaceOptions, Options, Selection):
     """Six optimizers on scikit-learn's digits: the paper's table, figures and a report in under a minute."""
 
     def main(self, console: Console) -> None:
-        _report(_train(load_grid("demo"), self, self, console), self, console)
+        grid = load_grid("demo")
+        folder = _train(grid, self.out, self, self, console)
+        _report(folder, self, console)
+        _check_lost(grid, folder)
         name = "ncollapse" if shutil.which("ncollapse") else sys.argv[0]
         console.print(
             plain(f"Next: {name} sweep coupling (Adam to AdamW in steps), or {name} run --help for a run of your own.")
         )
 
 
-def _settings(name: str, several: bool) -> Any:
+def _settings(name: str, several: bool, default_of: str = "the grid's") -> Any:
     """Make a class with an argument for each field of `RunConfig`, of one value or several; None where it is not given.
 
     Only types are checked by it. `make_run` checks values later; its messages name the grid and the key.
@@ -50,7 +54,7 @@ def _settings(name: str, several: bool) -> Any:
     def field(f: dataclasses.Field[Any]) -> tuple[str, Any, Any]:
         kind = tuple[f.type, ...] if several else f.type  # type: ignore[name-defined]
         default = "" if f.default is None else f"(default: {f.default})"
-        hint = "(default: the grid's)" if several else default
+        hint = f"(default: {default_of})" if several else default
         argument = conf.arg(help=DESCRIPTIONS[f.name], help_behavior_hint=hint)
         return f.name, Annotated[kind | None, argument], None  # type: ignore[operator]
 
@@ -59,6 +63,7 @@ def _settings(name: str, several: bool) -> Any:
 
 _Settings = _settings("settings", several=False)
 _Axes = _settings("axes", several=True)
+_Changes = _settings("changes", several=True, default_of="as it was")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,20 +82,89 @@ class Run(PlaceOptions, KeepOptions):
         run = make_run(given if self.preset is None else run_settings(self.preset, given), "run")
         grid = Grid(f"{run.model}-{run.data}-{run.optimizer}-{run.id}", (run,))
         options = Options(**{f.name: getattr(self, f.name) for f in dataclasses.fields(KeepOptions)})
-        print_run(_train(grid, self, options, console), console)
+        folder = _train(grid, self.out, self, options, console)
+        print_run(folder, grid.runs[0].id, console)
+        _check_lost(grid, folder)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep(PlaceOptions, Options, Selection):
-    """Train every run of a grid; the same command continues a sweep that was stopped."""
+    """Train every run of a grid; the same command continues a sweep that was stopped.
 
+    A folder takes any runs on the same data: what is in it stays.
+    """
+
+    where: Annotated[str | None, hide_default] = None
+    """Train only the runs of the grid that are so: --where "optimizer=adam,adamw lr<0.1"."""
+    shard: Annotated[str | None, hide_default] = None
+    """Train only share I of N of the grid, for an array of jobs: --shard 3/8; `ncollapse merge` joins their folders."""
+    dry_run: bool = False
+    """Show what would be trained, how long it takes and how much it writes, and do nothing: sweep paper --dry-run."""
     grid: Annotated[conf.Positional[str], conf.arg(help=f"A TOML file, or a preset: {', '.join(presets())}.")]
     axes: _Axes = dataclasses.field(default_factory=_Axes)  # type: ignore[valid-type]
     """Values that replace those of the grid."""
 
     def main(self, console: Console) -> None:
         given = {name: list(values) for name, values in vars(self.axes).items() if values is not None}
-        _report(_train(load_grid(self.grid, given), self, self, console), self, console)
+        grid = load_grid(self.grid, given)
+        grid = grid if self.where is None else part_of(grid, self.where)
+        grid = grid if self.shard is None else shard_of(grid, self.shard)
+        for note in grid.notes:
+            console.print(plain(f"ncollapse: {note}", "yellow"), soft_wrap=True)
+        if self.dry_run:
+            from ncollapse.train.sweep.preview import print_preview
+
+            device = _device(self.device, self.engine)
+            print_preview(grid, self.out or Path("results") / grid.name, _loader(self), device, self, console)
+            return
+        folder = _train(grid, self.out, self, self, console)
+        _report(folder, self, console)
+        _check_lost(grid, folder)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rerun(SourceOptions, Options, Selection):
+    """Train runs of a results folder again, or with other settings: rerun DIR --where status=diverged --lr 0.01.
+
+    With other settings the runs are added to the folder; without, what was measured of them is replaced.
+    """
+
+    folder: conf.Positional[Path]
+    """The results folder."""
+    where: str
+    """Which of its runs, by status and settings: --where "status=diverged,hopeless lr>0.1"."""
+    changes: _Changes = dataclasses.field(default_factory=_Changes)  # type: ignore[valid-type]
+    """Values that replace those of the runs."""
+
+    def main(self, console: Console) -> None:
+        from ncollapse.train.commands.rerun import train_again
+
+        given = {name: list(values) for name, values in vars(self.changes).items() if values is not None}
+        grid = train_again(self.folder, self.where, given, lambda grid: _train(grid, self.folder, self, self, console))
+        _report(self.folder, self, console)
+        _check_lost(grid, self.folder)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Join results folders, as of the jobs of an array, into a new one; a run that is in several must be the same."""
+
+    folders: Annotated[conf.Positional[tuple[Path, ...]], conf.arg(help_behavior_hint="(two or more)")]
+    """The results folders: merge results/paper-shard-* --out results/paper."""
+    out: Path
+    """The new folder."""
+
+    def main(self, console: Console) -> None:
+        from ncollapse.train.results.merging import merge_folders
+
+        merged = merge_folders(self.folders, self.out)
+        console.print(
+            plain(
+                f"{self.out}: {merged.runs} runs, {merged.finished} of them finished; {merged.repeated} were in "
+                "several folders, and the same in all"
+            ),
+            soft_wrap=True,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,9 +173,11 @@ class Report(Selection):
 
     folder: conf.Positional[Path]
     """The results folder."""
+    out: Annotated[Path | None, hide_default] = None
+    """Folder for the report, by default the results folder; of a read-only one: report /data/paper --out report."""
 
     def main(self, console: Console) -> None:
-        _report(self.folder, self, console)
+        _report(self.folder, self, console, self.out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,10 +187,20 @@ class Status:
     folder: conf.Positional[Path]
     """The results folder."""
 
-    def main(self, console: Console) -> None:
-        from ncollapse.train.commands.status import print_status, read_status
+    watch: bool = False
+    """Show it anew every two seconds until the sweep ends: status results/paper --watch."""
+    json: bool = False
+    """Print it as JSON for other programs: status results/paper --json | jq .left."""
 
-        print_status(read_status(self.folder), console)
+    def main(self, console: Console) -> None:
+        from ncollapse.train.commands.status import as_json, print_status, read_status, watch_status
+
+        if self.json:
+            print(as_json(read_status(self.folder)))
+        elif self.watch:
+            watch_status(self.folder, console)
+        else:
+            print_status(read_status(self.folder), console)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,21 +261,27 @@ class Doctor:
         console.print(table)
 
 
+#: Error -> exit code, the first that fits; 75 is EX_TEMPFAIL: "give the same command again".
+_CODES = {StoppedError: 75, InterruptError: 130, LostRunsError: 4}
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
-    It exits with 0, 1 after a `UserError`, 2 for bad arguments, 3 after an error that nobody foresaw, 130 after Ctrl-C.
+    It exits with 0, 1 after a `UserError`, 2 for bad arguments, 3 after an error that nobody foresaw, 4 where all runs
+    have ended but some diverged, 75 where a signal or --minutes has stopped a sweep that is to be continued, 130 after
+    Ctrl-C.
     """
     args = sys.argv[1:] if args is None else args
     if args in (["--version"], ["-V"]):
         print(f"ncollapse {ncollapse.__version__}")
         return
-    # Batch systems end a job with SIGTERM: handle it as Ctrl-C, which keeps and reports the finished runs.
+    # Batch systems end a job with SIGTERM; a sweep handles it otherwise.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
     try:
         command = tyro.cli(
-            Demo | Run | Sweep | Status | Report | Export | Check | Theory | Doctor,
+            Demo | Run | Sweep | Rerun | Status | Report | Merge | Export | Check | Theory | Doctor,
             prog="ncollapse",
             description="Which optimizers drive a classifier into neural collapse, and why.",
             args=args,
@@ -197,7 +289,7 @@ def main(args: list[str] | None = None) -> None:
         )
         command.main(console)
     except UserError as error:
-        _end(str(error), 130 if isinstance(error, InterruptError) else 1)
+        _end(str(error), next((code for kind, code in _CODES.items() if isinstance(error, kind)), 1))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -224,15 +316,20 @@ def _unforeseen(error: Exception) -> str:
     return f"{what}. Its traceback is in {log.name}; please report it"
 
 
-def _train(grid: Grid, place: PlaceOptions, options: Options, console: Console) -> Path:
-    """Train the unfinished runs of a grid and return the results folder."""
+def _loader(source: SourceOptions) -> Any:
+    """Return the function that loads a data set by its name onto a device."""
     from ncollapse.train.data.sets import load
+
+    return functools.partial(load, data_dir=source.data_dir, download=source.download)
+
+
+def _train(grid: Grid, out: Path | None, source: SourceOptions, options: Options, console: Console) -> Path:
+    """Train the unfinished runs of a grid and return the results folder."""
     from ncollapse.train.sweep.scheduler import sweep
 
-    out = place.out or Path("results") / grid.name
+    out = out or Path("results") / grid.name
     started = time.perf_counter()
-    load_data = functools.partial(load, data_dir=place.data_dir, download=place.download)
-    trained = sweep(grid, out, load_data, _device(place.device, options.engine), options, console)
+    trained = sweep(grid, out, _loader(source), _device(source.device, options.engine), options, console)
     if trained:
         console.print(plain(f"Trained {trained} of {len(grid.runs)} runs in {time.perf_counter() - started:.0f} s."))
     else:
@@ -240,10 +337,27 @@ def _train(grid: Grid, place: PlaceOptions, options: Options, console: Console) 
     return out
 
 
-def _report(folder: Path, selection: Selection, console: Console) -> None:
+def _check_lost(grid: Grid, folder: Path) -> None:
+    """Raise LostRunsError where runs of a grid diverged or were given up."""
+    from ncollapse.train.results.reader import query
+
+    runs = query(folder, "SELECT id, status FROM runs")
+    statuses = runs.status[runs.id.isin([run.id for run in grid.runs])].value_counts()
+    lost = {name: int(statuses[name]) for name in ("diverged", "hopeless") if name in statuses}
+    if lost:
+        said = {"diverged": "diverged (their loss was NaN or inf)", "hopeless": "were ended as hopeless"}
+        how = " and ".join(f"{count} {said[name]}" for name, count in lost.items())
+        raise LostRunsError(
+            f"all {len(grid.runs)} runs have ended, but {how}; they are recorded as such and never count as "
+            "collapsed. To train them with other settings: ncollapse rerun "
+            f"{folder} --where status={','.join(lost)} --lr …"
+        )
+
+
+def _report(folder: Path, selection: Selection, console: Console, out: Path | None = None) -> None:
     from ncollapse.train.report.page.write import write_report
 
-    page = write_report(folder, selection, console)
+    page = write_report(folder, selection, console, out)
     text = f"Results: {folder}/runs.sqlite, figures and {page} (open it in a browser)."
     console.print(plain(text), soft_wrap=True)
 

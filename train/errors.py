@@ -13,6 +13,10 @@ class StoppedError(InterruptError):
     """A signal of a batch system or a limit of time has stopped the command; the same command continues."""
 
 
+class LostRunsError(UserError):
+    """All runs have ended, but some of them diverged or were given up as hopeless."""
+
+
 class NoResultsError(UserError):
     """A folder holds no results: no sweep has run there, or one is just starting."""
 

@@ -74,6 +74,13 @@ def test_sweep_reads_a_grid_and_options_replace_its_axes(capsys: pytest.CaptureF
         (["export", "nowhere"], "no results in nowhere"),
         (["sweep", "grid.toml", "--threshold", "2"], "--threshold must lie in [0, 1]"),
         (["sweep", "grid.toml", "--stack", "0"], "--stack must be at least 1"),
+        (["sweep", "grid.toml", "--minutes", "0"], "--minutes must be above 0"),
+        (["sweep", "grid.toml", "--stop-hopeless", "1"], "--stop-hopeless is a share of a run's epochs, in (0, 1)"),
+        (["sweep", "grid.toml", "--shard", "3/2"], "--shard '3/2': give I/N with I from 1 to N"),
+        (["sweep", "grid.toml", "--where", "lr>1"], "--where 'lr>1': none of the 2 runs of grid"),
+        (["rerun", "nowhere", "--where", "status=diverged"], "no results in nowhere"),
+        (["merge", "nowhere", "elsewhere", "--out", "new"], "no results in nowhere"),
+        (["merge", "nowhere", "--out", "new"], "merge needs two different results folders"),
     ],
 )
 def test_errors_are_one_message_and_exit_code_1(
@@ -112,6 +119,59 @@ def test_an_interrupt_is_exit_code_130(capsys: pytest.CaptureFixture[str], monke
     assert "0 of 2 runs are finished and kept in results/grid; the same command continues from there" in text
 
 
+def test_diverged_runs_are_exit_code_4_and_are_trained_again(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["sweep", "grid.toml", "--optimizer", "sgd", "--lr", "1e30", "0.01", "--device", "cpu"]
+    text = fails(capsys, 4, *command)
+    assert "all 2 runs have ended, but 1 diverged (their loss was NaN or inf)" in text
+    assert "ncollapse rerun results/grid --where status=diverged --lr …" in text
+    assert "nothing to train" in fails(capsys, 4, *command)
+    cli.main(["rerun", "results/grid", "--where", "status=diverged", "--lr", "0.02", "0.03", "--device", "cpu"])
+    runs = load_runs(Path("results/grid"))
+    assert runs.lr.tolist() == [1e30, 0.01, 0.02, 0.03]
+    assert runs.status.tolist() == ["diverged", "done", "done", "done"]
+    assert "1 diverged" in fails(capsys, 4, "rerun", "results/grid", "--where", "status=diverged", "--device", "cpu")
+    assert load_runs(Path("results/grid")).session.tolist()[0] == 3
+    assert "none of the 4 runs" in fails(capsys, 1, "rerun", "results/grid", "--where", "status=hopeless")
+
+
+def test_shards_are_trained_apart_and_merged(capsys: pytest.CaptureFixture[str]) -> None:
+    for number in ("1", "2"):
+        cli.main(["sweep", "grid.toml", "--shard", f"{number}/2", "--device", "cpu"])
+    cli.main(["sweep", "grid.toml", "--device", "cpu"])
+    shards = [f"results/grid-shard-{number}-of-2" for number in (1, 2)]
+    cli.main(["merge", *shards, "--out", "results/merged"])
+    assert "results/merged: 2 runs, 2 of them finished; 0 were in several" in " ".join(capsys.readouterr().out.split())
+    cli.main(["merge", "results/merged", "results/grid", "--out", "results/all"])
+    assert "2 runs, 2 of them finished; 2 were in several folders" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_dry_run_tells_and_writes_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cli.main(["sweep", "grid.toml", "--dry-run", "--save-weights", "--device", "cpu", "--workers", "1"])
+    out = capsys.readouterr().out
+    assert (
+        "grid: 2 runs; results/grid holds no runs yet. 0 of the grid's are finished there, 2 are to be trained" in out
+    )
+    assert "2 runs in 1 stacks; about " in out
+    assert re.search(r"The store grows by about \d+ kB\nThe weights take about \d+ kB", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.toml"]
+    cli.main(["sweep", "grid.toml", "--where", "optimizer=adamw", "--device", "cpu"])
+    before = (tmp_path / "results/grid/runs.sqlite").read_bytes()
+    cli.main(["sweep", "grid.toml", "--dry-run", "--device", "cpu", "--workers", "1"])
+    assert (
+        "holds 1 runs. 1 of the grid's are finished there, 1 are to be trained, 1 of them new"
+        in capsys.readouterr().out
+    )
+    assert (tmp_path / "results/grid/runs.sqlite").read_bytes() == before
+
+
+def test_a_report_of_a_folder_that_is_left_as_it_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cli.main(["run", "--epochs", "1", "--limit", "100", "--out", "results/one", "--device", "cpu"])
+    before = sorted(path.name for path in Path("results/one").iterdir())
+    cli.main(["report", "results/one", "--out", "elsewhere/report", "--threshold", "0"])
+    assert sorted(path.name for path in Path("results/one").iterdir()) == before
+    assert (tmp_path / "elsewhere/report/report.html").stat().st_size > 10_000
+
+
 def test_an_unforeseen_error_is_one_line_and_a_log(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -146,15 +206,18 @@ def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
         *("--width", "--precision", "--augment", "--layers"),
     ]
     place = ["--out", "--data-dir", "--download", "--device"]
-    keeping = ["--save-weights", "--tensorboard", "--checkpoint-minutes"]
-    engine = ["--engine", "--stack", "--workers", "--ray-address"]
+    keeping = ["--save-weights", "--tensorboard", "--checkpoint-minutes", "--minutes"]
+    engine = ["--engine", "--stack", "--workers", "--ray-address", "--stop-hopeless"]
+    source = place[1:]
     choice = ["--threshold", "--best-by"]
     for command, options in {
         "run": [*place, *keeping, *settings, "--preset"],
-        "sweep": [*place, *keeping, *engine, *choice, *settings],
+        "sweep": [*place, *keeping, *engine, *choice, *settings, "--where", "--shard", "--dry-run"],
+        "rerun": [*source, *keeping, *engine, *choice, *settings, "--where"],
+        "merge": ["--out"],
         "demo": [*place, *keeping, *engine, *choice],
-        "status": [],
-        "report": choice,
+        "status": ["--watch", "--json"],
+        "report": [*choice, "--out"],
         "export": ["--format", "--out"],
         "check": ["--salvage"],
         "doctor": ["--data-dir"],

@@ -1,28 +1,40 @@
 """`ncollapse status`: the progress of a sweep, while it runs or after it has stopped. Only reads the folder."""
 
 import dataclasses
+import itertools
+import json
+import sqlite3
+import time
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
+from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
+from rich.text import Text
 
 from ncollapse.train.config import MOST
-from ncollapse.train.formatting import DASH, is_missing, plain, rate, rough_duration
+from ncollapse.train.formatting import DASH, plain, rate, rough_duration
 from ncollapse.train.optimizers import OPTIMIZERS
-from ncollapse.train.results.reader import load_meta, load_sessions, query
-from ncollapse.train.results.schema import FILE, FINISHED, STATUSES
+from ncollapse.train.results.reader import open_results, read_meta, read_sessions
+from ncollapse.train.results.schema import ENDED, FILE, FINISHED, STATUSES
 from ncollapse.train.results.storage_errors import damaged
-from ncollapse.train.results.validation import check_settings, read_json, read_time
+from ncollapse.train.results.validation import check_setting, read_json, read_time
 from ncollapse.train.results.writer import LOCK
 from ncollapse.train.sweep.stack_size import Plan
 
-if TYPE_CHECKING:
-    import pandas as pd
+#: The runs with the stacks that they are in. SQLite sums them up: a large sweep has 100,000, and pandas starts slowly.
+_JOINED = "runs LEFT JOIN stacks ON stacks.id = runs.stack"
+#: The arguments of `_stack` for each stack in training.
+_RUNNING = (
+    "SELECT stack, size, model, data, stacks.epoch, max(epochs), updated, checkpoint_epoch "
+    f"FROM {_JOINED} WHERE status = 'running' GROUP BY stack ORDER BY stack"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,48 +103,37 @@ def read_status(folder: Path) -> SweepStatus:
     Raises:
         UserError: no results there, results of another format, or damaged ones.
     """
-    meta = load_meta(folder)
-    sessions = load_sessions(folder)
     sweeping = _sweeping(folder)
-    # One query, since the sweep may write between two.
-    runs = query(
-        folder,
-        "SELECT status, model, data, optimizer, epochs, runs.session, stack, size, begun_epoch, epoch, updated, "
-        "checkpoint_epoch FROM runs LEFT JOIN stacks ON stacks.id = runs.stack ORDER BY stack",
-    )
-    # NULL for a run without a plan or a stack that has not begun
-    nullable = ("session", "stack", "size", "begun_epoch", "epoch", "checkpoint_epoch")
-    try:
-        runs = runs.astype({**dict.fromkeys(nullable, float), "epochs": "int64"})
-    except (ValueError, TypeError, OverflowError) as error:
-        raise damaged(folder / FILE, f"the progress of a stack is no number: {error}") from None
-    if not (runs[[*nullable]].isna() | ((runs[[*nullable]] % 1 == 0) & (runs[[*nullable]].abs() < MOST))).all(
-        axis=None
-    ):
-        raise damaged(folder / FILE, "the progress of a stack is no number of epochs")
-    check_settings(runs, folder)
-    last = sessions[-1] if sessions else {}
-    _check_progress(runs, last.get("id"), folder)
-    started = read_time(last["started"]) if last else None
-    trained, seconds = _trained(runs[runs.session == last["id"]], started) if started else (0, 0.0)
-    stacks = tuple(_stack(part) for _, part in runs[runs.status == "running"].groupby("stack"))
+    with open_results(folder) as connection:  # one moment, since the sweep goes on writing
+        meta, sessions = read_meta(connection, folder), read_sessions(connection, folder)
+        for name in ("model", "data", "optimizer", "epochs"):
+            check_setting(name, (value for (value,) in connection.execute(f"SELECT DISTINCT {name} FROM runs")), folder)
+        last = sessions[-1] if sessions else {}
+        _check_progress(connection, last.get("id"), folder)
+        started = read_time(last["started"]) if last else None
+        trained, seconds = _trained(connection, last["id"], started) if started else (0, 0.0)
+        left = _left(connection, sweeping)
+        found = connection.execute("SELECT status, optimizer, count(*) FROM runs GROUP BY status, optimizer").fetchall()
+        stacks = tuple(itertools.starmap(_stack, connection.execute(_RUNNING)))
+        mean = connection.execute("SELECT avg(epochs) FROM runs").fetchone()[0]
+    counts = {status: sum(n for one, _, n in found if one == status) for status in STATUSES}
     if sweeping is False:
-        runs.loc[runs.status == "running", "status"] = "pending"
-    left = _left(runs)
-    finished = runs.status.isin(FINISHED)
+        counts["pending"] += counts["running"]
+        counts["running"] = 0
+    finished = Counter({name: 0 for _, name, _ in found})
+    total = Counter(finished)
+    for status, name, n in found:
+        total[name] += n
+        finished[name] += n if status in FINISHED else 0
     return SweepStatus(
         grid=meta["grid"],
         sweeping=sweeping,
-        counts={status: int((runs.status == status).sum()) for status in STATUSES},
-        optimizers={
-            name: (int(finished[chosen].sum()), int(chosen.sum()))
-            for name in OPTIMIZERS
-            if (chosen := runs.optimizer == name).any()
-        },
+        counts=counts,
+        optimizers={name: (finished[name], total[name]) for name in OPTIMIZERS if name in total},
         session=last.get("id"),
         started=started,
         command=last.get("command", ""),
-        trained=trained / float(runs.epochs.mean()),
+        trained=trained / mean if mean else 0.0,
         seconds=seconds,
         left=0.0 if left == 0 else left * seconds / trained if trained and seconds > 0 else None,
         stacks=stacks,
@@ -152,13 +153,24 @@ def _engine(meta: dict[str, str], folder: Path) -> dict[str, Any] | None:
     return dict(engine)
 
 
-def _check_progress(runs: "pd.DataFrame", session: int | None, folder: Path) -> None:
+def _check_progress(connection: sqlite3.Connection, session: int | None, folder: Path) -> None:
     """Raise DamageError where the progress of stacks in training, or of the last session, is missing or none."""
-    running = runs[runs.status == "running"]
-    if running[["stack", "size", "epoch", "begun_epoch"]].isna().any(axis=None):
+    numbers = ("size", "begun_epoch", "epoch", "checkpoint_epoch")
+    wrong = " OR ".join(
+        f"typeof({name}) NOT IN ('integer', 'null') OR abs({name}) >= {MOST}"
+        for name in (*(f"stacks.{name}" for name in numbers), "runs.session")
+    )
+    if connection.execute(f"SELECT 1 FROM {_JOINED} WHERE {wrong} LIMIT 1").fetchone():
+        raise damaged(folder / FILE, "the progress of a stack is no number of epochs")
+    missing = " OR ".join(f"stacks.{name} IS NULL" for name in numbers[:3])
+    if connection.execute(f"SELECT 1 FROM {_JOINED} WHERE status = 'running' AND ({missing}) LIMIT 1").fetchone():
         raise damaged(folder / FILE, "a run is in training, but in no stack that has begun")
-    times = [*running.updated.unique(), *runs.updated[runs.session == session].dropna().unique()]
-    if not all(read_time(time) for time in times):
+    times = connection.execute(
+        f"SELECT DISTINCT updated FROM {_JOINED} "
+        "WHERE status = 'running' OR (runs.session = ? AND updated IS NOT NULL)",
+        (session,),
+    )
+    if not all(read_time(time) for (time,) in times):
         raise damaged(folder / FILE, "the time of a stack's progress cannot be read")
 
 
@@ -175,32 +187,55 @@ def _sweeping(folder: Path) -> bool | None:
         return None
 
 
-def _trained(runs: "pd.DataFrame", started: datetime) -> tuple[int, float]:
+def _trained(connection: sqlite3.Connection, session: int, started: datetime) -> tuple[int, float]:
     """Return the epochs trained in a session, and the seconds from its start to its last progress."""
-    runs = runs[runs.updated.notna()]  # without those that were moved into new stacks, which have not begun
-    if runs.empty:
+    # Without runs that were moved into new stacks, which have not begun.
+    trained, updated = connection.execute(
+        f"SELECT sum(max(0, CASE WHEN status IN ({ENDED}) THEN epochs ELSE min(stacks.epoch, epochs) END "
+        f"- min(begun_epoch, epochs))), max(updated) FROM {_JOINED} WHERE runs.session = ? AND updated IS NOT NULL",
+        (session,),
+    ).fetchone()
+    if updated is None:
         return 0, 0.0
-    reached = runs.epoch.where(~runs.status.isin(FINISHED), runs.epochs).clip(upper=runs.epochs)
-    trained = (reached - runs.begun_epoch.clip(upper=runs.epochs)).clip(lower=0).sum()
-    updated = datetime.fromisoformat(runs.updated.max())
-    return int(trained), max(0.0, (updated - started).total_seconds())
+    return trained, max(0.0, (datetime.fromisoformat(updated) - started).total_seconds())
 
 
-def _left(runs: "pd.DataFrame") -> int:
+def _left(connection: sqlite3.Connection, sweeping: bool | None) -> int:
     """Return the epochs still to be trained; a run that is not running starts from its checkpoint or from epoch 0."""
-    todo = runs[~runs.status.isin(FINISHED)]
-    reached = todo.epoch.where(todo.status == "running", todo.checkpoint_epoch).fillna(0.0)
-    return int((todo.epochs - reached).clip(lower=0).sum())
+    reached = "checkpoint_epoch"
+    if sweeping is not False:
+        reached = f"CASE WHEN status = 'running' THEN stacks.epoch ELSE {reached} END"
+    left = f"SELECT sum(max(0, epochs - coalesce({reached}, 0))) FROM {_JOINED} WHERE status NOT IN ({ENDED})"
+    return connection.execute(left).fetchone()[0] or 0
 
 
-def _stack(runs: "pd.DataFrame") -> StackStatus:
-    row = runs.iloc[0]
-    checkpoint = None if is_missing(row["checkpoint_epoch"]) else int(row["checkpoint_epoch"])
+def _stack(
+    number: int, size: int, model: str, data: str, epoch: int, epochs: int, updated: str, checkpoint: int | None
+) -> StackStatus:
     return StackStatus(
-        id=int(row["stack"]), size=int(row["size"]), model=row["model"], data=row["data"],
-        epoch=max(int(row["epoch"]), checkpoint or 0),  # a checkpoint may be newer than the progress
-        epochs=int(runs.epochs.max()), updated=datetime.fromisoformat(row["updated"]), checkpoint=checkpoint,
+        id=number, size=size, model=model, data=data,
+        epoch=max(epoch, checkpoint or 0),  # a checkpoint may be newer than the progress
+        epochs=epochs, updated=datetime.fromisoformat(updated), checkpoint=checkpoint,
     )  # fmt: skip
+
+
+def as_json(status: SweepStatus) -> str:
+    """Return the progress as JSON: the attributes of `SweepStatus`, `total` and `finished`; times in ISO 8601."""
+    fields = {**dataclasses.asdict(status), "total": status.total, "finished": status.finished}
+    return json.dumps(fields, default=datetime.isoformat, indent=2)
+
+
+def watch_status(folder: Path, console: Console, seconds: float = 2.0) -> None:
+    """Show the progress anew every so many seconds, until no sweep runs."""
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            status = read_status(folder)
+            with console.capture() as shown:
+                print_status(status, console)
+            live.update(Text.from_ansi(shown.get()), refresh=True)
+            if not status.sweeping:
+                return
+            time.sleep(seconds)
 
 
 def print_status(status: SweepStatus, console: Console, now: datetime | None = None) -> None:

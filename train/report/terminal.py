@@ -38,9 +38,9 @@ def print_down(console: Console, view: View, title: str) -> None:
     console.print(table)
 
 
-def print_run(folder: Path, console: Console) -> None:
-    """Print every metric of the folder's only run, at its start and its end."""
-    run = load_runs(folder).iloc[0]
+def print_run(folder: Path, run_id: str, console: Console) -> None:
+    """Print every metric of a run of the folder, at its start and its end."""
+    run = load_runs(folder).set_index("id", drop=False).loc[run_id]
     table = Table("metric", header_style="bold", title=plain(f"{run.model} on {run.data}, {run.epochs} epochs"))
     table.add_column("start", justify="right")
     table.add_column("end", justify="right")

@@ -233,8 +233,19 @@ class Store:
         return self._configs[run]
 
     def reset(self, runs: Iterable[str]) -> None:
-        """Make these runs of the folder pending again, and delete what was measured of them and their weights."""
+        """Make these runs of the folder pending again, and delete what was measured of them and their weights.
+
+        Raises:
+            UserError: one of them is in a stack that is still to be trained, which has to stay the same program.
+        """
         names = [(run,) for run in runs]
+        stacks = dict(self._database.rows("SELECT id, stack FROM runs"))
+        unfinished = {stack for run, stack in stacks.items() if run not in self._finished}
+        if held := [run for (run,) in names if stacks[run] is not None and stacks[run] in unfinished]:
+            raise UserError(
+                f"{self.folder}: {len(held)} of these runs are in stacks that are still to be trained; continue "
+                "the sweep first"
+            )
         with self._database.transaction():
             for table in ("metrics", "layers"):
                 self._db.executemany(f"DELETE FROM {table} WHERE run = ?", names)

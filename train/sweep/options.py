@@ -53,7 +53,8 @@ class Options(KeepOptions):
     ray_address: Annotated[str | None, hide_default] = None
     """A Ray cluster's address (HOST:6379); by default $RAY_ADDRESS, one on this machine, or else a new one here."""
     stop_hopeless: Annotated[float | None, hide_default] = None
-    """End runs whose training loss is still at chance level, or above it, after this share of their epochs: 0.25."""
+    """End runs whose training loss has not left chance level, or exceeds it, after a share of their epochs:
+    --stop-hopeless 0.25."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,14 +71,20 @@ class Options(KeepOptions):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlaceOptions:
-    """Where the data come from, where the results go, and which device trains."""
+class SourceOptions:
+    """Where the data come from, and which device trains."""
 
-    out: Annotated[Path | None, hide_default] = None
-    """Results folder; by default results/NAME. The same command on the same folder continues."""
     data_dir: Annotated[Path | None, hide_default] = None
     """Folder of the data sets; by default $NCOLLAPSE_DATA, else ./data."""
     download: bool = False
     """Let torchvision download a data set that is missing."""
     device: Annotated[str | None, hide_default] = None
     """cpu, cuda (all GPUs), cuda:1 …; by default cuda where there is a GPU."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlaceOptions(SourceOptions):
+    """Where the results go, too."""
+
+    out: Annotated[Path | None, hide_default] = None
+    """Results folder; by default results/NAME. The same command on the same folder continues; other runs are added."""

@@ -37,30 +37,36 @@ class Picture:
     data: str
 
 
-def write_report(folder: Path, selection: Selection, console: Console) -> Path:
-    """Print the tables, write `figures/`, `tables/` and `report.html` into a results folder; return the page's path.
+def write_report(folder: Path, selection: Selection, console: Console, out: Path | None = None) -> Path:
+    """Print the tables, write `figures/`, `tables/` and `report.html`; return the page's path.
+
+    Args:
+        out: the folder that is written to, made if missing; by default the results folder itself.
 
     Raises:
-        UserError: the folder holds no results, or cannot be written to.
+        UserError: the folder holds no results, or `out` cannot be written to.
     """
+    out = folder if out is None else out
     results = read_results(folder)
     parts = parts_of(results, selection)
     for part in parts:
         print_across(console, main_view(part.slug, part.runs, selection), part.title)
         if part.runs.groupby("optimizer").coupling.nunique().max() > 1:
             print_down(console, decay_view(part.slug, part.runs, selection), "NC0 by weight decay and coupling")
-    path = folder / "report.html"
+    path = out / "report.html"
     try:
+        out.mkdir(parents=True, exist_ok=True)
         for kind in ("figures", "tables"):
-            if (folder / kind).is_symlink():
-                raise UserError(f"{folder / kind} is a symbolic link: a report is written into its own folder only")
-            (folder / kind).mkdir(exist_ok=True)
+            if (out / kind).is_symlink():
+                raise UserError(f"{out / kind} is a symbolic link: a report is written into its own folder only")
+            (out / kind).mkdir(exist_ok=True)
         numbers = {run: i for i, run in enumerate(results.runs.id)}
-        drawn = [(part, [(section, draw(folder, section, numbers)) for section in part.sections()]) for part in parts]
-        _write(path, render(folder, results, selection, drawn).encode())
+        drawn = [(part, [(section, draw(out, section, numbers)) for section in part.sections()]) for part in parts]
+        _write(path, render(out, results, selection, drawn).encode())
     except OSError as error:
         raise UserError(
-            f"cannot write the report to {folder.resolve()}: {error}; the results themselves are kept"
+            f"cannot write the report to {out.resolve()}: {error}; the results themselves are kept, and --out DIR "
+            "writes their report elsewhere"
         ) from None
     return path
 
@@ -106,7 +112,7 @@ def render(
     folder: Path, results: Results, selection: Selection,
     drawn: Sequence[tuple[Part, Sequence[tuple[Section, Sequence[Picture]]]]],
 ) -> str:  # fmt: skip
-    """Return the page; also write the tables of what was run."""
+    """Return the page; also write the tables of what was run into `folder`."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -119,7 +125,7 @@ def render(
         _write_csv(folder, view.name, view.frame)
     has_points = any(drawing.runs for _, sections in drawn for section, _ in sections for drawing in section.drawings)
     return environment.get_template("page.html.j2").render(
-        name=results.meta.get("grid", folder.name), description=results.meta.get("description", ""),
+        name=results.meta.get("grid", results.folder.name), description=results.meta.get("description", ""),
         parts=drawn, inventory=inventory, sessions=results.sessions, runs=list(_tooltips(runs)) if has_points else [],
         optimizers=TABLE, families=FAMILY_COLOURS, threshold=selection.percent,
         total=len(runs), counts=runs.status.value_counts().to_dict(), finished=int(runs.status.isin(FINISHED).sum()),

@@ -1,0 +1,78 @@
+"""`ncollapse rerun`: train runs of a results folder again, or the same runs with other settings."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ncollapse.train.config import RunConfig, make_run, short
+from ncollapse.train.errors import InterruptError, UserError
+from ncollapse.train.grid import Grid
+from ncollapse.train.results.reader import load_meta, load_runs
+from ncollapse.train.results.schema import FINISHED, SETTINGS, STATUSES
+from ncollapse.train.results.writer import Store
+from ncollapse.train.sweep.part import matching, parse_where
+
+
+def chosen_runs(folder: Path, where: str) -> dict[RunConfig, str]:
+    """Return the runs of a folder that satisfy conditions on their settings and their status, with their status.
+
+    Runs that a stopped sweep has left in training count as pending.
+
+    Raises:
+        UserError: no results, or conditions that are none; no run satisfies them.
+    """
+    conditions = parse_where(where, {"status": STATUSES})
+    frame = load_runs(folder)[["status", *SETTINGS]].astype(object)
+    chosen = {}
+    for row in frame.where(frame.notna(), None).to_dict("records"):
+        status = "pending" if row["status"] not in FINISHED else row["status"]
+        run = make_run({name: row[name] for name in SETTINGS}, str(folder))
+        of_status = (one for one in conditions if one.key == "status")
+        of_settings = [one for one in conditions if one.key != "status"]
+        if all(one.holds(status) for one in of_status) and matching([run], of_settings):
+            chosen[run] = status
+    if not chosen:
+        raise UserError(f"--where {short(where)}: none of the {len(frame)} runs in {folder}")
+    return chosen
+
+
+def changed(runs: Sequence[RunConfig], settings: Mapping[str, Sequence[Any]]) -> list[RunConfig]:
+    """Return the runs with every combination of other settings, each once; what is given replaces what they have."""
+    found: dict[RunConfig, None] = {}
+    for run in runs:
+        for values in itertools.product(*settings.values()):
+            new = dict(zip(settings, values, strict=True))
+            # The coupling of an optimizer follows from its name.
+            kept = {"coupling": None} if "optimizer" in new else {}
+            found[make_run({**run.as_dict(), **kept, **new}, "rerun")] = None
+    return list(found)
+
+
+def train_again(
+    folder: Path, where: str, settings: Mapping[str, Sequence[Any]], train: Callable[[Grid], object]
+) -> Grid:
+    """Train the runs of a folder that satisfy conditions, and return them.
+
+    Without other settings what was measured of them is deleted first; with some the folder gets new runs, and keeps the
+    old ones as they are.
+
+    Args:
+        train: trains the runs of a grid in the folder.
+
+    Raises:
+        UserError: as in `chosen_runs` and `Store`; runs of a stack that is still to be trained.
+    """
+    chosen, meta = chosen_runs(folder, where), load_meta(folder)
+    runs = changed(list(chosen), settings) if settings else list(chosen)
+    grid = Grid(meta["grid"], tuple(runs), meta.get("description", ""))
+    if not settings:
+        with Store(folder, grid) as store:
+            store.reset(run.id for run, status in chosen.items() if status in FINISHED)
+    try:
+        train(grid)
+    except InterruptError as error:  # the same command would not find what is no longer as it was
+        again = f"ncollapse rerun {folder} --where status=pending"
+        raise type(error)(str(error).replace("the same command continues", f"`{again}` continues")) from None
+    return dataclasses.replace(grid, notes=())

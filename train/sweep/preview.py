@@ -1,0 +1,130 @@
+"""`sweep --dry-run`: what a sweep would train, how long that would take and what it would write; writes nothing."""
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.sets import Dataset
+from ncollapse.train.errors import NoResultsError, UserError
+from ncollapse.train.formatting import plain, rough_duration
+from ncollapse.train.grid import Grid
+from ncollapse.train.networks.models import Classifier, build
+from ncollapse.train.results.columns import LAYER_METRICS, METRICS
+from ncollapse.train.results.reader import load_meta, query
+from ncollapse.train.results.schema import FINISHED
+from ncollapse.train.results.validation import read_json
+from ncollapse.train.sweep.grouping import StackKey, group, make_stacks
+from ncollapse.train.sweep.options import Options
+from ncollapse.train.sweep.planning import load_all, make_engine
+from ncollapse.train.sweep.stack_size import Plan, StackPolicy
+from ncollapse.train.sweep.throughput import DataFacts
+
+#: An evaluation takes about as long as this share of an epoch: a forward pass over all data instead of three.
+_EVALUATION = 1 / 3
+#: Bytes of a run's row, and of a row of metrics beside its numbers.
+_RUN_BYTES, _ROW_BYTES = 700, 30
+
+
+def print_preview(
+    grid: Grid, out: Path, load_data: Callable[[str, torch.device], Dataset], device: torch.device,
+    options: Options, console: Console,
+) -> None:  # fmt: skip
+    """Print what `sweep` would do with these arguments: runs, stacks, estimates of the time and of the store's size.
+
+    Raises:
+        UserError: data that cannot be loaded, or that are not those of the folder.
+    """
+    statuses, meta = _held(out)
+    finished = {run for run, status in statuses.items() if status in FINISHED}
+    left = [run for run in grid.runs if run.id not in finished]
+    new = sum(run.id not in statuses for run in left)
+
+    def tell(text: str) -> None:
+        console.print(plain(text), soft_wrap=True)
+
+    there = f"{out} holds {len(statuses)} runs" if statuses else f"{out} holds no runs yet"
+    tell(
+        f"{grid.name}: {len(grid.runs)} runs; {there}. {len(grid.runs) - len(left)} of the grid's are finished there, "
+        f"{len(left)} are to be trained, {new} of them new"
+    )
+    if left:
+        loaded, facts, settings = load_all((run.data for run in left), load_data, options)
+        for name, of in facts.items():
+            if meta.get(f"data {name}", of.fingerprint) != of.fingerprint:
+                raise UserError(f"{out}: the data set {name} is not the one that its earlier runs were trained on")
+        engine, workers = make_engine(options, device, settings, loaded, console)
+        try:
+            stored = read_json(meta.get("engine"))
+            before = Plan.from_dict(stored) if isinstance(stored, dict) else None
+            policy = StackPolicy(left, facts, options.stack, workers, before)
+            plan = policy.choose(engine)
+            rates = dict(plan.rates)
+            for key, size in plan.sizes.items():
+                if key not in rates and (rate := engine.measure_rate(key, facts[key.data], size, quick=True)):
+                    rates[key] = rate.alone
+            for line in plan.describe():
+                tell(line)
+            stacks = make_stacks(left, plan.sizes.__getitem__, plan.workers)
+            seconds = sum(_steps(run, facts) / rates.get(StackKey.of(run), math.nan) for run in left)
+            tell(
+                f"{len(left)} runs in {len(stacks)} stacks; about {rough_duration(seconds)} on {engine.device}, with "
+                "evaluations, where no other program takes the processors"
+            )
+        finally:
+            engine.close()
+        networks = {key: _network(runs[0], facts) for key, runs in group(left, StackKey.of).items()}
+        size = sum(_row_bytes(run, networks[StackKey.of(run)]) for run in left)
+        tell(f"The store grows by about {_bytes(size)}")
+        if options.save_weights:
+            size = sum(_weight_bytes(networks[StackKey.of(run)]) for run in left)
+            tell(f"The weights take about {_bytes(size)}")
+    tell("Nothing was trained or written (--dry-run)")
+
+
+def _held(out: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return id -> status of the runs in a folder, and what it says of itself; both empty for a new folder."""
+    try:
+        runs = query(out, "SELECT id, status FROM runs")
+        return dict(zip(runs.id, runs.status, strict=True)), load_meta(out)
+    except NoResultsError:
+        return {}, {}
+
+
+def _evaluations(run: RunConfig) -> int:
+    return 1 + -(-run.epochs // run.eval_every)
+
+
+def _steps(run: RunConfig, facts: Mapping[str, DataFacts]) -> float:
+    """Return the training steps of a run, with its evaluations counted as steps."""
+    epochs = run.epochs + _EVALUATION * _evaluations(run)
+    return epochs * run.steps_per_epoch(facts[run.data].samples_of(StackKey.of(run)))
+
+
+def _network(run: RunConfig, facts: Mapping[str, DataFacts]) -> Classifier:
+    of = facts[run.data]
+    return build(run.model, of.channels, of.size, of.classes, run.seed, run.width)
+
+
+def _row_bytes(run: RunConfig, network: Classifier) -> int:
+    row = _ROW_BYTES + 8 * len(METRICS)
+    if run.layers == "all":
+        row += len(network.blocks) * (_ROW_BYTES + 8 * len(LAYER_METRICS))
+    return _RUN_BYTES + _evaluations(run) * row
+
+
+def _weight_bytes(network: Classifier) -> int:
+    return sum(value.nbytes for value in network.state_dict().values())
+
+
+def _bytes(count: float) -> str:
+    return (
+        f"{count / 1e9:.1f} GB"
+        if count >= 1e9
+        else f"{count / 1e6:.1f} MB"
+        if count >= 1e6
+        else f"{count / 1e3:.0f} kB"
+    )
