@@ -4,15 +4,17 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from ncollapse.train import cli, load_metrics, load_runs
+from ncollapse.train import cli, iter_metrics, load_metrics, load_runs
 from ncollapse.train.config import FIELDS
-from ncollapse.train.errors import UserError
+from ncollapse.train.errors import DamageError, UserError
 from ncollapse.train.grid import Grid
+from ncollapse.train.results import export, frames
 from ncollapse.train.results.columns import EPOCH_COLUMNS, METRICS, RUN_COLUMNS, dtypes
 from ncollapse.train.results.export import Format, export_results
 from ncollapse.train.results.schema import FILE
@@ -138,3 +140,35 @@ def test_the_package_loads_pandas_on_first_use() -> None:
     assert done.stdout.split() == ["False", "ncollapse.train.results.reader", "False"]
     with pytest.raises(ImportError, match="nothing"):
         from ncollapse.train import nothing  # noqa: F401
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_large_tables_go_block_by_block(
+    swept: Path, tmp_path: Path, format: Format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = load_metrics(swept)
+    before = [path.read_bytes() for path in export_results(swept, "csv", tmp_path / "whole")]
+    monkeypatch.setattr(frames, "BLOCK", 5)
+    blocks = list(iter_metrics(swept))
+    assert [len(block) for block in blocks] == [5] * 7 + [1]
+    pd.testing.assert_frame_equal(pd.concat(blocks, ignore_index=True), whole)
+    pd.testing.assert_frame_equal(load_metrics(swept), whole)
+    paths = export_results(swept, format, tmp_path / "parts")
+    if format == "csv":
+        assert [path.read_bytes() for path in paths] == before
+    else:
+        pd.testing.assert_frame_equal(pd.read_parquet(paths[1]), whole)
+
+
+def test_an_error_in_the_middle_changes_no_file(swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(folder: Path) -> Iterator[pd.DataFrame]:
+        yield load_metrics(folder)
+        raise DamageError("a page")
+
+    paths = export_results(swept, "csv", tmp_path)
+    before = [path.read_bytes() for path in paths]
+    monkeypatch.setattr(export, "iter_metrics", broken)
+    with pytest.raises(DamageError):
+        export_results(swept, "csv", tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
+    assert [path.read_bytes() for path in paths] == before

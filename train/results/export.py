@@ -1,18 +1,25 @@
-"""Export results as files for other programs: a table of runs, one of epochs, and the meaning of their columns."""
+"""Export results as files for other programs: a table of runs, one of epochs, and the meaning of their columns.
 
-import io
+Tables are written block by block as they are read: a sweep of any size takes little memory.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from ncollapse.train.errors import UserError
-from ncollapse.train.results.atomic_write import write_whole
+from ncollapse.train.results.atomic_write import write_whole, writing
 from ncollapse.train.results.columns import EPOCH_COLUMNS, LAYER_COLUMNS, RUN_COLUMNS
-from ncollapse.train.results.reader import load_layers, load_metrics, load_runs
+from ncollapse.train.results.reader import iter_layers, iter_metrics, load_runs
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Format = Literal["parquet", "csv"]
+#: Writes a block of a table.
+_Block = Callable[["pd.DataFrame"], None]
 
 
 def export_results(folder: Path, format: Format, out: Path | None = None) -> list[Path]:
@@ -29,31 +36,46 @@ def export_results(folder: Path, format: Format, out: Path | None = None) -> lis
     """
     import pandas as pd
 
-    encode = _parquet if format == "parquet" else _csv
-    tables = {"runs": (load_runs(folder), RUN_COLUMNS), "epochs": (load_metrics(folder), EPOCH_COLUMNS)}
-    layers = load_layers(folder)
-    if len(layers):
-        tables["layers"] = (layers, LAYER_COLUMNS)
-    contents = {f"{table}.{format}": encode(frame) for table, (frame, _) in tables.items()}
-    columns = [(table, column.name, column.meaning) for table, (_, each) in tables.items() for column in each]
-    contents["columns.csv"] = _csv(pd.DataFrame(columns, columns=["table", "column", "meaning"]))
+    table = _parquet if format == "parquet" else _csv
     out = out or folder / "export"
-    for name, content in contents.items():
-        write_whole(out / name, content)
-    return [out / name for name in contents]
+    # With all of them open at once, each is complete or none is changed.
+    with contextlib.ExitStack() as files:
+        written, columns = {}, []
+        for name, described, blocks in (
+            ("runs", RUN_COLUMNS, iter((load_runs(folder),))),
+            ("epochs", EPOCH_COLUMNS, iter_metrics(folder)),
+            ("layers", LAYER_COLUMNS, iter_layers(folder)),
+        ):
+            first = next(blocks)
+            if name == "layers" and first.empty:
+                continue
+            path = out / f"{name}.{format}"
+            write = files.enter_context(table(files.enter_context(writing(path)), first))
+            for block in itertools.chain((first,), blocks):
+                write(block)
+            written[name] = path
+            columns += [(name, column.name, column.meaning) for column in described]
+    meanings = pd.DataFrame(columns, columns=["table", "column", "meaning"])
+    write_whole(out / "columns.csv", meanings.to_csv(index=False, lineterminator="\n").encode())
+    return [*written.values(), out / "columns.csv"]
 
 
-def _csv(frame: "pd.DataFrame") -> bytes:
-    return frame.to_csv(index=False, lineterminator="\n").encode()
+@contextlib.contextmanager
+def _csv(file: BinaryIO, first: "pd.DataFrame") -> Iterator[_Block]:
+    file.write((",".join(first.columns) + "\n").encode())
+    yield lambda block: block.to_csv(file, index=False, header=False, lineterminator="\n")
 
 
-def _parquet(frame: "pd.DataFrame") -> bytes:
-    buffer = io.BytesIO()
+@contextlib.contextmanager
+def _parquet(file: BinaryIO, first: "pd.DataFrame") -> Iterator[_Block]:
     try:
-        frame.to_parquet(buffer, engine="pyarrow", index=False)
-    except ImportError as error:  # pyarrow is missing, or older than pandas requires
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
         raise UserError(
             f"--format parquet needs pyarrow ({str(error).splitlines()[0]}): pip install 'ncollapse[parquet]', or give "
             "--format csv"
         ) from None
-    return buffer.getvalue()
+    schema = pyarrow.Schema.from_pandas(first, preserve_index=False)
+    with pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        yield lambda block: writer.write_table(pyarrow.Table.from_pandas(block, schema, preserve_index=False))

@@ -10,8 +10,6 @@ import contextlib
 import sqlite3
 from pathlib import Path
 
-import psutil
-
 #: Types of file systems that belong to one machine, as the operating system names them. On any other one, known or
 #: not, the database has a rollback journal.
 _LOCAL = frozenset(
@@ -22,6 +20,8 @@ _LOCAL = frozenset(
 
 def is_local(folder: Path) -> bool:
     """Return whether a folder lies on a file system of this machine alone, as far as its type tells."""
+    import psutil  # readers of results need no list of file systems
+
     folder, found = folder.resolve(), None
     for partition in psutil.disk_partitions(all=True):
         point = Path(partition.mountpoint)

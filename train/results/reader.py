@@ -89,15 +89,28 @@ def _iterate(folder: Path | str, sql: str, wanted: Iterable[columns.ResultColumn
 
 def load_sessions(folder: Path | str) -> list[dict[str, Any]]:
     """Load each start of the sweep, oldest first: id, started, command, and versions, commit and device."""
-    rows = query(folder, "SELECT * FROM sessions ORDER BY id").to_dict("records")
-    return [session_facts(row, Path(folder)) for row in rows]
+    with open_results(folder) as connection:
+        return read_sessions(connection, Path(folder))
+
+
+def read_sessions(connection: sqlite3.Connection, folder: Path) -> list[dict[str, Any]]:
+    """Read what `load_sessions` loads, by a connection of `open_results`."""
+    found = connection.execute("SELECT * FROM sessions ORDER BY id")
+    names = [column[0] for column in found.description]
+    return [session_facts(dict(zip(names, row, strict=True)), folder) for row in found]
 
 
 def load_meta(folder: Path | str) -> dict[str, str]:
     """Load the grid's name and description, the plan of its stacks, and the fingerprints of its data sets."""
-    meta = {row["key"]: row["value"] for row in query(folder, "SELECT * FROM meta").to_dict("records")}
+    with open_results(folder) as connection:
+        return read_meta(connection, Path(folder))
+
+
+def read_meta(connection: sqlite3.Connection, folder: Path) -> dict[str, str]:
+    """Read what `load_meta` loads, by a connection of `open_results`."""
+    meta = dict(connection.execute("SELECT key, value FROM meta"))
     if "grid" not in meta or not all(isinstance(text, str) for pair in meta.items() for text in pair):
-        raise damaged(Path(folder, schema.FILE), "the grid's name or another text is missing")
+        raise damaged(folder / schema.FILE, "the grid's name or another text is missing")
     return meta
 
 

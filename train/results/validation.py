@@ -77,15 +77,22 @@ def plan_problems(connection: sqlite3.Connection) -> Iterable[str]:
 def check_settings(runs: "pd.DataFrame", folder: Path) -> None:
     """Raise UserError where a column of settings holds a value that no run of this version has."""
     for name in schema.SETTINGS:
-        for value in runs[name].unique().tolist() if name in runs else ():
-            missing = not isinstance(value, str) and is_missing(value) and name != "coupling"  # a run always has one
-            try:
-                make_run({name: None if missing else value}, "")
-            except UserError as error:
-                raise UserError(
-                    f"{folder / schema.FILE} holds runs with{str(error).removeprefix(':')}; use the version of "
-                    f"ncollapse that wrote it, or see `ncollapse check {folder}`"
-                ) from None
+        values = runs[name].unique().tolist()
+        # A missing value of a DataFrame; a run always has a coupling.
+        none = (not isinstance(value, str) and is_missing(value) and name != "coupling" for value in values)
+        check_setting(name, (None if no else value for no, value in zip(none, values, strict=True)), folder)
+
+
+def check_setting(name: str, values: Iterable[Any], folder: Path) -> None:
+    """Raise UserError where one of the values of a setting is none that a run of this version has."""
+    for value in values:
+        try:
+            make_run({name: value}, "")
+        except UserError as error:
+            raise UserError(
+                f"{folder / schema.FILE} holds runs with{str(error).removeprefix(':')}; use the version of "
+                f"ncollapse that wrote it, or see `ncollapse check {folder}`"
+            ) from None
 
 
 def session_facts(row: Mapping[Any, Any], folder: Path) -> dict[str, Any]:
