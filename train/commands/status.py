@@ -106,8 +106,10 @@ def read_status(folder: Path) -> SweepStatus:
     sweeping = _sweeping(folder)
     with open_results(folder) as connection:  # one moment, since the sweep goes on writing
         meta, sessions = read_meta(connection, folder), read_sessions(connection, folder)
-        for name in ("model", "data", "optimizer", "epochs"):
-            check_setting(name, (value for (value,) in connection.execute(f"SELECT DISTINCT {name} FROM runs")), folder)
+        shown = ("model", "data", "optimizer", "epochs")
+        values = zip(*connection.execute(f"SELECT DISTINCT {', '.join(shown)} FROM runs"), strict=True)
+        for name, each in zip(shown, values, strict=False):  # a folder without runs has no values
+            check_setting(name, set(each), folder)
         last = sessions[-1] if sessions else {}
         _check_progress(connection, last.get("id"), folder)
         started = read_time(last["started"]) if last else None
