@@ -39,6 +39,7 @@ class SweepProgress(Progress):
         )  # fmt: skip
         self._shown = frozenset(run.id for run in runs)
         self._ended: dict[str, str] = {}
+        self._counts: Counter[str] = Counter()  # status -> number of runs
         self._epochs = {run.id: run.epochs for run in runs if run.id in finished}
         total, before = sum(run.epochs for run in runs), sum(self._epochs.values())
         self._task = self.add_task(
@@ -59,9 +60,10 @@ class SweepProgress(Progress):
 
     def end(self, statuses: Mapping[str, str]) -> None:
         """Show that runs have ended; `statuses`: id -> status."""
-        self._ended |= {run: status for run, status in statuses.items() if run in self._shown}
-        counts = Counter(self._ended.values())
-        lost = "".join(f", {counts[name]} {name}" for name in ("diverged", "hopeless") if counts[name])
+        new = {run: status for run, status in statuses.items() if run in self._shown}
+        self._ended |= new
+        self._counts.update(new.values())
+        lost = "".join(f", {n} {name}" for name in ("diverged", "hopeless") if (n := self._counts[name]))
         self.update(self._task, done=len(self._ended), lost=lost)
 
     def line(self) -> str:
