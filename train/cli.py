@@ -153,15 +153,17 @@ class Merge:
     """The results folders: merge results/paper-shard-* --out results/paper."""
     out: Path
     """The new folder."""
+    keep_first: bool = False
+    """Take a run that differs between folders from the first one, instead of an error that names what differs."""
 
     def main(self, console: Console) -> None:
         from ncollapse.train.results.merging import merge_folders
 
-        merged = merge_folders(self.folders, self.out)
+        merged = merge_folders(self.folders, self.out, keep_first=self.keep_first)
         console.print(
             plain(
                 f"{self.out}: {merged.runs} runs, {merged.finished} of them finished; {merged.repeated} were in "
-                "several folders, and the same in all"
+                "several folders"
             ),
             soft_wrap=True,
         )

@@ -137,7 +137,7 @@ def test_diverged_runs_are_exit_code_4_and_are_trained_again(capsys: pytest.Capt
 def test_shards_are_trained_apart_and_merged(capsys: pytest.CaptureFixture[str]) -> None:
     for number in ("1", "2"):
         cli.main(["sweep", "grid.toml", "--shard", f"{number}/2", "--device", "cpu"])
-    cli.main(["sweep", "grid.toml", "--device", "cpu"])
+    cli.main(["sweep", "grid.toml", "--device", "cpu", "--stack", "1"])
     shards = [f"results/grid-shard-{number}-of-2" for number in (1, 2)]
     cli.main(["merge", *shards, "--out", "results/merged"])
     assert "results/merged: 2 runs, 2 of them finished; 0 were in several" in " ".join(capsys.readouterr().out.split())
@@ -214,7 +214,7 @@ def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
         "run": [*place, *keeping, *settings, "--preset"],
         "sweep": [*place, *keeping, *engine, *choice, *settings, "--where", "--shard", "--dry-run"],
         "rerun": [*source, *keeping, *engine, *choice, *settings, "--where"],
-        "merge": ["--out"],
+        "merge": ["--out", "--keep-first"],
         "demo": [*place, *keeping, *engine, *choice],
         "status": ["--watch", "--json"],
         "report": [*choice, "--out"],

@@ -1,8 +1,8 @@
 """Merge results folders, as of several machines, into a new one: the union of their runs.
 
-A run that has ended in several folders must be the same in all of them, to the last digit. Of a run that has ended in
-one folder and not in another the ended one is taken. Stacks in the middle of their training go on in the merged folder
-from their checkpoints.
+A run that has ended in several folders must be the same in all of them, to the last digit: it is where it trained in a
+stack of the same runs, by the same versions, on machines of one kind. Of a run that has ended in one folder and not in
+another the ended one is taken. Stacks in the middle of their training go on in the merged folder from their checkpoints.
 """
 
 import contextlib
@@ -76,8 +76,11 @@ class _Source:
         return self._members.get(stack, set()) <= self.mine
 
 
-def merge_folders(folders: Sequence[Path], out: Path) -> Merged:
+def merge_folders(folders: Sequence[Path], out: Path, *, keep_first: bool = False) -> Merged:
     """Write the union of the runs of some results folders into a new one, all or nothing.
+
+    Args:
+        keep_first: whether a run with different results is taken from the first of its folders, instead of an error.
 
     Raises:
         UserError: fewer than two folders, one that is in use or cannot be read, `out` exists, the folders were trained
@@ -91,7 +94,7 @@ def merge_folders(folders: Sequence[Path], out: Path) -> Merged:
     with contextlib.ExitStack() as opened:
         sources = [opened.enter_context(_open(folder)) for folder in folders]
         meta = _merged_meta(sources, out.name)
-        repeated = _divide(sources)
+        repeated = _divide(sources, keep_first)
         partial = out.with_name(f"{out.name}.partial")
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -161,7 +164,7 @@ def _merged_meta(sources: Sequence[_Source], name: str) -> dict[str, str]:
     return meta
 
 
-def _divide(sources: Sequence[_Source]) -> int:
+def _divide(sources: Sequence[_Source], keep_first: bool) -> int:
     """Choose for each run the folder that it is taken from; return how many are in several.
 
     Raises:
@@ -172,7 +175,7 @@ def _divide(sources: Sequence[_Source]) -> int:
         having = [source for source in sources if run in source.runs]
         ended = [source for source in having if source.runs[run]["status"] in FINISHED]
         repeated += len(having) > 1
-        for other in ended[1:]:
+        for other in () if keep_first else ended[1:]:
             if what := _difference(run, ended[0], other):
                 differences.append(what)
                 break
@@ -183,8 +186,8 @@ def _divide(sources: Sequence[_Source]) -> int:
     if differences:
         more = f"; and {len(differences) - _NAMED} more" if len(differences) > _NAMED else ""
         raise UserError(
-            f"{len(differences)} runs are not the same in two folders: {'; '.join(differences[:_NAMED])}{more}. Merge "
-            "folders of machines of one kind and one version, or only one of those that hold the same runs"
+            f"{len(differences)} runs are not the same in two folders: {'; '.join(differences[:_NAMED])}{more}. With "
+            "--keep-first such runs are those of the folder that is named first"
         )
     return repeated
 
