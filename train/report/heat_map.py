@@ -15,8 +15,10 @@ from ncollapse.train.results.schema import FINISHED
 
 #: Setting on the vertical axis -> its name in texts.
 AXES = {"lr": "learning rate", "momentum": "momentum β"}
-#: Weight decays beyond which cells are too narrow for their numbers.
-_NUMBERED = 5
+#: Weight decays beyond which cells are too narrow for their numbers, and cells beyond which nobody reads them.
+_NUMBERED, _NUMBERED_CELLS = 5, 400
+#: Values of a setting that a map tells apart, and rows of all maps together; neighbouring values share a row beyond.
+_MOST_VALUES, _MOST_ROWS = 25, 150
 #: Inches: height of a cell with and without a number; gap below an optimizer with and without labels.
 _CELL, _BARE, _GAP, _NARROW = 0.25, 0.17, 0.3, 0.1
 #: Inches: left margin, for the optimizers' names.
@@ -41,11 +43,40 @@ def cells(runs: pd.DataFrame, axis: str, selection: Selection) -> pd.DataFrame:
     return in_order(frame.reset_index())
 
 
-def heat_maps(slug: str, frame: pd.DataFrame, axis: str, threshold: str) -> style.Drawing:
-    """Draw `cells`: a row of maps per optimizer, a column per metric; the setting `axis` of `AXES` is vertical."""
+def binned(runs: pd.DataFrame, axis: str) -> tuple[pd.DataFrame, str]:
+    """Return the runs with so few weight decays and values of `axis` as maps can show, and a sentence that says so.
+
+    Neighbouring values of an optimizer share the smallest of them; the sentence is empty where all values are few.
+    """
+    most = {"weight_decay": _MOST_VALUES, axis: max(4, min(_MOST_VALUES, _MOST_ROWS // runs.optimizer.nunique()))}
+    largest = 0
+    runs = runs.copy()
+    for _, group in runs.groupby("optimizer"):
+        for name, count in most.items():
+            values = np.sort(group[name].unique())
+            if len(values) > count:
+                firsts = np.arange(len(values)) * count // len(values)  # of each value, its bin
+                starts = np.searchsorted(firsts, np.arange(count))
+                shared = values[starts][firsts]
+                runs.loc[group.index, name] = shared[np.searchsorted(values, group[name])]
+                largest = max(largest, int(np.bincount(firsts).max()))
+    if not largest:
+        return runs, ""
+    return runs, (
+        f" There are too many values to tell apart: up to {largest} neighbouring ones share a row or a column, which is "
+        "labelled with the smallest; the table has them all."
+    )
+
+
+def heat_maps(slug: str, frame: pd.DataFrame, axis: str, threshold: str, note: str = "") -> style.Drawing:
+    """Draw `cells`: a row of maps per optimizer, a column per metric; the setting `axis` of `AXES` is vertical.
+
+    `note` is the sentence of `binned`, for the caption.
+    """
     blocks = [_Block(name, frame[frame.optimizer == name], axis) for name in tried(frame)]
     metrics = [name for name in NC if frame[name].notna().any()]
-    cell = _CELL if all(len(block.decays) <= _NUMBERED for block in blocks) else _BARE
+    numbered = len(frame) <= _NUMBERED_CELLS and all(len(block.decays) <= _NUMBERED for block in blocks)
+    cell = _CELL if numbered else _BARE
     bottom = 0.0  # of the current block; in cells, decreasing from the top down
     for block, below in zip(blocks, [*blocks[1:], None], strict=True):
         bottom -= len(block.rows)
@@ -62,7 +93,7 @@ def heat_maps(slug: str, frame: pd.DataFrame, axis: str, threshold: str) -> styl
             axes.set_xlim(0, 1)
             axes.set_ylim(bottom + _GAP / cell, 0)
             for block in blocks:
-                mesh = block.draw(axes, metric, limits)
+                mesh = block.draw(axes, metric, limits, numbered=numbered)
             dots = np.concatenate([block.dots() for block in blocks], axis=1)
             axes.plot(*dots, ".", ms=3.5, color=ON_DARK)
             axes.tick_params(length=0, labelcolor=INK, labelsize=7.5, labelbottom=False)
@@ -83,7 +114,7 @@ def heat_maps(slug: str, frame: pd.DataFrame, axis: str, threshold: str) -> styl
         f"Final metrics over weight decay λ (horizontal) and {AXES[axis]} (vertical), for each optimizer; darker is "
         f"closer to collapse. A cell shows the smallest value of its runs that reached {threshold} training accuracy. "
         "Hatched: no run reached it; the smallest value of all runs that ended well is shown. Dot: some of the cell's "
-        "runs missed it. Empty: no run ended well."
+        f"runs missed it. Empty: no run ended well.{note}"
     )
     return style.Drawing(f"heat-{axis}-{slug}", caption, figure)
 
@@ -129,7 +160,7 @@ class _Block:
         self.bottom = 0.0
         self.labelled = True  # whether the weight decays are written below
 
-    def draw(self, axes: "style.Axes", metric: str, limits: dict[str, Any]) -> Any:
+    def draw(self, axes: "style.Axes", metric: str, limits: dict[str, Any], *, numbered: bool) -> Any:
         """Draw colours, hatches, numbers and labels; return the mesh, which the colour bar needs."""
         edges = np.linspace(0, 1, len(self.decays) + 1), self.bottom + np.arange(len(self.rows) + 1)
         shown = np.ma.masked_invalid(self._table(self.cells[metric]))
@@ -140,7 +171,7 @@ class _Block:
         if missed.count():
             axes.pcolor(*edges, missed, hatch="////", facecolor="none", edgecolor=ON_DARK, linewidth=0)
         x, y = (self.column + 0.5) / len(self.decays), self.bottom + self.row + 0.5
-        if len(self.decays) <= _NUMBERED:
+        if numbered:
             for at_x, at_y, value in zip(x, y, self.cells[metric], strict=True):
                 if np.isfinite(value):
                     red, green, blue, _ = mesh.cmap(mesh.norm(max(value, limits["vmin"])))

@@ -110,8 +110,10 @@ class Part:
             if several[axis] or (axis == "lr" and several.weight_decay):
                 frame = heat_map.cells(ended, axis, self.selection)
                 section.files.append((f"heat-{axis}-{self.slug}", frame))
-                if _present(frame, NC):
-                    section.drawings.append(heat_map.heat_maps(self.slug, frame, axis, self.selection.percent))
+                runs, note = heat_map.binned(ended, axis)
+                shown = heat_map.cells(runs, axis, self.selection) if note else frame
+                if _present(shown, NC):
+                    section.drawings.append(heat_map.heat_maps(self.slug, shown, axis, self.selection.percent, note))
             elif several.any():
                 section.without(f"No optimizer has finished runs with more than one {label}.")
         if ended.empty:
