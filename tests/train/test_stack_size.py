@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from ncollapse.train.optimizers import TABLE
 from ncollapse.train.sweep import stack_size
 from ncollapse.train.sweep.grouping import StackKey
 from ncollapse.train.sweep.stack_size import Plan, StackPolicy
-from ncollapse.train.sweep.throughput import DataFacts
+from ncollapse.train.sweep.throughput import DataFacts, Rate
 
 DIGITS = DataFacts(1, 8, 10, 1437, "")
 MLP = StackKey("mlp", "digits", None, 128)
@@ -152,3 +153,60 @@ def test_a_plan_of_format_3_is_read(change: Callable[[dict[str, object]], dict[s
         "batches of 128, first 200 samples, muon": 2,
     }
     assert plan.sizes[StackKey.of(RunConfig(optimizer="muonw", limit=200))] == 2
+
+
+@pytest.mark.usefixtures("thresholds")
+def test_other_programs_change_no_size_and_are_said() -> None:
+    """On a machine that others take half of, from the second measurement on, the plan is that of a free one."""
+
+    class Disturbed(FakeEngine):
+        def measure_rate(self, *args: Any, **options: Any) -> Rate | None:
+            self._share = 1.0 if len(self.measured) < 2 else 0.4
+            return super().measure_rate(*args, **options)
+
+    rates: Rates = {1: 100, 4: 300, 16: 900}
+    free = policy_for(100, epochs=10_000).choose(FakeEngine(rates))
+    busy = policy_for(100, epochs=10_000).choose(Disturbed(rates))
+    assert busy.sizes == free.sizes == {MLP: 16}
+    assert busy.rates == pytest.approx(free.rates)
+    assert not any("busy" in line for line in free.describe())
+    *_, last = Plan.from_dict(busy.as_dict()).describe()
+    assert last.startswith("The machine was busy: other programs took ")
+
+
+@pytest.mark.usefixtures("thresholds")
+def test_an_earlier_plan_stays_unless_another_is_much_faster() -> None:
+    rates: Rates = {1: 100, 4: 300, 16: 330}
+    policy = policy_for(100, epochs=10_000)
+
+    def again(before: int, rates: Rates) -> Plan:
+        return dataclasses.replace(policy, before=Plan(1, 1, {MLP: before})).choose(FakeEngine(rates))
+
+    assert policy.choose(FakeEngine(rates)).sizes == {MLP: 16}
+    assert again(4, rates).sizes == {MLP: 4}
+    assert again(3, rates).sizes == {MLP: 16}  # three times as fast
+    assert again(24, {1: 100, 4: 300, 16: 900, 24: 890}).sizes == {MLP: 24}
+    quick = dataclasses.replace(policy_for(100, epochs=1), before=Plan(1, 1, {MLP: 24}))
+    assert quick.choose(FakeEngine({1: 1e6})).sizes == {MLP: 24}  # not worth measuring
+
+
+@pytest.mark.parametrize(
+    ("before", "engine", "used"),
+    [
+        (Plan(2, 1), FakeEngine({1: 1.0}, cores=8), (8, 1, 1)),
+        (Plan(8, 1), FakeEngine({1: 1.0}, cores=2), (2, 1, 1)),
+        (Plan(2, 4), FakeEngine({1: 1.0}, cores=2), (1, 4, 1)),
+        (Plan(1, 2), FakeEngine({1: 1.0}, cores=8), (1, 2, 1)),
+        (Plan(2, 4, per_gpu=2), FakeEngine({1: 1.0}, cores=32, gpus=4), (8, 4, 2)),
+    ],
+)
+def test_a_sweep_that_goes_on_has_as_many_processes_as_this_machine_wants(
+    before: Plan, engine: FakeEngine, used: tuple[int, int, int]
+) -> None:
+    """The threads stay, since the last digits of what has begun depend on them."""
+    dataclasses.replace(policy_for(100), before=before, pinned=True).keep(engine)
+    assert engine.used == [used]
+    plan = dataclasses.replace(policy_for(100), before=before, pinned=True).choose(engine)
+    assert (plan.workers, plan.threads, plan.per_gpu) == used
+    dataclasses.replace(policy_for(100, workers=3), before=before, pinned=True).keep(engine)
+    assert engine.used[-1] == (3, *used[1:])

@@ -1,6 +1,8 @@
 """The progress of a sweep: while it runs, after it has stopped, before it has begun."""
 
+import dataclasses
 import io
+import json
 import os
 import shutil
 import sqlite3
@@ -17,7 +19,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from ncollapse.train import cli
-from ncollapse.train.commands.status import SweepStatus, print_status, read_status
+from ncollapse.train.commands.status import SweepStatus, print_status, read_status, watch_status
 from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.optimizers import PAPER_OPTIMIZERS
@@ -267,3 +269,28 @@ def test_a_folder_without_results_is_named(tmp_path: Path) -> None:
 def test_the_command(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["status", str(swept)])
     assert "12 of 12 runs finished: 12 done" in capsys.readouterr().out
+
+
+def test_it_is_json_for_other_programs(half: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["status", str(half), "--json"])
+    told = json.loads(capsys.readouterr().out)
+    assert (told["total"], told["finished"], told["counts"]["pending"]) == (12, 4, 8)
+    assert (told["started"], told["stacks"][0]["checkpoint"]) == ("2030-01-01T00:00:00+00:00", 1)
+
+
+def test_it_is_watched_until_the_sweep_ends(half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = Console(width=80, file=io.StringIO(), force_terminal=True)
+    pauses: list[float] = []
+    with sweeping(half), monkeypatch.context() as patch:
+        real = read_status
+
+        def read(folder: Path) -> SweepStatus:
+            return dataclasses.replace(real(folder), sweeping=len(pauses) < 2)
+
+        patch.setattr("ncollapse.train.commands.status.read_status", read)
+        patch.setattr("time.sleep", pauses.append)
+        watch_status(half, console)
+    assert pauses == [2.0, 2.0]
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert shown.count("a sweep is running") == 2
+    assert "no sweep is running" in shown

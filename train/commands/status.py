@@ -229,11 +229,13 @@ def as_json(status: SweepStatus) -> str:
 
 def watch_status(folder: Path, console: Console, seconds: float = 2.0) -> None:
     """Show the progress anew every so many seconds, until no sweep runs."""
+    # A console of its own: what is printed on that of the live display appears above it.
+    page = Console(width=console.width, force_terminal=console.is_terminal)
     with Live(console=console, auto_refresh=False) as live:
         while True:
             status = read_status(folder)
-            with console.capture() as shown:
-                print_status(status, console)
+            with page.capture() as shown:
+                print_status(status, page)
             live.update(Text.from_ansi(shown.get()), refresh=True)
             if not status.sweeping:
                 return
