@@ -10,7 +10,10 @@ from torch import Tensor
 from ncollapse.nearest_counts import NearestCounts
 from ncollapse.process_group import told_by_all
 from ncollapse.result import HEAD_METRICS, OF_HEAD, OF_LAYER
-from ncollapse.stats import ClassStats
+from ncollapse.stats import ClassStats, Moment
+
+# Of features this many times as wide as there are classes the second moment costs less between the class means alone.
+_FEW_CLASSES = 4
 
 
 class Measurement:
@@ -19,11 +22,14 @@ class Measurement:
     For NC4 the features are kept until the class means are known; if they take more than `keep_bytes`, it needs a
     second pass over the same data. With `previous` neither is needed. Nothing waits for a GPU before `end_pass`.
 
+    As long as they are kept, and there are few classes, NC1 takes their second moment between the class means from
+    them at the end, at the cost of N × d × K; else all of it is summed, at that of N × d × d.
+
     Args:
         weight: W of the head, `[K, d]`, or `[R, K, d]` of stacked runs. `*` below is R or nothing.
         names: the metrics to compute, of `HEAD_METRICS`.
-        moment: "full" keeps d × d values for the head and each layer. "projected" keeps at most K × K, for wide layers,
-            and needs a second pass.
+        moment: "full" keeps d × d values for the head and each layer, if it must. "projected" keeps at most K × K, for
+            wide layers, and needs a second pass.
         previous: `[*, K, d]` float64, class means of an earlier measurement, which NC4 then takes for the nearest mean.
         by_layer: whether to look for the nearest mean in each further layer too, as NC4 does in the head's features.
         previous_of_layers: name -> `[*, K, d']`, the means that it then takes. If there are `previous` ones, layers
@@ -62,7 +68,6 @@ class Measurement:
             raise ValueError(f"Measurement: metrics are {', '.join(HEAD_METRICS)}; got {', '.join(names)}")
         self._weight, self._names, self._moment = weight.detach(), names, moment
         self._group, self._nan_policy, self._dtype = group, nan_policy, dtype
-        self.stats = self._statistics(weight.shape[-1], name, weight.device)
         self.layers: dict[str, ClassStats] = {}
         self.means: Tensor | None = None
         self.means_of_layers: dict[str, Tensor] = {}
@@ -72,6 +77,8 @@ class Measurement:
         self._correct = torch.zeros(runs, dtype=torch.int64, device=weight.device)
         self._bytes_left = keep_bytes * runs.numel()
         self._nearest = self._counts(weight.device, previous) if "nc4" in names else None
+        first = self._first_moment(weight.shape[-1], self._nearest)
+        self.stats = self._statistics(weight.shape[-1], name, weight.device, first)
         self._nearest_of_layers: dict[str, NearestCounts] = {}
         self._by_layer = by_layer and "nc4" in names
         self._previous_of_layers = {} if previous_of_layers is None else previous_of_layers
@@ -113,15 +120,22 @@ class Measurement:
         for nearest, h in compared:
             self._bytes_left -= nearest.add(h, labels.to(h.device), predicted.to(h.device))
         if self._bytes_left < 0:
-            for nearest in self._all_nearest():
-                nearest.drop()
+            self._keep_no_more()
 
     def end_pass(self) -> bool:
         """End the first pass over the data; return whether a second is needed, in which the same batches are added."""
         self._first_pass = False
+        keeps = all(nearest.keeps for nearest in self._all_nearest())
+        if not (keeps if self._group is None else all(told_by_all(keeps, self._group))):
+            self._keep_no_more()
         self._reduce_statistics()
         self.means = self.stats.means
         self.means_of_layers = {name: stats.means for name, stats in self.layers.items()}
+        if self._moment == "full":
+            self.stats = self._with_moment(self.stats, self._nearest)
+            self.layers = {
+                name: self._with_moment(stats, self._nearest_of_layers.get(name)) for name, stats in self.layers.items()
+            }
         again = self._moment == "projected"
         if self._nearest is not None:
             again |= self._nearest.end_pass(self.means)
@@ -182,10 +196,12 @@ class Measurement:
         return means[..., self.stats.present, :].isfinite().flatten(-2).all(-1)
 
     def _begin_layer(self, name: str, features: Tensor) -> None:
-        self.layers[name] = self._statistics(features.shape[-1], name, features.device)
         means = self._previous_of_layers.get(name)
+        nearest = None
         if self._by_layer and not (self._leave_out_layers and means is None):
-            self._nearest_of_layers[name] = self._counts(features.device, means)
+            nearest = self._nearest_of_layers[name] = self._counts(features.device, means)
+        first = self._first_moment(features.shape[-1], nearest)
+        self.layers[name] = self._statistics(features.shape[-1], name, features.device, first)
 
     def _counts(self, device: torch.device, means: Tensor | None) -> NearestCounts:
         keep = self._moment == "full" and self._bytes_left > 0
@@ -194,12 +210,44 @@ class Measurement:
     def _all_nearest(self) -> list[NearestCounts]:
         return [*([] if self._nearest is None else [self._nearest]), *self._nearest_of_layers.values()]
 
-    def _statistics(self, dim: int, name: str, device: torch.device) -> ClassStats:
+    def _statistics(self, dim: int, name: str, device: torch.device, moment: Moment) -> ClassStats:
         *runs, classes, _ = self._weight.shape
         return ClassStats(
-            classes, dim, moment="full" if self._moment == "full" else "trace", runs=runs[0] if runs else None,
-            nan_policy=self._nan_policy, name=name, device=device, dtype=self._dtype,
+            classes, dim, moment=moment, runs=runs[0] if runs else None, nan_policy=self._nan_policy, name=name,
+            device=device, dtype=self._dtype,
         )  # fmt: skip
+
+    def _first_moment(self, dim: int, nearest: NearestCounts | None) -> Moment:
+        """Return what the first pass sums: all of the second moment, or its trace if the rest can come later."""
+        later = nearest is not None and nearest.keeps and _FEW_CLASSES * self._weight.shape[-2] <= dim
+        return "trace" if later or self._moment == "projected" else "full"
+
+    def _keep_no_more(self) -> None:
+        """Sum the whole second moment of what was kept, and of what comes; leave the nearest means to a second pass."""
+        if self._moment == "full":
+            self.stats = self._whole(self.stats, self._nearest)
+            self.layers = {name: self._whole(h, self._nearest_of_layers.get(name)) for name, h in self.layers.items()}
+        for nearest in self._all_nearest():
+            nearest.drop()
+
+    def _whole(self, stats: ClassStats, nearest: NearestCounts | None) -> ClassStats:
+        if stats.moment != "trace" or nearest is None:
+            return stats
+        whole = self._statistics(stats.dim, stats.name, stats.device, "full")
+        for features, labels, _ in nearest.kept():
+            whole.update(features, labels)
+        return whole
+
+    def _with_moment(self, stats: ClassStats, nearest: NearestCounts | None) -> ClassStats:
+        """Return statistics with the second moment between the class means, from the features that are kept."""
+        if stats.moment != "trace" or nearest is None:
+            return stats
+        projected = stats.projected()
+        for features, labels, _ in nearest.kept():
+            projected.update(features, labels)
+        if self._group is not None:
+            projected.all_reduce(self._group)
+        return projected
 
     def _reduce_statistics(self) -> None:
         if self._group is not None:

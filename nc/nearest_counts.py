@@ -9,7 +9,7 @@ from ncollapse.nearest import agreement
 
 # Bytes of kept features that are compared with the class means in one call: on a GPU a call costs more than the copy
 # that joins batches, on a CPU only that of small batches does.
-_BYTES_PER_CALL = {"cpu": 2**20, "cuda": 2**26}
+_BYTES_PER_CALL = {"cpu": 2**18, "cuda": 2**26}
 
 
 class NearestCounts:
@@ -44,6 +44,15 @@ class NearestCounts:
             features = features.clone()
         self._kept.append((features, labels, predicted))
         return features.nbytes
+
+    @property
+    def keeps(self) -> bool:
+        """Whether all features until now are kept."""
+        return self._kept is not None
+
+    def kept(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the features, labels and predictions that are kept, in few batches."""
+        return _joined(self._kept or [])
 
     def drop(self) -> None:
         """Keep no features, now nor later."""
