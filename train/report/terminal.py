@@ -40,7 +40,8 @@ def print_down(console: Console, view: View, title: str) -> None:
 
 def print_run(folder: Path, run_id: str, console: Console) -> None:
     """Print every metric of a run of the folder, at its start and its end."""
-    run = load_runs(folder).set_index("id", drop=False).loc[run_id]
+    runs = load_runs(folder)
+    run = runs[runs.id == run_id].iloc[0]
     table = Table("metric", header_style="bold", title=plain(f"{run.model} on {run.data}, {run.epochs} epochs"))
     table.add_column("start", justify="right")
     table.add_column("end", justify="right")

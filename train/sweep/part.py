@@ -53,7 +53,7 @@ def parse_where(text: str, also: Mapping[str, Sequence[str]] | None = None) -> l
             f"--where {short(text)}: {short(rest)} is no condition; write them as in "
             '--where "optimizer=adam,adamw lr<0.1"; they are = != < <= > >='
         )
-    return [_condition(*found.groups(), also or {}) for found in _CONDITION.finditer(text)]
+    return [_condition(found[1], found[2], found[3], also or {}) for found in _CONDITION.finditer(text)]
 
 
 def _condition(key: str, comparison: str, text: str, also: Mapping[str, Sequence[str]]) -> Condition:

@@ -135,7 +135,7 @@ class StackPolicy:
             return usual  # nothing to choose
         sizes = usual.sizes.items()
         quick = {key: engine.measure_rate(key, self.facts[key.data], size, quick=True) for key, size in sizes}
-        seconds = self.seconds({key: rate and rate.alone for key, rate in quick.items()})
+        seconds = self.seconds({key: None if rate is None else rate.alone for key, rate in quick.items()})
         if seconds < WORTH_MEASURING:
             return usual
         if not engine.gpus and seconds >= WORTH_PROCESSES:
@@ -212,7 +212,7 @@ class StackPolicy:
             def measure(size: int, key: StackKey = key, tried: dict[int, float | None] = tried) -> float | None:
                 if size not in tried:
                     rate = engine.measure_rate(key, self.facts[key.data], size)
-                    tried[size] = rate and rate.alone
+                    tried[size] = None if rate is None else rate.alone
                     one = {"shape": str(key), "workers": plan.workers, "threads": plan.threads, "size": size}
                     found = {} if rate is None else {"share": round(rate.share, 3)}
                     measured.append({**one, "steps_per_second": tried[size], **found})
