@@ -9,7 +9,6 @@ the whole command in a process of its own, "browser" the page's load event in he
 
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -21,15 +20,12 @@ from typing import Any
 import numpy as np
 import psutil
 
+from bench.made_up import make_store
 from bench.record import Record, recording
-from ncollapse.train.grid import Grid, load_grid
+from ncollapse.train.grid import load_grid
 from ncollapse.train.report.page.write import draw, parts_of, render
 from ncollapse.train.report.queries import read_results
 from ncollapse.train.report.selection import Selection
-from ncollapse.train.results.columns import METRICS
-from ncollapse.train.results.provenance import describe_machine, device_name
-from ncollapse.train.results.schema import FILE
-from ncollapse.train.results.writer import Store
 
 ROUNDS = 3
 #: Told to the page, which tells it to us.
@@ -37,43 +33,6 @@ _LOADED = (
     '<script>addEventListener("load", () => setTimeout(() => { document.title = "loaded " + '
     'performance.getEntriesByType("navigation")[0].loadEventEnd; }));</script></body>'
 )
-
-
-def make_store(folder: Path, grid: Grid) -> int:
-    """Write a finished sweep of made-up metrics; returns the rows of metrics."""
-    with Store(folder, grid) as store:
-        store.begin_session(f"ncollapse sweep {grid.name}", describe_machine(device_name("cpu")))
-    rng = np.random.default_rng(0)
-    names = list(METRICS)
-    places = ", ".join("?" * (2 + len(names)))
-    rows = 0
-    connection = sqlite3.connect(folder / FILE)
-    with connection:
-        for run in grid.runs:
-            epochs = np.unique([*range(0, run.epochs, run.eval_every), run.epochs])
-            part = epochs / run.epochs
-            coupled = run.decay_coupling
-            pull = np.tanh(30 * run.weight_decay**0.5 * (0.2 + run.momentum) * run.lr**0.2)  # in 0 … 1
-            last = dict.fromkeys(names, 2.0 - 3.0 * pull * (0.5 + 0.5 * coupled))  # logarithm to base e
-            last |= {"nc0": 5.0 - 13.0 * pull * coupled, "train_loss": -5.0 - run.momentum}
-            values = {
-                name: np.exp(1 + (last[name] - 1 + 0.3 * rng.standard_normal()) * part + 0.02 * noise)
-                for name, noise in zip(names, rng.standard_normal((len(names), len(epochs))), strict=True)
-            }
-            values["train_accuracy"] = 1 - 0.9 * np.exp(-(6 + rng.random() * 8) * part)
-            values["val_accuracy"] = 0.93 * values["train_accuracy"] + 0.01 * rng.random()
-            values["nc4"] = 1.02 - values["train_accuracy"]
-            values["degenerate"] = np.zeros(len(epochs))
-            table = np.stack([values[name] for name in names], axis=1)
-            connection.executemany(
-                f"INSERT INTO metrics (run, epoch, {', '.join(names)}) VALUES ({places})",
-                [(run.id, int(epoch), *row) for epoch, row in zip(epochs, table.tolist(), strict=True)],
-            )
-            rows += len(epochs)
-            done = ("diverged" if rng.random() < 0.02 else "done", float(rng.random()), 60_000, run.id)
-            connection.execute("UPDATE runs SET status = ?, seconds = ?, train_samples = ? WHERE id = ?", done)
-    connection.close()
-    return rows
 
 
 def phases(folder: Path) -> dict[str, float]:
@@ -91,11 +50,11 @@ def phases(folder: Path) -> dict[str, float]:
     lap("load")
     for kind in ("figures", "tables"):
         (folder / kind).mkdir(exist_ok=True)
-    known = {run: i for i, run in enumerate(results.runs.id)}
+    known: dict[str, int] = {}
     parts = parts_of(results, Selection())
     drawn = [(part, [(section, draw(folder, section, known)) for section in part.sections()]) for part in parts]
     lap("figures")
-    (folder / "report.html").write_text(render(folder, results, Selection(), drawn), "utf-8")
+    (folder / "report.html").write_text(render(folder, results, Selection(), drawn, known), "utf-8")
     lap("page")
     return seconds
 

@@ -119,9 +119,11 @@ def test_points_that_cannot_be_drawn_are_left_out() -> None:
         figure, grid = panels(1, 1, (4, 3))
         drawing = Drawing("x", "", figure)
         grid[0, 0].set_yscale("log")
-        drawing.points(grid[0, 0], [1.0, 2.0, np.nan, 4.0], [1.0, 0.0, 3.0, 4.0], "abcd", marker="o")
-        drawing.points(grid[0, 0], [np.nan], [1.0], "e", marker="o")
+        look = {"marker": "o"}
+        groups = [([1.0, 2.0, np.nan, 4.0], [1.0, 0.0, 3.0, 4.0], "abcd", look), ([np.nan], [1.0], "e", look)]
+        drawing.points(grid[0, 0], groups)
     assert drawing.runs == {"runs-0": ["a", "d"]}
+    assert drawing.note == ""
 
 
 def test_points_on_the_page_are_linked_to_their_runs(swept: Path) -> None:

@@ -15,6 +15,8 @@ from ncollapse.train.report.view import Column, View
 SHARES = 3
 #: Lines of one colour differ in these; with more lines than markers, only the colours tell them apart.
 _MARKERS = "osD^vP"
+#: Lines beyond which only their median and a band are drawn, and values of the coupling that these tell apart.
+_MOST_LINES, _MOST_SHARES = 200, 21
 #: Percentage points that the axis of accuracies shows at least: on a shorter one, noise would look like an effect.
 _LEAST_SPAN = 2.0
 
@@ -46,8 +48,12 @@ def interpolations_view(slug: str, runs: pd.DataFrame) -> View:
 
 def metrics_over_coupling(slug: str, runs: pd.DataFrame, names: Sequence[str]) -> Drawing:
     """Draw final metrics, five at most, over the coupling: a panel per metric, a line per group of `interpolations`."""
-    groups = [group for _, group in runs.groupby("group")]
-    with_markers = len(groups) <= len(_MARKERS)
+    lines = runs.group.nunique()
+    too_many = lines > _MOST_LINES
+    groups = [] if too_many else [group for _, group in runs.groupby("group")]
+    with_markers = lines <= len(_MARKERS)
+    if too_many and runs.coupling.nunique() > _MOST_SHARES:
+        runs = runs.assign(coupling=(runs.coupling * (_MOST_SHARES - 1)).round() / (_MOST_SHARES - 1))
     with style.styled():
         figure, grid = style.panels(2, 3, (9.6, 5.7), gaps=(0.55, 0.8))
         for axes, name in zip(grid.flat, names, strict=False):
@@ -60,6 +66,8 @@ def metrics_over_coupling(slug: str, runs: pd.DataFrame, names: Sequence[str]) -
                 axes.plot(group.coupling, values[group.index], **look, label=label)
                 missed = group[~group.reached]
                 axes.plot(missed.coupling, values[missed.index], marker or "o", color=colour, mfc=GROUND)
+            if too_many:
+                style.medians(axes, runs.assign(**{name: values}), "coupling", name, band=True)
             if name == "val_accuracy":
                 low, high = axes.get_ylim()
                 margin = max(0.0, _LEAST_SPAN - (high - low)) / 2
@@ -72,8 +80,14 @@ def metrics_over_coupling(slug: str, runs: pd.DataFrame, names: Sequence[str]) -
             style.legend_entries(grid[0, 0], [(name, 1.0) for name in dict.fromkeys(runs.optimizer)])
         grid[1, 2].legend(*grid[0, 0].get_legend_handles_labels(), loc="center left")
     hollow = "" if runs.reached.all() else " Hollow: the run missed the training-accuracy threshold."
+    what = "Each line joins runs that differ only in c"
+    if too_many:
+        what = (
+            f"The median, and a band from the 10th to the 90th percentile, of {lines:,} groups of runs that differ "
+            "only in c, which are too many to draw"
+        )
     caption = (
         "Final metrics over the coupled share c of the weight decay: c·λ·w is added to the gradient, (1 − c)·λ·w is "
-        f"applied to the weights directly. Each line joins runs that differ only in c.{hollow}"
+        f"applied to the weights directly. {what}.{'' if too_many else hollow}"
     )
     return Drawing(f"coupling-{slug}", caption, figure)

@@ -63,8 +63,8 @@ def binned(runs: pd.DataFrame, axis: str) -> tuple[pd.DataFrame, str]:
     if not largest:
         return runs, ""
     return runs, (
-        f" There are too many values to tell apart: up to {largest} neighbouring ones share a row or a column, which is "
-        "labelled with the smallest; the table has them all."
+        f" There are too many values to tell apart: up to {largest} neighbouring ones share a row or a column, which "
+        "is labelled with the smallest; the table has them all."
     )
 
 

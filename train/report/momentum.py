@@ -11,8 +11,10 @@ from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.settings import alike, described, in_order
 from ncollapse.train.report.view import Column, View
 
-#: Lines beyond which they are thin, with their median.
-_MANY_LINES = 40
+#: Lines beyond which they are thin, with their median, and beyond which only the median and a band are drawn.
+_MANY_LINES, _MOST_LINES = 40, 400
+#: Ticks of the axis of momenta, at most.
+_TICKS = 12
 
 
 def at_equal_loss(runs: pd.DataFrame, results: Results, selection: Selection) -> pd.DataFrame:
@@ -64,8 +66,9 @@ def momentum_view(slug: str, readings: pd.DataFrame) -> View:
 def metrics_over_momentum(slug: str, readings: pd.DataFrame, names: Sequence[str]) -> style.Drawing:
     """Draw metrics, four at most, over momentum: a panel per metric, a line per group of `at_equal_loss`."""
     momenta = np.sort(readings.momentum.unique())
-    groups = [group for _, group in readings.groupby("group")]
-    few = len(groups) <= _MANY_LINES
+    lines = readings.group.nunique()
+    few, too_many = lines <= _MANY_LINES, lines > _MOST_LINES
+    groups = [] if too_many else [group for _, group in readings.groupby("group")]
     look = {"marker": "o", "markersize": 3.5, "alpha": 0.8, "lw": 1.3} if few else {"alpha": 0.25, "lw": 0.7}
     with style.styled():
         figure, grid = style.panels(2, 2, (7.6, 6.0), gaps=(0.6, 0.8))
@@ -74,23 +77,29 @@ def metrics_over_momentum(slug: str, readings: pd.DataFrame, names: Sequence[str
             for group in groups:
                 colour = style.line(group.optimizer.iloc[0], group.coupling.iloc[0])
                 axes.plot(np.searchsorted(momenta, group.momentum), group[name], **colour, **look)
-            for _, rows in () if few else readings.groupby(["optimizer", "coupling"]):
-                median = rows.groupby("momentum")[name].median()
-                colour = style.line(rows.optimizer.iloc[0], rows.coupling.iloc[0])
-                axes.plot(np.searchsorted(momenta, median.index), median, **colour)
+            if not few:
+                style.medians(axes, readings, "momentum", name, momenta, band=too_many)
             axes.set_title(name.upper())
             axes.set_xlabel("momentum β")
             # At places 0, 1, …: 1 − β spans decades, and 0 is among the momenta, so no scale suits.
-            axes.set_xticks(range(len(momenta)), [f"{v:g}" for v in momenta])
+            ticks = range(0, len(momenta), -(-len(momenta) // _TICKS))
+            axes.set_xticks(ticks, [f"{momenta[i]:g}" for i in ticks])
             axes.set_xlim(-0.3, len(momenta) - 0.7)
         for axes in grid.flat[len(names) :]:
             axes.set_axis_off()
         used = readings.drop_duplicates("optimizer")
         style.legend_entries(grid[0, 0], zip(used.optimizer, used.coupling, strict=True))
         style.one_legend(figure, grid[0, 0], 6)
+    what = "Each line joins runs that differ only in momentum"
+    if too_many:
+        what = (
+            f"The median, and a band from the 10th to the 90th percentile, of {lines:,} groups of runs that differ "
+            "only in momentum, which are too many to draw"
+        )
     caption = (
-        "NC0–NC3 over momentum at equal training loss. Each line joins runs that differ only in momentum; each run is "
-        "read at its first evaluated epoch whose training loss is at most the lowest that all runs of its line reach. "
-        f"Solid: weight decay coupled into the gradient; dashed: decoupled.{'' if few else ' Thick: the median.'}"
+        f"NC0–NC3 over momentum at equal training loss. {what}; each run is read at its first evaluated epoch whose "
+        f"training loss is at most the lowest that all runs of its {'group' if too_many else 'line'} reach. Solid: "
+        "weight decay coupled into the gradient; dashed: decoupled."
+        f"{'' if few or too_many else ' Thick: the median.'}"
     )
     return style.Drawing(f"momentum-{slug}", caption, figure)

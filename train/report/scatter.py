@@ -104,8 +104,7 @@ def accuracy_against_collapse(slug: str, runs: pd.DataFrame, selection: Selectio
             axes.set_axis_off()
         for axes, name in zip(grid.flat, names, strict=False):
             style.scale(axes, "x", eligible[name])
-            for group, look in groups:
-                drawing.points(axes, group[name], 100 * group.val_accuracy, group.id, **look)
+            drawing.points(axes, [(g[name], 100 * g.val_accuracy, g.id, look) for g, look in groups])
             axes.set_xlabel(name.upper())
         for axes in grid[:, 0]:
             axes.set_ylabel("validation accuracy, %")
@@ -113,7 +112,7 @@ def accuracy_against_collapse(slug: str, runs: pd.DataFrame, selection: Selectio
         style.one_legend(figure, grid[0, 0], 6)
     drawing.caption = (
         "Validation accuracy over each final metric. Each point is a run that reached the training-accuracy threshold. "
-        f"{_SHAPES}"
+        f"{_SHAPES}{drawing.note}"
     )
     return drawing
 
@@ -132,8 +131,7 @@ def metric_pairs(slug: str, runs: pd.DataFrame, selection: Selection, pairs: Seq
                 style.scale(axes, "x", done[x])
                 style.scale(axes, "y", done[y])
             factor = 100 if percent else 1
-            for group, look in groups:
-                drawing.points(axes, factor * group[x], factor * group[y], group.id, **look)
+            drawing.points(axes, [(factor * g[x], factor * g[y], g.id, look) for g, look in groups])
             axes.set_xlabel("training accuracy, %" if percent else x.upper())
             axes.set_ylabel("NC4, % of the samples" if percent else y.upper())
             if y == "nc0" and (start := float(done.nc0_start.median())) > 0:
@@ -144,7 +142,7 @@ def metric_pairs(slug: str, runs: pd.DataFrame, selection: Selection, pairs: Seq
         style.one_legend(figure, grid[0, 0], 8 if len(pairs) > 1 else 4)
     hollow = " Hollow: the run missed the training-accuracy threshold." if missed else ""
     about = " ".join(_CAPTIONS[y] for _, y in pairs)
-    drawing.caption = f"{about} Each point is a run that ended well. {_SHAPES}{hollow}"
+    drawing.caption = f"{about} Each point is a run that ended well. {_SHAPES}{hollow}{drawing.note}"
     return drawing
 
 

@@ -1,7 +1,9 @@
 """What distinguishes runs: the order of optimizers, which settings vary, which runs differ in one, text for a run."""
 
 from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ncollapse.train.config import FIELDS
@@ -45,12 +47,17 @@ def described(runs: pd.DataFrame, ignore: Iterable[str] = ()) -> "pd.Series[str]
     where it is not the optimizer's default.
     """
     names = [*_ALWAYS, *(name for name in varying(runs) if name not in (*_ALWAYS, *_IN_TITLES, "coupling"))]
-    parts = [[f"{SYMBOLS.get(name, name)}={written(v)}" for v in runs[name]] for name in names if name not in ignore]
+    parts = [_texts(runs[name], SYMBOLS.get(name, name)) for name in names if name not in ignore]
     if "coupling" not in ignore:
-        defaults = runs.optimizer.map({name: row.coupling for name, row in TABLE.items()})
-        pairs = zip(runs.coupling, defaults, strict=True)
-        parts.append(["" if c == default else f"{SYMBOLS['coupling']}={written(c)}" for c, default in pairs])
+        usual = runs.coupling == runs.optimizer.map({name: row.coupling for name, row in TABLE.items()}).astype(float)
+        parts.append(np.where(usual, "", _texts(runs.coupling, SYMBOLS["coupling"])).astype(object))
     return pd.Series([" ".join(texts).strip() for texts in zip(*parts, strict=True)], runs.index, dtype=object)
+
+
+def _texts(column: "pd.Series[Any]", name: str) -> "np.ndarray[Any, Any]":
+    """Return NAME=VALUE for every value; each is formatted once, since a column has few different ones."""
+    codes, values = pd.factorize(column, use_na_sentinel=False)
+    return np.array([f"{name}={written(value)}" for value in values], dtype=object)[codes]
 
 
 def written(value: object) -> str:

@@ -26,6 +26,9 @@ INK, QUIET, GRID, GROUND = "#1b1b1b", "#5b6066", "#e4e6e8", "#fdfdfd"
 #: Numbers and marks on dark and on light cells. The page keeps them, since the cells' colours stay the same.
 ON_DARK, ON_LIGHT = "#ffffff", "#101010"
 
+#: Points in axes beyond which those that cover each other are not all drawn, and fields of the grid for it, each way.
+_MOST_POINTS, _FIELDS = 5_000, 120
+
 STYLE: Any = {
     "font.size": 9, "text.color": INK, "text.parse_math": False, "figure.facecolor": "white",
     "axes.facecolor": "none", "axes.labelcolor": INK, "axes.edgecolor": QUIET, "axes.linewidth": 0.8,
@@ -49,16 +52,50 @@ class Drawing:
     runs: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     """Id of a group of points in the SVG -> the run of each point, in the order in which they are drawn."""
 
-    def points(self, axes: "Axes", x: Any, y: Any, runs: Iterable[str], **style: Any) -> None:
-        """Draw a point per run; leave out points that are not finite, or not positive on a logarithmic axis."""
-        at = np.asarray([x, y], dtype=float)
-        shown = np.isfinite(at).all(0)
-        for values, scale in zip(at, (axes.get_xscale(), axes.get_yscale()), strict=True):
-            shown &= (values > 0) | (scale != "log")
-        if shown.any():
-            group = f"runs-{len(self.runs)}"
-            self.runs[group] = [run for run, is_shown in zip(runs, shown, strict=True) if is_shown]
-            axes.plot(*at[:, shown], linestyle="", gid=group, **style)
+    left_out: int = 0
+    """Number of points that are not drawn, since another one of their group covers them."""
+
+    def points(self, axes: "Axes", groups: "Iterable[tuple[Any, Any, Iterable[str], dict[str, Any]]]") -> None:
+        """Draw points into axes: groups of x, y, the run of each point, and the style that the group has in common.
+
+        Points that are not finite, or not positive on a logarithmic axis, are left out. Of more than `_MOST_POINTS`,
+        each group has one in every field of a fine grid.
+        """
+        scales = axes.get_xscale(), axes.get_yscale()
+        found = []
+        for x, y, runs, look in groups:
+            at = np.asarray([x, y], dtype=float)
+            shown = np.isfinite(at).all(0)
+            for values, scale in zip(at, scales, strict=True):
+                shown &= (values > 0) | (scale != "log")
+            found.append((at[:, shown], np.asarray(list(runs), dtype=object)[shown], look))
+        every = np.concatenate([at for at, _, _ in found] or [np.empty((2, 0))], axis=1)
+        for at, runs, look in found:
+            kept = _first_of_fields(at, every, scales) if every.shape[1] > _MOST_POINTS else slice(None)
+            drawn = at[:, kept]
+            self.left_out += at.shape[1] - drawn.shape[1]
+            if drawn.size:
+                group = f"runs-{len(self.runs)}"
+                self.runs[group] = list(runs[kept])
+                axes.plot(*drawn, linestyle="", gid=group, **look)
+
+    @property
+    def note(self) -> str:
+        """A sentence on the points that are not drawn, for the caption; empty where all are."""
+        if not self.left_out:
+            return ""
+        return f" {self.left_out:,} points are not drawn, since one of the same kind is drawn in the same place."
+
+
+def _first_of_fields(at: Any, every: Any, scales: tuple[str, str]) -> Any:
+    """Return the indices, ascending, of the first point in each field of a grid over the points `every`, `[2, n]`."""
+    fields = np.zeros(at.shape[1], dtype=np.int64)
+    for values, others, scale in zip(at, every, scales, strict=True):
+        place = np.log if scale == "log" else np.asarray
+        low, high = place(others.min()), place(others.max())
+        fields *= _FIELDS
+        fields += np.minimum((place(values) - low) / max(high - low, 1e-300) * _FIELDS, _FIELDS - 1).astype(np.int64)
+    return np.sort(np.unique(fields, return_index=True)[1])
 
 
 def styled() -> Any:
@@ -116,6 +153,23 @@ def run_lines(axes: "Axes", best: "pd.DataFrame", rows: "pd.DataFrame", x: str, 
     for _, run in best.iterrows():
         shown = rows[rows.run == run["id"]].dropna(subset=[y])
         axes.plot(shown[x], shown[y], **line(run.optimizer, run.coupling), **options)
+
+
+def medians(
+    axes: "Axes", rows: "pd.DataFrame", x: str, y: str, places: "np.ndarray[Any, Any] | None" = None, *, band: bool
+) -> None:
+    """Draw the median of `y` over `x`, a line per optimizer with and without coupled decay.
+
+    Args:
+        places: draw the values of `x` at their index in this array, which is sorted.
+        band: also draw the range from the 10th to the 90th percentile.
+    """
+    for (optimizer, coupled), part in rows.groupby(["optimizer", rows.coupling > 0]):
+        found = part.groupby(x)[y].quantile([0.1, 0.5, 0.9]).unstack()
+        at = found.index if places is None else np.searchsorted(places, found.index)
+        axes.plot(at, found[0.5], **line(str(optimizer), float(bool(coupled))))
+        if band:
+            axes.fill_between(at, found[0.1], found[0.9], color=COLOURS[str(optimizer)], alpha=0.12, linewidth=0)
 
 
 def marker(optimizer: str, coupling: float, *, reached: bool) -> dict[str, Any]:

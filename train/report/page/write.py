@@ -3,7 +3,7 @@
 import base64
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +25,8 @@ from ncollapse.train.results.schema import FINISHED
 
 #: Bytes of SVG beyond which the page has the PNG instead: browsers are slow with tens of thousands of shapes.
 _HEAVY = 300_000
+#: Length of an SVG file over that of its element on the page, at most: beyond, the element is not made.
+_LONG = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +62,9 @@ def write_report(folder: Path, selection: Selection, console: Console, out: Path
             if (out / kind).is_symlink():
                 raise UserError(f"{out / kind} is a symbolic link: a report is written into its own folder only")
             (out / kind).mkdir(exist_ok=True)
-        numbers = {run: i for i, run in enumerate(results.runs.id)}
+        numbers: dict[str, int] = {}
         drawn = [(part, [(section, draw(out, section, numbers)) for section in part.sections()]) for part in parts]
-        _write(path, render(out, results, selection, drawn).encode())
+        _write(path, render(out, results, selection, drawn, numbers).encode())
     except OSError as error:
         raise UserError(
             f"cannot write the report to {out.resolve()}: {error}; the results themselves are kept, and --out DIR "
@@ -82,7 +84,11 @@ def parts_of(results: Results, selection: Selection) -> list[Part]:
 
 
 def draw(folder: Path, section: Section, numbers: dict[str, int]) -> list[Picture]:
-    """Write the section's figures and tables; return the figures for the page, on which the runs have these numbers."""
+    """Write the section's figures and tables; return the figures for the page.
+
+    Args:
+        numbers: of the runs whose points are on the page, from 0; those of this section are added.
+    """
     for name, frame in (*section.files, *((view.name, view.frame) for view in section.tables)):
         _write_csv(folder, name, frame)
     pictures = []
@@ -90,11 +96,18 @@ def draw(folder: Path, section: Section, numbers: dict[str, int]) -> list[Pictur
         image, vectors = encode(drawing.figure)
         _write(folder / "figures" / f"{drawing.name}.png", image)
         _write(folder / "figures" / f"{drawing.name}.svg", vectors.encode())
-        points = {group: [numbers[run] for run in runs] for group, runs in drawing.runs.items()}
-        svg = inline(vectors, drawing.name, drawing.caption, points)
-        heavy = len(svg) > _HEAVY
-        data = base64.b64encode(image).decode() if heavy else ""
-        pictures.append(Picture(drawing.name, drawing.caption, "" if heavy else svg, data))
+        svg = ""
+        if len(vectors) < _LONG * _HEAVY:
+            known = dict(numbers)
+            points = {
+                group: [known.setdefault(run, len(known)) for run in runs] for group, runs in drawing.runs.items()
+            }
+            svg = inline(vectors, drawing.name, drawing.caption, points)
+        if 0 < len(svg) <= _HEAVY:
+            numbers |= known
+            pictures.append(Picture(drawing.name, drawing.caption, svg, ""))
+        else:
+            pictures.append(Picture(drawing.name, drawing.caption, "", base64.b64encode(image).decode()))
     return pictures
 
 
@@ -110,9 +123,13 @@ def _write(path: Path, content: bytes) -> None:
 
 def render(
     folder: Path, results: Results, selection: Selection,
-    drawn: Sequence[tuple[Part, Sequence[tuple[Section, Sequence[Picture]]]]],
+    drawn: Sequence[tuple[Part, Sequence[tuple[Section, Sequence[Picture]]]]], numbers: Mapping[str, int],
 ) -> str:  # fmt: skip
-    """Return the page; also write the tables of what was run into `folder`."""
+    """Return the page; also write the tables of what was run into `folder`.
+
+    Args:
+        numbers: of the runs whose points are on the page, as `draw` gives them.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -123,22 +140,24 @@ def render(
     inventory = [runs_view(runs, selection), settings_view(runs)]
     for view in inventory:
         _write_csv(folder, view.name, view.frame)
-    has_points = any(drawing.runs for _, sections in drawn for section, _ in sections for drawing in section.drawings)
     return environment.get_template("page.html.j2").render(
         name=results.meta.get("grid", results.folder.name), description=results.meta.get("description", ""),
-        parts=drawn, inventory=inventory, sessions=results.sessions, runs=list(_tooltips(runs)) if has_points else [],
+        parts=drawn, inventory=inventory, sessions=results.sessions, runs=list(_tooltips(runs, numbers)),
         optimizers=TABLE, families=FAMILY_COLOURS, threshold=selection.percent,
         total=len(runs), counts=runs.status.value_counts().to_dict(), finished=int(runs.status.isin(FINISHED).sum()),
         reached=len(selection.eligible(runs)), seconds=duration(float(runs.seconds.sum())),
     )  # fmt: skip
 
 
-def _tooltips(runs: pd.DataFrame) -> Iterable[str]:
-    """Yield the tooltip of each run: its settings on the first line, then its results."""
-    labels = runs.optimizer.map(lambda name: LABELS.get(name, name))
+def _tooltips(runs: pd.DataFrame, numbers: Mapping[str, int]) -> Iterable[str]:
+    """Yield the tooltip of each numbered run, in order: its settings on the first line, then its results."""
+    if not numbers:
+        return
+    shown = runs.assign(settings=described(runs)).set_index("id", drop=False).loc[list(numbers)]
+    labels = shown.optimizer.map(lambda name: LABELS.get(name, name))
     results = ["NC0", "NC1", "NC2", "NC3", "train_accuracy", "val_accuracy"]
-    columns = [runs[name.lower()].tolist() for name in results]
-    for label, settings, run, *values in zip(labels, described(runs), runs.id, *columns, strict=True):
+    columns = [shown[name.lower()].tolist() for name in results]
+    for label, settings, run, *values in zip(labels, shown.settings, shown.id, *columns, strict=True):
         metrics = "  ".join(f"{n} {number(v)}" for n, v in zip(results[:4], values[:4], strict=True))
         train, val = map(percentage, values[4:])
         yield f"{label}  {settings}\n{metrics}\ntrain {train}, validation {val}; run {run}"
