@@ -125,4 +125,4 @@ def test_stacks_in_training_go_on_from_their_checkpoints(
     assert run_sweep(small_grid, tmp_path / "all") == 7
     assert sorted(begun)[-1] == 3  # the first message of the stack that goes on from epoch 2
     runs, whole = load_runs(tmp_path / "all").set_index("id"), load_runs(swept).set_index("id")
-    assert runs.nc1.to_dict() == whole.nc1.to_dict()
+    assert runs.nc1.to_dict() == pytest.approx(whole.nc1.to_dict(), rel=1e-5)  # one was trained alone

@@ -162,7 +162,8 @@ def test_hopeless_runs_end_early_and_only_where_it_is_asked_for(run_sweep: Calla
     assert load_metrics(tmp_path / "ended").groupby("run").epoch.max()[bad.id] == 4
     run_sweep(Grid("mixed", (good, bad)), tmp_path / "all")
     assert load_runs(tmp_path / "all").status.tolist() == ["done", "done"]
-    assert load_runs(tmp_path / "all").nc1[0] == runs.nc1[0]
+    # The stack has another shape once it has lost a run: sums are rounded otherwise.
+    assert load_runs(tmp_path / "all").nc1[0] == pytest.approx(runs.nc1[0], rel=1e-5)
 
 
 def test_chance_level_is_the_entropy_of_the_labels(digits: Dataset) -> None:

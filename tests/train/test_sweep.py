@@ -156,8 +156,8 @@ def test_another_size_of_stacks_replans_what_is_not_begun(
         run_sweep(small_grid, tmp_path, stack=4)
     assert sorted(load_runs(tmp_path)["stack"].value_counts()) == [4, 4, 4]
     monkeypatch.undo()
-    run_sweep(small_grid, tmp_path, stack=2)
-    assert sorted(load_runs(tmp_path)["stack"].value_counts()) == [2, 2, 2, 2, 4]
+    run_sweep(small_grid, tmp_path, stack=8)
+    assert sorted(load_runs(tmp_path)["stack"].value_counts()) == [4, 8]
     assert_same(swept, tmp_path, but="stack")
 
 
