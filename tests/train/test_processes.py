@@ -160,7 +160,7 @@ def test_a_sweep_with_much_to_do_measures_and_records_its_choice(
 ) -> None:
     monkeypatch.setattr(stack_size, "WORTH_MEASURING", 0.0)
     monkeypatch.setattr(stack_size, "WORTH_PROCESSES", 0.0)
-    monkeypatch.setattr(this_machine, "_cores", lambda: 2)
+    monkeypatch.setattr(this_machine, "processors", lambda: 2)
     grid = Grid("many", tuple(RunConfig(lr=0.01 * lr, epochs=1, limit=150) for lr in range(1, 9)))
     console = Console(record=True, width=200, file=io.StringIO())
     assert sweep(grid, tmp_path, LOAD, CPU, Options(), console) == 8
@@ -205,7 +205,7 @@ def test_what_cannot_be_sent_to_other_processes_trains_in_this_one(
     """It does not depend on measured speed: the function is checked before anything is measured."""
     monkeypatch.setattr(stack_size, "WORTH_MEASURING", 0.0)
     monkeypatch.setattr(stack_size, "WORTH_PROCESSES", 0.0)
-    monkeypatch.setattr(this_machine, "_cores", lambda: 2)
+    monkeypatch.setattr(this_machine, "processors", lambda: 2)
     monkeypatch.setattr(ThisMachine, "measure_rate", lambda *args, **options: Rate(1e-3))
     console = Console(record=True, width=500, file=io.StringIO())
     grid = Grid("few", small_grid.runs[:2])

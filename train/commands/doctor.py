@@ -10,6 +10,7 @@ from ncollapse.kernels import operators
 from ncollapse.kernels.class_stats import op as class_stats
 from ncollapse.kernels.update import launch as update
 from ncollapse.train.data.sets import DATA_SETS, check_files, data_folder
+from ncollapse.train.limits import available_memory, memory_limit, processors
 from ncollapse.train.results.provenance import device_name, package_version
 
 
@@ -17,7 +18,13 @@ def inspect_machine(data_dir: Path | None) -> Iterator[tuple[str, str]]:
     """Yield pairs (subject, finding) for a table."""
     yield "ncollapse", package_version("ncollapse") or "not installed"
     yield "torch", torch.__version__
-    yield "processor", f"{device_name('cpu')}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads"
+    yield (
+        "processor",
+        f"{device_name('cpu')}, {processors()} of {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+    )
+    limit = memory_limit()
+    of = "" if limit is None else f"; this container or job is limited to {limit / 2**30:.1f} GiB"
+    yield "memory", f"{available_memory() / 2**30:.1f} GiB free{of}"
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(i)

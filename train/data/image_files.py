@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from ncollapse.train.errors import UserError
+from ncollapse.train.limits import available_memory
 
 #: Pixels of an image, far beyond what a network here takes.
 _MOST_PIXELS = 4096 * 4096
@@ -36,7 +36,7 @@ def read_images(folder: Path) -> tuple[list[Tensor], list[int], tuple[str, ...]]
     # Pillow releases the GIL while it decodes, so threads suffice.
     with ThreadPoolExecutor() as pool:
         first = _read(Path(found.samples[0][0]))
-        needed, free = len(found) * first.nbytes * _BYTES, psutil.virtual_memory().available
+        needed, free = len(found) * first.nbytes * _BYTES, available_memory()
         if needed > free:
             raise UserError(
                 f"imagefolder {folder}: {len(found):,} images of {'×'.join(map(str, first.shape[-2:]))} take "

@@ -17,6 +17,7 @@ import torch
 
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.errors import UserError
+from ncollapse.train.limits import available_memory, limit_own_memory, memory_limit, processors
 from ncollapse.train.results.checkpoint_file import read_checkpoint
 from ncollapse.train.results.provenance import device_name
 from ncollapse.train.results.writer import PlannedStack
@@ -35,6 +36,8 @@ from ncollapse.train.sweep.throughput import DataFacts, Rate, measure_rate, room
 
 #: How workers start: a fork of this process would copy torch's threads and the state of the GPU.
 _CONTEXT = multiprocessing.get_context("spawn")
+#: Memory of a process before its first stack, about: PyTorch, and a small data set.
+_PROCESS_BYTES = 400 * 2**20
 
 
 class ThisMachine(Engine):
@@ -54,6 +57,8 @@ class ThisMachine(Engine):
         self._devices = every if device.type == "cuda" and device.index is None else [device]
         self._settings, self._loaded = settings, {} if loaded is None else loaded
         self._threads_before = self._threads = torch.get_num_threads()
+        self._memory: int | None = None  # bytes that each worker may take, where a container or job limits them
+        self._unlimit: Callable[[], None] = lambda: None
         self._trainer: _Trainer | None = None
         self._workers: list[_Worker] = []  # none where this process trains
         # Without a lock, which a killed worker could keep.
@@ -71,10 +76,11 @@ class ThisMachine(Engine):
         return len(self._devices) if self._devices[0].type == "cuda" else 0
 
     def slots(self, per_gpu: int) -> int:
-        return self.gpus * per_gpu or _cores()
+        # Without a GPU a process needs a core, and memory for itself and as much for what it trains.
+        return self.gpus * per_gpu or max(1, min(processors(), available_memory() // (2 * _PROCESS_BYTES)))
 
     def threads(self, workers: int) -> int:
-        return self._threads_before if workers == 1 else max(1, _cores() // workers)
+        return min(self._threads_before, processors()) if workers == 1 else max(1, processors() // workers)
 
     def use(self, workers: int, threads: int, per_gpu: int = 1) -> None:
         """See `Engine`; here `per_gpu` follows from the number of workers.
@@ -85,7 +91,13 @@ class ThisMachine(Engine):
         if workers == 1 or threads != self._threads:
             self._keep_workers(0)
         self._threads = threads
+        self._unlimit()
+        if memory_limit() is not None and not self.gpus:
+            # What is left is for all of them; each takes its own part of it for itself.
+            self._memory = max(0, available_memory() - (workers if workers > 1 else 0) * _PROCESS_BYTES) // workers
         if workers == 1:
+            if self._memory is not None:
+                self._unlimit = limit_own_memory(self._memory)
             torch.set_num_threads(threads)
             self._trainer = self._trainer or _Trainer(self._devices[0], self._settings, self._loaded, self._stopping)
             return
@@ -100,7 +112,8 @@ class ThisMachine(Engine):
             self._workers.append(self._start(len(self._workers)))
 
     def _start(self, i: int) -> "_Worker":
-        return _Worker(self._devices[i % len(self._devices)], self._threads, self._settings, self._stopping)
+        device = self._devices[i % len(self._devices)]
+        return _Worker(device, self._threads, self._memory, self._settings, self._stopping)
 
     def _restart(self, i: int) -> None:
         self._workers[i].kill()
@@ -113,7 +126,10 @@ class ThisMachine(Engine):
         del self._workers[count:]
 
     def room(self, key: StackKey, facts: DataFacts) -> int:
-        return max(1, room_on(self._devices[0], key, facts) * len(self._devices) // max(1, len(self._workers)))
+        # Processes that have just started have not taken their own memory yet.
+        reserved = sum(max(0, _PROCESS_BYTES - worker.bytes) for worker in self._workers)
+        room = room_on(self._devices[0], key, facts, reserved) * len(self._devices)
+        return max(1, room // max(1, len(self._workers)))
 
     def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> Rate | None:
         if not self._workers:
@@ -162,6 +178,9 @@ class ThisMachine(Engine):
 
     def close(self) -> None:
         self._keep_workers(0)
+        self._trainer = None
+        self._unlimit()
+        _give_memory_back()
         torch.set_num_threads(self._threads_before)
 
 
@@ -171,11 +190,6 @@ def _why_unpicklable(settings: WorkerSettings) -> str:
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         return str(error)
     return ""
-
-
-def _cores() -> int:
-    # The cores that this process may use: a batch system assigns it a part of the machine.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Trainer:
@@ -210,12 +224,24 @@ class _Trainer:
 class _Worker:
     """A process that trains stacks and measures rates, and this end of the pipe to it."""
 
-    def __init__(self, device: torch.device, threads: int, settings: WorkerSettings, stopping: Any) -> None:
+    def __init__(
+        self, device: torch.device, threads: int, memory: int | None, settings: WorkerSettings, stopping: Any
+    ) -> None:
         self.connection, child_end = _CONTEXT.Pipe()
-        arguments = (child_end, device, threads, settings, stopping)
+        arguments = (child_end, device, threads, memory, settings, stopping)
         self.process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         child_end.close()
+
+    @property
+    def bytes(self) -> int:
+        """The memory that the process takes now."""
+        import psutil
+
+        with contextlib.suppress(psutil.Error):
+            rss: int = psutil.Process(self.process.pid).memory_info().rss
+            return rss
+        return 0
 
     def send(self, request: Any) -> None:
         """Send a `PlannedStack` to train, or (key, facts, size, quick) to measure a rate."""
@@ -236,7 +262,10 @@ class _Worker:
         self.connection.close()
 
 
-def _serve(connection: Connection, device: torch.device, threads: int, settings: WorkerSettings, stopping: Any) -> None:
+def _serve(
+    connection: Connection, device: torch.device, threads: int, memory: int | None, settings: WorkerSettings,
+    stopping: Any,
+) -> None:  # fmt: skip
     """Answer requests in a worker process until the parent ends, or after an exception, with Failed."""
     # Ctrl-C and the signals of a batch system reach all processes of a job, but are for the parent.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -244,6 +273,8 @@ def _serve(connection: Connection, device: torch.device, threads: int, settings:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+    if memory is not None:
+        limit_own_memory(memory)
     try:
         trainer = _Trainer(device, settings, {}, stopping)
         while True:
@@ -283,8 +314,20 @@ def keep_memory() -> None:
     By default glibc returns large blocks to the system at once, and a step of a stack then causes a thousand page
     faults to get the same memory again: a quarter of the time of a small CNN's step on a CPU.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    mallopt = _of_c_library("mallopt")
     if mallopt is not None:
         m_trim_threshold, m_mmap_max = -1, -4
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def _give_memory_back() -> None:
+    """Give what `keep_memory` has kept back to the system: a report that follows needs it."""
+    malloc_trim = _of_c_library("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _of_c_library(name: str) -> Any:
+    """Return a function of the C library; None where it has none of this name."""
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None

@@ -11,6 +11,7 @@ from ncollapse.train.config import RunConfig
 from ncollapse.train.data.augment import draw_views
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.errors import out_of_memory
+from ncollapse.train.limits import available_memory
 from ncollapse.train.networks.models import Classifier, build
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.optimizers import TABLE
@@ -148,14 +149,14 @@ def bytes_per_run(key: StackKey, facts: DataFacts) -> int:
     return 5 * weights + max(activations, kept)
 
 
-def room_on(device: torch.device, key: StackKey, facts: DataFacts) -> int:
-    """Estimate how many runs fit into the free memory of a device; at least 1, which training tries in any case."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        import psutil
+def room_on(device: torch.device, key: StackKey, facts: DataFacts, reserved: int = 0) -> int:
+    """Estimate how many runs fit into the free memory of a device; at least 1, which training tries in any case.
 
-        free = psutil.virtual_memory().available
+    Args:
+        reserved: bytes of the processor's memory that are free, but will be taken otherwise.
+    """
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else max(0, available_memory() - reserved)
     try:
         return max(1, int(_MEMORY * free / bytes_per_run(key, facts)))
     except (MemoryError, RuntimeError) as error:  # even the estimate of a very wide network needs its weights
