@@ -101,14 +101,18 @@ def plan_stacks(
     plan = policy.choose(engine)
     planned = group((one for one in stacks if one.id not in begun), lambda one: StackKey.of(one.runs[0]))
     new: list[RunConfig] = []
+    sizes = dict(plan.sizes) if before is None else before.sizes | plan.sizes
     for key, members in group(free, StackKey.of).items():
         wanted = {run.id for run in members}
         members_now = [{run.id for run in one.runs} for one in planned.get(key, ())]
         whole = {run for each in members_now if each & wanted for run in each} == wanted
-        if not whole or before is None or plan.sizes[key] != before.sizes.get(key):
+        known, size = 0 if before is None else before.sizes.get(key, 0), plan.sizes[key]
+        # A smaller size is no other plan where it is that of the few runs that are left.
+        if whole and (size == known or known > size >= -(-len(members) // plan.workers)):
+            sizes[key] = known
+        else:
             new += members
-    known = {} if before is None else before.sizes
-    stored = {"engine": options.engine, "stack": stack, **dataclasses.replace(plan, sizes=known | plan.sizes).as_dict()}
+    stored = {"engine": options.engine, "stack": stack, **dataclasses.replace(plan, sizes=sizes).as_dict()}
     store.set_plan(make_stacks(new, plan.sizes.__getitem__, plan.workers), stored)
     for line in plan.describe():
         console.print(plain(line))
