@@ -22,7 +22,7 @@ torch.manual_seed(0)
 N, K = 120, 4
 labels = torch.arange(N) % K
 x = torch.randn(N, 6) + torch.eye(K, 6)[labels]
-plain = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, K))
+plain = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, K))
 mine = slice(0, 50) if rank == 0 else slice(50, N)
 share = (x[mine], labels[mine])
 other, strange = x.flip(1) + torch.eye(K, 6)[labels], x - 1
@@ -56,8 +56,8 @@ for name, several in (
     assert set(result.as_dict()) == set(whole.as_dict())
     assert result.test.layers["0"].nc4_per_class == whole.test.layers["0"].nc4_per_class
 same(measure(plain, share, **options), "all kept")
-same(measure(plain, share, keep_bytes=30 * 10 * 4, **options), "nothing kept")
-same(measure(plain, share, keep_bytes=55 * 10 * 4, **options), "kept by one process")
+same(measure(plain, share, keep_bytes=30 * 40 * 4, **options), "nothing kept")
+same(measure(plain, share, keep_bytes=55 * 40 * 4, **options), "kept by one process")
 same(measure(plain, share, moment="projected", **options), "projected")
 same(measure(plain, share, previous=whole, **options), "previous")
 nothing = (x[:0], labels[:0])

@@ -69,6 +69,32 @@ def test_features_beyond_the_bound_take_a_second_pass(
         torch.testing.assert_close(values[name].double(), value.double(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("kept", ["all", "some", "none"])
+@pytest.mark.parametrize("runs", [None, R])
+def test_the_second_moment_comes_from_the_kept_features_or_from_all_batches(kept: str, runs: int | None) -> None:
+    """Of features much wider than there are classes, those that are kept give NC1 without a d × d matrix."""
+    labels, dim = torch.arange(N) % K, 6 * K
+    features = torch.randn(R, N, dim)[: runs or 1] + 2 * torch.eye(K, dim)[labels]
+    features = features if runs else features[0]
+    weight = torch.randn(R, K, dim) if runs else torch.randn(K, dim)
+    logits = features @ weight.mT
+    of_all = 2 * N * dim * 4  # of head and layer
+    measurement = Measurement(weight, by_layer=True, keep_bytes={"all": of_all, "some": of_all // 2, "none": 0}[kept])
+    add(measurement, features, logits, labels)
+    assert measurement.end_pass() is (kept != "all")
+    assert measurement.stats.moment == measurement.layers["block"].moment == ("projected" if kept == "all" else "full")
+    add(measurement, features, logits, labels)
+    values, blocks = measurement.finish()
+    exact = ClassStats(K, dim, runs=runs, dtype=torch.float64)
+    exact.update(features.double(), labels)
+    torch.testing.assert_close(values["nc1"], metrics.nc1(exact), rtol=1e-5, atol=0)
+    torch.testing.assert_close(blocks["block"]["nc1"], metrics.nc1(exact), rtol=1e-5, atol=0)
+    torch.testing.assert_close(values["nc4"], metrics.nc4(features, logits, exact), rtol=0, atol=0)
+    counts = measurement.agreement("block")
+    assert counts is not None
+    assert counts[..., 0].sum(-1).unique().tolist() == [N]
+
+
 def test_nc4_is_nan_without_the_second_pass_and_of_a_run_that_is_not_finite(batch: tuple[Tensor, ...]) -> None:
     weight, features, logits, labels = batch
     measurement = Measurement(weight, keep_bytes=0)
