@@ -4,6 +4,9 @@ The second moment (`scatter`) has a looser bound with Triton. It is a product of
 truncates them where a GPU rounds (5e-5), and tensor cores keep fewer digits when they accumulate (4e-6 was seen).
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,6 +123,34 @@ def test_many_classes_are_added_one_after_the_other(both: Both, add: Add, runs: 
         add(features.nan_to_num(), labels, each[-1], False)
     torch.set_num_threads(threads)
     same_bits(*each)
+
+
+NO_MEMORY = """
+import resource, torch
+from ncollapse import ClassStats
+
+torch.set_num_threads(1)
+stats = ClassStats(1000, 1024, moment="trace")
+features, labels = torch.randn(32_768, 1024, dtype=torch.bfloat16), torch.arange(32_768) % 1000
+stats.update(features[:100], labels[:100])
+before = stats.state_dict()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, used + 2**24))  # each part of the batch needs 4 MB, all 64
+try:
+    stats.update(features, labels)
+except MemoryError as error:
+    assert "the batch is not added" in str(error)
+else:
+    raise AssertionError("no error")
+assert all(torch.equal(value, before[name]) for name, value in stats.state_dict().items())
+"""
+
+
+@only("cpu")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's limit of memory")
+@pytest.mark.usefixtures("backend")
+def test_no_memory_for_a_batch_is_an_error() -> None:
+    subprocess.run([sys.executable, "-c", NO_MEMORY], check=True)
 
 
 @only("cpu")
