@@ -15,16 +15,26 @@ def nearest_class(features: Tensor, means: Tensor) -> Tensor:
         features: `[*, N, d]`.
         means: `[*, K, d]` float64; a class whose row is NaN is never the nearest.
     """
-    absent = means.isnan().any(-1)
-    centre = means.nan_to_num(0.0).sum(-2, keepdim=True) / (~absent).sum(-1, keepdim=True).clamp(min=1).unsqueeze(-1)
-    dtype = torch.promote_types(features.dtype, torch.float32)
-    centre = centre.to(dtype)
-    axes = (means - centre).nan_to_num(0.0)
-    labels = torch.zeros(features.shape[-2], dtype=torch.int64, device=features.device)
-    products = project_op(features.detach(), labels, centre, axes.to(dtype))
-    # ‖h − μ‖² is smallest where (h − c)·(μ − c) − ‖μ − c‖²/2 is largest; c is the centre.
-    half = (axes.square().sum(-1) / 2).to(dtype).masked_fill(absent, float("inf"))
-    return (products - half.unsqueeze(-2)).argmax(-1)
+    return NearestMean(means, features.dtype)(features)
+
+
+class NearestMean:
+    """As `nearest_class`, of the same means for many batches of one dtype."""
+
+    def __init__(self, means: Tensor, dtype: torch.dtype) -> None:
+        dtype, absent = torch.promote_types(dtype, torch.float32), means.isnan().any(-1)
+        present = (~absent).sum(-1, keepdim=True).clamp(min=1).unsqueeze(-1)
+        self._centre = (means.nan_to_num(0.0).sum(-2, keepdim=True) / present).to(dtype)
+        axes = (means - self._centre).nan_to_num(0.0)
+        self._axes = axes.to(dtype)
+        self._half = (axes.square().sum(-1) / 2).to(dtype).masked_fill(absent, float("inf")).unsqueeze(-2)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Return the class with the nearest mean, `[*, N]` int64, of features `[*, N, d]`."""
+        labels = torch.zeros(features.shape[-2], dtype=torch.int64, device=features.device)
+        products = project_op(features.detach(), labels, self._centre, self._axes)
+        # ‖h − μ‖² is smallest where (h − c)·(μ − c) − ‖μ − c‖²/2 is largest; c is the centre.
+        return (products - self._half).argmax(-1)
 
 
 def agreement(features: Tensor, labels: Tensor, predicted: Tensor, means: Tensor) -> Tensor:
@@ -42,7 +52,11 @@ def agreement(features: Tensor, labels: Tensor, predicted: Tensor, means: Tensor
     Returns:
         `[*, K, 3]` int64: a class's samples, those nearest to its mean, those whose nearest mean is not predicted.
     """
-    nearest, classes = nearest_class(features, means), means.shape[-2]
+    return count_kinds(nearest_class(features, means), labels, predicted, means.shape[-2])
+
+
+def count_kinds(nearest: Tensor, labels: Tensor, predicted: Tensor, classes: int) -> Tensor:
+    """As `agreement`, of the class with the nearest mean, `[*, N]`."""
     # One of four kinds for each class; on a CPU adding rows of three counts takes eight times as long.
     kinds = 4 * labels + 2 * (nearest == labels) + (nearest != predicted)
     counts = kinds.new_zeros(*kinds.shape[:-1], 4 * classes).scatter_add_(-1, kinds, torch.ones_like(kinds))

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ncollapse.nearest import agreement
+from ncollapse.nearest import NearestMean, count_kinds
 
 # Bytes of kept features that are compared with the class means in one call: on a GPU a call costs more than the copy
 # that joins batches, on a CPU only that of small batches does.
@@ -29,6 +29,7 @@ class NearestCounts:
     def __init__(self, shape: torch.Size, device: torch.device, means: Tensor | None, *, keep: bool) -> None:
         self.counts = torch.zeros(*shape, 3, dtype=torch.int64, device=device)
         self.compared = 0
+        self._nearest: NearestMean | None = None
         self._means = None if means is None else means.to(device)
         self._kept: list[tuple[Tensor, Tensor, Tensor]] | None = [] if keep and means is None else None
 
@@ -70,8 +71,11 @@ class NearestCounts:
         return self._means is not None
 
     def _compare(self, features: Tensor, labels: Tensor, predicted: Tensor, means: Tensor) -> None:
+        if self._nearest is None:
+            self._nearest = NearestMean(means, features.dtype)
+        classes = means.shape[-2]
         # On a GPU labels out of range are reported when the statistics are read, and must not be an index before.
-        self.counts += agreement(features, labels.clamp(0, means.shape[-2] - 1), predicted, means)
+        self.counts += count_kinds(self._nearest(features), labels.clamp(0, classes - 1), predicted, classes)
         self.compared += len(labels)
 
 
