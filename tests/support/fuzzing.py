@@ -168,6 +168,10 @@ def option(random: Random, case: Path) -> str:
         "workers",
         "ray-address",
         "threshold",
+        "minutes",
+        "stop-hopeless",
+        "where",
+        "shard",
     ]
     names += ["best-by", "nonsense", *(field.name.replace("_", "-") for field in FIELDS)]
     words = ["run"] if random.random() < 0.5 else ["sweep", random.choice(("demo", "g.toml", "../x", "\x1b[31m"))]
@@ -194,8 +198,8 @@ class _Parsed(BaseException):
     pass
 
 
-def _parsed(grid: Grid, place: Any, options: Any, console: Console) -> Path:
-    cli._device(place.device, options.engine)
+def _parsed(grid: Grid, out: Any, source: Any, options: Any, console: Console) -> Path:
+    cli._device(source.device, options.engine)
     raise _Parsed
 
 

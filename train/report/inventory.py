@@ -40,7 +40,8 @@ def runs_view(runs: pd.DataFrame, selection: Selection) -> View:
         Column("time", lambda row: Cell(duration(row.seconds), value=float(row.seconds))),
     )
     caption = (
-        "Diverged: the loss was not finite. Degenerate: features or weights vanished. The threshold is "
+        "Diverged: the loss was not finite. Degenerate: features or weights vanished. Hopeless: ended early by "
+        "--stop-hopeless, since the training loss had not left chance level. The threshold is "
         f"{selection.percent} training accuracy. Time: training and evaluation, each run's share of its stack's time."
     )
     return View("runs-by-optimizer", caption, columns, what_was_run(runs, selection))
