@@ -262,7 +262,7 @@ def test_start_and_end_are_the_first_and_last_evaluation_nan_included(folder: Pa
 def test_one_run_is_shown_with_every_metric(run_sweep: Callable[..., int], tmp_path: Path) -> None:
     run_sweep(Grid("one", (RunConfig(epochs=1, limit=100),)), tmp_path)
     console = Console(record=True, width=100, file=io.StringIO())
-    print_run(tmp_path, console)
+    print_run(tmp_path, load_runs(tmp_path).id[0], console)
     text = console.export_text()
     for name in ("nc0", "nc4", "val_accuracy", "nc0 predicted", "done,"):
         assert name in text
