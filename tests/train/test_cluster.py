@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.reader import load_runs
 from ncollapse.train.results.writer import PlannedStack, Store
-from ncollapse.train.sweep import ray_cluster, stack_size
+from ncollapse.train.sweep import ray_connect, stack_size
 from ncollapse.train.sweep.messages import WorkerSettings
 from ncollapse.train.sweep.options import Options
 from ncollapse.train.sweep.ray_cluster import Cluster
@@ -62,7 +63,7 @@ def cluster(nodes: Any) -> Any:
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     # They would stay in the environment, and nodes that start later need more retries.
-    monkeypatch.setattr(ray_cluster, "_RETRY_LIMITS", {})
+    monkeypatch.setattr(ray_connect, "_RETRY_LIMITS", {})
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +222,48 @@ def test_without_ray_the_extra_is_named(digits: Dataset, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"--engine ray needs Ray .*: pip install 'ncollapse\[ray\]'"):
         Cluster(None, CPU, settings(digits))
+
+
+def test_a_lost_head_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_connect, "_LOST_SECONDS", 0.0)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        head = ray_connect.Head(f"127.0.0.1:{listening.getsockname()[1]}")
+        head.check()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"the head of the Ray cluster at 127.0.0.1:\d+ does not answer any more"):
+            head.check()
+    assert head.lost
+    head.close()
+
+
+def test_a_process_that_waits_for_a_lost_head_ends_with_words() -> None:
+    """Ray's own code, in which it may wait, heeds no signal."""
+    code = (
+        "import threading; from ncollapse.train.sweep import ray_connect as r\n"
+        "r._END_SECONDS = r._WATCH_SECONDS = 0.01\n"
+        "r._refusal = lambda address: 'refused'; r.Head('head:1'); threading.Event().wait()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("ncollapse: the head of the Ray cluster at head:1 does not answer any more (refused)")
+
+
+@pytest.mark.parametrize(("mode", "text"), [("token", "it requires a token"), ("disabled", "everyone who reaches it")])
+def test_who_can_reach_a_private_cluster_is_said(
+    mode: str, text: str, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+    started: list[object] = []
+
+    def start(address: str, **options: object) -> None:
+        started.append(address)
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)  # as Ray does
+
+    monkeypatch.setattr(ray, "init", start)
+    monkeypatch.setattr(ray_connect, "_running_here", lambda: "127.0.0.1:1")  # one that was killed
+    monkeypatch.setattr(ray_connect, "_refusal", lambda address: "refused")
+    _, note = ray_connect.connect(None)
+    assert text in note
+    assert started == ["local"]

@@ -50,7 +50,10 @@ def make_engine(
     if options.engine == "ray":
         from ncollapse.train.sweep.ray_cluster import Cluster
 
-        return Cluster(options.ray_address, device, settings, loaded), options.workers
+        cluster = Cluster(options.ray_address, device, settings, loaded)
+        if cluster.note:
+            say(console, cluster.note)
+        return cluster, options.workers
     engine = ThisMachine(device, settings, loaded)
     if options.workers == "auto" and engine.unpicklable:
         say(

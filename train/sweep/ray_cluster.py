@@ -1,18 +1,7 @@
-"""The Ray engine: stacks as tasks on a cluster of machines, or on this one; README.md says how to start a cluster.
+"""The Ray engine: stacks as tasks on a cluster of machines, or on this one; README.md says how to start a cluster."""
 
-A cluster that requires a token (Ray makes one where `~/.ray/auth_token` exists) needs that file and RAY_AUTH_MODE=token
-on every machine.
-"""
-
-import contextlib
 import functools
-import importlib
-import logging
 import math
-import os
-import signal
-import socket
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,20 +26,14 @@ from ncollapse.train.sweep.messages import (
     failure,
     train_stack,
 )
+from ncollapse.train.sweep.ray_connect import Head, connect
 from ncollapse.train.sweep.this_machine import keep_memory
 from ncollapse.train.sweep.throughput import DataFacts, Rate, measure_rate, room_on
 
 #: Threads of each task. Tasks share a machine's cores among them, as the processes of the local engine do.
 _THREADS = 1
-#: Seconds between two queries of the cluster's size, and that a machine may take to accept a connection.
-_QUERY_SECONDS, _CONNECT_SECONDS = 2.0, 10.0
-#: Bounds on Ray's retries, where something else answers at the address or this machine is not part of the cluster: by
-#: default it retries for a quarter of an hour. Ray reads them when it is imported.
-_RETRY_LIMITS = {
-    "RAY_NUM_REDIS_GET_RETRIES": "1",
-    "RAY_py_gcs_connect_timeout_s": "10",
-    "RAY_gcs_server_request_timeout_seconds": "20",
-}
+#: Seconds between two queries of the cluster's size.
+_QUERY_SECONDS = 2.0
 
 
 class Cluster(Engine):
@@ -66,12 +49,15 @@ class Cluster(Engine):
     """
 
     in_process = False
+    note: str
+    """A sentence for the user on a cluster that was started for this sweep; empty where there was one."""
 
     def __init__(
         self, ray_address: str | None, device: torch.device, settings: WorkerSettings,
         loaded: dict[str, Dataset] | None = None,
     ) -> None:  # fmt: skip
-        self._ray = _connect(ray_address)
+        self._ray, self.note = connect(ray_address)
+        self._head = Head(self._ray.get_runtime_context().gcs_address)
         self._settings, self._settings_ref = settings, self._ray.put(settings)
         self._loaded = {} if loaded is None else loaded
         self._on_gpus = device.type == "cuda"
@@ -102,6 +88,7 @@ class Cluster(Engine):
         return f"Ray cluster, {nodes} machine{'s' if nodes != 1 else ''}, {kind}"
 
     def _nodes(self) -> list[dict[str, Any]]:
+        self._head.check()  # Ray would wait for a lost one for a minute, and then end this process
         return [node for node in self._ray.nodes() if node["Alive"]]
 
     @property
@@ -238,62 +225,12 @@ class Cluster(Engine):
 
     def close(self) -> None:
         """See `Engine`; a cluster that was running before keeps running."""
-        self._close_probes()
-        for messages in self._in_flight:
-            self._ray.cancel(messages, force=True)
+        self._head.close()
+        if not self._head.lost:  # then nothing answers
+            self._close_probes()
+            for messages in self._in_flight:
+                self._ray.cancel(messages, force=True)
         self._ray.shutdown()
-
-
-def _connect(ray_address: str | None) -> Any:
-    """Connect this process to a cluster, or start one, and return the module ray; errors come within seconds."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = ray_address or os.environ.get("RAY_ADDRESS")
-    if address:
-        for name, value in _RETRY_LIMITS.items():
-            os.environ.setdefault(name, value)
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError(f"--engine ray needs Ray ({error}): pip install 'ncollapse[ray]'") from None
-    address = address or _running_here()
-    if address is not None and address not in ("auto", "local"):  # names that Ray resolves
-        _check_reachable(address)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(ray_address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
-    except (ConnectionError, RuntimeError, ray.exceptions.RayError) as error:
-        why = [repr(error), *str(error.__cause__ or error).strip().splitlines()][-1]
-        raise UserError(_no_answer(address or "this machine", why)) from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray has set its own, which ends the process at once
-    return ray
-
-
-def _running_here() -> str | None:
-    """The address of a cluster that was started on this machine, as far as Ray knows one."""
-    with contextlib.suppress(ImportError, AttributeError):
-        return importlib.import_module("ray._private.services").canonicalize_bootstrap_address(None)
-    return None
-
-
-def _check_reachable(address: str) -> None:
-    """Raise UserError unless something answers at an address: Ray itself would retry for a quarter of an hour."""
-    host, _, port = address.rpartition(":")
-    if "://" in address or not port.isdigit():
-        raise UserError(f"--ray-address is HOST:PORT, as in 192.168.0.1:6379; got {address}")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise UserError(_no_answer(address, str(error))) from None
-
-
-def _no_answer(address: str, why: str) -> str:
-    return (
-        f"no connection to a Ray cluster at {address} ({why}). Start one with `ray start --head --port 6379`, and with "
-        "`ray start --address HOST:6379` on its other machines; this must be one of them. `ray stop` stops an old "
-        "cluster here; without a cluster, --ray-address and $RAY_ADDRESS, Ray starts one on this machine only"
-    )
 
 
 # The rest runs in processes of the cluster.
