@@ -83,7 +83,7 @@ def test_no_two_public_classes_share_a_name() -> None:
     ("library", "homes"),
     [
         ("matplotlib", ["plot.py", "style.py"]),
-        ("ray", ["ray_cluster.py"]),
+        ("ray", ["ray_cluster.py", "ray_connect.py"]),
         ("tensorboard", ["tensorboard.py"]),
     ],
 )

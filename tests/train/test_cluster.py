@@ -229,7 +229,7 @@ def test_a_lost_head_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        head = ray_connect.Head(f"127.0.0.1:{listening.getsockname()[1]}")
+        head = ray_connect.ClusterHead(f"127.0.0.1:{listening.getsockname()[1]}")
         head.check()
     for _ in range(2):
         with pytest.raises(UserError, match=r"the head of the Ray cluster at 127.0.0.1:\d+ does not answer any more"):
@@ -243,7 +243,7 @@ def test_a_process_that_waits_for_a_lost_head_ends_with_words() -> None:
     code = (
         "import threading; from ncollapse.train.sweep import ray_connect as r\n"
         "r._END_SECONDS = r._WATCH_SECONDS = 0.01\n"
-        "r._refusal = lambda address: 'refused'; r.Head('head:1'); threading.Event().wait()"
+        "r._refusal = lambda address: 'refused'; r.ClusterHead('head:1'); threading.Event().wait()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -165,7 +165,7 @@ def medians(
         band: also draw the range from the 10th to the 90th percentile.
     """
     for (optimizer, coupled), part in rows.groupby(["optimizer", rows.coupling > 0]):
-        found = part.groupby(x)[y].quantile([0.1, 0.5, 0.9]).unstack()
+        found = part.groupby(x)[y].quantile(np.array([0.1, 0.5, 0.9])).unstack()
         at = found.index if places is None else np.searchsorted(places, found.index)
         axes.plot(at, found[0.5], **line(str(optimizer), float(bool(coupled))))
         if band:

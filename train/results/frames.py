@@ -46,9 +46,10 @@ def joined(frames: Sequence["pd.DataFrame"]) -> "pd.DataFrame":
 
     if len(frames) == 1:
         return frames[0]
-    columns = {}
-    for name in list(frames[0]):  # column by column, so that no more than one of them is held twice
-        columns[name] = pd.concat([frame.pop(name) for frame in frames], ignore_index=True)
+    columns: dict[str, pd.Series[Any]] = {}
+    for name in map(str, frames[0].columns):  # column by column, so that no more than one of them is held twice
+        parts: list[pd.Series[Any]] = [frame.pop(name) for frame in frames]
+        columns[name] = pd.concat(parts, ignore_index=True)
     return pd.DataFrame(columns, copy=False)
 
 

@@ -26,7 +26,7 @@ from ncollapse.train.sweep.messages import (
     failure,
     train_stack,
 )
-from ncollapse.train.sweep.ray_connect import Head, connect
+from ncollapse.train.sweep.ray_connect import ClusterHead, connect
 from ncollapse.train.sweep.this_machine import keep_memory
 from ncollapse.train.sweep.throughput import DataFacts, Rate, measure_rate, room_on
 
@@ -57,7 +57,7 @@ class Cluster(Engine):
         loaded: dict[str, Dataset] | None = None,
     ) -> None:  # fmt: skip
         self._ray, self.note = connect(ray_address)
-        self._head = Head(self._ray.get_runtime_context().gcs_address)
+        self._head = ClusterHead(self._ray.get_runtime_context().gcs_address)
         self._settings, self._settings_ref = settings, self._ray.put(settings)
         self._loaded = {} if loaded is None else loaded
         self._on_gpus = device.type == "cuda"

@@ -33,7 +33,7 @@ _RETRY_LIMITS = {
 }
 
 
-class Head:
+class ClusterHead:
     """The head of a cluster, at HOST:PORT; a thread watches it until it is closed.
 
     Attributes:
