@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from filelock import FileLock
 
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
-from ncollapse.train.results import journal, transactions, writer
+from ncollapse.train.results import journal, schema, transactions, writer
 from ncollapse.train.results.reader import load_metrics, load_runs
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.schema import FILE
@@ -197,3 +198,26 @@ def test_network_file_systems_have_no_write_ahead_log(
     ]
     monkeypatch.setattr("psutil.disk_partitions", lambda all: mounted)
     assert journal.is_local(Path(folder)) is expected
+
+
+def test_a_database_whose_log_is_gone_is_read_where_none_can_be_made(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(swept / FILE, tmp_path)
+    other = sqlite3.connect(tmp_path / FILE)
+    other.execute("PRAGMA journal_mode = WAL")
+    other.close()
+    real = schema._connect
+
+    def connect(uri: str) -> sqlite3.Connection:
+        if "immutable" in uri:
+            return real(uri)
+        error = sqlite3.OperationalError("unable to open database file")
+        error.sqlite_errorcode = sqlite3.SQLITE_CANTOPEN
+        return mock.Mock(**{"execute.side_effect": error})  # type: ignore[return-value]
+
+    monkeypatch.setattr(schema, "_connect", connect)
+    assert load_runs(tmp_path).equals(load_runs(swept))
+    (tmp_path / f"{FILE}-wal").touch()  # somebody writes
+    with pytest.raises(UserError, match="unable to open"):
+        load_runs(tmp_path)

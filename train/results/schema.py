@@ -96,15 +96,26 @@ def connect(folder: Path, *, create: bool) -> sqlite3.Connection:
     """Connect to the folder's database."""
     # Never opened read-only: after a crash even a reader has to roll the last transaction back. In a folder that may
     # not be written to, SQLite itself falls back to reading.
-    uri = f"{(folder / FILE).resolve().as_uri()}?mode={'rwc' if create else 'rw'}"
-    connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30)
+    uri = (folder / FILE).resolve().as_uri()
+    connection = _connect(f"{uri}?mode={'rwc' if create else 'rw'}")
     try:
         # A committed transaction survives a loss of power. This reads the file, which may be no database.
         connection.execute("PRAGMA synchronous = EXTRA")
+    except sqlite3.OperationalError as error:
+        connection.close()
+        # A database that logs ahead, whose log is gone, in a folder where none can be made: nobody writes to it.
+        cannot_log = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+        if create or not cannot_log or not (folder / FILE).is_file() or (folder / f"{FILE}-wal").exists():
+            raise
+        connection = _connect(f"{uri}?mode=ro&immutable=1")
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def _connect(uri: str) -> sqlite3.Connection:
+    return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30)
 
 
 def create_tables(connection: sqlite3.Connection) -> None:
