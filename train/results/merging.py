@@ -2,7 +2,7 @@
 
 A run that has ended in several folders must be the same in all of them, to the last digit: it is where it trained in a
 stack of the same runs, by the same versions, on machines of one kind. Of a run that has ended in one folder and not in
-another the ended one is taken. Stacks in the middle of their training go on in the merged folder from their checkpoints.
+another the ended one is taken. Stacks in the middle of their training go on from their checkpoints in the new folder.
 """
 
 import contextlib
