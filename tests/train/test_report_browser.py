@@ -11,7 +11,8 @@ from rich.console import Console
 
 from ncollapse.train.formatting import number
 from ncollapse.train.report.best import main_table
-from ncollapse.train.report.page.write import write_report
+from ncollapse.train.report.page.write import parts_of, write_report
+from ncollapse.train.report.queries import read_results
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.results.reader import load_runs
 from ncollapse.train.results.schema import FILE
@@ -115,7 +116,9 @@ def test_a_click_on_a_title_sorts_the_table(folder: Path, tmp_path: Path) -> Non
 def test_a_tooltip_describes_the_run_of_a_point(folder: Path, tmp_path: Path, width: int) -> None:
     found = probe(folder, tmp_path, POINT, width)
     assert isinstance(found, dict)
-    run = load_runs(folder).iloc[found["run"]]
+    drawings = [d for part in parts_of(read_results(folder), ALL) for s in part.sections() for d in s.drawings]
+    numbered = list(dict.fromkeys(run for d in drawings for group in d.runs.values() for run in group))
+    run = load_runs(folder).set_index("id", drop=False).loc[numbered[found["run"]]]
     assert found["text"].endswith(f"run {run.id}")
     assert f"λ={run.weight_decay:g}" in found["text"]
     assert f"NC0 {number(run.nc0)}" in found["text"]
