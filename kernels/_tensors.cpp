@@ -35,7 +35,8 @@ int32_t strided, cpu, cuda;
 size_t (*element_size)(int32_t);
 int64_t item_sizes[256];  // by dtype, as far as asked
 Py_ssize_t tensor_offset;  // of the at::Tensor in a Python tensor
-std::vector<PyObject *> types;  // of Python tensors that have memory of their own
+PyObject *usual[2];  // torch.Tensor and torch.nn.Parameter
+std::vector<PyObject *> types;  // others of Python tensors that have memory of their own
 
 struct Found {
   int64_t header = FOREIGN, bytes = 0, address = 0, dim = 0;
@@ -50,6 +51,7 @@ inline Handle handle_of(PyObject *object) { return reinterpret_cast<char *>(obje
 
 [[gnu::always_inline]] inline bool known(PyObject *object) {
   auto *type = reinterpret_cast<PyObject *>(Py_TYPE(object));
+  if (type == usual[0] || type == usual[1]) return true;
   for (auto *each : types)
     if (each == type) return true;
   return false;
@@ -241,20 +243,21 @@ PyObject *values(PyObject *, PyObject *args) {
   if (!PyArg_ParseTuple(args, "O!O!", &PyList_Type, &dicts, &PyTuple_Type, &keys)) return nullptr;
   const Py_ssize_t n = PyList_Size(dicts), m = PyTuple_Size(keys);
   PyObject *result = PyList_New(m);
+  std::vector<PyObject *> names(m), columns(m);
   for (Py_ssize_t k = 0; result && k < m; ++k) {
-    PyObject *column = PyList_New(n);
-    if (!column || PyList_SetItem(result, k, column)) Py_CLEAR(result);
+    names[k] = PyTuple_GetItem(keys, k), columns[k] = PyList_New(n);
+    if (!columns[k] || PyList_SetItem(result, k, columns[k])) Py_CLEAR(result);
   }
   for (Py_ssize_t i = 0; result && i < n; ++i) {
     PyObject *dict = PyList_GetItem(dicts, i);
     Py_ssize_t place = 0;
     for (Py_ssize_t k = 0; result && k < m; ++k) {
-      PyObject *key = PyTuple_GetItem(keys, k), *next, *value;
+      PyObject *key = names[k], *next, *value;
       // Most dicts hold their entries in the order of the keys.
       if (!PyDict_Next(dict, &place, &next, &value) || next != key) value = PyDict_GetItemWithError(dict, key);
       if (value) {
         Py_INCREF(value);
-        PyList_SetItem(PyList_GetItem(result, k), i, value);
+        PyList_SetItem(columns[k], i, value);
       } else {
         if (!PyErr_Occurred()) PyErr_SetObject(PyExc_KeyError, key);
         Py_CLEAR(result);
@@ -277,10 +280,9 @@ PyObject *gradients(PyObject *, PyObject *args) {
     fetch(objects, i, {3});
     PyObject *tensor = objects[i];
     auto *type = reinterpret_cast<PyObject *>(Py_TYPE(tensor));
-    // The first two types are torch's. A class of the user's may have a `grad` of its own.
-    PyObject *grad = types.size() >= 2 && (type == types[0] || type == types[1])
-                         ? get(descriptor, tensor, type)
-                         : PyObject_GetAttrString(tensor, "grad");
+    // A class of the user's may have a `grad` of its own.
+    PyObject *grad = type == usual[0] || type == usual[1] ? get(descriptor, tensor, type)
+                                                          : PyObject_GetAttrString(tensor, "grad");
     if (!grad || PyList_SetItem(result, i, grad)) Py_CLEAR(result);
   }
   return result;
@@ -301,10 +303,13 @@ PyObject *bind(PyObject *, PyObject *args) {
   Py_RETURN_NONE;
 }
 
-// accept(type): tensors of this type have memory of their own.
+// accept(type): tensors of this type have memory of their own. The first two are torch.Tensor and torch.nn.Parameter.
 PyObject *accept(PyObject *, PyObject *type) {
   Py_INCREF(type);
-  types.push_back(type);
+  if (!usual[0] || !usual[1])
+    usual[usual[0] != nullptr] = type;
+  else
+    types.push_back(type);
   Py_RETURN_NONE;
 }
 
