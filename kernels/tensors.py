@@ -50,7 +50,8 @@ class Fingerprint:
     def __init__(self, optional: int = -1, written: int = 0) -> None:
         self.optional, self.written = optional, written
         self.addresses: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        #: The kinds of each list; of a missing tensor the one that it had, or else that of its place in the first list.
+        #: The kinds of each list. Of a missing tensor the one that it had, as long as that of its place in the first
+        #: list is what it was then; else the latter.
         self.kinds: list[list[bytes]] = []
         self._joined: bytes | None = None
 
@@ -79,12 +80,12 @@ class Fingerprint:
                     _accepted.add(cls)
         kinds = [_describe(column) for column in columns]
         if self.optional >= 0:
-            column = kinds[self.optional]
-            known = self.kinds[self.optional] if self.kinds else []
-            if len(known) != len(column):
-                known = kinds[0]
-            old = [first if k == NONE else k for k, first in zip(known, kinds[0], strict=True)]
-            kinds[self.optional] = [before if k == NONE else k for k, before in zip(column, old, strict=True)]
+            column, before = kinds[self.optional], self.kinds
+            for i, kind in enumerate(column):
+                if kind == NONE:
+                    same = bool(before) and i < len(before[0]) and before[0][i] == kinds[0][i]
+                    known = before[self.optional][i] if same else NONE
+                    column[i] = kinds[0][i] if known == NONE else known
         self.kinds, self._joined = kinds, b"".join(kind for column in kinds for kind in column)
         self.addresses = np.full(sum(map(len, columns)), -1, dtype=np.int64)
         self._memory = self.addresses.ctypes.data

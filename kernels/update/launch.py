@@ -64,8 +64,8 @@ class Update:
         self._filled = False  # the tables hold the addresses of `_seen`
         self._bytes: Rows = np.zeros((len(_WRITTEN), 0), dtype=np.int64)
         self._turns: list[int] | None = None  # None: make new tables
-        # Of each parameter's last gradient: its dtype, and whether it lay in memory as the parameter.
-        self._grads: dict[int, tuple[torch.dtype, bool]] = {}
+        # Of each parameter's last gradient: the kinds of both, its dtype, whether it lay in memory as the parameter.
+        self._grads: dict[int, tuple[list[bytes], torch.dtype, bool]] = {}
         self._captured: list[Any] = []  # tensors whose addresses CUDA graphs hold, kept alive after the buckets go
 
     @property
@@ -175,12 +175,14 @@ class Update:
                 continue
             if grad is not None:
                 alike = self._seen.kinds[Col.GRAD][i] != FOREIGN and same_layout(param, grad)
-                self._grads[i] = grad.dtype, alike
+                self._grads[i] = [self._seen.kinds[column][i] for column in (Col.PARAM, Col.GRAD)], grad.dtype, alike
             if foreign and has_no_memory(param):  # a meta or fake tensor: there is nothing to compute
                 continue
             if param.device not in self._hypers:
                 raise RuntimeError(f"there are no hyperparameters on {param.device}, where a parameter is")
-            dtype, alike = self._grads.get(i, (param.dtype, True))
+            both, dtype, alike = self._grads.get(i, ([], param.dtype, True))
+            if both != [self._seen.kinds[column][i] for column in (Col.PARAM, Col.GRAD)]:
+                dtype, alike = param.dtype, True  # what is expected is a gradient like the parameter
             fits = self._fits(lists, i, dtype, alike and not foreign and i not in tangled)
             kinds[param.device, param.dtype, dtype, fits, turns[i]].append(i)
         self._buckets = []

@@ -261,6 +261,32 @@ def test_gradients_that_come_and_go_need_no_new_plan(name: str, monkeypatch: pyt
     assert not optimizer.state
 
 
+@pytest.mark.parametrize("back", [False, True])
+def test_a_parameter_that_changes_while_its_gradient_is_missing(back: bool, look: str) -> None:
+    """What was known of its last gradient says nothing of the next one."""
+    results = []
+    for library in LIBRARIES:
+        w, v = nn.Parameter(torch.arange(15.0).view(3, 5)), nn.Parameter(torch.ones(2))
+        optimizer = library.SGD([w, v], lr=0.1)
+        grad = torch.arange(15.0).view(3, 5) + 1
+        if library is optim:
+            w.grad_dtype = None
+            w.grad = grad.bfloat16() if back else grad.clone()  # ours takes both
+            optimizer.step()
+        else:
+            step(optimizer, grad, None)
+        step(optimizer, None, torch.ones(2))
+        w.data = w.data.T.contiguous().T
+        step(optimizer, None, torch.ones(2))
+        if back:
+            w.data = w.data.contiguous()
+            step(optimizer, None, torch.ones(2))
+        step(optimizer, grad.clone(), torch.ones(2))
+        results.append([w.detach(), v.detach()])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_a_parameter_whose_state_was_taken_away_gets_none_before_its_next_gradient() -> None:
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = optim.Adam([a, b])
