@@ -122,7 +122,7 @@ def read_rows(connection: sqlite3.Connection, table: str) -> Iterator[dict[str, 
     """Yield the rows of a table from both ends, up to pages that cannot be read."""
     seen: set[int] = set()
     for order in ("", "DESC"):
-        with contextlib.suppress(sqlite3.DatabaseError):
+        with contextlib.suppress(sqlite3.DatabaseError, UnicodeDecodeError):  # the latter of columns' names
             cursor = connection.execute(f"SELECT rowid, * FROM main.{table} NOT INDEXED ORDER BY rowid {order}")
             names = [column[0] for column in cursor.description]
             for row in cursor:

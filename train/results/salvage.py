@@ -149,9 +149,10 @@ def _copy_run(
     _insert(target, "runs", row)
     for table in ("metrics", "layers") if last >= 0 else ():
         columns = tuple(schema.TABLES[table])
+        # A layer's name that looks like a number may have become one; its digits, and so the digest, are the same.
+        wanted = schema.quoted(columns).replace('"layer"', 'CAST("layer" AS TEXT)')
         rows = source.execute(
-            f"SELECT {schema.quoted(columns)} FROM {table} WHERE run = ? AND typeof(epoch) = 'integer' "
-            "AND epoch BETWEEN 0 AND ?",
+            f"SELECT {wanted} FROM {table} WHERE run = ? AND typeof(epoch) = 'integer' AND epoch BETWEEN 0 AND ?",
             (run.row["id"], last),
         )
         places = ", ".join("?" * len(columns))

@@ -108,6 +108,9 @@ def connect(folder: Path, *, create: bool) -> sqlite3.Connection:
         if create or not cannot_log or not (folder / FILE).is_file() or (folder / f"{FILE}-wal").exists():
             raise
         connection = _connect(f"{uri}?mode=ro&immutable=1")
+    except UnicodeDecodeError as error:  # of the message with which SQLite refuses a damaged table
+        connection.close()
+        raise sqlite3.DatabaseError(f"Could not decode to UTF-8: {error}") from None
     except BaseException:
         connection.close()
         raise

@@ -142,6 +142,8 @@ class Store:
             raise damaged(self.folder / schema.FILE, f"the settings of run {changed[0]} are not those of its id")
         new = [(run, settings) for run, settings in wanted.items() if run not in stored]
         last = self._database.value("SELECT max(position) FROM runs")
+        if not (last is None or isinstance(last, int)):
+            raise damaged(self.folder / schema.FILE, "the place of a run in its grid is not a number")
         rows = [
             (run, i, "pending", *settings) for i, (run, settings) in enumerate(new, (-1 if last is None else last) + 1)
         ]
