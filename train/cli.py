@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import shlex
 import shutil
 import signal
@@ -294,6 +295,9 @@ def main(args: list[str] | None = None) -> None:
         _end(str(error), next((code for kind, code in _CODES.items() if isinstance(error, kind)), 1))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        sys.exit(141)
     except Exception as error:
         _end(_unforeseen(error), 3)
 

@@ -1,6 +1,8 @@
 """The command line as a user sees it: options, messages, exit codes."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -170,6 +172,17 @@ def test_a_report_of_a_folder_that_is_left_as_it_is(capsys: pytest.CaptureFixtur
     cli.main(["report", "results/one", "--out", "elsewhere/report", "--threshold", "0"])
     assert sorted(path.name for path in Path("results/one").iterdir()) == before
     assert (tmp_path / "elsewhere/report/report.html").stat().st_size > 10_000
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    """As in `ncollapse --help | head`."""
+    command = [sys.executable, "-m", "ncollapse.train", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        process.stdout = None
+        _, said = process.communicate()
+    assert (process.returncode, said) == (141, "")
 
 
 def test_an_unforeseen_error_is_one_line_and_a_log(
