@@ -218,6 +218,7 @@ def test_parameters_of_one_count_of_steps() -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:plain PyTorch updates some parameters")
 def test_a_gradient_with_a_lazy_minus_sign(look: str) -> None:
     """Autograd keeps it for parameters of one element, as a phase in a complex product."""
     results = []
@@ -261,6 +262,7 @@ def test_gradients_that_come_and_go_need_no_new_plan(name: str, monkeypatch: pyt
     assert not optimizer.state
 
 
+@pytest.mark.filterwarnings("ignore:plain PyTorch updates some parameters")
 @pytest.mark.parametrize("back", [False, True])
 def test_a_parameter_that_changes_while_its_gradient_is_missing(back: bool, look: str) -> None:
     """What was known of its last gradient says nothing of the next one."""
