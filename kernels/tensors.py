@@ -102,7 +102,8 @@ class Fingerprint:
         mask, at = 0, 0
         for c, column in enumerate(columns):
             for kind, tensor in zip(self.kinds[c], column, strict=True):
-                now, address = _kind(tensor), _address(tensor)
+                now = _kind(tensor)
+                address = 0 if now in (NONE, FOREIGN) else tensor.data_ptr() if tensor.numel() else EMPTY
                 if now != kind and not (c == self.optional and tensor is None):
                     return CHANGED
                 if address != self.addresses[at]:
@@ -125,6 +126,12 @@ def has_no_memory(tensor: Tensor) -> bool:
         return False
 
 
+def storage_needed(tensor: Tensor) -> int:
+    """How many bytes the storage of a strided tensor must have; 0 for an empty one."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + last + 1) * tensor.itemsize if tensor.numel() else 0
+
+
 def _describe(tensors: list[Any]) -> list[bytes]:
     return _compiled.describe(tensors) if _compiled is not None else [_kind(tensor) for tensor in tensors]
 
@@ -138,20 +145,14 @@ def _kind(tensor: Any) -> bytes:
         or not (tensor.is_cpu or tensor.is_cuda)
     ):
         return FOREIGN
-    shape, stride = tensor.shape, tensor.stride()
-    last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     try:
-        small = tensor.numel() and (last + 1) * tensor.itemsize > tensor.untyped_storage().nbytes()
+        small = storage_needed(tensor) > tensor.untyped_storage().nbytes()
     except NotImplementedError:  # a transform's wrapper
         return FOREIGN
     # A view of one element may have torch's lazy minus sign: its memory then holds the negative.
-    return FOREIGN if small or tensor.is_neg() else repr((tensor.dtype, tensor.device, shape, stride)).encode()
-
-
-def _address(tensor: Any) -> int:
-    if tensor is None or _kind(tensor) == FOREIGN:
-        return 0
-    return tensor.data_ptr() if tensor.numel() else EMPTY
+    if small or tensor.is_neg():
+        return FOREIGN
+    return repr((tensor.dtype, tensor.device, tensor.shape, tensor.stride())).encode()
 
 
 def same_objects(a: list[Any], b: list[Any]) -> bool:

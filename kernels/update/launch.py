@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ncollapse.kernels import operators
-from ncollapse.kernels.tensors import CHANGED, FOREIGN, Fingerprint, has_no_memory
+from ncollapse.kernels.tensors import CHANGED, FOREIGN, Fingerprint, has_no_memory, storage_needed
 from ncollapse.kernels.update import cpu
 from ncollapse.kernels.update.reference import Slot, declared, update_reference
 from ncollapse.kernels.update.table import Col, Extras, HyperTable, Lists, Rows, Table, Tensors, same_layout
@@ -261,10 +261,9 @@ def _fault(lists: Lists, i: int, grad: Tensor | None, foreign: bool) -> str | No
                 "was given other data, set its gradient to None and remove its entry from the optimizer's state"
             )
     for name, tensor in {"parameter": param, **alike, "count of steps": slot.step}.items() if foreign else ():
-        if tensor is None or tensor.layout != torch.strided or tensor.numel() == 0 or has_no_memory(tensor):
+        if tensor is None or tensor.layout != torch.strided or has_no_memory(tensor):
             continue
-        last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        needed = (last + 1) * tensor.itemsize
+        needed = storage_needed(tensor)
         if not tensor._is_zerotensor() and (has := tensor.untyped_storage().nbytes()) < needed:
             return (
                 f"the storage of a {name} of shape {tuple(tensor.shape)} was resized to {has} bytes, it needs {needed}"

@@ -7,6 +7,7 @@ tensors, declares which of them it changes, and builds or finds the table when i
 
 from collections import OrderedDict
 from itertools import islice
+from threading import Lock
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ def parts(first: Any, second: Any, step: Any, copy: Any, fresh: bool) -> int:
     return sum(bit * flag for bit, flag in zip((FIRST, SECOND, STEP, COPY, FRESH), has, strict=True))
 
 
+# One thread at a time uses the tables below, since a step may fill them again.
+_lock = Lock()
 # The last tables used.
 _updates: OrderedDict[Any, Update] = OrderedDict()
 _KEPT = 16
@@ -39,23 +42,24 @@ def _update(
     live_places: list[int], codes: list[int], runs: list[int], sets: list[int], parts: list[int],
     grad_scale: Tensor | None, found_inf: Tensor | None,
 ) -> None:  # fmt: skip
-    # `Update.step` compares the tensors themselves: the key tells what a table does not, and whose it likely is.
-    key = (params[0].data_ptr(), *map(tuple, (live_places, codes, runs, sets, parts)))
-    update = _updates.get(key)
-    if update is None:
-        left = iter(codes)
-        fresh = [bool(p & FRESH) for p in parts]
-        update = _updates[key] = Update(sets, [list(islice(left, n)) for n in runs], live_places, fresh)
-        if len(_updates) > _KEPT:
-            _updates.popitem(last=False)
-    _updates.move_to_end(key)
-    if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        _captured.append(update)
-    spread = (
-        _spread(tensors, parts, bit) if tensors else []
-        for tensors, bit in ((firsts, FIRST), (seconds, SECOND), (steps, STEP), (copies, COPY))
-    )
-    update.step(Tensors(params, grads, *spread), values, live, norms, grad_scale, found_inf)
+    with _lock:
+        # `Update.step` compares the tensors themselves: the key tells what a table does not, and whose it likely is.
+        key = (params[0].data_ptr(), *map(tuple, (live_places, codes, runs, sets, parts)))
+        update = _updates.get(key)
+        if update is None:
+            left = iter(codes)
+            fresh = [bool(p & FRESH) for p in parts]
+            update = _updates[key] = Update(sets, [list(islice(left, n)) for n in runs], live_places, fresh)
+            if len(_updates) > _KEPT:
+                _updates.popitem(last=False)
+        _updates.move_to_end(key)
+        if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            _captured.append(update)
+        spread = (
+            _spread(tensors, parts, bit) if tensors else []
+            for tensors, bit in ((firsts, FIRST), (seconds, SECOND), (steps, STEP), (copies, COPY))
+        )
+        update.step(Tensors(params, grads, *spread), values, live, norms, grad_scale, found_inf)
 
 
 def _spread(tensors: list[Tensor], parts: list[int], bit: int) -> list[Tensor | None]:
