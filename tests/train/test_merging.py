@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from interrupts import interrupt_after
 from ncollapse.train.errors import DamageError, InterruptError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.inspection import inspect_folder
@@ -94,16 +95,7 @@ def test_stacks_in_training_go_on_from_their_checkpoints(
     run_sweep: Callable[..., int], small_grid: Grid, swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One folder was stopped after epoch 2 of its second stack; the other has finished one run of its third."""
-    real, left = this_machine.train_stack, [8 + 4]
-
-    def interrupted(*args: object) -> object:
-        for message in real(*args):  # type: ignore[arg-type]
-            yield message
-            left[0] -= 1
-            if left[0] == 0:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(this_machine, "train_stack", interrupted)
+    interrupt_after(8 + 4, monkeypatch)
     with pytest.raises(InterruptError):
         run_sweep(small_grid, tmp_path / "a", stack=4, checkpoint_minutes=0)
     monkeypatch.undo()
@@ -114,6 +106,8 @@ def test_stacks_in_training_go_on_from_their_checkpoints(
     assert merge_folders([tmp_path / "a", tmp_path / "b"], tmp_path / "all") == Merged(12, 5, 1)
     assert len(list((tmp_path / "all/checkpoints").iterdir())) == 1
     begun: list[int] = []
+
+    real = this_machine.train_stack
 
     def watched(runs: object, *args: object) -> object:
         for number, message in enumerate(real(runs, *args)):  # type: ignore[arg-type]

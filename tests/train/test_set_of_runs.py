@@ -10,12 +10,12 @@ import pytest
 import torch
 from rich.console import Console
 
+from interrupts import interrupt_after
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import Grid, load_grid
 from ncollapse.train.results.reader import load_metrics, load_runs
-from ncollapse.train.sweep import this_machine
 from ncollapse.train.sweep.options import Options
 from ncollapse.train.sweep.part import parse_where, part_of, shard_of
 from ncollapse.train.sweep.scheduler import sweep
@@ -63,16 +63,7 @@ def test_a_subset_of_a_stack_that_has_begun_trains_all_of_it(
     run_sweep: Callable[..., int], small_grid: Grid, swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run's last digits depend on its stack: one with a checkpoint goes on from it, as it was."""
-    real, left = this_machine.train_stack, [4]
-
-    def interrupted(*args: object) -> object:
-        for message in real(*args):  # type: ignore[arg-type]
-            yield message
-            left[0] -= 1
-            if left[0] == 0:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(this_machine, "train_stack", interrupted)
+    interrupt_after(4, monkeypatch)
     with pytest.raises(InterruptError):
         run_sweep(small_grid, tmp_path, stack=4, checkpoint_minutes=0)
     monkeypatch.undo()

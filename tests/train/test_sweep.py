@@ -6,12 +6,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
+from interrupts import interrupt_after
 from ncollapse.train.config import RunConfig
 from ncollapse.train.errors import InterruptError
 from ncollapse.train.grid import Grid, load_grid
@@ -87,21 +87,6 @@ def test_the_same_command_again_trains_nothing(
     monkeypatch.setattr(this_machine, "train_stack", lambda *args: pytest.fail("trained again"))
     assert run_sweep(small_grid, swept) == 0
     assert (swept / FILE).read_bytes() == before
-
-
-def interrupt_after(events: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Press Ctrl-C after `events` messages of training."""
-    real, left = this_machine.train_stack, events
-
-    def interrupted(*args: Any) -> object:
-        nonlocal left
-        for event in real(*args):
-            if left == 0:
-                raise KeyboardInterrupt
-            left -= 1
-            yield event
-
-    monkeypatch.setattr(this_machine, "train_stack", interrupted)
 
 
 @pytest.mark.parametrize("events", [0, 3, 8, 9, 13, 20])
