@@ -28,14 +28,14 @@ from bench.record import Record, timing_options
 from ncollapse import metrics
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset, load
+from ncollapse.train.engine.grouping import make_stacks
+from ncollapse.train.engine.messages import Engine, Failed, WorkerSettings
+from ncollapse.train.engine.stack_size import StackPolicy
+from ncollapse.train.engine.this_machine import ThisMachine
+from ncollapse.train.engine.throughput import DataFacts
 from ncollapse.train.networks.models import build
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.writer import PlannedStack
-from ncollapse.train.sweep.grouping import make_stacks
-from ncollapse.train.sweep.messages import Engine, Failed, WorkerSettings
-from ncollapse.train.sweep.stack_size import StackPolicy
-from ncollapse.train.sweep.this_machine import ThisMachine
-from ncollapse.train.sweep.throughput import DataFacts
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 #: Runs that the loops train one after the other; what more of them take is a matter of multiplication.

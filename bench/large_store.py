@@ -23,12 +23,12 @@ from rich.console import Console
 
 from bench.made_up import make_store
 from bench.record import Record, recording
+from ncollapse.train.engine.grouping import make_stacks
+from ncollapse.train.engine.progress_bar import SweepProgress
 from ncollapse.train.grid import load_grid
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.record import Ended, Evaluation
 from ncollapse.train.results.writer import Store
-from ncollapse.train.sweep.grouping import make_stacks
-from ncollapse.train.sweep.progress_bar import SweepProgress
 
 #: Runs that train together, and evaluations that are timed.
 STACK, EVALUATIONS = 32, 200

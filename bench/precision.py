@@ -20,11 +20,11 @@ from bench.record import Record, recording
 from ncollapse import measure
 from ncollapse.train.config import RunConfig, make_run
 from ncollapse.train.data.sets import Dataset, load
+from ncollapse.train.engine.options import Options
+from ncollapse.train.engine.scheduler import sweep
 from ncollapse.train.grid import Grid
 from ncollapse.train.networks.models import build
 from ncollapse.train.results.reader import load_runs
-from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.scheduler import sweep
 
 #: Optimizer -> learning rate and decay: those at which the demo's runs of it have the smallest NC0, but for AdamW and
 #: SignumW, whose NC0 is never small.

@@ -127,7 +127,7 @@ def test_every_folder_is_a_listed_package() -> None:
             ("torchvision", "matplotlib", "pandas", "tyro", "sklearn", "rich"),
         ),
         (
-            "import ncollapse.train.sweep.scheduler",
+            "import ncollapse.train.engine.scheduler",
             ("torch._dynamo", "torchvision", "matplotlib", "pandas", "ray"),
         ),
         ("import ncollapse.train.cli", ("torch", "torchvision", "matplotlib", "pandas", "sklearn")),

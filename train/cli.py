@@ -22,13 +22,13 @@ from tyro import conf
 import ncollapse
 from ncollapse.train.commands import theory
 from ncollapse.train.config import DESCRIPTIONS, FIELDS, make_run
+from ncollapse.train.engine.options import KeepOptions, Options, PlaceOptions, SourceOptions, hide_default
+from ncollapse.train.engine.part import part_of, shard_of
 from ncollapse.train.errors import InterruptError, LostRunsError, StoppedError, UserError
 from ncollapse.train.formatting import plain
 from ncollapse.train.grid import Grid, load_grid, presets, run_settings
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.results.export import Format, export_results
-from ncollapse.train.sweep.options import KeepOptions, Options, PlaceOptions, SourceOptions, hide_default
-from ncollapse.train.sweep.part import part_of, shard_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,7 @@ class Sweep(PlaceOptions, Options, Selection):
         for note in grid.notes:
             console.print(plain(f"ncollapse: {note}", "yellow"), soft_wrap=True)
         if self.dry_run:
-            from ncollapse.train.sweep.preview import print_preview
+            from ncollapse.train.engine.preview import print_preview
 
             device = _device(self.device, self.engine)
             print_preview(grid, self.out or Path("results") / grid.name, _loader(self), device, self, console)
@@ -331,7 +331,7 @@ def _loader(source: SourceOptions) -> Any:
 
 def _train(grid: Grid, out: Path | None, source: SourceOptions, options: Options, console: Console) -> Path:
     """Train the unfinished runs of a grid and return the results folder."""
-    from ncollapse.train.sweep.scheduler import sweep
+    from ncollapse.train.engine.scheduler import sweep
 
     out = out or Path("results") / grid.name
     started = time.perf_counter()

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
+from ncollapse.train.engine.grouping import StackKey
+from ncollapse.train.engine.messages import Message
+from ncollapse.train.engine.throughput import DataFacts, Rate
 from ncollapse.train.results.writer import PlannedStack
-from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.messages import Message
-from ncollapse.train.sweep.throughput import DataFacts, Rate
 
 
 class FakeEngine:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from ncollapse.train.sweep import this_machine
+from ncollapse.train.engine import this_machine
 
 
 def interrupt_after(events: int, monkeypatch: pytest.MonkeyPatch) -> None:

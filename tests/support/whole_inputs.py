@@ -18,11 +18,11 @@ from rich.console import Console
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset, load
+from ncollapse.train.engine import this_machine
+from ncollapse.train.engine.options import Options
+from ncollapse.train.engine.scheduler import sweep
 from ncollapse.train.errors import InterruptError
 from ncollapse.train.grid import Grid
-from ncollapse.train.sweep import this_machine
-from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.scheduler import sweep
 from ncollapse.train.training.loop import Training
 
 CPU = torch.device("cpu")

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset, load
+from ncollapse.train.engine import stack_size
+from ncollapse.train.engine.options import Options
+from ncollapse.train.engine.scheduler import sweep
 from ncollapse.train.grid import Grid
-from ncollapse.train.sweep import stack_size
-from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.scheduler import sweep
 
 CPU = torch.device("cpu")
 

@@ -111,7 +111,7 @@ def test_bad_arguments_are_exit_code_2(capsys: pytest.CaptureFixture[str], args:
 
 
 def test_an_interrupt_is_exit_code_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from ncollapse.train.sweep import this_machine
+    from ncollapse.train.engine import this_machine
 
     def interrupt(*args: object) -> object:
         raise KeyboardInterrupt

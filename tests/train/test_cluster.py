@@ -17,17 +17,17 @@ from rich.console import Console
 from ncollapse.train import cli
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
+from ncollapse.train.engine import ray_connect, stack_size
+from ncollapse.train.engine.messages import WorkerSettings
+from ncollapse.train.engine.options import Options
+from ncollapse.train.engine.ray_cluster import Cluster
+from ncollapse.train.engine.scheduler import sweep
+from ncollapse.train.engine.stack_size import Plan, StackPolicy
+from ncollapse.train.engine.throughput import DataFacts
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.reader import load_runs
 from ncollapse.train.results.writer import PlannedStack, Store
-from ncollapse.train.sweep import ray_connect, stack_size
-from ncollapse.train.sweep.messages import WorkerSettings
-from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.ray_cluster import Cluster
-from ncollapse.train.sweep.scheduler import sweep
-from ncollapse.train.sweep.stack_size import Plan, StackPolicy
-from ncollapse.train.sweep.throughput import DataFacts
 from sweep_results import assert_same
 
 CPU = torch.device("cpu")
@@ -241,7 +241,7 @@ def test_a_lost_head_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_process_that_waits_for_a_lost_head_ends_with_words() -> None:
     """Ray's own code, in which it may wait, heeds no signal."""
     code = (
-        "import threading; from ncollapse.train.sweep import ray_connect as r\n"
+        "import threading; from ncollapse.train.engine import ray_connect as r\n"
         "r._END_SECONDS = r._WATCH_SECONDS = 0.01\n"
         "r._refusal = lambda address: 'refused'; r.ClusterHead('head:1'); threading.Event().wait()"
     )

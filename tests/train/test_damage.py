@@ -13,6 +13,8 @@ from rich.console import Console
 import whole_inputs
 from ncollapse.train import cli
 from ncollapse.train.commands.status import read_status
+from ncollapse.train.engine.options import Options
+from ncollapse.train.engine.scheduler import sweep
 from ncollapse.train.errors import CheckpointError, DamageError, NoResultsError, UserError
 from ncollapse.train.grid import load_grid, run_settings
 from ncollapse.train.report.page.write import write_report
@@ -21,8 +23,6 @@ from ncollapse.train.results.checkpoint_file import read_checkpoint, seal
 from ncollapse.train.results.reader import load_meta, load_metrics, load_runs
 from ncollapse.train.results.schema import FILE
 from ncollapse.train.results.writer import ASIDE, Store
-from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.scheduler import sweep
 from sweep_results import assert_same
 
 

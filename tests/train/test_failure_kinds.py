@@ -16,6 +16,10 @@ from rich.console import Console
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
+from ncollapse.train.engine import messages, this_machine
+from ncollapse.train.engine.messages import Failed, Message, Progress, WorkerSettings
+from ncollapse.train.engine.options import Options
+from ncollapse.train.engine.scheduler import ERRORS, sweep
 from ncollapse.train.errors import DataError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results import storage_errors, writer
@@ -23,10 +27,6 @@ from ncollapse.train.results.reader import load_runs
 from ncollapse.train.results.schema import FILE
 from ncollapse.train.results.storage_errors import cannot_write
 from ncollapse.train.results.writer import PlannedStack, Store
-from ncollapse.train.sweep import messages, this_machine
-from ncollapse.train.sweep.messages import Failed, Message, Progress, WorkerSettings
-from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.scheduler import ERRORS, sweep
 from sweep_results import assert_same
 
 CPU = torch.device("cpu")

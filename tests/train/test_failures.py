@@ -19,14 +19,14 @@ from rich.console import Console
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
+from ncollapse.train.engine import messages, this_machine
+from ncollapse.train.engine.options import Options
+from ncollapse.train.engine.scheduler import sweep
 from ncollapse.train.errors import InterruptError, NoResultsError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.reader import load_metrics, load_runs
 from ncollapse.train.results.schema import FILE
 from ncollapse.train.results.writer import Store
-from ncollapse.train.sweep import messages, this_machine
-from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.scheduler import sweep
 from ncollapse.train.training import loop
 from sweep_results import assert_same
 

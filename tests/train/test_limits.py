@@ -141,8 +141,8 @@ from rich.console import Console
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import load
 from ncollapse.train.grid import Grid
-from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.scheduler import sweep
+from ncollapse.train.engine.options import Options
+from ncollapse.train.engine.scheduler import sweep
 torch.set_num_threads(1)
 load_data = lambda name, device: load(name, device, data_dir=None, download=False)
 grid = Grid("wide", tuple(RunConfig(width=1024, limit=128, epochs=1, seed=seed) for seed in range(32)))

@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 
 from interrupts import interrupt_after
+from ncollapse.train.engine import this_machine
 from ncollapse.train.errors import DamageError, InterruptError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.inspection import inspect_folder
@@ -18,7 +19,6 @@ from ncollapse.train.results.merging import Merged, merge_folders
 from ncollapse.train.results.reader import load_metrics, load_runs, load_sessions
 from ncollapse.train.results.schema import FILE
 from ncollapse.train.results.writer import LOCK
-from ncollapse.train.sweep import this_machine
 
 
 def alter(folder: Path, sql: str) -> None:

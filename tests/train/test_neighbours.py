@@ -12,6 +12,8 @@ from unittest import mock
 import pytest
 from filelock import FileLock
 
+from ncollapse.train.engine import messages
+from ncollapse.train.engine.messages import Finished, Message
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results import journal, schema, transactions, writer
@@ -19,8 +21,6 @@ from ncollapse.train.results.reader import load_metrics, load_runs
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.schema import FILE
 from ncollapse.train.results.writer import LOCK, Store
-from ncollapse.train.sweep import messages
-from ncollapse.train.sweep.messages import Finished, Message
 from sweep_results import assert_same
 
 
@@ -55,7 +55,7 @@ def test_a_reader_with_an_open_transaction_does_not_hold_up_the_training(
                 reader.execute("COMMIT")
             yield message
 
-    monkeypatch.setattr("ncollapse.train.sweep.this_machine.train_stack", observed)
+    monkeypatch.setattr("ncollapse.train.engine.this_machine.train_stack", observed)
     assert run_sweep(small_grid, tmp_path, stack=12) == 12
     assert set(counts) == {0}  # it has seen nothing of what was trained meanwhile
     reader.close()

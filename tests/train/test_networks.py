@@ -15,15 +15,15 @@ from ncollapse import measure, ufm
 from ncollapse.train import load_layers
 from ncollapse.train.config import ALONE, RunConfig
 from ncollapse.train.data.sets import Dataset
+from ncollapse.train.engine.grouping import StackKey, make_stacks
+from ncollapse.train.engine.stack_size import Plan, StackPolicy
+from ncollapse.train.engine.throughput import DataFacts
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.networks.models import MODELS, SingleRun, build
 from ncollapse.train.results.columns import LAYER_METRICS
 from ncollapse.train.results.export import export_results
 from ncollapse.train.results.record import Evaluation
-from ncollapse.train.sweep.grouping import StackKey, make_stacks
-from ncollapse.train.sweep.stack_size import Plan, StackPolicy
-from ncollapse.train.sweep.throughput import DataFacts
 from ncollapse.train.training.loop import Training
 
 CPU = torch.device("cpu")

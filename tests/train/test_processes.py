@@ -19,18 +19,18 @@ from rich.console import Console
 from fork_server import fork_context
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset, load
+from ncollapse.train.engine import stack_size, this_machine
+from ncollapse.train.engine.grouping import StackKey
+from ncollapse.train.engine.messages import Message, WorkerSettings
+from ncollapse.train.engine.options import Options
+from ncollapse.train.engine.scheduler import ERRORS, sweep
+from ncollapse.train.engine.this_machine import ThisMachine
+from ncollapse.train.engine.throughput import DataFacts, Rate, bytes_per_run, measure_rate
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.networks.models import Classifier
 from ncollapse.train.results.reader import load_meta, load_runs
 from ncollapse.train.results.writer import PlannedStack
-from ncollapse.train.sweep import stack_size, this_machine
-from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.messages import Message, WorkerSettings
-from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.scheduler import ERRORS, sweep
-from ncollapse.train.sweep.this_machine import ThisMachine
-from ncollapse.train.sweep.throughput import DataFacts, Rate, bytes_per_run, measure_rate
 from ncollapse.train.training.stack import Stack
 from sweep_results import assert_same, count
 

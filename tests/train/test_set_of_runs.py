@@ -13,12 +13,12 @@ from rich.console import Console
 from interrupts import interrupt_after
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
+from ncollapse.train.engine.options import Options
+from ncollapse.train.engine.part import parse_where, part_of, shard_of
+from ncollapse.train.engine.scheduler import sweep
 from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import Grid, load_grid
 from ncollapse.train.results.reader import load_metrics, load_runs
-from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.part import parse_where, part_of, shard_of
-from ncollapse.train.sweep.scheduler import sweep
 from sweep_results import assert_same
 
 CPU = torch.device("cpu")

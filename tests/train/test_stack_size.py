@@ -9,11 +9,11 @@ import pytest
 
 from fake_engine import FakeEngine
 from ncollapse.train.config import RunConfig
+from ncollapse.train.engine import stack_size
+from ncollapse.train.engine.grouping import StackKey
+from ncollapse.train.engine.stack_size import Plan, StackPolicy
+from ncollapse.train.engine.throughput import DataFacts, Rate
 from ncollapse.train.optimizers import TABLE
-from ncollapse.train.sweep import stack_size
-from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.stack_size import Plan, StackPolicy
-from ncollapse.train.sweep.throughput import DataFacts, Rate
 
 DIGITS = DataFacts(1, 8, 10, 1437, "")
 MLP = StackKey("mlp", "digits", None, 128)

@@ -20,13 +20,13 @@ from rich.console import Console
 
 from ncollapse.train import cli
 from ncollapse.train.commands.status import SweepStatus, print_status, read_status, watch_status
+from ncollapse.train.engine import messages as work
 from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.optimizers import PAPER_OPTIMIZERS
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.schema import FILE
 from ncollapse.train.results.writer import LOCK, Store
-from ncollapse.train.sweep import messages as work
 
 START = "2030-01-01T00:00:00.000+00:00"
 LATER = "2030-01-01T00:01:00.000+00:00"
@@ -216,7 +216,7 @@ def test_a_real_sweep_in_the_middle(
                 if len(seen) == 2:
                     raise KeyboardInterrupt
 
-    monkeypatch.setattr("ncollapse.train.sweep.this_machine.train_stack", observed)
+    monkeypatch.setattr("ncollapse.train.engine.this_machine.train_stack", observed)
     with pytest.raises(InterruptError):
         run_sweep(small_grid, tmp_path, stack=6)
     first, second = seen

@@ -19,16 +19,16 @@ from fork_server import fork_context
 from ncollapse.train import cli
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset, load
+from ncollapse.train.engine import this_machine
+from ncollapse.train.engine.messages import Failed, Progress, Stopped, WorkerSettings, train_stack
+from ncollapse.train.engine.options import Options
+from ncollapse.train.engine.progress_bar import MinuteLog, SweepProgress
+from ncollapse.train.engine.scheduler import sweep
+from ncollapse.train.engine.stopping import StopRequest
 from ncollapse.train.errors import StoppedError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.reader import load_metrics, load_runs
 from ncollapse.train.results.writer import Store
-from ncollapse.train.sweep import this_machine
-from ncollapse.train.sweep.messages import Failed, Progress, Stopped, WorkerSettings, train_stack
-from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.progress_bar import MinuteLog, SweepProgress
-from ncollapse.train.sweep.scheduler import sweep
-from ncollapse.train.sweep.stopping import StopRequest
 from ncollapse.train.training.loop import Training, chance_loss
 from sweep_results import assert_same
 

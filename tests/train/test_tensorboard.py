@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from ncollapse.train.config import RunConfig
+from ncollapse.train.engine import messages as work
 from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.reader import load_metrics, load_runs
 from ncollapse.train.results.record import Ended, Evaluation
 from ncollapse.train.results.tensorboard import Logs, folder_name
-from ncollapse.train.sweep import messages as work
 
 RUN = RunConfig(optimizer="adam", coupling=0.5)
 
@@ -65,10 +65,10 @@ def test_a_continued_sweep_has_no_point_twice(
                 raise KeyboardInterrupt
             yield message
 
-    monkeypatch.setattr("ncollapse.train.sweep.this_machine.train_stack", interrupted)
+    monkeypatch.setattr("ncollapse.train.engine.this_machine.train_stack", interrupted)
     with pytest.raises(InterruptError):
         run_sweep(grid, tmp_path, tensorboard=True)
-    monkeypatch.setattr("ncollapse.train.sweep.this_machine.train_stack", real)
+    monkeypatch.setattr("ncollapse.train.engine.this_machine.train_stack", real)
     assert (load_runs(tmp_path).status == "done").tolist() == [True, False, False]
     assert run_sweep(grid, tmp_path, tensorboard=True) == 2
     assert_shows_the_store(tmp_path)

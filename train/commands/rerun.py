@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ncollapse.train.config import RunConfig, make_run, short
+from ncollapse.train.engine.part import matching, parse_where
 from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.reader import load_meta, load_runs
 from ncollapse.train.results.schema import FINISHED, SETTINGS, STATUSES
 from ncollapse.train.results.writer import Store
-from ncollapse.train.sweep.part import matching, parse_where
 
 
 def chosen_runs(folder: Path, where: str) -> dict[RunConfig, str]:

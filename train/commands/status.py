@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ncollapse.train.config import MOST
+from ncollapse.train.engine.stack_size import Plan
 from ncollapse.train.formatting import DASH, plain, rate, rough_duration
 from ncollapse.train.optimizers import OPTIMIZERS
 from ncollapse.train.results.reader import open_results, read_meta, read_sessions
@@ -26,7 +27,6 @@ from ncollapse.train.results.schema import ENDED, FILE, FINISHED, STATUSES
 from ncollapse.train.results.storage_errors import damaged
 from ncollapse.train.results.validation import check_setting, read_json, read_time
 from ncollapse.train.results.writer import LOCK
-from ncollapse.train.sweep.stack_size import Plan
 
 #: The runs with the stacks that they are in. SQLite sums them up: a large sweep has 100,000, and pandas starts slowly.
 _JOINED = "runs LEFT JOIN stacks ON stacks.id = runs.stack"

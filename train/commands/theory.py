@@ -12,9 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+from ncollapse.train.engine.options import hide_default
 from ncollapse.train.errors import UserError
 from ncollapse.train.optimizers import OPTIMIZERS, TABLE
-from ncollapse.train.sweep.options import hide_default
 
 if TYPE_CHECKING:
     import numpy as np

@@ -30,9 +30,10 @@ _LEFT_CHANCE = 0.99
 class Training:
     """Train R runs as one program; iterate over their `Evaluation`s and the number of each epoch that ends.
 
-    The runs must agree in the settings that all runs of a stack share (`sweep/grouping.py`). They do not influence each
-    other: each has the numbers that it has when trained alone, up to the rounding of sums in another order. Runs of one
-    seed start from the same weights and see the same batches. A run that has ended or diverged is not trained further.
+    The runs must agree in the settings that all runs of a stack share (`engine/grouping.py`). They do not influence
+    each other: each has the numbers that it has when trained alone, up to the rounding of sums in another order. Runs
+    of one seed start from the same weights and see the same batches. A run that has ended or diverged is not trained
+    further.
 
     Args:
         runs: settings of the R runs.

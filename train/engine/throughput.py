@@ -10,12 +10,12 @@ import torch
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.augment import draw_views
 from ncollapse.train.data.sets import Dataset
+from ncollapse.train.engine.grouping import StackKey
 from ncollapse.train.errors import out_of_memory
 from ncollapse.train.limits import available_memory
 from ncollapse.train.networks.models import Classifier, build
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.optimizers import TABLE
-from ncollapse.train.sweep.grouping import StackKey
 from ncollapse.train.training.stack import Stack, make_optimizer
 from ncollapse.train.training.step import Step
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ncollapse.train.config import FIELDS, RunConfig, make_run, short, unknown
+from ncollapse.train.engine.grouping import StackKey, group
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
-from ncollapse.train.sweep.grouping import StackKey, group
 
 _CONDITION = re.compile(r"(\w+)\s*(!=|<=|>=|=|<|>)\s*([^\s<>=!]+)")
 _SHARD = re.compile(r"([0-9]{1,6})/([0-9]{1,6})")

@@ -10,11 +10,11 @@ import torch
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
+from ncollapse.train.engine.grouping import StackKey
+from ncollapse.train.engine.throughput import DataFacts, Rate
 from ncollapse.train.errors import CheckpointError, DataError, UserError, out_of_memory
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.writer import PlannedStack
-from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.throughput import DataFacts, Rate
 from ncollapse.train.training.loop import Training
 
 

@@ -9,6 +9,11 @@ from rich.console import Console
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
+from ncollapse.train.engine.grouping import StackKey, group, make_stacks
+from ncollapse.train.engine.options import Options
+from ncollapse.train.engine.planning import load_all, make_engine
+from ncollapse.train.engine.stack_size import Plan, StackPolicy
+from ncollapse.train.engine.throughput import DataFacts
 from ncollapse.train.errors import NoResultsError, UserError
 from ncollapse.train.formatting import plain, rough_duration
 from ncollapse.train.grid import Grid
@@ -17,11 +22,6 @@ from ncollapse.train.results.columns import LAYER_METRICS, METRICS
 from ncollapse.train.results.reader import load_meta, query
 from ncollapse.train.results.schema import FINISHED
 from ncollapse.train.results.validation import read_json
-from ncollapse.train.sweep.grouping import StackKey, group, make_stacks
-from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.planning import load_all, make_engine
-from ncollapse.train.sweep.stack_size import Plan, StackPolicy
-from ncollapse.train.sweep.throughput import DataFacts
 
 #: An evaluation takes about as long as this share of an epoch: a forward pass over all data instead of three.
 _EVALUATION = 1 / 3

@@ -16,13 +16,8 @@ from typing import Any
 import torch
 
 from ncollapse.train.data.sets import Dataset
-from ncollapse.train.errors import UserError
-from ncollapse.train.limits import available_memory, limit_own_memory, memory_limit, processors
-from ncollapse.train.results.checkpoint_file import read_checkpoint
-from ncollapse.train.results.provenance import device_name
-from ncollapse.train.results.writer import PlannedStack
-from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.messages import (
+from ncollapse.train.engine.grouping import StackKey
+from ncollapse.train.engine.messages import (
     Engine,
     Failed,
     Finished,
@@ -32,7 +27,12 @@ from ncollapse.train.sweep.messages import (
     failure,
     train_stack,
 )
-from ncollapse.train.sweep.throughput import DataFacts, Rate, measure_rate, room_on
+from ncollapse.train.engine.throughput import DataFacts, Rate, measure_rate, room_on
+from ncollapse.train.errors import UserError
+from ncollapse.train.limits import available_memory, limit_own_memory, memory_limit, processors
+from ncollapse.train.results.checkpoint_file import read_checkpoint
+from ncollapse.train.results.provenance import device_name
+from ncollapse.train.results.writer import PlannedStack
 
 #: How workers start: a fork of this process would copy torch's threads and the state of the GPU.
 _CONTEXT = multiprocessing.get_context("spawn")

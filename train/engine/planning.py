@@ -9,16 +9,16 @@ from rich.console import Console
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
+from ncollapse.train.engine.grouping import StackKey, group, make_stacks
+from ncollapse.train.engine.messages import Engine, WorkerSettings
+from ncollapse.train.engine.options import Options
+from ncollapse.train.engine.stack_size import Plan, StackPolicy
+from ncollapse.train.engine.this_machine import ThisMachine
+from ncollapse.train.engine.throughput import DataFacts
 from ncollapse.train.formatting import plain
 from ncollapse.train.results import schema
 from ncollapse.train.results.storage_errors import damaged
 from ncollapse.train.results.writer import Store
-from ncollapse.train.sweep.grouping import StackKey, group, make_stacks
-from ncollapse.train.sweep.messages import Engine, WorkerSettings
-from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.stack_size import Plan, StackPolicy
-from ncollapse.train.sweep.this_machine import ThisMachine
-from ncollapse.train.sweep.throughput import DataFacts
 
 
 def say(console: Console, text: str) -> None:
@@ -48,7 +48,7 @@ def make_engine(
 ) -> tuple[Engine, int | str]:
     """Return the engine and its number of workers, or "auto"."""
     if options.engine == "ray":
-        from ncollapse.train.sweep.ray_cluster import Cluster
+        from ncollapse.train.engine.ray_cluster import Cluster
 
         cluster = Cluster(options.ray_address, device, settings, loaded)
         if cluster.note:

@@ -13,6 +13,13 @@ from rich.console import Console
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
+from ncollapse.train.engine.grouping import StackKey
+from ncollapse.train.engine.messages import Engine, Failed, Finished, Message, Progress, Stopped
+from ncollapse.train.engine.options import Options
+from ncollapse.train.engine.planning import load_all, make_engine, plan_stacks, say
+from ncollapse.train.engine.progress_bar import MinuteLog, SweepProgress
+from ncollapse.train.engine.stopping import StopRequest
+from ncollapse.train.engine.throughput import DataFacts
 from ncollapse.train.errors import CheckpointError, DataError, InterruptError, StoppedError, UserError, out_of_memory
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.checkpoint_file import read_checkpoint
@@ -20,13 +27,6 @@ from ncollapse.train.results.provenance import describe_machine
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.tensorboard import Logs
 from ncollapse.train.results.writer import PlannedStack, Store
-from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.messages import Engine, Failed, Finished, Message, Progress, Stopped
-from ncollapse.train.sweep.options import Options
-from ncollapse.train.sweep.planning import load_all, make_engine, plan_stacks, say
-from ncollapse.train.sweep.progress_bar import MinuteLog, SweepProgress
-from ncollapse.train.sweep.stopping import StopRequest
-from ncollapse.train.sweep.throughput import DataFacts
 from ncollapse.train.training.checkpoints import split_checkpoint
 
 #: The file in a results folder that takes the tracebacks of errors that nobody foresaw.

@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ncollapse.train.config import ALONE, RunConfig
-from ncollapse.train.sweep.grouping import StackKey, group
-from ncollapse.train.sweep.options import MOST_RUNS, MOST_WORKERS
+from ncollapse.train.engine.grouping import StackKey, group
+from ncollapse.train.engine.options import MOST_RUNS, MOST_WORKERS
 
 if TYPE_CHECKING:  # `ncollapse status` reads plans, and must not wait for torch
-    from ncollapse.train.sweep.messages import Engine
-    from ncollapse.train.sweep.throughput import DataFacts
+    from ncollapse.train.engine.messages import Engine
+    from ncollapse.train.engine.throughput import DataFacts
 
 #: Seconds of training below which a measurement costs more than it gains.
 WORTH_MEASURING = 5.0

@@ -12,11 +12,8 @@ import torch
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
-from ncollapse.train.errors import DataError, UserError
-from ncollapse.train.results.checkpoint_file import read_checkpoint
-from ncollapse.train.results.writer import PlannedStack
-from ncollapse.train.sweep.grouping import StackKey
-from ncollapse.train.sweep.messages import (
+from ncollapse.train.engine.grouping import StackKey
+from ncollapse.train.engine.messages import (
     Engine,
     Failed,
     Finished,
@@ -26,9 +23,12 @@ from ncollapse.train.sweep.messages import (
     failure,
     train_stack,
 )
-from ncollapse.train.sweep.ray_connect import ClusterHead, connect
-from ncollapse.train.sweep.this_machine import keep_memory
-from ncollapse.train.sweep.throughput import DataFacts, Rate, measure_rate, room_on
+from ncollapse.train.engine.ray_connect import ClusterHead, connect
+from ncollapse.train.engine.this_machine import keep_memory
+from ncollapse.train.engine.throughput import DataFacts, Rate, measure_rate, room_on
+from ncollapse.train.errors import DataError, UserError
+from ncollapse.train.results.checkpoint_file import read_checkpoint
+from ncollapse.train.results.writer import PlannedStack
 
 #: Threads of each task. Tasks share a machine's cores among them, as the processes of the local engine do.
 _THREADS = 1
