@@ -1,37 +1,95 @@
-"""The settings of one run, checked, and their hash, which is the id of the run everywhere."""
+"""The settings of one run, checked, and their hash, which is the id of the run everywhere.
+
+Model, data, optimizer and loss are names: of what comes with ncollapse, or of code of the user's (`plugins.py`). The
+options that such code takes are JSON, so that a run is one row of the results and one hash.
+"""
 
 import dataclasses
 import difflib
 import functools
 import hashlib
 import json
+import re
 import reprlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ncollapse.train.errors import UserError
-from ncollapse.train.optimizers import OPTIMIZERS, TABLE
+from ncollapse.train.optimizers import OPTIMIZERS, row_of
 
-if TYPE_CHECKING:
-    Optimizer = str
-else:
-    Optimizer = Literal[OPTIMIZERS]
+MODELS = ("mlp", "cnn", "resnet9", "vgg9", "vit", "densenet")
+DATA_SETS = ("digits", "mnist", "fashion-mnist", "cifar10", "imagefolder")
+LOSSES = ("cross_entropy", "mse", "mse_rescaled", "focal")
+#: Settings that are names, with the names of what comes with ncollapse.
+NAMED: dict[str, tuple[str, ...]] = {"model": MODELS, "data": DATA_SETS, "optimizer": OPTIMIZERS, "loss": LOSSES}
 
-Model = Literal["mlp", "cnn", "resnet9", "vgg9", "vit", "densenet"]
-Data = Literal["digits", "mnist", "fashion-mnist", "cifar10", "imagefolder"]
 Precision = Literal["fp32", "tf32", "bf16"]
 Augment = Literal["none", "flip", "crop", "flip-crop"]
 Layers = Literal["head", "all"]
-#: Models whose runs train one by one: `stacked_layers` has no stacked form of their layers.
-ALONE = ("vit", "densenet")
-
 #: Bounds far beyond any use: what a file says must not become a number that PyTorch or SQLite cannot hold.
 MOST = 2**31 - 1
 _MOST_DROPS, _MOST_EPOCHS, _MOST_WIDTH = 1_000, 1_000_000, 16_384
+
+_LONGEST_NAME, _LONGEST_OPTIONS = 300, 2_000
+#: Names of the user's code: a file or module and a name within it, an .npz file, or a name given in Python.
+_OF_CODE = re.compile(r"[^:\s]([^:]*[^:\s])?:[A-Za-z_][A-Za-z_0-9.]*")
+_OF_FILE = re.compile(r"[^:]+\.npz")
+_GIVEN = re.compile(r"[A-Za-z_][\w.-]*")
+
+
+def is_own(setting: str, name: str) -> bool:
+    """Return whether the value of a setting in `NAMED` names code or data of the user's."""
+    return name not in NAMED[setting]
+
+
+def _check_name(setting: str, name: str) -> str:
+    kinds = (_OF_CODE, _GIVEN, _OF_FILE) if setting == "data" else (_OF_CODE, _GIVEN)
+    fits = len(name) <= _LONGEST_NAME and name.isprintable() and any(kind.fullmatch(name) for kind in kinds)
+    if is_own(setting, name) and not fits:
+        raise ValueError(_no_name(setting, name))
+    return name
+
+
+def _no_name(setting: str, name: str) -> str:
+    own = "FILE.py:NAME, package.module:NAME" + (", FILE.npz" if setting == "data" else "")
+    return f"{unknown(setting, name, NAMED[setting])}; of your own: {own}"
+
+
+def _named(setting: str) -> Any:
+    return Annotated[str, AfterValidator(lambda name: _check_name(setting, name))]
+
+
+def canonical_options(value: Any) -> Any:
+    """Return options, a mapping or its JSON, as JSON with sorted keys; "" for none.
+
+    Raises:
+        ValueError: no mapping of names to JSON values.
+    """
+    if isinstance(value, str):
+        if not value:
+            return ""
+        if len(value) > _LONGEST_OPTIONS:
+            raise ValueError(f"options of more than {_LONGEST_OPTIONS:,} characters")
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f'options are JSON, as in {{"depth": 3}}; {error}') from None
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) and key.isidentifier() for key in value):
+        raise ValueError('options are names with values, as in {"depth": 3}')
+    try:
+        text = json.dumps(dict(value), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"options are numbers, texts, true or false, and lists of them; {error}") from None
+    if len(text) > _LONGEST_OPTIONS:
+        raise ValueError(f"options of more than {_LONGEST_OPTIONS:,} characters")
+    return text if value else ""
+
+
+OptionsText = Annotated[str, BeforeValidator(canonical_options)]
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -43,15 +101,32 @@ Count = Annotated[int, Field(ge=1, le=MOST)]
 class RunConfig:
     """Settings of one training run."""
 
-    model: Model = "mlp"
-    """The network."""
+    model: _named("model") = "mlp"  # type: ignore[valid-type]
+    """The network: mlp, cnn, resnet9, vgg9, vit, densenet, or one of your own as FILE.py:NAME."""
+    model_options: OptionsText = ""
+    """Arguments of a model of your own, as JSON: {"depth": 3}."""
+    head: Annotated[str, Field(max_length=_LONGEST_NAME)] = ""
+    """Name of the last, linear layer of a model of your own; by default it is found."""
     width: Annotated[int, Field(ge=1, le=_MOST_WIDTH)] | None = None
     """Width of the network: channels of the first convolution (resnet9, vgg9: 64 by default, cnn: 16), hidden units of
     an mlp (64), length of a vit's tokens (192), growth rate of a densenet (12)."""
-    data: Data = "digits"
-    """The data set; imagefolder reads train/CLASS/* and test/CLASS/* under the data folder."""
-    optimizer: Optimizer = "sgd"
-    """The update rule; the names ending in w decouple the weight decay."""
+    data: _named("data") = "digits"  # type: ignore[valid-type]
+    """The data set: digits, mnist, fashion-mnist, cifar10, imagefolder (reads train/CLASS/* and test/CLASS/* under the
+    data folder), or one of your own as FILE.py:NAME or FILE.npz."""
+    data_options: OptionsText = ""
+    """Arguments of a data set of your own, as JSON."""
+    optimizer: _named("optimizer") = "sgd"  # type: ignore[valid-type]
+    """The update rule: sgd, signum, adam, lion, muon, those with a w at their end, which decouple the weight decay, or
+    any torch.optim.Optimizer as FILE.py:NAME or package.module:NAME."""
+    optimizer_options: OptionsText = ""
+    """Further arguments of an optimizer that is not ncollapse's, as JSON."""
+    loss: _named("loss") = "cross_entropy"  # type: ignore[valid-type]
+    """The loss: cross_entropy, mse (of one-hot targets), mse_rescaled (for many classes), focal, or one of your own as
+    FILE.py:NAME."""
+    loss_options: OptionsText = ""
+    """Arguments of the loss, as JSON: {"gamma": 2} of focal, {"k": 15, "M": 30} of mse_rescaled."""
+    label_smoothing: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    """Share of the target that cross_entropy spreads evenly over the classes."""
     lr: Positive = 0.1
     """Learning rate η before its drops."""
     momentum: BelowOne = 0.9
@@ -59,7 +134,8 @@ class RunConfig:
     weight_decay: NonNegative = 5e-4
     """Weight decay λ."""
     coupling: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    """Share of the decay added to the gradient; by default 1, and 0 for the names ending in w."""
+    """Share of the decay added to the gradient; by default 1, and 0 for the names ending in w. None for optimizers that
+    are not ncollapse's."""
     beta2: BelowOne = 0.999
     """β₂ of optimizers with two betas, also of the Adam that updates the vectors beside an optimizer of matrices."""
     eps: NonNegative = 1e-8
@@ -85,18 +161,57 @@ class RunConfig:
     """Layers to measure NC1 and NC2 at: the input of the last layer (head), or also the output of every block (all)."""
     eval_every: Count = 5
     """Epochs between evaluations; the start and the last epoch are always evaluated."""
+    code: Annotated[str, Field(max_length=_LONGEST_OPTIONS)] = ""
+    """Versions of the code of your own that the run uses, filled in: NAME=VERSION; …"""
 
     def __post_init__(self) -> None:
+        row = row_of(self.optimizer)
         if self.coupling is None:
-            object.__setattr__(self, "coupling", TABLE[self.optimizer].coupling)
-        for name in ("momentum", "weight_decay", "coupling", "beta2", "eps"):
+            object.__setattr__(self, "coupling", row.coupling)
+        elif row.foreign:
+            raise ValueError(f"coupling goes with ncollapse's optimizers; {self.optimizer} has its own decay")
+        for name in ("momentum", "weight_decay", "coupling", "beta2", "eps", "label_smoothing"):
             if getattr(self, name) == 0:  # -0.0 would have another id
                 object.__setattr__(self, name, 0.0)
+        for setting in NAMED:
+            name = getattr(self, setting)
+            if is_own(setting, name) and _GIVEN.fullmatch(name) and name not in self.versions:
+                raise ValueError(_no_name(setting, name))
+        if self.label_smoothing and self.loss != "cross_entropy":
+            raise ValueError(f"label_smoothing goes with the loss cross_entropy, not {self.loss}")
+        if self.optimizer_options and not row.foreign:
+            raise ValueError(f"optimizer_options go with optimizers that are not ncollapse's, not {self.optimizer}")
+        for setting in ("model", "data"):
+            if getattr(self, f"{setting}_options") and not is_own(setting, getattr(self, setting)):
+                raise ValueError(f"{setting}_options go with a {setting} of your own, not {getattr(self, setting)}")
+        if self.head and not is_own("model", self.model):
+            raise ValueError(f"head goes with a model of your own; that of {self.model} is known")
 
     @property
     def family(self) -> str:
         """The update rule without its coupling: a name of `ncollapse.optim` in lower case."""
-        return TABLE[self.optimizer].family
+        return row_of(self.optimizer).family
+
+    @property
+    def data_key(self) -> str:
+        """The data set with its options: what loads it, and what runs must share to train together."""
+        return f"{self.data} {self.data_options}".rstrip()
+
+    @functools.cached_property
+    def versions(self) -> dict[str, str]:
+        """The versions of the user's code in `code`: file, package or given name -> version."""
+        pairs = (one.rpartition("=") for one in self.code.split("; ") if one)
+        return {name: version for name, _, version in pairs}
+
+    @property
+    def own(self) -> dict[str, str]:
+        """The settings that name code of the user's, with their values."""
+        return {setting: name for setting in NAMED if is_own(setting, name := getattr(self, setting))}
+
+    def options(self, setting: Literal["model", "data", "optimizer", "loss"]) -> dict[str, Any]:
+        """Return the options of a setting, such as `model_options`, by name."""
+        found: dict[str, Any] = json.loads(getattr(self, f"{setting}_options") or "{}")
+        return found
 
     @property
     def decay_coupling(self) -> float:
@@ -119,8 +234,11 @@ class RunConfig:
 
     def describe(self) -> str:
         """Describe the run in one line, by the settings that differ in most grids."""
-        coupling = "" if self.coupling == TABLE[self.optimizer].coupling else f", c={self.coupling:g}"
-        return f"{self.optimizer} lr={self.lr:g} β={self.momentum:g} λ={self.weight_decay:g}{coupling}"
+        row = row_of(self.optimizer)
+        more = "" if self.coupling in (None, row.coupling) else f", c={self.coupling:g}"
+        more += "" if self.loss == "cross_entropy" else f", {self.loss}"
+        more += f" {self.optimizer_options}" if self.optimizer_options else ""
+        return f"{self.optimizer} lr={self.lr:g} β={self.momentum:g} λ={self.weight_decay:g}{more}"
 
     def steps_per_epoch(self, samples: int) -> int:
         """Return the number of steps in an epoch over `samples` training samples; the last, smaller batch counts."""
@@ -150,12 +268,15 @@ def make_run(settings: dict[str, Any], where: str) -> RunConfig:
 
 
 def _explain(error: Any) -> str:
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if not error["loc"]:  # of several settings together
+        return message
     key = str(error["loc"][0])
     if error["type"] == "unexpected_keyword_argument":
         return unknown_key(key)
     if isinstance(error["input"], list):
         return f"{key} = {short(error['input'])}: one value is meant here, not a list"
-    return f"{key} = {short(error['input'])}: {error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{key} = {short(error['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def short(value: object) -> str:

@@ -1,10 +1,13 @@
 """The optimizers that a run may name, a row each: settings, stacks, theory, tables and figures read all they know here.
 
 A new optimizer is a class of `ncollapse.optim`, and two rows here: one with its decay coupled into the gradient, one
-with it decoupled.
+with it decoupled. A run may also name an optimizer of the user's or of another package (`plugins.py`): `row_of` makes a
+row of it, since tables and figures treat it as they do the others.
 """
 
 import dataclasses
+import functools
+import zlib
 from collections.abc import Iterator
 
 
@@ -16,7 +19,7 @@ class OptimizerRow:
         name: as settings and the command line have it.
         label: as tables and figures write it.
         family: the update rule, whatever its coupling: a name of `ncollapse.optim` in lower case.
-        coupling: the share of the decay that is added to the gradient by default.
+        coupling: the share of the decay that is added to the gradient by default; None: not known.
         in_paper: whether arXiv 2602.16642 compares it.
         colour, dark_colour: of its family, on light and dark ground (after Okabe & Ito, safe for the colour-blind).
         dashed: whether figures draw it with a dashed line.
@@ -25,12 +28,13 @@ class OptimizerRow:
         theorem: what is proven of NC0, with its theorem in arXiv 2602.16642.
         takes: those of the settings momentum, beta2 and eps that its update uses.
         own_stack: its step is not that of the other rules, so that it trains in stacks of its own.
+        foreign: it is no class of `ncollapse.optim`: each run has its own object, and nothing is predicted.
     """
 
     name: str
     label: str
     family: str
-    coupling: float
+    coupling: float | None
     in_paper: bool
     colour: str
     dark_colour: str
@@ -39,6 +43,7 @@ class OptimizerRow:
     theorem: str
     takes: tuple[str, ...]
     own_stack: bool
+    foreign: bool = False
 
 
 def _rows() -> Iterator[OptimizerRow]:
@@ -75,3 +80,28 @@ FAMILY: dict[str, str] = {row.name: row.family for row in TABLE.values()}
 LABELS: dict[str, str] = {row.name: row.label for row in TABLE.values()}
 #: family -> (colour on light ground, on dark ground).
 FAMILY_COLOURS: dict[str, tuple[str, str]] = {row.family: (row.colour, row.dark_colour) for row in TABLE.values()}
+
+#: Colours of optimizers that are not in the table, on light and dark ground: `row_of` chooses one by the name.
+_FOREIGN_COLOURS = (
+    ("#7a5195", "#b48ad0"), ("#8c564b", "#c49189"), ("#56b4e9", "#86c9ef"), ("#666666", "#a6a6a6"),
+    ("#bc8f00", "#dcb945"), ("#9b2226", "#d9696d"), ("#2f6f5e", "#6fb3a1"), ("#3b3b98", "#8686d8"),
+)  # fmt: skip
+
+
+@functools.cache
+def row_of(name: str) -> OptimizerRow:
+    """Return what is known of an optimizer; of one that is not in `TABLE`, its name without the module."""
+    if name in TABLE:
+        return TABLE[name]
+    colours = _FOREIGN_COLOURS[zlib.crc32(name.encode()) % len(_FOREIGN_COLOURS)]
+    return OptimizerRow(
+        name, name.rpartition(":")[2], name, None, False, *colours,
+        dashed=False, theory_width=1.3, theorem="–", takes=(), own_stack=True, foreign=True,
+    )  # fmt: skip
+
+
+def in_table_order(names: set[str]) -> list[str]:
+    """Sort names of optimizers: those of `TABLE` in its order, then the others by their labels."""
+    return [name for name in OPTIMIZERS if name in names] + sorted(
+        names - TABLE.keys(), key=lambda name: (row_of(name).label, name)
+    )
