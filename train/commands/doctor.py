@@ -9,7 +9,8 @@ import torch
 from ncollapse.kernels import operators
 from ncollapse.kernels.class_stats import op as class_stats
 from ncollapse.kernels.update import launch as update
-from ncollapse.train.data.sets import DATA_SETS, check_files, data_folder
+from ncollapse.train.config import DATA_SETS
+from ncollapse.train.data.sets import check_files, data_folder
 from ncollapse.train.limits import available_memory, memory_limit, processors
 from ncollapse.train.results.provenance import device_name, package_version
 

@@ -4,16 +4,14 @@ import dataclasses
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ncollapse.train.config import Data
 from ncollapse.train.data.image_files import read_images
 from ncollapse.train.errors import UserError
 
-DATA_SETS: tuple[str, ...] = get_args(Data)
 # Data set name -> class in torchvision.datasets.
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 # File -> MD5 of the published file, unpacked: torchvision checks only those of its downloads and of CIFAR-10.

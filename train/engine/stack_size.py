@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ncollapse.train.config import ALONE, RunConfig
+from ncollapse.train.config import RunConfig
 from ncollapse.train.engine.grouping import StackKey, group
 from ncollapse.train.engine.options import MOST_RUNS, MOST_WORKERS
 
@@ -22,6 +22,8 @@ PER_GPU = (1, 2, 4)
 #: model -> runs per stack where there is too little work to measure. On a CPU linear layers gain the more the larger
 #: the stack, convolutions only up to a few runs (`bench/NOTES.md`).
 _USUAL = {"mlp": 32, "cnn": 4}
+#: Models whose runs train one by one.
+ALONE = ("vit", "densenet")
 #: A larger stack has to be faster by this factor, since a failure costs the work of the whole stack.
 _FASTER = 1.03
 #: Another size than that of an earlier session has to be faster by this factor: a run's last digits depend on it.
