@@ -36,14 +36,19 @@ _MOST_DROPS, _MOST_EPOCHS, _MOST_WIDTH = 1_000, 1_000_000, 16_384
 
 _LONGEST_NAME, _LONGEST_OPTIONS = 300, 2_000
 #: Names of the user's code: a file or module and a name within it, an .npz file, or a name given in Python.
-_OF_CODE = re.compile(r"[^:\s]([^:]*[^:\s])?:[A-Za-z_][A-Za-z_0-9.]*")
-_OF_FILE = re.compile(r"[^:]+\.npz")
+_OF_CODE = re.compile(r"[^:\s{}]([^:{}]*[^:\s{}])?:[A-Za-z_][A-Za-z_0-9.]*")
+_OF_FILE = re.compile(r"[^\s{}][^{}]*\.npz")
 _GIVEN = re.compile(r"[A-Za-z_][\w.-]*")
 
 
 def is_own(setting: str, name: str) -> bool:
     """Return whether the value of a setting in `NAMED` names code or data of the user's."""
     return name not in NAMED[setting]
+
+
+def takes_options(setting: str, name: str) -> bool:
+    """Return whether the value of a setting in `NAMED` takes options."""
+    return is_own(setting, name) or name in ("focal", "mse_rescaled")
 
 
 def _check_name(setting: str, name: str) -> str:
@@ -102,7 +107,7 @@ class RunConfig:
     """Settings of one training run."""
 
     model: _named("model") = "mlp"  # type: ignore[valid-type]
-    """The network: mlp, cnn, resnet9, vgg9, vit, densenet, or one of your own as FILE.py:NAME."""
+    """The network, or one of your own as FILE.py:NAME or package.module:NAME."""
     model_options: OptionsText = ""
     """Arguments of a model of your own, as JSON: {"depth": 3}."""
     head: Annotated[str, Field(max_length=_LONGEST_NAME)] = ""
@@ -111,18 +116,17 @@ class RunConfig:
     """Width of the network: channels of the first convolution (resnet9, vgg9: 64 by default, cnn: 16), hidden units of
     an mlp (64), length of a vit's tokens (192), growth rate of a densenet (12)."""
     data: _named("data") = "digits"  # type: ignore[valid-type]
-    """The data set: digits, mnist, fashion-mnist, cifar10, imagefolder (reads train/CLASS/* and test/CLASS/* under the
-    data folder), or one of your own as FILE.py:NAME or FILE.npz."""
+    """The data set (imagefolder reads train/CLASS/* and test/CLASS/* under the data folder), or one of your own as
+    FILE.py:NAME or FILE.npz."""
     data_options: OptionsText = ""
     """Arguments of a data set of your own, as JSON."""
     optimizer: _named("optimizer") = "sgd"  # type: ignore[valid-type]
-    """The update rule: sgd, signum, adam, lion, muon, those with a w at their end, which decouple the weight decay, or
-    any torch.optim.Optimizer as FILE.py:NAME or package.module:NAME."""
+    """The update rule (the names ending in w decouple the weight decay), or any torch.optim.Optimizer as FILE.py:NAME
+    or package.module:NAME."""
     optimizer_options: OptionsText = ""
     """Further arguments of an optimizer that is not ncollapse's, as JSON."""
     loss: _named("loss") = "cross_entropy"  # type: ignore[valid-type]
-    """The loss: cross_entropy, mse (of one-hot targets), mse_rescaled (for many classes), focal, or one of your own as
-    FILE.py:NAME."""
+    """The loss (mse is that of one-hot targets, mse_rescaled for many classes), or one of your own as FILE.py:NAME."""
     loss_options: OptionsText = ""
     """Arguments of the loss, as JSON: {"gamma": 2} of focal, {"k": 15, "M": 30} of mse_rescaled."""
     label_smoothing: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
@@ -179,11 +183,10 @@ class RunConfig:
                 raise ValueError(_no_name(setting, name))
         if self.label_smoothing and self.loss != "cross_entropy":
             raise ValueError(f"label_smoothing goes with the loss cross_entropy, not {self.loss}")
-        if self.optimizer_options and not row.foreign:
-            raise ValueError(f"optimizer_options go with optimizers that are not ncollapse's, not {self.optimizer}")
-        for setting in ("model", "data"):
-            if getattr(self, f"{setting}_options") and not is_own(setting, getattr(self, setting)):
-                raise ValueError(f"{setting}_options go with a {setting} of your own, not {getattr(self, setting)}")
+        for setting in NAMED:
+            name = getattr(self, setting)
+            if getattr(self, f"{setting}_options") and not takes_options(setting, name):
+                raise ValueError(f"{setting}_options do not go with the {setting} {name}, which takes none")
         if self.head and not is_own("model", self.model):
             raise ValueError(f"head goes with a model of your own; that of {self.model} is known")
 
@@ -251,8 +254,13 @@ class RunConfig:
 
 
 FIELDS = dataclasses.fields(RunConfig)
+#: The settings that users give; `code` follows from them.
+GIVEN = tuple(field for field in FIELDS if field.name != "code")
 #: Setting -> description, for the help of the command line.
-DESCRIPTIONS = {name: str(info.description) for name, info in RunConfig.__pydantic_fields__.items()}  # type: ignore[attr-defined]
+DESCRIPTIONS = {
+    name: f"{', '.join(NAMED[name])}. {info.description}" if name in NAMED else str(info.description)
+    for name, info in RunConfig.__pydantic_fields__.items()  # type: ignore[attr-defined]
+}
 
 
 def make_run(settings: dict[str, Any], where: str) -> RunConfig:
@@ -279,6 +287,12 @@ def _explain(error: Any) -> str:
     return f"{key} = {short(error['input'])}: {message[0].lower()}{message[1:]}"
 
 
+def split_data_key(key: str) -> tuple[str, str]:
+    """Return the data set and its options of a `RunConfig.data_key`."""
+    name, brace, rest = key.partition(" {")
+    return name, brace.strip() + rest
+
+
 def short(value: object) -> str:
     """Return the representation of a value from outside, cut where it is long or deep."""
     return reprlib.repr(value)
@@ -286,7 +300,7 @@ def short(value: object) -> str:
 
 def unknown_key(key: str, also: tuple[str, ...] = ()) -> str:
     """Return the message for a key that is no setting and none of `also`, which are allowed there too."""
-    return unknown("key", key, [f.name for f in FIELDS] + list(also))
+    return unknown("key", key, [f.name for f in GIVEN] + list(also))
 
 
 def unknown(what: str, name: str, names: Sequence[str]) -> str:
