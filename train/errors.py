@@ -39,9 +39,11 @@ class OwnCodeError(UserError):
 
     Attributes:
         log: the traceback.
+        run: the id of the run whose code it is, if that is known.
     """
 
     log: str = ""
+    run: str = ""
 
     @classmethod
     def of(cls, what: str, error: BaseException) -> "OwnCodeError":

@@ -268,32 +268,33 @@ def _product(table: dict[str, Any], where: str, most: int, plugins: Plugins) -> 
         settings = dict(zip(axes, values, strict=True))
         if losses and settings["loss"] != "cross_entropy":
             settings.pop("label_smoothing", None)  # an axis of the cross-entropy alone
-        texts = [of[settings.get(_OPTIONS[key], names[_OPTIONS[key]][0])] for key, of in texts_of.items()]
+        chosen = {key: str(settings.get(_OPTIONS[key], names[_OPTIONS[key]][0])) for key in texts_of}
+        texts = [of.get(chosen[key], [""]) for key, of in texts_of.items()]
         total += math.prod(map(len, texts))
         if total > most:
             raise UserError(f"{where}: the grid has more than {_MOST_RUNS:,} runs; divide it into several")
-        runs += [
-            with_code(
-                lambda found: make_run(found, where), plugins, settings | dict(zip(texts_of, chosen, strict=True))
-            )
-            for chosen in itertools.product(*texts)
-        ]
+        for combined in itertools.product(*texts):
+            found = settings | dict(zip(texts_of, combined, strict=True))
+            runs.append(with_code(lambda settings: make_run(settings, where), plugins, found))
     return list(dict.fromkeys(runs)) if losses else runs
 
 
-def _by_name(key: str, options: dict[str, Any], names: list[Any], where: str) -> dict[Any, list[str]]:
+def _by_name(key: str, options: dict[str, Any], names: list[Any], where: str) -> dict[str, list[str]]:
     """Return, for each model (data set, …) of a grid, all combinations of its options, as JSON.
 
     Values of the table are for all that take options, those of a table within it for one.
     """
+    names = [name for name in names if isinstance(name, str)]  # `make_run` says what is wrong with others
     for name, of_one in options.items():
         if isinstance(of_one, dict) and name not in names:
-            raise UserError(f"{where}: {short(name)} is none of {', '.join(map(str, names))}")
+            raise UserError(f"{where}: {short(name)} is none of {', '.join(names)}")
     shared = {key: value for key, value in options.items() if not isinstance(value, dict)}
-    found: dict[Any, list[str]] = {}
+    takes = {name for name in names if takes_options(_OPTIONS[key], name)}
+    if shared and names and not takes:
+        raise UserError(f"{where}: none of {', '.join(names)} takes options")
+    found: dict[str, list[str]] = {}
     for name in names:
-        takes = isinstance(name, str) and takes_options(_OPTIONS[key], name)
-        axes = (shared if takes else {}) | options.get(name, {})
+        axes = (shared if name in takes else {}) | options.get(name, {})
         lists = {option: value if isinstance(value, list) else [value] for option, value in axes.items()}
         if empty := [option for option, values in lists.items() if not values]:
             raise UserError(f"{where}: {', '.join(empty)} has no values; give at least one or leave the key out")

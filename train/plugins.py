@@ -16,13 +16,12 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from ncollapse.train.config import NAMED, RunConfig, is_own
 from ncollapse.train.errors import OwnCodeError, UserError, is_installed
 from ncollapse.train.results.provenance import package_version
 
-Kind = Literal["model", "data", "optimizer", "loss", "metric"]
 _MOST_BYTES = 2**20
 #: Packages whose version is in the record of every session anyway, and is not that of the user's code.
 _OURS = ("torch", "ncollapse")
@@ -50,16 +49,16 @@ class _File:
 
 
 class Plugins:
-    """The user's code of a sweep.
+    """The user's code of a sweep: what names of a kind, a setting of `NAMED` or "metric", stand for.
 
     Args:
         folder: in which files are looked for, before the current one.
         given: kind -> name -> what was given in Python: a factory, a class or a function.
     """
 
-    def __init__(self, folder: Path = Path(), given: Mapping[Kind, Mapping[str, Any]] | None = None) -> None:
+    def __init__(self, folder: Path = Path(), given: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._folder = folder.absolute()
-        self._given: dict[Kind, dict[str, Any]] = {kind: dict(named) for kind, named in (given or {}).items()}
+        self._given: dict[str, dict[str, Any]] = {kind: dict(named) for kind, named in (given or {}).items()}
         self._files: dict[str, _File] = {}  # name of the file -> the file; sent to other processes
         self._modules: dict[str, ModuleType] = {}  # not sent
         for kind, named in self._given.items():
@@ -80,15 +79,15 @@ class Plugins:
         self._folder, self._files, self._modules = state["folder"], state["files"], {}
         self._given = cloudpickle.loads(state["given"])
 
-    def find(self, kind: Kind, name: str) -> Any:
+    def find(self, kind: str, name: str) -> Any:
         """Return what a name stands for.
 
         Raises:
             UserError: no such file, module or name in it.
             OwnCodeError: the file raises an error when it is imported.
         """
-        if name in self._given.get(kind, {}):
-            return self._given[kind][name]
+        if name in (given := self._given.get(kind, {})):
+            return given[name]
         place, separator, attribute = name.rpartition(":")
         if not separator:
             raise UserError(f"{kind} {name!r} was given in Python: train these runs from there")
@@ -113,14 +112,17 @@ class Plugins:
         raise UserError(f"no file {name} in {self._folder}" + ("" if self._folder == Path.cwd() else " or here"))
 
     def code_of(self, names: Mapping[str, str]) -> str:
-        """Return the setting `code` of a run, from the settings and metrics that name code of the user's."""
+        """Return the setting `code` of a run, from the settings that name code of the user's; errors as in `find`."""
+        for setting, name in names.items():
+            if not name.endswith(".npz"):
+                self.find(setting, name)
         found = {key: one.version for setting, name in names.items() for key, one in self.versions(setting, name)}
         return "; ".join(f"{key}={version}" for key, version in sorted(found.items()))
 
     def versions(self, kind: str, name: str) -> list[tuple[str, CodeVersion]]:
         """Return the file, package or given name that a name needs, with its version; none for an .npz or torch."""
-        if name in self._given.get(kind, {}):  # type: ignore[call-overload]
-            return [(name, _version_given(self._given[kind][name]))]  # type: ignore[index]
+        if name in (given := self._given.get(kind, {})):
+            return [(name, _version_given(given[name]))]
         place, separator, _ = name.rpartition(":")
         if not separator:
             if name.endswith(".npz"):
@@ -137,7 +139,7 @@ class Plugins:
         source = _source_of(module)
         return [(top, CodeVersion(_digest(source), source))]
 
-    def where(self, kind: Kind, name: str) -> str:
+    def where(self, kind: str, name: str) -> str:
         """Return where a name is defined, for messages: "mine.py, line 12"; the name itself where that is not known."""
         return _line_of(self.find(kind, name)) or name
 

@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -199,6 +200,17 @@ def test_one_process_trains_with_the_threads_that_the_sweep_began_with(digits: D
     assert torch.get_num_threads() == before
 
 
+def unsendable(data: Dataset) -> Callable[[str, torch.device], Dataset]:
+    """A function that loads data and cannot be sent to another process."""
+    lock = threading.Lock()
+
+    def load(name: str, device: torch.device) -> Dataset:
+        with lock:
+            return data
+
+    return load
+
+
 def test_what_cannot_be_sent_to_other_processes_trains_in_this_one(
     digits: Dataset, small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,10 +221,10 @@ def test_what_cannot_be_sent_to_other_processes_trains_in_this_one(
     monkeypatch.setattr(ThisMachine, "measure_rate", lambda *args, **options: Rate(1e-3))
     console = Console(record=True, width=500, file=io.StringIO())
     grid = Grid("few", small_grid.runs[:2])
-    assert sweep(grid, tmp_path, lambda name, device: digits, CPU, Options(), console) == 2
+    assert sweep(grid, tmp_path, unsendable(digits), CPU, Options(), console) == 2
     assert json.loads(load_meta(tmp_path)["engine"])["workers"] == 1
     (line,) = (line for line in console.export_text().splitlines() if "cannot be sent" in line)
-    assert "so this process trains all stacks; give a function that is defined in a module" in line
+    assert "cannot pickle '_thread.lock' object), so this process trains all stacks" in line
 
 
 @pytest.mark.usefixtures("quick_starts")
@@ -224,15 +236,15 @@ def test_a_plan_for_several_processes_goes_on_in_one_where_it_must(
         assert pooled(small_grid, tmp_path, quiet, stack=6) == 12  # plans, trains nothing
     assert json.loads(load_meta(tmp_path)["engine"])["workers"] == 2
     assert set(load_runs(tmp_path).status) == {"pending"}
-    sweep(small_grid, tmp_path, lambda name, device: digits, CPU, Options(), quiet)
+    sweep(small_grid, tmp_path, unsendable(digits), CPU, Options(), quiet)
     assert set(load_runs(tmp_path).status) == {"done"}
 
 
 def test_several_workers_that_cannot_start_are_refused(
     digits: Dataset, small_grid: Grid, tmp_path: Path, quiet: Console
 ) -> None:
-    with pytest.raises(UserError, match=r"2 workers need a load_data that can be sent .*, or workers=1"):
-        sweep(small_grid, tmp_path, lambda name, device: digits, CPU, Options(workers=2), quiet)
+    with pytest.raises(UserError, match=r"2 workers need code and data that can be sent .*, or give workers=1"):
+        sweep(small_grid, tmp_path, unsendable(digits), CPU, Options(workers=2), quiet)
 
 
 @pytest.mark.usefixtures("quick_starts")

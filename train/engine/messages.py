@@ -12,7 +12,8 @@ from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.engine.grouping import StackKey
 from ncollapse.train.engine.throughput import DataFacts, Rate
-from ncollapse.train.errors import CheckpointError, DataError, UserError, out_of_memory
+from ncollapse.train.errors import CheckpointError, DataError, OwnCodeError, UserError, out_of_memory
+from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.writer import PlannedStack
 from ncollapse.train.training.loop import Training
@@ -42,13 +43,16 @@ class Failed:
 
     Attributes:
         kind: it does not fit in memory; its process or node is lost; its checkpoint cannot be used; its data set cannot
-            be read, or is another one; the user has to change something ("refused"); an error that nobody foresaw.
-        log: of such an error, its traceback.
+            be read, or is another one; the user has to change something ("refused"); the user's own code has raised an
+            error ("own"); an error that nobody foresaw.
+        log: of an error that nobody foresaw, and of the user's code, its traceback.
+        run: the id of the run whose code has raised the error, if it is known.
     """
 
-    kind: Literal["memory", "lost", "checkpoint", "data", "refused", "unforeseen"]
+    kind: Literal["memory", "lost", "checkpoint", "data", "refused", "own", "unforeseen"]
     text: str
     log: str = ""
+    run: str = ""
 
 
 Message = Evaluation | Progress | Finished | Stopped | Failed
@@ -58,13 +62,15 @@ Message = Evaluation | Progress | Finished | Stopped | Failed
 class WorkerSettings:
     """What every worker of a sweep has to know, whatever it trains."""
 
-    load_data: Callable[[str, torch.device], Dataset]  # by name, onto a device
+    load_data: Callable[[str, torch.device], Dataset]  # by `RunConfig.data_key`, onto a device
     checkpoint_seconds: float  # between checkpoints of a stack
     keep_weights: bool  # send the final weights of each run
     fingerprints: Mapping[str, str] = dataclasses.field(
         default_factory=dict
     )  # data set -> that of the sweep's own copy
     hopeless_after: float | None = None  # see `Training`
+    plugins: Plugins = dataclasses.field(default_factory=Plugins)  # the user's code
+    metrics: tuple[str, ...] = ()  # names of the user's metrics
 
     def load(self, name: str, device: torch.device) -> Dataset:
         """Load a data set, which must be the one that the sweep began with.
@@ -181,6 +187,8 @@ def failure(error: Exception) -> Failed:
         return Failed("checkpoint", str(error))
     if isinstance(error, DataError):
         return Failed("data", str(error))
+    if isinstance(error, OwnCodeError):
+        return Failed("own", str(error), error.log, error.run)
     if isinstance(error, UserError):
         return Failed("refused", str(error))
     first = next((line for line in str(error).splitlines() if line.strip()), "")

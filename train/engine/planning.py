@@ -16,6 +16,7 @@ from ncollapse.train.engine.stack_size import Plan, StackPolicy
 from ncollapse.train.engine.this_machine import ThisMachine
 from ncollapse.train.engine.throughput import DataFacts
 from ncollapse.train.formatting import plain
+from ncollapse.train.grid import Grid
 from ncollapse.train.results import schema
 from ncollapse.train.results.storage_errors import damaged
 from ncollapse.train.results.writer import Store
@@ -27,16 +28,17 @@ def say(console: Console, text: str) -> None:
 
 
 def load_all(
-    names: Iterable[str], load_data: Callable[[str, torch.device], Dataset], options: Options
+    names: Iterable[str], load_data: Callable[[str, torch.device], Dataset], options: Options, grid: Grid
 ) -> tuple[dict[str, Dataset], dict[str, DataFacts], WorkerSettings]:
-    """Load data sets on the CPU; return them and their facts by name, and what the workers of the sweep have to know.
+    """Load data sets, by `data_key`, on the CPU; return them, their facts, and what the sweep's workers have to know.
 
     Raises:
         UserError: one cannot be loaded.
     """
     settings = WorkerSettings(
-        load_data, 60 * options.checkpoint_minutes, options.save_weights, hopeless_after=options.stop_hopeless
-    )
+        load_data, 60 * options.checkpoint_minutes, options.save_weights, hopeless_after=options.stop_hopeless,
+        plugins=grid.plugins, metrics=grid.metrics,
+    )  # fmt: skip
     loaded = {name: settings.load(name, torch.device("cpu")) for name in dict.fromkeys(names)}
     facts = {name: DataFacts.of(data) for name, data in loaded.items()}
     fingerprints = {name: of.fingerprint for name, of in facts.items()}
@@ -58,8 +60,7 @@ def make_engine(
     if options.workers == "auto" and engine.unpicklable:
         say(
             console,
-            f"load_data cannot be sent to other processes ({engine.unpicklable}), so this process trains all stacks; "
-            "give a function that is defined in a module to use several",
+            f"code or data cannot be sent to other processes ({engine.unpicklable}), so this process trains all stacks",
         )
         return engine, 1
     return engine, options.workers

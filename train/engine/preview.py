@@ -52,7 +52,7 @@ def print_preview(
         f"{len(left)} are to be trained, {new} of them new"
     )
     if left:
-        loaded, facts, settings = load_all((run.data for run in left), load_data, options)
+        loaded, facts, settings = load_all((run.data_key for run in left), load_data, options, grid)
         for name, of in facts.items():
             if meta.get(f"data {name}", of.fingerprint) != of.fingerprint:
                 raise UserError(f"{out}: the data set {name} is not the one that its earlier runs were trained on")
@@ -101,11 +101,11 @@ def _evaluations(run: RunConfig) -> int:
 def _steps(run: RunConfig, facts: Mapping[str, DataFacts]) -> float:
     """Return the training steps of a run, with its evaluations counted as steps."""
     epochs = run.epochs + _EVALUATION * _evaluations(run)
-    return epochs * run.steps_per_epoch(facts[run.data].samples_of(StackKey.of(run)))
+    return epochs * run.steps_per_epoch(facts[run.data_key].samples_of(StackKey.of(run)))
 
 
 def _network(run: RunConfig, facts: Mapping[str, DataFacts]) -> Classifier:
-    of = facts[run.data]
+    of = facts[run.data_key]
     return build(run.model, of.channels, of.size, of.classes, run.seed, run.width)
 
 

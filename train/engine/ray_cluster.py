@@ -131,7 +131,7 @@ class Cluster(Engine):
             while not blind and len(self._in_flight) < max(slots, 1) and (stack := next_stack()) is not None:
                 try:
                     checkpoint = None if stack.checkpoint is None else read_checkpoint(stack.checkpoint, stack.epoch)
-                    data = [self._data_set(stack.runs[0].data)]
+                    data = [self._data_set(stack.runs[0].data_key)]
                 except UserError as error:
                     yield stack, failure(error)
                     blind = isinstance(error, DataError)

@@ -5,7 +5,7 @@ import dataclasses
 import shlex
 import sys
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -83,7 +83,7 @@ def _sweep(
         return 0
     with MinuteLog(console) as log:
         logs = Logs(store.folder) if options.tensorboard else None
-        loaded, facts, settings = load_all((run.data for run in left), load_data, options)
+        loaded, facts, settings = load_all((run.data_key for run in left), load_data, options, grid)
         for name, of in facts.items():
             store.check_data(name, of.fingerprint)
         engine, workers = make_engine(options, device, settings, loaded, console)
@@ -204,6 +204,8 @@ class _Sweep:
             self._lose(stack, message)
         elif message.kind == "memory":
             self._halve(stack, message)
+        elif message.kind == "own":
+            self._fail(stack, message)
         else:
             self._give_up(stack, message)
 
@@ -246,6 +248,46 @@ class _Sweep:
             self._give_up(stack, failure)
             return
         parts = [left[i : i + half] for i in range(0, len(left), half)]
+        kept = self._divided(stack, parts)
+        if kept is None:
+            self._give_up(stack, failure)
+            return
+        why = "do not fit" if failure.kind == "memory" else f"were lost {_HALVED_AFTER} times without a new checkpoint"
+        say(self._console, f"{size} runs at once {why} ({failure.text}); continuing with stacks of {half}")
+        key = StackKey.of(stack.runs[0])
+        untried = [one for one in self._queue if one.checkpoint is None and StackKey.of(one.runs[0]) == key]
+        alike = [one for one in untried if len(one.runs) > half]
+        parts += [runs[i : i + half] for runs in map(self._left, alike) for i in range(0, len(runs), half)]
+        self._replace(stack, parts, kept, alike)
+
+    def _fail(self, stack: PlannedStack, failure: Failed) -> None:
+        """Record the run whose own code raised an error as failed; the others of its stack go on without it.
+
+        Where it is not known which one it was, each goes on alone from the last checkpoint, and the error comes again.
+        """
+        left = self._left(stack)
+        failed = left if len(left) == 1 else [run for run in left if run.id == failure.run]
+        for run in failed:
+            self._store.fail(stack, run.id, failure.text, failure.log)
+            self._bar.end({run.id: "failed"})
+            say(
+                self._console,
+                f"{run.describe()} has failed: {failure.text}; its traceback is in failures/{run.id}.txt",
+            )
+        others = [run for run in left if run not in failed]
+        stack = self._stored(stack) if others else stack
+        if not others:
+            self._store.end(stack)
+            return
+        parts = [others] if failed else [[run] for run in others]
+        if not failed:
+            say(self._console, f"{failure.text}: the {len(left)} runs of stack {stack.id} go on one by one")
+        self._replace(stack, parts, self._divided(stack, parts) or [], [])
+
+    def _divided(
+        self, stack: PlannedStack, parts: Sequence[Sequence[RunConfig]]
+    ) -> list[tuple[int, bytes] | None] | None:
+        """Return the checkpoint of a stack divided among parts of it; empty without one, None without the memory."""
         kept: list[tuple[int, bytes] | None] = []
         if stack.checkpoint is not None and stack.epoch is not None:
             try:
@@ -256,18 +298,18 @@ class _Sweep:
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-                self._give_up(stack, failure)
-                return
-        why = "do not fit" if failure.kind == "memory" else f"were lost {_HALVED_AFTER} times without a new checkpoint"
-        say(self._console, f"{size} runs at once {why} ({failure.text}); continuing with stacks of {half}")
-        key = StackKey.of(stack.runs[0])
-        untried = [one for one in self._queue if one.checkpoint is None and StackKey.of(one.runs[0]) == key]
-        alike = [one for one in untried if len(one.runs) > half]
-        parts += [runs[i : i + half] for runs in map(self._left, alike) for i in range(0, len(runs), half)]
+                return None
+        return kept
+
+    def _replace(
+        self, stack: PlannedStack, parts: Sequence[Sequence[RunConfig]], kept: Sequence[tuple[int, bytes] | None],
+        others: Sequence[PlannedStack],
+    ) -> None:  # fmt: skip
+        """Put parts of a stack, the first with checkpoints, and of others of the queue in their place."""
         numbers = self._store.set_plan(parts, checkpoints=kept)
         self._store.end(stack)  # all its runs have ended or are in other stacks
         stored = {one.id: one for one in self._store.stacks()}
-        self._queue = deque([stored[n] for n in numbers] + [one for one in self._queue if one not in alike])
+        self._queue = deque([stored[n] for n in numbers] + [one for one in self._queue if one not in others])
 
     def _give_up(self, stack: PlannedStack, failure: Failed) -> None:
         """Leave a stack as it is, with its checkpoint, and go on with the others; `train` says so at the end."""

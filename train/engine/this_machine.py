@@ -6,11 +6,11 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -63,7 +63,8 @@ class ThisMachine(Engine):
         self._workers: list[_Worker] = []  # none where this process trains
         # Without a lock, which a killed worker could keep.
         self._stopping = _CONTEXT.RawValue("b", 0)
-        self.unpicklable = _why_unpicklable(settings)  # empty if they can be sent to worker processes
+        # What worker processes get; code that was given in Python is sent as code.
+        self._pickled, self.unpicklable = _pickled(settings)  # why they cannot be sent; empty if they can
 
     @property
     def device(self) -> str:
@@ -103,8 +104,8 @@ class ThisMachine(Engine):
             return
         if self.unpicklable:
             raise UserError(
-                f"{workers} workers need a load_data that can be sent to other processes ({self.unpicklable}): give a "
-                "function that is defined in a module, or workers=1"
+                f"{workers} workers need code and data that can be sent to other processes ({self.unpicklable}): "
+                "define them in a module, or give workers=1"
             )
         self._loaded.clear()  # each process loads its own
         self._keep_workers(workers)
@@ -113,7 +114,7 @@ class ThisMachine(Engine):
 
     def _start(self, i: int) -> "_Worker":
         device = self._devices[i % len(self._devices)]
-        return _Worker(device, self._threads, self._memory, self._settings, self._stopping)
+        return _Worker(device, self._threads, self._memory, self._pickled, self._stopping)
 
     def _restart(self, i: int) -> None:
         self._workers[i].kill()
@@ -184,12 +185,27 @@ class ThisMachine(Engine):
         torch.set_num_threads(self._threads_before)
 
 
-def _why_unpicklable(settings: WorkerSettings) -> str:
+def _pickled(settings: WorkerSettings) -> tuple[bytes, str]:
+    """Return the settings for other processes, and why they cannot be sent; one of both is empty."""
+    import cloudpickle
+
     try:
-        ForkingPickler.dumps(settings)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        return str(error)
-    return ""
+        return cloudpickle.dumps(settings), ""
+    except Exception as error:  # objects of the user's raise whatever they like
+        return b"", f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Start processes that do not import the user's script: it would run again there, and nothing needs it."""
+    main = sys.modules["__main__"]
+    kept = {name: vars(main)[name] for name in ("__spec__", "__file__") if name in vars(main)}
+    main.__spec__ = None
+    vars(main).pop("__file__", None)
+    try:
+        yield
+    finally:
+        vars(main).update(kept)
 
 
 class _Trainer:
@@ -210,7 +226,7 @@ class _Trainer:
             return read_checkpoint(stack.checkpoint, stack.epoch)
 
         return train_stack(
-            stack.runs, lambda: self._data_set(stack.runs[0].data), self._device, self._settings,
+            stack.runs, lambda: self._data_set(stack.runs[0].data_key), self._device, self._settings,
             None if stack.checkpoint is None else read, lambda: bool(self._stopping.value),
         )  # fmt: skip
 
@@ -224,13 +240,12 @@ class _Trainer:
 class _Worker:
     """A process that trains stacks and measures rates, and this end of the pipe to it."""
 
-    def __init__(
-        self, device: torch.device, threads: int, memory: int | None, settings: WorkerSettings, stopping: Any
-    ) -> None:
+    def __init__(self, device: torch.device, threads: int, memory: int | None, settings: bytes, stopping: Any) -> None:
         self.connection, child_end = _CONTEXT.Pipe()
         arguments = (child_end, device, threads, memory, settings, stopping)
         self.process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True)
-        self.process.start()
+        with _without_main():
+            self.process.start()
         child_end.close()
 
     @property
@@ -263,9 +278,8 @@ class _Worker:
 
 
 def _serve(
-    connection: Connection, device: torch.device, threads: int, memory: int | None, settings: WorkerSettings,
-    stopping: Any,
-) -> None:  # fmt: skip
+    connection: Connection, device: torch.device, threads: int, memory: int | None, pickled: bytes, stopping: Any
+) -> None:
     """Answer requests in a worker process until the parent ends, or after an exception, with Failed."""
     # Ctrl-C and the signals of a batch system reach all processes of a job, but are for the parent.
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -276,6 +290,7 @@ def _serve(
     if memory is not None:
         limit_own_memory(memory)
     try:
+        settings: WorkerSettings = pickle.loads(pickled)
         trainer = _Trainer(device, settings, {}, stopping)
         while True:
             request = connection.recv()
