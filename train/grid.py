@@ -38,6 +38,7 @@ every value has exactly the type of its setting, and the name can be that of a f
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import tomllib
@@ -60,7 +61,7 @@ from ncollapse.train.config import (
 )
 from ncollapse.train.errors import UserError
 from ncollapse.train.optimizers import OPTIMIZERS
-from ncollapse.train.plugins import Plugins, with_code
+from ncollapse.train.plugins import CodeVersion, Plugins, with_code
 
 _TOP_LEVEL = ("name", "description", "grid", "run", "metrics", "in_memory")
 _SETTINGS = frozenset(field.name for field in GIVEN)
@@ -95,6 +96,12 @@ class Grid:
             raise UserError(f"grid {self.name!r}: the same run occurs more than once: {'; '.join(repeated[:5])}")
         if not self.runs:
             raise UserError(f"grid {self.name!r} has no runs")
+
+    @functools.cached_property
+    def versions(self) -> dict[str, CodeVersion]:
+        """The files, packages and given names of the user's code, with their versions."""
+        names = {pair for run in self.runs for pair in run.own.items()} | {("metric", name) for name in self.metrics}
+        return {key: one for setting, name in sorted(names) for key, one in self.plugins.versions(setting, name)}
 
 
 def presets() -> dict[str, str]:
