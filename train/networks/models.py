@@ -1,5 +1,6 @@
 """The networks. Each is a `Classifier`: layers that compute features, and a linear head `fc`."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
@@ -15,10 +16,14 @@ class Classifier(nn.Module):
         num_classes: K.
         blocks: names of the modules in `features` whose outputs can be measured too; by default its children that have
             weights.
+        layered: whether runs are computed layer by layer (`layer_graph.py`); else as the module itself does.
     """
 
-    def __init__(self, features: nn.Module, dim: int, num_classes: int, blocks: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, features: nn.Module, dim: int, num_classes: int, blocks: tuple[str, ...] = (), *, layered: bool = True
+    ) -> None:
         super().__init__()
+        self.layered = layered
         self.features = features
         self.fc = nn.Linear(dim, num_classes)
         weighted = [name for name, child in features.named_children() if any(True for _ in child.parameters())]
@@ -61,15 +66,9 @@ class GlobalMaxPool(nn.Module):
         return x.amax((-2, -1))
 
 
-class SingleRun(nn.Module):
-    """A network of any layers, images `[B, C, H, W]` to features `[B, d]`, without a forward pass for several runs."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(images)
+def _named(network: nn.Module) -> nn.Module:
+    """Name the layers of a network `network.…`, as stored weights and tables of layers have them."""
+    return nn.Sequential(OrderedDict(network=network))
 
 
 def mlp(channels: int, size: int, num_classes: int, width: int = 64) -> Classifier:
@@ -116,7 +115,7 @@ def vit(channels: int, size: int, num_classes: int, width: int = 192) -> Classif
         network.conv_proj = stem
     network.heads = nn.Sequential()  # the head is `fc`
     blocks = tuple(f"network.encoder.layers.{name}" for name, _ in network.encoder.layers.named_children())
-    return Classifier(SingleRun(network), width, num_classes, blocks)
+    return Classifier(_named(network), width, num_classes, blocks, layered=False)
 
 
 def densenet(channels: int, size: int, num_classes: int, width: int = 12) -> Classifier:
@@ -133,7 +132,7 @@ def densenet(channels: int, size: int, num_classes: int, width: int = 12) -> Cla
     dim = network.classifier.in_features
     network.classifier = nn.Identity()  # the head is `fc`
     blocks = tuple(f"network.features.{name}" for name in ("denseblock1", "denseblock2", "denseblock3"))
-    return Classifier(SingleRun(network), dim, num_classes, blocks)
+    return Classifier(_named(network), dim, num_classes, blocks, layered=False)
 
 
 #: name -> function of (channels, size, num_classes, width) that builds the model.

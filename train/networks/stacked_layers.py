@@ -1,17 +1,17 @@
-"""The forward pass of a model's layers for R runs at once, each run with its own weights.
+"""Layers for R runs at once, each run with its own weights.
 
 Maps of R runs are `[B, R·C, H, W]`, run by run: a convolution is one grouped convolution, and batch norm and pooling
-work as for one run. Vectors are `[R, B, d]`: a linear layer is one batched matrix product. Images that all runs share,
-`[B, C, H, W]`, are multiplied with the first layer's weights of all runs in one ordinary convolution or product.
+work as for one run. Vectors are `[R, B, d]`: a linear layer is one batched matrix product. Samples that all runs share,
+`[B, C, H, W]` or `[B, d]`, are multiplied with the first layer's weights of all runs in one ordinary convolution or
+product.
 
 Maps and vectors have the dtype of the precision. If that is bfloat16, so have the weights of convolutions and hidden
 linear layers; batch norm's parameters and the head keep the parameters' dtype.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncollapse.kernels.batch_norm import batch_norm_relu
-from ncollapse.train.networks.models import ConvBlock, GlobalMaxPool, LinearBlock, Residual, SingleRun
 from ncollapse.train.networks.precision import exact_products
 
 # The most values per filter for which a convolution of the images is one matrix product.
@@ -36,13 +35,27 @@ class Batch:
     shared: bool = False
 
     @staticmethod
-    def of(images: Tensor) -> "Batch":
-        """Make a batch of images, `[B, C, H, W]` for all runs or `[R, B, C, H, W]`."""
-        shared = images.dim() == 4
-        return Batch(_channels_last(images if shared else images.transpose(0, 1).flatten(1, 2)), shared)
+    def of(samples: Tensor) -> "Batch":
+        """Make a batch of images, `[B, C, H, W]` for all runs or `[R, B, C, H, W]`, or of vectors, one dimension each.
+
+        Raises:
+            ValueError: samples of another number of dimensions.
+        """
+        if samples.dim() not in (2, 3, 4, 5):
+            raise ValueError(f"stacked layers take images and vectors, not a batch of shape {tuple(samples.shape)}")
+        shared = samples.dim() in (2, 4)
+        if samples.dim() < 4:
+            return Batch(samples, shared)
+        return Batch(channels_last(samples if shared else samples.transpose(0, 1).flatten(1, 2)), shared)
+
+    @property
+    def is_map(self) -> bool:
+        """Whether these are maps."""
+        return self.value.dim() == 4
 
 
-def _channels_last(maps: Tensor) -> Tensor:
+def channels_last(maps: Tensor) -> Tensor:
+    """Return maps `[B, C, H, W]` in channels-last memory."""
     maps = maps.contiguous(memory_format=torch.channels_last)
     # With one channel both layouts are the same in memory, and torch would report the other one.
     return maps if maps.shape[1] > 1 else maps.as_strided(maps.shape, (maps.stride(0), 1, maps.stride(2), 1))
@@ -55,50 +68,32 @@ class ForwardContext:
     Attributes:
         tensors: name -> parameter or buffer, `[R, …]`.
         train: training mode; else evaluation mode.
-        watched: names of the modules whose outputs are recorded.
-        outputs: name -> recorded output `[R, B, d]`; of maps the mean over space.
+        half: activations and hidden weights are bfloat16.
+        outputs: if given, is filled with the outputs of the blocks, name -> `[R, B, d]`; of maps the mean over space.
     """
 
     runs: int
     tensors: Mapping[str, Tensor]
     train: bool
-    watched: Collection[str] = ()
-    outputs: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    half: bool = False
+    outputs: dict[str, Tensor] | None = None
 
 
-def forward(module: nn.Module, name: str, x: Batch, context: ForwardContext) -> Batch:
-    """Run a layer of all runs, with the tensors of the context that have its name as prefix.
-
-    Raises:
-        TypeError: `LAYERS` has no forward pass for this type of layer.
-    """
-    layer = LAYERS.get(type(module))
-    if layer is None:
-        raise TypeError(
-            f"{type(module).__name__} ({name}) has no forward pass for stacked runs; add one to LAYERS in "
-            "networks/stacked_layers.py"
-        )
-    out = layer(module, name, x, context)
-    if name in context.watched:
-        value = out.value
-        context.outputs[name] = _by_run(value.mean((-2, -1)), context) if value.dim() == 4 else value
-    return out
-
-
-def _by_run(values: Tensor, context: ForwardContext) -> Tensor:
+def by_run(values: Tensor, runs: int) -> Tensor:
     """View `[B, R·d, …]` as `[R, B, d, …]`."""
-    return values.unflatten(1, (context.runs, -1)).transpose(0, 1)
+    return values.unflatten(1, (runs, -1)).transpose(0, 1)
+
+
+def unshared(x: Batch, runs: int) -> Tensor:
+    """Return the activations with those that all runs share once for each run."""
+    if not x.shared:
+        return x.value
+    return x.value.repeat(1, runs, 1, 1) if x.is_map else x.value.expand(runs, -1, -1)
 
 
 def _needs_float32(x: Tensor) -> bool:
     """Return whether to compute bfloat16 products in float32: on a CPU native ones are 10 × slower."""
     return x.dtype == torch.bfloat16 and not x.is_cuda
-
-
-def _sequential(module: nn.Sequential, name: str, x: Batch, context: ForwardContext) -> Batch:
-    for key, child in module.named_children():
-        x = forward(child, f"{name}.{key}", x, context)
-    return x
 
 
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
@@ -112,46 +107,45 @@ def _baddbmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """x Wᵀ + b of R runs, with `relu` followed by ReLU in place.
+    """x Wᵀ + b of R runs, with `relu` followed by ReLU in place; `exact`: products in full float32.
 
     Autograd's formula gives the weights' gradient in transposed layout, which the update kernels do not take.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
-        out = _baddbmm(bias.unsqueeze(1), x, weight.mT)
-        ctx.relu, ctx.bias_dtype = relu, bias.dtype
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, exact: bool) -> Tensor:
+        out = _bmm(x, weight.mT) if bias is None else _baddbmm(bias.unsqueeze(1), x, weight.mT)
+        ctx.relu, ctx.exact, ctx.bias_dtype = relu, exact, None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, out.relu_() if relu else None)
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor | None, None, None]:
         x, weight, out = ctx.saved_tensors
         if ctx.relu:
             grad = torch.ops.aten.threshold_backward(grad, out, 0)
         # Before the products: torch warns if the first GPU operation of an autograd thread is a matrix product.
-        bias_grad = grad.sum(1, dtype=ctx.bias_dtype)
-        with ExitStack() as stack:
-            if not ctx.relu:  # the head
-                stack.enter_context(exact_products())
+        bias_grad = None if ctx.bias_dtype is None else grad.sum(1, dtype=ctx.bias_dtype)
+        with exact_products() if ctx.exact else nullcontext():
             x_grad = _bmm(grad, weight) if ctx.needs_input_grad[0] else None
-            return x_grad, _bmm(grad.mT, x), bias_grad, None
+            return x_grad, _bmm(grad.mT, x), bias_grad, None, None
 
 
-def _linear(name: str, x: Batch, context: ForwardContext, *, relu: bool) -> Batch:
-    weight, bias = context.tensors[f"{name}.weight"], context.tensors[f"{name}.bias"]
-    value = x.value.expand(context.runs, -1, -1) if x.shared else x.value
-    return Batch(_Linear.apply(value.to(weight.dtype), weight, bias, relu))
+def linear(x: Batch, weight: Tensor, bias: Tensor | None, *, relu: bool = False) -> Batch:
+    """Compute x Wᵀ + b, with `relu` followed by ReLU, of vectors; weight `[R, K, d]`, bias `[R, K]`."""
+    if x.is_map:
+        raise ValueError("a linear layer of stacked runs takes vectors, not maps")
+    value = unshared(x, len(weight))
+    return Batch(_Linear.apply(value, weight.to(value.dtype), bias, relu, False))
 
 
-def _head(module: nn.Linear, name: str, x: Batch, context: ForwardContext) -> Batch:
-    # The row sum of its gradient is exactly zero; rounded products would turn the row sum of W into a random walk.
+def head(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute the logits `[R, B, K]` of features `[R, B, d]` in the dtype of the weight.
+
+    The row sum of its gradient is exactly zero; rounded products would turn the row sum of W into a random walk.
+    """
     with exact_products():
-        return _linear(name, x, context, relu=False)
-
-
-def _linear_block(module: LinearBlock, name: str, x: Batch, context: ForwardContext) -> Batch:
-    return _linear(f"{name}.0", x, context, relu=True)
+        return _Linear.apply(features.to(weight.dtype), weight, bias, False, True)
 
 
 def is_small_filter(weight: Tensor) -> bool:
@@ -185,68 +179,69 @@ def convolve(images: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor
     return (patches.flatten(0, 2) @ filters.T).view(samples, height, width, len(weight)).permute(0, 3, 1, 2)
 
 
-def _conv_block(
-    module: ConvBlock, name: str, x: Batch, context: ForwardContext, residual: Tensor | None = None
-) -> Batch:
-    conv, norm = cast(nn.Conv2d, module[0]), cast(nn.BatchNorm2d, module[1])
-    assert norm.momentum is not None
-    weight = context.tensors[f"{name}.0.weight"].flatten(0, 1)  # a view, since `Stack` keeps weights channels-last
-    if x.shared and x.value.is_cuda and conv.stride == (1, 1) and is_small_filter(weight):
+def convolution(x: Batch, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Batch:
+    """Convolve maps as `conv` does, whose groups must be 1; weight `[R, O, C, h, w]`, bias `[R, O]`."""
+    if not x.is_map:
+        raise ValueError("a convolution of stacked runs takes maps")
+    runs = len(weight)
+    weight = weight.flatten(0, 1).to(x.value.dtype)  # flatten gives a view, since `Stack` keeps weights channels-last
+    bias = None if bias is None else bias.view(-1).to(x.value.dtype)
+    plain = conv.stride == conv.dilation == (1, 1) and not isinstance(conv.padding, str)
+    if x.shared and x.value.is_cuda and plain and is_small_filter(weight):
         maps = convolve(x.value, weight, cast(tuple[int, int], conv.padding))
-    else:
-        groups = 1 if x.shared else context.runs
-        inputs = (x.value.float(), weight.float()) if _needs_float32(x.value) else (x.value, weight)
-        maps = F.conv2d(*inputs, None, conv.stride, conv.padding, groups=groups).to(x.value.dtype)
-    gain, bias, mean, var = (
-        context.tensors[f"{name}.1.{part}"].view(-1) for part in ("weight", "bias", "running_mean", "running_var")
-    )
-    out = batch_norm_relu(
-        maps, gain, bias, mean, var,
-        train=context.train, momentum=norm.momentum, eps=norm.eps, pool=len(module) > 3, residual=residual,
+        return Batch(maps if bias is None else maps + bias.view(-1, 1, 1))
+    groups = 1 if x.shared else runs
+    inputs = (x.value, weight, bias)
+    if _needs_float32(x.value):
+        inputs = x.value.float(), weight.float(), None if bias is None else bias.float()
+    maps = F.conv2d(*inputs, conv.stride, conv.padding, conv.dilation, groups)
+    return Batch(maps.to(x.value.dtype))
+
+
+def batch_norm(
+    x: Batch, norm: nn.BatchNorm1d | nn.BatchNorm2d, tensors: Sequence[Tensor], *,
+    train: bool, relu: bool = False, pool: bool = False, residual: Batch | None = None,
+) -> Batch:  # fmt: skip
+    """Normalise maps, or vectors, as `norm` does; with `relu` followed by ReLU, and by pooling or a residual added.
+
+    Args:
+        tensors: weight, bias, running mean and variance, each `[R, C]`.
+    """
+    runs, (gain, bias, mean, var) = len(tensors[0]), (tensor.view(-1) for tensor in tensors)
+    assert norm.momentum is not None
+    value = unshared(x, runs)
+    if not x.is_map:
+        maps = value.transpose(0, 1).flatten(1)
+        return Batch(by_run(F.batch_norm(maps, mean, var, gain, bias, train, norm.momentum, norm.eps), runs))
+    if not relu:
+        return Batch(F.batch_norm(value, mean, var, gain, bias, train, norm.momentum, norm.eps))
+    added = None if residual is None else unshared(residual, runs)
+    return Batch(
+        batch_norm_relu(
+            value, gain, bias, mean, var,
+            train=train, momentum=norm.momentum, eps=norm.eps, pool=pool, residual=added,
+        )
     )  # fmt: skip
-    return Batch(out)
 
 
-def _residual(module: Residual, name: str, x: Batch, context: ForwardContext) -> Batch:
-    first, second = (cast(ConvBlock, block) for block in module.block)
-    inner = _conv_block(first, f"{name}.block.0", x, context)
-    return _conv_block(second, f"{name}.block.1", inner, context, residual=x.value)
+def over_space(reduce: Callable[[Tensor], Tensor], x: Batch, runs: int) -> Batch:
+    """Reduce maps over space to vectors, `[…, H, W]` to `[…]`."""
+    if not x.is_map:
+        raise ValueError("only maps have a space")
+    value = reduce(x.value)
+    return Batch(value, shared=True) if x.shared else Batch(by_run(value, runs))
 
 
-def _global_max_pool(module: GlobalMaxPool, name: str, x: Batch, context: ForwardContext) -> Batch:
-    return Batch(_by_run(module(x.value), context))
+def flatten(x: Batch, runs: int) -> Batch:
+    """Make vectors of maps, as `nn.Flatten` does."""
+    if not x.is_map:
+        return x
+    return Batch(x.value.flatten(1), shared=True) if x.shared else Batch(by_run(x.value, runs).flatten(2))
 
 
-def _flatten(module: nn.Flatten, name: str, x: Batch, context: ForwardContext) -> Batch:
-    return Batch(x.value.flatten(1), shared=True) if x.shared else Batch(_by_run(x.value, context).flatten(2))
-
-
-def _single_run(module: SingleRun, name: str, x: Batch, context: ForwardContext) -> Batch:
-    """Run the module itself, with the tensors of the context."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    assert context.runs == 1
-    tensors = {key.removeprefix(f"{name}."): value[0] for key, value in context.tensors.items() if key.startswith(name)}
-    module.train(context.train)
-    value, half = x.value, x.value.dtype == torch.bfloat16
-    with ExitStack() as stack:
-        for watched in context.watched:
-            layer = module.get_submodule(watched.removeprefix(f"{name}."))
-            stack.callback(layer.register_forward_hook(partial(_record, context, watched)).remove)
-        # The other attention backends do not give the same bits every time.
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(torch.autocast(value.device.type, torch.bfloat16, enabled=half, cache_enabled=False))
-        out = torch.func.functional_call(module, tensors, (value,))
-    return Batch(out.unsqueeze(0))
-
-
-def _record(context: ForwardContext, name: str, _: nn.Module, __: Any, output: Tensor) -> None:
-    """Record the mean over space or tokens of maps `[B, d, H, W]` or tokens `[B, T, d]`."""
-    context.outputs[name] = output.mean((-2, -1) if output.dim() == 4 else 1).unsqueeze(0)
-
-
-#: Type of a layer -> its forward pass: (module, name, x, context) -> output.
-LAYERS: dict[type[nn.Module], Callable[[Any, str, Batch, ForwardContext], Batch]] = {
-    nn.Sequential: _sequential, nn.Linear: _head, nn.Flatten: _flatten, LinearBlock: _linear_block,
-    ConvBlock: _conv_block, Residual: _residual, GlobalMaxPool: _global_max_pool, SingleRun: _single_run,
-}  # fmt: skip
+def concatenate(parts: Sequence[Batch], runs: int) -> Batch:
+    """Concatenate the channels of maps, or the entries of vectors."""
+    values = [unshared(part, runs) for part in parts]
+    if not parts[0].is_map:
+        return Batch(torch.cat(values, 2))
+    return Batch(torch.cat([value.unflatten(1, (runs, -1)) for value in values], 2).flatten(1, 2))

@@ -1,67 +1,74 @@
 """R runs as one program: parameters stacked as `[R, …]`, one forward and one backward pass for all runs."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ncollapse import optim
 from ncollapse.train.config import RunConfig
-from ncollapse.train.networks.models import Classifier, ConvBlock
-from ncollapse.train.networks.stacked_layers import Batch, ForwardContext, forward
+from ncollapse.train.networks.architecture import Architecture
+from ncollapse.train.networks.forms import Program, built_in_program, make_program, stacked_tensors
+from ncollapse.train.networks.models import Classifier
+from ncollapse.train.networks.stacked_layers import ForwardContext
 from ncollapse.train.optimizers import TABLE
+from ncollapse.train.plugins import Plugins
 
 
 class Stack:
     """R models of one architecture, each with its own parameters and buffers.
 
     Args:
-        module: the architecture; its own weights are not used.
-        params, buffers: name, as in the module -> values `[R, …]`.
+        program: the forward pass; the weights of its module are not used.
+        tensors: name, as in the module -> parameter or buffer `[R, …]`.
+        half: whether activations are bfloat16.
 
     Attributes:
+        params: name -> parameter that is trained, `[R, …]`.
+        buffers: name -> any other tensor, `[R, …]`; frozen parameters too.
         runs: R.
         weight: the heads' weights `[R, K, d]`, without gradients.
         blocks: names of the modules whose outputs a forward pass can return.
         copies: name -> the bfloat16 copy that replaces a parameter in the forward pass.
     """
 
-    def __init__(self, module: Classifier, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:
-        self._module = module
-        self.params = {name: _channels_last(value.detach()).requires_grad_() for name, value in params.items()}
-        self.buffers = dict(buffers)
-        self.weight = self.params["fc.weight"].detach()
-        self.runs, self.blocks = len(self.weight), module.blocks
-        norms = [f"{name}.1" for name, part in module.named_modules() if isinstance(part, ConvBlock)]
-        self._counters = [self.buffers[f"{name}.num_batches_tracked"] for name in norms]
+    def __init__(self, program: Program, tensors: Mapping[str, Tensor], *, half: bool = False) -> None:
+        self._program, self._half = program, half
+        trained = {name for name, p in program.module.named_parameters() if p.requires_grad}
+        laid = _channels_last if program.channels_last else Tensor.contiguous
+        self.params = {n: laid(v.detach()).requires_grad_() for n, v in tensors.items() if n in trained}
+        self.buffers = {name: value.detach() for name, value in tensors.items() if name not in trained}
+        weight = program.parts.weight
+        self.weight = (self.params if weight in trained else self.buffers)[weight].detach()
+        self.runs, self.blocks = len(self.weight), program.parts.blocks
         self.copies: dict[str, Tensor] = {}
 
     @classmethod
-    def of(cls, models: Sequence[Classifier], device: torch.device) -> "Stack":
-        """Stack the weights of these models, one model per run; a model may occur more than once."""
-        stacked = torch.func.stack_module_state(list(models))
-        params, buffers = ({name: value.to(device) for name, value in tensors.items()} for tensors in stacked)
-        return cls(models[0], params, buffers)
+    def of(
+        cls, models: Sequence[nn.Module], device: torch.device, program: Program | None = None, *, half: bool = False
+    ) -> "Stack":
+        """Stack the weights of these models, one model per run; a model may occur more than once.
+
+        Args:
+            program: the forward pass of the first of them; by default that of a model that comes with ncollapse.
+        """
+        if program is None:
+            assert isinstance(models[0], Classifier)
+            program = built_in_program(models[0])
+        return cls(program, {n: value.to(device) for n, value in stacked_tensors(models).items()}, half=half)
 
     def __call__(
-        self, images: Tensor, *, train: bool, outputs: dict[str, Tensor] | None = None
+        self, samples: Tensor, *, train: bool, outputs: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         """Compute features `[R, B, d]` and logits `[R, B, K]`, in training or evaluation mode.
 
         Args:
-            images: `[B, C, H, W]` for all runs, or `[R, B, C, H, W]`.
-            outputs: if given, is filled with the output of every block, `[R, B, d]`; of maps the mean over space.
+            samples: `[B, …]` for all runs, or `[R, B, …]`; `[B, C, H, W]` for images.
+            outputs: if given, is filled with the output of every block, `[R, B, d]`; of maps and tokens the mean.
         """
-        watched: Collection[str] = () if outputs is None else self.blocks
         tensors = self.params | self.buffers | self.copies
-        context = ForwardContext(self.runs, tensors, train, watched, {} if outputs is None else outputs)
-        if self.copies:
-            images = images.to(torch.bfloat16)
-        if train and self._counters:
-            torch._foreach_add_(self._counters, 1)  # one launch for all
-        features = forward(self._module.features, "features", Batch.of(images), context)
-        return features.value, forward(self._module.fc, "fc", features, context).value
+        return self._program(samples, ForwardContext(self.runs, tensors, train, self._half, outputs))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all parameters and buffers by name, `[R, …]`, without gradients."""
@@ -73,19 +80,39 @@ class Stack:
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> "Stack":
         """Return a stack of this architecture with other values, named as in `tensors()`."""
-        return Stack(self._module, {n: tensors[n] for n in self.params}, {n: tensors[n] for n in self.buffers})
+        return Stack(self._program, {name: tensors[name] for name in self.tensors()}, half=self._half)
 
     def state_dict(self, run: int) -> dict[str, Tensor]:
-        """Return the `state_dict` of one run's model, on the CPU."""
-        return {name: value[run].cpu().contiguous().clone() for name, value in self.tensors().items()}
+        """Return the `state_dict` of one run's model, on the CPU; parameters that it shares have both their names."""
+        module, tensors = self._program.module, self.tensors()
+        names = {id(value): name for name, value in (*module.named_parameters(), *module.named_buffers())}
+        return {
+            key: tensors[names[id(value)]][run].cpu().contiguous().clone()
+            for key, value in module.state_dict(keep_vars=True).items()
+            if id(value) in names
+        }
 
     def use_copies(self, copies: Mapping[Tensor, Tensor]) -> None:
-        """Use these copies, parameter -> copy, in hidden layers; the caller renews them when parameters change."""
+        """Compute in bfloat16, with these copies, parameter -> copy, of the weights of hidden layers that allow it.
+
+        The caller renews them when parameters change.
+        """
+        self._half = True
         for name, param in self.params.items():
-            # Stacked gains and biases have two dimensions; they stay in float32.
-            if name.startswith("features.") and name.endswith("weight") and param.dim() > 2:
+            if self._program.copied(name, param):
                 self.copies[name] = copies[param].requires_grad_()
                 param.grad_dtype = None  # the gradient has the dtype of the copy
+
+
+def make_stack(
+    models: Sequence[nn.Module], architecture: Architecture, device: torch.device, precision: str, plugins: Plugins
+) -> Stack:
+    """Stack models that `build` has made, in the form that suits them (`networks/forms.py`).
+
+    Raises:
+        UserError: the model has no head that can be measured.
+    """
+    return Stack.of(models, device, make_program(models[0], architecture, precision, plugins), half=precision == "bf16")
 
 
 def _channels_last(value: Tensor) -> Tensor:

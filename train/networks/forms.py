@@ -1,0 +1,185 @@
+"""How the runs of a model are computed: layer by layer, under vmap, or one by one; decided by trying."""
+
+import dataclasses
+import functools
+import pickle
+import random
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ncollapse.train.errors import out_of_memory
+from ncollapse.train.networks.architecture import Architecture, build, parts_of, seeded
+from ncollapse.train.networks.layer_graph import LayerGraph, NoLayerGraphError
+from ncollapse.train.networks.models import Classifier
+from ncollapse.train.networks.parts import Parts
+from ncollapse.train.networks.stacked_layers import ForwardContext
+from ncollapse.train.networks.whole_module import WholeModule
+from ncollapse.train.plugins import Plugins
+
+#: Two results are equal where they differ by this share of their norm, or of the norm of all results together: rounding
+#: may be all that a gradient consists of.
+_RELATIVE, _OF_ALL = 1e-3, 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How several runs of a model are computed.
+
+    Attributes:
+        kind: "layers": on layers for stacked runs; "vmap": the model itself under `torch.func.vmap`; "alone": one run
+            after the other, which a stack gains nothing from.
+        reason: why not layer by layer, or why alone.
+    """
+
+    kind: Literal["layers", "vmap", "alone"]
+    reason: str = ""
+
+
+class Program(Protocol):
+    """The forward pass of a model for R runs.
+
+    Attributes:
+        module: gives the layers; its own weights are not used.
+        channels_last: whether it wants convolution weights in channels-last memory.
+    """
+
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def parts(self) -> Parts: ...
+    @property
+    def channels_last(self) -> bool: ...
+    def __call__(self, samples: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Compute features `[R, B, d]` and logits `[R, B, K]` of samples `[B, …]` for all runs or `[R, B, …]`."""
+
+    def copied(self, name: str, value: Tensor) -> bool:
+        """Return whether a parameter `[R, …]` may be replaced by a bfloat16 copy in the forward pass."""
+
+
+def make_program(module: nn.Module, architecture: Architecture, precision: str, plugins: Plugins) -> Program:
+    """Make the forward pass of a model in the form that suits it; the module gives the layers, not the weights.
+
+    Raises:
+        UserError: as `parts_of`.
+    """
+    return _program(
+        module, architecture, parts_of(architecture, plugins), form_of(architecture, precision, plugins).kind
+    )
+
+
+def built_in_program(model: Classifier) -> Program:
+    """Make the forward pass of a model that comes with ncollapse, or of layers like theirs.
+
+    Raises:
+        NoLayerGraphError: a layer has no form for stacked runs.
+    """
+    parts = Parts.of(model)
+    return LayerGraph(model, parts) if model.layered else WholeModule(model, parts, 3, vmapped=True, ours=True)
+
+
+def _program(module: nn.Module, architecture: Architecture, parts: Parts, kind: str) -> Program:
+    if kind == "layers":
+        return LayerGraph(module, parts)
+    dims = len(architecture.input_shape)
+    return WholeModule(module, parts, dims, vmapped=kind == "vmap", ours=not architecture.own)
+
+
+@functools.cache
+def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> Form:
+    """Decide how several runs of a model are computed, by a step of two models of different seeds.
+
+    The first form of "layers" and "vmap" is taken in which features, logits, gradients, buffers and blocks are those
+    that the two models have alone, up to rounding. Of models that draw random numbers each run needs its own: alone.
+
+    Raises:
+        UserError: as `parts_of`.
+        OwnCodeError: the model raises an error when it runs alone.
+    """
+    models = [build(architecture, seed, plugins) for seed in (0, 1)]
+    if isinstance(models[0], Classifier) and not architecture.own and models[0].layered:
+        return Form("layers")  # the tests hold them to their modules
+    parts = parts_of(architecture, plugins)
+    names = [[(n, p.shape) for n, p in (*m.named_parameters(), *m.named_buffers())] for m in models]
+    if names[0] != names[1]:
+        return Form("alone", "its tensors depend on the seed")
+    generator = torch.Generator().manual_seed(0)
+    samples = architecture.example(architecture.example_samples(), generator)
+    with seeded(0):
+        before = _random_states()
+        expected = [_results([model], _program(model, architecture, parts, "alone"), samples) for model in models]
+        if _random_states() != before:
+            return Form("alone", "it draws random numbers in training")
+    reasons = []
+    for kind in ("layers", "vmap"):
+        if kind == "layers" and not architecture.own:
+            continue  # one run of a vit or densenet has the numbers of its module
+        try:
+            with seeded(0):
+                program = _program(models[0], architecture, parts, kind)
+                found = _results(models, program, samples)
+                different = _first_difference(found, expected)
+                if not different and precision == "bf16":
+                    _results(models, program, samples, half=True)
+        except Exception as error:  # whatever torch.fx and vmap make of a model
+            if out_of_memory(error):
+                raise
+            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            reasons.append(first if isinstance(error, NoLayerGraphError) else f"{type(error).__name__}: {first}")
+            continue
+        if not different:
+            return Form(kind, "; ".join(reasons))  # type: ignore[arg-type]
+        reasons.append(f"two runs at once have other {different} than alone")
+    return Form("alone", "; ".join(reasons))
+
+
+#: Kind of result -> its tensors, `[R, …]`.
+_Results = dict[str, dict[str, Tensor]]
+
+
+def _results(models: Sequence[nn.Module], program: Program, samples: Tensor, *, half: bool = False) -> _Results:
+    """Return what a step in training mode and a pass in evaluation mode compute."""
+    tensors = stacked_tensors(models)
+    trained = {name: tensors[name].requires_grad_() for name, p in models[0].named_parameters() if p.requires_grad}
+    context = ForwardContext(len(models), tensors, train=True, half=half)
+    features, logits = program(samples, context)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(logits.shape[1:], generator=generator, dtype=logits.dtype).expand_as(logits)
+    grads = torch.autograd.grad(logits, list(trained.values()), weights, allow_unused=True, materialize_grads=True)
+    outputs: dict[str, Tensor] = {}
+    with torch.no_grad():
+        evaluated = program(samples, dataclasses.replace(context, train=False, outputs=outputs))
+    return {
+        "logits": {"training": logits.detach(), "evaluation": evaluated[1]},
+        "features": {"training": features.detach(), "evaluation": evaluated[0]},
+        "gradients": dict(zip(trained, grads, strict=True)),
+        "buffers": {name: value for name, value in tensors.items() if name not in trained},
+        "blocks": outputs,
+    }  # fmt: skip
+
+
+def stacked_tensors(models: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """Return copies of the parameters and buffers of models by name, `[R, …]`."""
+    of_each = [dict(model.named_parameters()) | dict(model.named_buffers()) for model in models]
+    return {name: torch.stack([of_one[name].detach() for of_one in of_each]) for name in of_each[0]}
+
+
+def _first_difference(found: _Results, expected: Sequence[_Results]) -> str:
+    """Name the first result, of all runs `[R, …]`, that is not that of each run alone; "" if all are."""
+    for kind, of_names in found.items():
+        for r, one in enumerate(expected):
+            whole = sum(float(value.double().norm() ** 2) for value in one[kind].values()) ** 0.5
+            for name, value in of_names.items():
+                ours, theirs = value[r].double(), one[kind][name][0].double()
+                bound = _RELATIVE * theirs.norm() + _OF_ALL * whole
+                if ours.shape != theirs.shape or not bool((ours - theirs).norm() <= bound):
+                    return f"{kind} ({name})"
+    return ""
+
+
+def _random_states() -> bytes:
+    """Return the states of the global generators of torch, Python and NumPy."""
+    return pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), np.random.get_state()))

@@ -1,0 +1,95 @@
+"""A model as it is, for R runs: one by one, or all at once under `torch.func.vmap`."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ncollapse.samples import pooled
+from ncollapse.train.networks.parts import Parts
+from ncollapse.train.networks.stacked_layers import ForwardContext, channels_last, head
+
+
+class WholeModule:
+    """The forward pass of any model for R runs; the logits are computed of the features that reach its head.
+
+    Args:
+        sample_dims: number of dimensions of one sample.
+        vmapped: several runs are computed at once, else one after the other.
+        ours: the module comes with ncollapse: it takes maps in channels-last memory, and bfloat16 copies of the weights
+            of its hidden layers. One of the user's may view maps as vectors, which such memory does not allow.
+    """
+
+    def __init__(self, module: nn.Module, parts: Parts, sample_dims: int, *, vmapped: bool, ours: bool = False) -> None:
+        self.module, self.parts, self.channels_last = module, parts, ours
+        self._sample_dims, self._vmapped = sample_dims, vmapped
+        self._head = module.get_submodule(parts.head)
+        self._blocks = {name: module.get_submodule(name) for name in parts.blocks}
+
+    def __call__(self, samples: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Compute features `[R, B, d]` and logits `[R, B, K]` of samples `[B, …]` for all runs or `[R, B, …]`."""
+        shared = samples.dim() == self._sample_dims + 1
+        if self.channels_last:
+            samples = channels_last(samples) if shared else channels_last(samples.flatten(0, 1)).view_as(samples)
+        names: Mapping[str, nn.Module] = {} if context.outputs is None else self._blocks
+        run = partial(self._one, names)
+        self.module.train(context.train)
+        with _settings(samples.device.type, context.half):
+            if context.runs == 1:
+                # Unlike indexing, this has a backward pass that copies nothing.
+                tensors = {name: value.squeeze(0) for name, value in context.tensors.items()}
+                features, *outputs = (out.unsqueeze(0) for out in run(tensors, samples if shared else samples[0]))
+            elif self._vmapped:
+                # Models that draw random numbers are not run this way.
+                vmapped = torch.func.vmap(run, in_dims=(0, None if shared else 0), randomness="different")
+                features, *outputs = vmapped(dict(context.tensors), samples)
+            else:
+                rows = [{name: value[r] for name, value in context.tensors.items()} for r in range(context.runs)]
+                of_runs = [run(row, samples if shared else samples[r]) for r, row in enumerate(rows)]
+                features, *outputs = map(torch.stack, zip(*of_runs, strict=True))
+        if context.outputs is not None:
+            context.outputs.update(zip(names, outputs, strict=True))
+        weight, bias = self.parts.weight, self.parts.bias
+        return features, head(features, context.tensors[weight], context.tensors[bias] if bias else None)
+
+    def copied(self, name: str, value: Tensor) -> bool:
+        """Return whether a parameter `[R, …]` may be replaced by a bfloat16 copy in the forward pass."""
+        return self.channels_last and value.dim() > 2 and name != self.parts.weight and name.endswith("weight")
+
+    def _one(self, blocks: Mapping[str, nn.Module], tensors: dict[str, Tensor], samples: Tensor) -> tuple[Tensor, ...]:
+        """Return the features `[B, d]` of one run, and the pooled outputs of the blocks."""
+        seen: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            stack.callback(self._head.register_forward_pre_hook(partial(_record_input, seen)).remove)
+            for name, block in blocks.items():
+                stack.callback(block.register_forward_hook(partial(_record_output, seen, f"block {name}")).remove)
+            functional_call(self.module, tensors, (samples,))
+        return seen["features"], *(seen[f"block {name}"] for name in blocks)
+
+
+def _record_input(seen: dict[str, Tensor], _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    seen["features"] = args[0]
+
+
+def _record_output(seen: dict[str, Tensor], name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+    seen[name] = pooled(output, "mean")
+
+
+@contextmanager
+def _settings(device: str, half: bool) -> Iterator[None]:
+    """Compute the same numbers every time, in bfloat16 where `half`."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    # The fast path of transformers in evaluation mode has no form for several runs.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        # The other attention backends do not give the same bits every time.
+        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
