@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ncollapse.train.errors import UserError
+
 #: Width in pixels of the mirrored border that is added before a crop.
 PAD = 4
 
@@ -28,28 +30,35 @@ def draw_views(augment: str, samples: int, generator: torch.Generator) -> Tensor
 
 
 def pad_images(images: Tensor, augment: str) -> Tensor:
-    """Add the border that crops need to images `[N, C, H, W]`; without crops return them unchanged."""
+    """Add the border that crops need to images `[N, C, H, W]`; without crops return them unchanged.
+
+    Raises:
+        UserError: augmentation of other samples, such as vectors or tokens.
+    """
+    if augment != "none" and (images.dim() != 4 or not images.is_floating_point()):
+        raise UserError(f"augment {augment} needs images [C, H, W]; the samples are {list(images.shape[1:])}")
     return F.pad(images, (PAD,) * 4, mode="reflect") if "crop" in augment else images
 
 
 def gather_images(images: Tensor, index: Tensor, views: Tensor | None, size: int) -> Tensor:
-    """Gather the images of a batch, cropped and flipped.
+    """Gather the images of a batch, cropped and flipped; without views, samples of any shape.
 
     Args:
         images: `[N, C, H, W]`; with views, the result of `pad_images`.
         index: of the samples, `[B]` or `[R, B]`.
         views: row, column and flip of each sample, `[B, 3]` or `[R, B, 3]`; None: no augmentation.
-        size: height and width of the result.
+        size: height H of the result.
 
     Returns:
-        `[B, C, size, size]` or `[R, B, C, size, size]`, channels-last in memory if there are views.
+        `[B, C, H, W]` or `[R, B, C, H, W]`, channels-last in memory if there are views.
     """
     if views is None:
         return images[index]
     row, column, flip = views.unbind(-1)
-    offsets = torch.arange(size, device=images.device)
-    rows = row[..., None] + offsets
-    columns = column[..., None] + torch.where(flip[..., None] == 1, size - 1 - offsets, offsets)
+    width = images.shape[-1] - (images.shape[-2] - size)  # the border is as wide on all sides
+    offsets = torch.arange(width, device=images.device)
+    rows = row[..., None] + torch.arange(size, device=images.device)
+    columns = column[..., None] + torch.where(flip[..., None] == 1, width - 1 - offsets, offsets)
     # As [N, H, W, C] the channels of a gathered pixel are adjacent in memory.
     gathered = images.permute(0, 2, 3, 1)[index[..., None, None], rows[..., :, None], columns[..., None, :]]
     return gathered.movedim(-1, -3)

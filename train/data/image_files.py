@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ncollapse.train.data.arrays import eight_bits
 from ncollapse.train.errors import UserError
 from ncollapse.train.limits import available_memory
 
@@ -67,7 +68,7 @@ def _read(path: Path) -> Tensor:
             if width * height > _MOST_PIXELS:
                 raise UserError(f"imagefolder: {path} has {width}×{height} pixels, more than {_MOST_PIXELS:,}")
             if image.mode.startswith("I") or image.mode == "F":
-                pixels = np.repeat(_eight_bits(np.asarray(image), path)[:, :, None], 3, axis=2)
+                pixels = np.repeat(eight_bits(np.asarray(image), f"imagefolder: {path}")[:, :, None], 3, axis=2)
             else:
                 pixels = np.array(image.convert("RGB"))
     except UserError:
@@ -77,10 +78,3 @@ def _read(path: Path) -> Tensor:
     except Exception as error:  # the decoders raise whatever they run into
         raise UserError(f"imagefolder: {path} cannot be read: {error or type(error).__name__}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def _eight_bits(pixels: np.ndarray, path: Path) -> np.ndarray:
-    """Scale grey values of 16 bits to 8; Pillow's own conversion makes all above 255 white."""
-    if pixels.dtype.kind not in "iu" or pixels.min() < 0 or pixels.max() > 65_535:
-        raise UserError(f"imagefolder: {path} has values outside 0 to 65,535; save it with 8 or 16 bits")
-    return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)

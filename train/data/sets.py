@@ -1,16 +1,24 @@
-"""Data sets as whole tensors on the device, so that the training loop runs no Python per image."""
+"""Data sets by their names: those that come with ncollapse, and the user's own."""
 
-import dataclasses
 import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ncollapse.train.config import is_own
+from ncollapse.train.data.dataset import Dataset
 from ncollapse.train.data.image_files import read_images
+from ncollapse.train.data.own import Data
+from ncollapse.train.data.sources import find_own
+from ncollapse.train.data.streamed import Streamed
 from ncollapse.train.errors import UserError
+from ncollapse.train.plugins import Plugins
+
+__all__ = ["Dataset", "check_files", "data_folder", "load"]
 
 # Data set name -> class in torchvision.datasets.
 _TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
@@ -29,46 +37,6 @@ _MD5 = {
         "t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
     },
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
-    """Training and validation images, normalised by the training images' mean and standard deviation per channel.
-
-    Attributes:
-        train_x, val_x: images `[N, C, H, W]` float32, H = W.
-        train_y, val_y: labels `[N]` int64.
-        classes: their names.
-        fingerprint: a hash of the raw images and labels; a resumed sweep must have the same data.
-    """
-
-    train_x: Tensor
-    train_y: Tensor
-    val_x: Tensor
-    val_y: Tensor
-    classes: tuple[str, ...]
-    fingerprint: str
-
-    @property
-    def channels(self) -> int:
-        """C."""
-        return self.train_x.shape[1]
-
-    @property
-    def size(self) -> int:
-        """Height and width of the images."""
-        return self.train_x.shape[2]
-
-    def limited(self, limit: int | None) -> "Dataset":
-        """Return the data set with only the first `limit` training samples."""
-        if limit is None or limit >= len(self.train_y):
-            return self
-        return dataclasses.replace(self, train_x=self.train_x[:limit], train_y=self.train_y[:limit])
-
-    def to(self, device: torch.device) -> "Dataset":
-        """Return the data set on a device."""
-        tensors = {name: getattr(self, name).to(device) for name in ("train_x", "train_y", "val_x", "val_y")}
-        return dataclasses.replace(self, **tensors)
 
 
 def data_folder(data_dir: Path | None) -> Path:
@@ -105,37 +73,45 @@ def _corrupt(files: dict[Path, str]) -> str:
     return ", ".join(str(path) for path, md5 in existing.items() if hashlib.md5(path.read_bytes()).hexdigest() != md5)
 
 
-def load(name: str, device: torch.device, *, data_dir: Path | None, download: bool) -> Dataset:
-    """Load one of `DATA_SETS` onto a device.
+def load(
+    name: str, device: torch.device, *, data_dir: Path | None, download: bool, options: str = "",
+    plugins: Plugins | None = None, in_memory: bool = True,
+) -> Dataset:  # fmt: skip
+    """Load one of `DATA_SETS`, or data of the user's, onto a device.
 
     Args:
         data_dir: see `data_folder`; torchvision's `root`, or for imagefolder the folder that holds train/ and test/.
         download: let torchvision download missing files.
+        options: arguments of data of the user's, as JSON.
+        plugins: the user's code.
+        in_memory: False: stream data of the user's, see `Streamed`.
 
     Raises:
-        UserError: data that is missing, corrupt or unreadable, images of different sizes or with a constant channel.
+        UserError: data that is missing, corrupt or unreadable, images of different sizes or with a constant channel;
+            data of the user's that cannot be used, see `Data`.
+        OwnCodeError: the user's code raises an error.
     """
+    if is_own("data", name):
+        found, what = find_own(name, options, plugins or Plugins(), in_memory=in_memory)
+        return found.to(device) if isinstance(found, Streamed) else found.dataset(device, what)
+    if not in_memory:
+        raise UserError(f"data set {name} is read into memory; in_memory = false goes with data of your own")
     folder = data_folder(data_dir)
     if name == "digits":
-        train_x, train_y, val_x, val_y, classes = _digits()
+        raw = _digits()
     elif name == "imagefolder":
-        train_x, train_y, val_x, val_y, classes = _image_folder(folder)
+        raw = _image_folder(folder)
     else:
-        train_x, train_y, val_x, val_y, classes = _torchvision(name, folder, download)
-    digest = hashlib.sha256()
-    for tensor in (train_x, train_y, val_x, val_y):
-        digest.update(str(tuple(tensor.shape)).encode())
-        digest.update(tensor.contiguous().numpy().data)
-    mean = train_x.double().mean((0, 2, 3), keepdim=True)
-    std = train_x.double().std((0, 2, 3), keepdim=True, correction=0)
-    if not bool((std > 0).all()):
-        raise UserError(f"data set {name}: a channel of the training images is constant, so it cannot be normalised")
-    mean, std = mean.float().to(device), std.float().to(device)
-    train_x, val_x = ((x.to(device).float() - mean) / std for x in (train_x, val_x))
-    return Dataset(train_x, train_y.to(device), val_x, val_y.to(device), classes, digest.hexdigest()[:16])
+        raw = _torchvision(name, folder, download)
+    try:
+        data = Data(*raw)
+    except UserError as error:
+        raise UserError(f"data set {name}: {error}") from None
+    return data.dataset(device, f"data set {name}")
 
 
-_Raw = tuple[Tensor, Tensor, Tensor, Tensor, tuple[str, ...]]
+#: Images, labels, those of the validation, and the names of the classes, as `Data` takes them.
+_Raw = tuple[Any, Any, Any, Any, tuple[str, ...]]
 
 
 def _digits() -> _Raw:
@@ -143,11 +119,10 @@ def _digits() -> _Raw:
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
-    x = torch.from_numpy(images).to(torch.uint8).view(-1, 1, 8, 8)
-    y = torch.from_numpy(labels).long()
+    x = images.astype(np.uint8).reshape(-1, 8, 8)
     # The split is part of the data set, so it does not depend on a run's seed.
-    train, val = train_test_split(range(len(y)), test_size=0.2, stratify=labels, random_state=0)
-    return x[train], y[train], x[val], y[val], tuple(str(k) for k in range(10))
+    train, val = train_test_split(range(len(x)), test_size=0.2, stratify=labels, random_state=0)
+    return x[train], labels[train], x[val], labels[val], tuple(str(k) for k in range(10))
 
 
 def _torchvision(name: str, folder: Path, download: bool) -> _Raw:
@@ -166,15 +141,8 @@ def _torchvision(name: str, folder: Path, download: bool) -> _Raw:
         raise UserError(f"data set {name} not found in {folder.resolve()}: {hint} ({error})") from None
     except OSError as error:
         raise UserError(f"data set {name}: {error}; check the network and the folder {folder.resolve()}") from None
-    (train_x, train_y), (val_x, val_y) = (_images(s.data, s.targets) for s in sets)
-    return train_x, train_y, val_x, val_y, tuple(sets[0].classes)
-
-
-def _images(data: Any, targets: Any) -> tuple[Tensor, Tensor]:
-    """Convert bytes `[N, H, W]` or `[N, H, W, C]` to `[N, C, H, W]`, and labels to int64."""
-    x = torch.as_tensor(data)
-    x = x.unsqueeze(1) if x.dim() == 3 else x.permute(0, 3, 1, 2).contiguous()
-    return x, torch.as_tensor(targets, dtype=torch.int64)
+    train, val = sets
+    return train.data, train.targets, val.data, val.targets, tuple(train.classes)
 
 
 def _image_folder(folder: Path) -> _Raw:
