@@ -16,9 +16,9 @@ from ncollapse.train.errors import DamageError, InterruptError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.inspection import inspect_folder
 from ncollapse.train.results.merging import Merged, merge_folders
+from ncollapse.train.results.ownership import LOCK
 from ncollapse.train.results.reader import load_metrics, load_runs, load_sessions
 from ncollapse.train.results.schema import FILE
-from ncollapse.train.results.writer import LOCK
 
 
 def alter(folder: Path, sql: str) -> None:

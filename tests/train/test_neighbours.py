@@ -16,11 +16,12 @@ from ncollapse.train.engine import messages
 from ncollapse.train.engine.messages import Finished, Message
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
-from ncollapse.train.results import journal, schema, transactions, writer
+from ncollapse.train.results import journal, ownership, schema, transactions
+from ncollapse.train.results.ownership import LOCK
 from ncollapse.train.results.reader import load_metrics, load_runs
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.schema import FILE
-from ncollapse.train.results.writer import LOCK, Store
+from ncollapse.train.results.writer import Store
 from sweep_results import assert_same
 
 
@@ -154,7 +155,7 @@ def test_a_lock_that_is_held_for_an_instant_keeps_no_sweep_out(
     small_grid: Grid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As `ncollapse status` holds it."""
-    monkeypatch.setattr(writer, "_LOCK_SECONDS", 60.0)
+    monkeypatch.setattr(ownership, "_SECONDS", 60.0)
     with FileLock(tmp_path / LOCK):
         started = threading.Event()
         opened: list[Store] = []

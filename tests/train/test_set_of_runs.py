@@ -92,7 +92,7 @@ def test_conditions() -> None:
         ("", "is no condition"),
         ("lr<0.1 adam", "'adam' is no condition"),
         ("optmizer=adam", "unknown key 'optmizer', did you mean 'optimizer'"),
-        ("optimizer=adma", "optimizer = 'adma': input should be"),
+        ("optimizer=adma", "unknown optimizer 'adma', did you mean 'adam'?"),
         ("status=lost", "unknown key 'status'"),
         ("lr=fast", "lr is a number, or none; got 'fast'"),
         ("lr<0.1,0.2", "< compares a number with one number"),

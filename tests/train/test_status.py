@@ -24,9 +24,10 @@ from ncollapse.train.engine import messages as work
 from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.optimizers import PAPER_OPTIMIZERS
+from ncollapse.train.results.ownership import LOCK
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.schema import FILE
-from ncollapse.train.results.writer import LOCK, Store
+from ncollapse.train.results.writer import Store
 
 START = "2030-01-01T00:00:00.000+00:00"
 LATER = "2030-01-01T00:01:00.000+00:00"
@@ -90,7 +91,15 @@ def text(status: SweepStatus) -> str:
 def test_a_finished_sweep(folder: Path) -> None:
     status = read_status(folder)
     assert (status.grid, status.sweeping, status.session) == ("small", False, 1)
-    assert status.counts == {"done": 12, "diverged": 0, "degenerate": 0, "hopeless": 0, "running": 0, "pending": 0}
+    assert status.counts == {
+        "done": 12,
+        "diverged": 0,
+        "degenerate": 0,
+        "hopeless": 0,
+        "failed": 0,
+        "running": 0,
+        "pending": 0,
+    }
     assert status.finished == status.total == 12
     assert status.optimizers == dict.fromkeys(PAPER_OPTIMIZERS, (2, 2))
     assert status.trained == 12
@@ -106,7 +115,15 @@ def test_a_sweep_that_runs(half: Path) -> None:
     with sweeping(half):
         status = read_status(half)
     assert status.sweeping is True
-    assert status.counts == {"done": 2, "diverged": 1, "degenerate": 1, "hopeless": 0, "running": 4, "pending": 4}
+    assert status.counts == {
+        "done": 2,
+        "diverged": 1,
+        "degenerate": 1,
+        "hopeless": 0,
+        "failed": 0,
+        "running": 4,
+        "pending": 4,
+    }
     assert list(status.optimizers.items())[:3] == [("sgd", (2, 2)), ("sgdw", (2, 2)), ("signum", (0, 2))]
     assert status.trained == 1  # a quarter of each of four runs
     assert status.seconds == 60

@@ -21,12 +21,12 @@ from rich.text import Text
 from ncollapse.train.config import MOST
 from ncollapse.train.engine.stack_size import Plan
 from ncollapse.train.formatting import DASH, plain, rate, rough_duration
-from ncollapse.train.optimizers import OPTIMIZERS
+from ncollapse.train.optimizers import in_table_order
+from ncollapse.train.results.ownership import LOCK
 from ncollapse.train.results.reader import open_results, read_meta, read_sessions
 from ncollapse.train.results.schema import ENDED, FILE, FINISHED, STATUSES
 from ncollapse.train.results.storage_errors import damaged
-from ncollapse.train.results.validation import check_setting, read_json, read_time
-from ncollapse.train.results.writer import LOCK
+from ncollapse.train.results.validation import check_values, read_json, read_time
 
 #: The runs with the stacks that they are in. SQLite sums them up: a large sweep has 100,000, and pandas starts slowly.
 _JOINED = "runs LEFT JOIN stacks ON stacks.id = runs.stack"
@@ -35,6 +35,10 @@ _RUNNING = (
     "SELECT stack, size, model, data, stacks.epoch, max(epochs), updated, checkpoint_epoch "
     f"FROM {_JOINED} WHERE status = 'running' GROUP BY stack ORDER BY stack"
 )
+
+
+#: Characters of a name that a table shows.
+_WIDE = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,10 +110,9 @@ def read_status(folder: Path) -> SweepStatus:
     sweeping = _sweeping(folder)
     with open_results(folder) as connection:  # one moment, since the sweep goes on writing
         meta, sessions = read_meta(connection, folder), read_sessions(connection, folder)
-        shown = ("model", "data", "optimizer", "epochs")
-        values = zip(*connection.execute(f"SELECT DISTINCT {', '.join(shown)} FROM runs"), strict=True)
-        for name, each in zip(shown, values, strict=False):  # a folder without runs has no values
-            check_setting(name, set(each), folder)
+        for shown in (("model", "data", "optimizer", "code"), ("epochs",)):
+            rows = connection.execute(f"SELECT DISTINCT {', '.join(shown)} FROM runs")
+            check_values((dict(zip(shown, row, strict=True)) for row in rows), folder)
         last = sessions[-1] if sessions else {}
         _check_progress(connection, last.get("id"), folder)
         started = read_time(last["started"]) if last else None
@@ -131,7 +134,7 @@ def read_status(folder: Path) -> SweepStatus:
         grid=meta["grid"],
         sweeping=sweeping,
         counts=counts,
-        optimizers={name: (finished[name], total[name]) for name in OPTIMIZERS if name in total},
+        optimizers={name: (finished[name], total[name]) for name in in_table_order(set(total))},
         session=last.get("id"),
         started=started,
         command=last.get("command", ""),
@@ -263,7 +266,9 @@ def print_status(status: SweepStatus, console: Console, now: datetime | None = N
             say(f"  {line}")
     table = _table("optimizer", _right("finished"), "")
     for name, (done, total) in status.optimizers.items():
-        table.add_row(plain(name), f"{done}/{total}", ProgressBar(total=total, completed=done, width=40))
+        table.add_row(
+            plain(_short(name)), f"{done}/{total}", ProgressBar(total=total, completed=done, width=40)
+        )
     console.print(table)
     if status.stacks:
         console.print(_stacks(status, now or datetime.now(UTC)))
@@ -273,13 +278,19 @@ def print_status(status: SweepStatus, console: Console, now: datetime | None = N
         console.print(plain(f"To continue: {status.command}"), soft_wrap=True)
 
 
+def _short(name: str) -> str:
+    """Cut a name from outside to what leaves room for the other columns."""
+    return name if len(name) <= _WIDE else f"{name[: _WIDE - 1]}…"
+
+
 def _stacks(status: SweepStatus, now: datetime) -> Table:
     table = _table(*map(_right, ("stack", "runs", "epoch", "checkpoint")), "training", _right("updated"))
     table.title = "Stopped in the middle" if status.sweeping is False else "In training"
     for stack in status.stacks:
         table.add_row(
             str(stack.id), str(stack.size), f"{stack.epoch} of {stack.epochs}",
-            DASH if stack.checkpoint is None else str(stack.checkpoint), plain(f"{stack.model} on {stack.data}"),
+            DASH if stack.checkpoint is None else str(stack.checkpoint),
+            plain(f"{_short(stack.model)} on {_short(stack.data)}"),
             f"{rough_duration((now - stack.updated).total_seconds())} ago",
         )  # fmt: skip
     return table

@@ -1,6 +1,6 @@
 """The columns of the results, as DataFrames and exported files have them: name, meaning and type of each."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ncollapse.train.config import DESCRIPTIONS, RunConfig
@@ -21,9 +21,9 @@ METRICS: dict[str, str] = {
     "nc3": "NC3: distance of W Mᵀ from a simplex ETF, M the centred class means",
     "nc3_difference": "‖W/‖W‖ − M/‖M‖‖",
     "nc4": "NC4: share of samples not classified as their nearest class mean",
-    "train_loss": "mean cross-entropy on the training data",
+    "train_loss": "mean of the run's loss over the training data",
     "train_accuracy": "share of the training data classified correctly",
-    "val_loss": "mean cross-entropy on the validation data",
+    "val_loss": "mean of the run's loss over the validation data",
     "val_accuracy": "share of the validation data classified correctly",
     "weight_norm": "Frobenius norm of W",
     "feature_norm": "mean norm of the centred class means",
@@ -55,26 +55,39 @@ _EVALUATION = (
     ResultColumn("epoch", "epochs trained so far; 0 is before the first step", "int64"),
 )
 
-#: One row per run.
-RUN_COLUMNS: tuple[ResultColumn, ...] = (
-    ResultColumn("id", _RUN, "string"),
-    ResultColumn("position", "place in the grid, from 0", "Int64"),
-    ResultColumn(
-        "status", "pending, running, done, diverged (NaN or inf), degenerate (features or weights have vanished) or "
-        "hopeless (ended early: the training loss had not left chance level)", "string",
-    ),
-    *(ResultColumn(name, DESCRIPTIONS[name], _DTYPES[type(value)]) for name, value in RunConfig().as_dict().items()),
-    ResultColumn("stack", "number of the stack that it trained in", "Int64"),
-    ResultColumn("session", "number of the start of the sweep that trained it", "Int64"),
-    ResultColumn("train_samples", "training samples", "Int64"),
-    ResultColumn("seconds", "its share of its stack's training and evaluation time"),
-    ResultColumn("diverged_epoch", "first evaluated epoch at which its loss was not finite", "Int64"),
-    *(ResultColumn(name, f"{meaning}; at the run's last evaluation") for name, meaning in METRICS.items()),
-    *(ResultColumn(f"{name}_start", f"{meaning}; before the first step") for name, meaning in METRICS.items()),
-)  # fmt: skip
+#: Metrics of the user's, as a folder names them: name -> meaning.
+OwnMetrics = Mapping[str, str]
 
-#: One row per run and evaluated epoch.
-EPOCH_COLUMNS: tuple[ResultColumn, ...] = (*_EVALUATION, *(ResultColumn(*metric) for metric in METRICS.items()))
+
+def run_columns(own: OwnMetrics) -> tuple[ResultColumn, ...]:
+    """Return the columns of runs, one row each, in a folder with these metrics of the user's."""
+    measured = {**METRICS, **own}
+    return (
+        ResultColumn("id", _RUN, "string"),
+        ResultColumn("position", "place in the grid, from 0", "Int64"),
+        ResultColumn(
+            "status", "pending, running, done, diverged (NaN or inf), degenerate (features or weights have vanished), "
+            "hopeless (ended early: the training loss had not left chance level) or failed (code of the user's raised "
+            "an error)", "string",
+        ),
+        *(ResultColumn(name, DESCRIPTIONS[name], _DTYPES[type(v)]) for name, v in RunConfig().as_dict().items()),
+        ResultColumn("stack", "number of the stack that it trained in", "Int64"),
+        ResultColumn("session", "number of the start of the sweep that trained it", "Int64"),
+        ResultColumn("train_samples", "training samples", "Int64"),
+        ResultColumn("seconds", "its share of its stack's training and evaluation time"),
+        ResultColumn("diverged_epoch", "first evaluated epoch at which its loss was not finite", "Int64"),
+        *(ResultColumn(name, f"{meaning}; at the run's last evaluation") for name, meaning in measured.items()),
+        *(ResultColumn(f"{name}_start", f"{meaning}; before the first step") for name, meaning in measured.items()),
+    )  # fmt: skip
+
+
+def epoch_columns(own: OwnMetrics) -> tuple[ResultColumn, ...]:
+    """Return the columns of evaluated epochs, one row per run and epoch, with these metrics of the user's."""
+    return (*_EVALUATION, *(ResultColumn(*metric) for metric in {**METRICS, **own}.items()))
+
+
+#: The columns of a folder without metrics of the user's: of runs, and of evaluated epochs.
+RUN_COLUMNS, EPOCH_COLUMNS = run_columns({}), epoch_columns({})
 
 #: One row per run, evaluated epoch and block, of the runs with `layers` = "all".
 LAYER_COLUMNS: tuple[ResultColumn, ...] = (

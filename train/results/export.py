@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 
 from ncollapse.train.errors import UserError
 from ncollapse.train.results.atomic_write import write_whole, writing
-from ncollapse.train.results.columns import EPOCH_COLUMNS, LAYER_COLUMNS, RUN_COLUMNS
-from ncollapse.train.results.reader import iter_layers, iter_metrics, load_runs
+from ncollapse.train.results.columns import LAYER_COLUMNS, epoch_columns, run_columns
+from ncollapse.train.results.reader import iter_layers, iter_metrics, load_own_metrics, load_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,8 +27,8 @@ def export_results(folder: Path, format: Format, out: Path | None = None) -> lis
 
     The tables are `runs` (a row per run), `epochs` (a row per run and evaluated epoch) and, if there are runs with
     `layers` = "all", `layers` (a row per run, evaluated epoch and block). Missing values are null in parquet, empty in
-    csv. `columns.csv` has a row per column of these tables: table, column, meaning. The files go into `out`, made if
-    missing; by default into `export` in the results folder.
+    csv, which does not tell them from empty texts. `columns.csv` has a row per column of these tables: table, column,
+    meaning. The files go into `out`, made if missing; by default into `export` in the results folder.
 
     Raises:
         UserError: no results there; parquet without pyarrow; a file cannot be written, and then each file is complete
@@ -40,12 +40,10 @@ def export_results(folder: Path, format: Format, out: Path | None = None) -> lis
     out = out or folder / "export"
     # With all of them open at once, each is complete or none is changed.
     with contextlib.ExitStack() as files:
-        written, columns = {}, []
-        for name, described, blocks in (
-            ("runs", RUN_COLUMNS, iter((load_runs(folder),))),
-            ("epochs", EPOCH_COLUMNS, iter_metrics(folder)),
-            ("layers", LAYER_COLUMNS, iter_layers(folder)),
-        ):
+        written, columns = {}, {}
+        for name, blocks in (
+            ("runs", iter((load_runs(folder),))), ("epochs", iter_metrics(folder)), ("layers", iter_layers(folder)),
+        ):  # fmt: skip
             first = next(blocks)
             if name == "layers" and first.empty:
                 continue
@@ -54,8 +52,16 @@ def export_results(folder: Path, format: Format, out: Path | None = None) -> lis
             for block in itertools.chain((first,), blocks):
                 write(block)
             written[name] = path
-            columns += [(name, column.name, column.meaning) for column in described]
-    meanings = pd.DataFrame(columns, columns=["table", "column", "meaning"])
+            columns[name] = set(first.columns)
+    own = load_own_metrics(folder)  # last, since a sweep may have added one since its table was read
+    described = {"runs": run_columns(own), "epochs": epoch_columns(own), "layers": LAYER_COLUMNS}
+    rows = [
+        (table, column.name, column.meaning)
+        for table, names in columns.items()
+        for column in described[table]
+        if column.name in names
+    ]
+    meanings = pd.DataFrame(rows, columns=["table", "column", "meaning"])
     write_whole(out / "columns.csv", meanings.to_csv(index=False, lineterminator="\n").encode())
     return [*written.values(), out / "columns.csv"]
 

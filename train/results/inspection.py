@@ -12,6 +12,8 @@ from ncollapse.train.config import MOST, RunConfig, make_run, short
 from ncollapse.train.errors import CheckpointError, DamageError, UserError
 from ncollapse.train.results import schema
 from ncollapse.train.results.checkpoint_file import check_archive, file_name, read_checkpoint
+from ncollapse.train.results.own_code import code_key, code_problem
+from ncollapse.train.results.own_metrics import readable_metrics
 from ncollapse.train.results.storage_errors import cannot_read, is_busy
 from ncollapse.train.results.validation import (
     check_not_lost,
@@ -86,7 +88,7 @@ def open_damaged(folder: Path) -> Iterator[sqlite3.Connection]:
                 check_not_lost(folder)
             schema.check_version(connection, folder)
             check_tables(connection, folder)
-            schema.show_missing_columns(connection)
+            schema.show_missing_columns(connection, readable_metrics(connection)[0])
             yield connection
     except sqlite3.Error as error:
         raise cannot_read(folder / schema.FILE, error) from None
@@ -108,6 +110,12 @@ def _inspect_database(connection: sqlite3.Connection, folder: Path) -> Iterator[
             session_facts(row, folder)
         except DamageError:
             yield Finding(f"session {short(row['id'])}", "its command, time or versions cannot be read")
+    with contextlib.suppress(sqlite3.DatabaseError):
+        for problem in readable_metrics(connection)[1]:
+            yield Finding("the metrics", problem)
+    for key, text in meta.items():
+        if code_key(key) and code_problem(text):
+            yield Finding(short(key), code_problem(text))
     runs = list(read_runs(connection))
     for run in runs:
         yield Finding(f"run {short(run.row['id'])}", run.problem)
@@ -134,6 +142,7 @@ def read_rows(connection: sqlite3.Connection, table: str) -> Iterator[dict[str, 
 
 def read_runs(connection: sqlite3.Connection) -> Iterator[StoredRun]:
     """Yield every run that can be read, and what is wrong with it."""
+    own = readable_metrics(connection)[0]
     for row in read_rows(connection, "runs"):
         # Settings that the folder's version did not have are at their default.
         settings = {name: row[name] for name in schema.SETTINGS if name in row}
@@ -146,16 +155,18 @@ def read_runs(connection: sqlite3.Connection) -> Iterator[StoredRun]:
         if config.id != row["id"]:
             yield StoredRun(row, None, (), f"its settings are those of another run, {config.id}")
             continue
-        epochs, problem = _evaluations(connection, row, config)
+        epochs, problem = _evaluations(connection, row, config, own)
         yield StoredRun(row, config, epochs, problem)
 
 
-def _evaluations(connection: sqlite3.Connection, row: dict[str, Any], config: RunConfig) -> tuple[tuple[int, ...], str]:
+def _evaluations(
+    connection: sqlite3.Connection, row: dict[str, Any], config: RunConfig, own: Iterable[str]
+) -> tuple[tuple[int, ...], str]:
     """Return the evaluated epochs of a run, and what is wrong with it."""
     try:
         rows = connection.execute("SELECT epoch FROM metrics WHERE run = ? ORDER BY epoch", (config.id,))
         epochs = tuple(epoch for (epoch,) in rows)
-        digest = run_digest(connection, config.id)
+        digest = run_digest(connection, config.id, own)
     except (sqlite3.DatabaseError, struct.error, OverflowError) as error:
         return (), f"its evaluations cannot be read: {error}"
     if not all(type(epoch) is int for epoch in epochs):
@@ -177,8 +188,10 @@ def _evaluations(connection: sqlite3.Connection, row: dict[str, Any], config: Ru
         return epochs, f"its status is {short(row['status'])}"
     if row["status"] not in schema.FINISHED:
         return epochs, ""
-    last = row["diverged_epoch"] if row["status"] == "diverged" else config.epochs
-    if epochs != due_epochs(config, last):
+    last: object = row["diverged_epoch"] if row["status"] == "diverged" else config.epochs
+    if row["status"] in ("hopeless", "failed"):  # ended at or after any evaluation; the latter also before the first
+        last = epochs[-1] if epochs else -1
+    if epochs != due_epochs(config, last) or (row["status"] == "hopeless" and not epochs):
         return epochs, f"it is {row['status']}, but evaluations are missing"
     return epochs, "its numbers have changed since they were measured" if row["digest"] not in (None, digest) else ""
 
@@ -199,7 +212,10 @@ def _inspect_files(connection: sqlite3.Connection, folder: Path) -> Iterator[Fin
             continue
         named.add(row["checkpoint"])
         yield Finding(f"checkpoints/{row['checkpoint']}", checkpoint_problem(folder, row["checkpoint"], epoch))
-    statuses = {run.row["id"]: run.finished for run in read_runs(connection)}
+    statuses = {run.row["id"]: run.row["status"] for run in read_runs(connection)}
+    for path in sorted((folder / "failures").glob("*.txt")):
+        strange = "" if path.stem in statuses else "it is of no run that can be read"
+        yield Finding(f"failures/{path.name}", strange or failure_problem(path))
     for path in sorted((folder / "weights").glob("*.pt")):
         strange = "" if path.stem in statuses else "it is of no run that can be read"
         yield Finding(f"weights/{path.name}", strange or weights_problem(path))
@@ -220,6 +236,15 @@ def weights_problem(path: Path) -> str:
         check_archive(path.read_bytes())
     except (CheckpointError, OSError) as error:
         return str(error).replace("the checkpoint", "the file")
+    return ""
+
+
+def failure_problem(path: Path) -> str:
+    """Return what is wrong with the file that says why a run has failed; empty where it is whole."""
+    try:
+        path.read_text("utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        return f"it cannot be read: {error}"
     return ""
 
 

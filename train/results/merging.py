@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import shutil
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,13 @@ from ncollapse.train.config import make_run, short
 from ncollapse.train.errors import UserError
 from ncollapse.train.results import schema
 from ncollapse.train.results.checkpoint_file import file_name
-from ncollapse.train.results.columns import LAYER_METRICS, METRICS
+from ncollapse.train.results.columns import LAYER_METRICS, METRICS, OwnMetrics
 from ncollapse.train.results.inspection import checkpoint_problem
+from ncollapse.train.results.own_code import merged_code
+from ncollapse.train.results.own_metrics import metric_key, read_metrics
+from ncollapse.train.results.ownership import LOCK
+from ncollapse.train.results.reader import read_meta
+from ncollapse.train.results.run_rows import run_files
 from ncollapse.train.results.schema import FINISHED, SETTINGS, quoted
 from ncollapse.train.results.storage_errors import cannot_read, cannot_write, damaged
 from ncollapse.train.results.validation import (
@@ -30,7 +35,6 @@ from ncollapse.train.results.validation import (
     run_digest,
     session_facts,
 )
-from ncollapse.train.results.writer import LOCK
 
 #: Runs with a difference that are named; the rest is counted.
 _NAMED = 5
@@ -56,6 +60,7 @@ class _Source:
     runs: dict[str, dict[str, Any]]
     stacks: dict[int, dict[str, Any]]
     meta: dict[str, str]
+    own: OwnMetrics
     mine: set[str] = dataclasses.field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -70,6 +75,14 @@ class _Source:
             if row["checkpoint"] is not None
             and not checkpoint_problem(self.folder, row["checkpoint"], row["checkpoint_epoch"])
         }
+
+    def measured(self, run: str) -> set[str]:
+        """Return the metrics of the user's that were measured of a run."""
+        if not self.own:
+            return set()
+        counts = ", ".join(f"count({quoted([name], 'metrics')})" for name in self.own)
+        found = self.db.execute(f"SELECT {counts} FROM metrics WHERE run = ?", (run,)).fetchone()
+        return {name for name, count in zip(self.own, found, strict=True) if count}
 
     def whole(self, stack: int) -> bool:
         """Return whether all runs of a stack are taken from here, so that it can go on."""
@@ -129,14 +142,15 @@ def _open(folder: Path) -> Iterator[_Source]:
             check_tables(db, folder)
             check_plan(db, folder)
             schema.check_unknown_settings(db, folder)
-            schema.show_missing_columns(db)
+            own = read_metrics(db, folder)
+            schema.show_missing_columns(db, own)
             runs = {row["id"]: row for row in _rows(db, "runs", "ORDER BY position")}
             stacks = {row["id"]: row for row in _rows(db, "stacks")}
-            source = _Source(folder, db, runs, stacks, dict(db.execute("SELECT key, value FROM meta")))
+            source = _Source(folder, db, runs, stacks, read_meta(db, folder), own)
             for run, row in runs.items():
                 if make_run({name: row[name] for name in SETTINGS}, f"{folder}, run {short(run)}").id != run:
                     raise damaged(folder / schema.FILE, f"the settings of run {short(run)} are not those of its id")
-                if row["status"] in FINISHED and row["digest"] not in (None, run_digest(db, run)):
+                if row["status"] in FINISHED and row["digest"] not in (None, run_digest(db, run, own)):
                     raise damaged(folder / schema.FILE, f"the numbers of run {run} are not those that were written")
             yield source
         except sqlite3.Error as error:
@@ -154,14 +168,21 @@ def _merged_meta(sources: Sequence[_Source], name: str) -> dict[str, str]:
     meta = {"grid": name, "description": sources[0].meta.get("description", "")}
     for source in sources:
         for key, value in source.meta.items():
-            if not key.startswith("data ") and key != "engine":
+            metric = metric_key(key)
+            if not key.startswith("data ") and key != "engine" and metric is None:
                 continue
-            if meta.setdefault(key, value) != value and key != "engine":
+            if meta.setdefault(key, value) == value or key == "engine":
+                continue
+            if metric is not None:
                 raise UserError(
-                    f"{source.folder}: the {key.replace('data ', 'data set ')} is not the one of the other folders "
-                    f"({value} there, {meta[key]} in the others): their runs cannot be compared"
+                    f"{source.folder}: its metric {metric} is not the one of the other folders ({short(value)} there, "
+                    f"{short(meta[key])} in the others): one table cannot hold both"
                 )
-    return meta
+            raise UserError(
+                f"{source.folder}: the {key.replace('data ', 'data set ')} is not the one of the other folders "
+                f"({value} there, {meta[key]} in the others): their runs cannot be compared"
+            )
+    return meta | merged_code((source.folder, source.meta) for source in sources)
 
 
 def _divide(sources: Sequence[_Source], keep_first: bool) -> int:
@@ -179,9 +200,10 @@ def _divide(sources: Sequence[_Source], keep_first: bool) -> int:
             if what := _difference(run, ended[0], other):
                 differences.append(what)
                 break
-        best = (
-            ended[0] if ended else max(having, key=lambda source: source.checkpoints.get(source.runs[run]["stack"], -1))
-        )
+        if ended:  # the first of those with most metrics of the user's
+            best = ended[0] if keep_first else max(ended, key=lambda source: len(source.measured(run)))
+        else:
+            best = max(having, key=lambda source: source.checkpoints.get(source.runs[run]["stack"], -1))
         best.mine.add(run)
     if differences:
         more = f"; and {len(differences) - _NAMED} more" if len(differences) > _NAMED else ""
@@ -199,7 +221,7 @@ def _difference(run: str, a: _Source, b: _Source) -> str:
         if a.runs[run][name] != b.runs[run][name]:
             mine, theirs = a.runs[run][name], b.runs[run][name]
             return f"{described} (run {run}): {name} is {mine} in {a.folder}, {theirs} in {b.folder}"
-    for table, names in _KEYS.items():
+    for table, names in _keys(a.measured(run) & b.measured(run)).items():
         sql = f"SELECT {quoted(names)} FROM {table} WHERE run = ? ORDER BY {', '.join(names[:2])}"
         mine, theirs = (source.db.execute(sql, (run,)).fetchall() for source in (a, b))
         if len(mine) != len(theirs):
@@ -211,10 +233,15 @@ def _difference(run: str, a: _Source, b: _Source) -> str:
     return ""
 
 
+def _keys(own: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Return the tables of what was measured -> their columns but for the run, with these metrics of the user's."""
+    return {**_KEYS, "metrics": (*_KEYS["metrics"], *sorted(own))}
+
+
 def _write(sources: Sequence[_Source], meta: dict[str, str], out: Path) -> None:
     with contextlib.closing(schema.connect(out, create=True)) as db:
         db.execute("BEGIN IMMEDIATE")
-        schema.create_tables(db)
+        schema.create_tables(db, {name for source in sources for name in source.own})
         for key, value in meta.items():
             _insert(db, "meta", {"key": key, "value": value})
         position = 0
@@ -225,10 +252,11 @@ def _write(sources: Sequence[_Source], meta: dict[str, str], out: Path) -> None:
                 if run in source.mine:
                     _copy_run(source, db, row, position, sessions, stacks)
                     position += 1
-                    weights = source.folder / "weights" / f"{run}.pt"  # a hash, as `_open` has found
-                    if row["status"] in FINISHED and weights.is_file():
-                        (out / "weights").mkdir(exist_ok=True)
-                        shutil.copyfile(weights, out / "weights" / weights.name)
+                    # The id is a hash, as `_open` has found.
+                    for file, copy in zip(run_files(source.folder, run), run_files(out, run), strict=True):
+                        if row["status"] in FINISHED and file.is_file():
+                            copy.parent.mkdir(exist_ok=True)
+                            shutil.copyfile(file, copy)
         db.execute("COMMIT")
 
 
@@ -279,7 +307,7 @@ def _copy_run(
         new = None  # it is planned anew
     values = {**row, "position": position, "status": row["status"] if ended else "pending", "stack": new}
     _insert(db, "runs", {**values, "session": sessions.get(row["session"]) if ended else None})
-    for table, names in _KEYS.items():
+    for table, names in _keys(source.own).items():
         sql = f"SELECT {quoted(names)} FROM {table} WHERE run = ?" + ("" if ended else f" AND epoch <= {last}")
         places = ", ".join("?" * (len(names) + 1))
         rows = ((row["id"], *found) for found in source.db.execute(sql, (row["id"],)))

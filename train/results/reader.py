@@ -2,12 +2,13 @@
 
 import contextlib
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncollapse.train.results import columns, schema
 from ncollapse.train.results.frames import blocks, joined
+from ncollapse.train.results.own_metrics import read_metrics
 from ncollapse.train.results.storage_errors import cannot_read, damaged
 from ncollapse.train.results.validation import (
     check_not_lost,
@@ -25,20 +26,28 @@ if TYPE_CHECKING:
 def load_runs(folder: Path | str) -> "pd.DataFrame":
     """Load one row per run: settings, status, and each metric at its start (`nc0_start` …) and end (`nc0` …).
 
-    The columns are `columns.RUN_COLUMNS`, each with the same dtype whatever is missing. A setting that the version
-    which wrote the folder did not have is at its default, a metric that it did not measure is NaN.
+    The columns are those of `columns.run_columns`, each with the same dtype whatever is missing; metrics of the user's
+    follow ncollapse's. A setting that the version which wrote the folder did not have is at its default, a metric that
+    was not measured is NaN.
 
     Raises:
         NoResultsError: no results there, or none yet.
         DamageError: no database, or one with contents that no sweep has written.
         UserError: results of another format, or settings that this version does not know.
     """
-    folder = Path(folder)
-    stored = [column.name for column in columns.RUN_COLUMNS if column.name in schema.TABLES["runs"]]
+    with open_results(folder) as connection:
+        return read_runs(connection, Path(folder))
+
+
+def read_runs(connection: sqlite3.Connection, folder: Path) -> "pd.DataFrame":
+    """Read what `load_runs` loads, by a connection of `open_results`."""
+    own = read_metrics(connection, folder)
+    wanted = columns.run_columns(own)
+    stored = [column.name for column in wanted if column.name in schema.TABLES["runs"]]
     ends = [
         f'{which}."{name}" AS "{name}{suffix}"'
         for which, suffix in (("last", ""), ("start", "_start"))
-        for name in columns.METRICS
+        for name in (*columns.METRICS, *own)
     ]
     joins = [
         f"LEFT JOIN metrics AS {which} "
@@ -47,7 +56,7 @@ def load_runs(folder: Path | str) -> "pd.DataFrame":
     ]
     # In the order of the key of `metrics`: SQLite then reads each page once, of which a large sweep has a million.
     sql = f"SELECT {schema.quoted(stored, 'runs')}, {', '.join(ends)} FROM runs {' '.join(joins)} ORDER BY runs.id"
-    runs = query(folder, sql, columns.RUN_COLUMNS).sort_values("position", ignore_index=True)
+    runs = joined(list(blocks(connection.execute(sql), wanted, folder))).sort_values("position", ignore_index=True)
     check_settings(runs, folder)
     return runs
 
@@ -55,8 +64,8 @@ def load_runs(folder: Path | str) -> "pd.DataFrame":
 def load_metrics(folder: Path | str) -> "pd.DataFrame":
     """Load one row per run and evaluated epoch; NaN where a metric is undefined or was not measured.
 
-    The columns are `columns.EPOCH_COLUMNS`, each with the same dtype whatever is missing; errors as in `load_runs`.
-    A row takes 0.2 kB of memory: `iter_metrics` reads a sweep that is too large for that.
+    The columns are those of `columns.epoch_columns`, each with the same dtype whatever is missing; errors as in
+    `load_runs`. A row takes 0.2 kB of memory: `iter_metrics` reads a sweep that is too large for that.
     """
     return joined(list(iter_metrics(folder)))
 
@@ -66,7 +75,9 @@ def iter_metrics(folder: Path | str) -> Iterator["pd.DataFrame"]:
 
     All blocks are of the same moment, also while a sweep writes.
     """
-    return _iterate(folder, "SELECT * FROM metrics ORDER BY run, epoch", columns.EPOCH_COLUMNS)
+    with open_results(folder) as connection:
+        wanted = columns.epoch_columns(read_metrics(connection, Path(folder)))
+        yield from blocks(connection.execute("SELECT * FROM metrics ORDER BY run, epoch"), wanted, Path(folder))
 
 
 def load_layers(folder: Path | str) -> "pd.DataFrame":
@@ -79,12 +90,15 @@ def load_layers(folder: Path | str) -> "pd.DataFrame":
 
 def iter_layers(folder: Path | str) -> Iterator["pd.DataFrame"]:
     """Yield the rows of `load_layers` as `iter_metrics` does."""
-    return _iterate(folder, "SELECT * FROM layers ORDER BY run, epoch, position", columns.LAYER_COLUMNS)
-
-
-def _iterate(folder: Path | str, sql: str, wanted: Iterable[columns.ResultColumn]) -> Iterator["pd.DataFrame"]:
     with open_results(folder) as connection:
-        yield from blocks(connection.execute(sql), wanted, Path(folder))
+        rows = connection.execute("SELECT * FROM layers ORDER BY run, epoch, position")
+        yield from blocks(rows, columns.LAYER_COLUMNS, Path(folder))
+
+
+def load_own_metrics(folder: Path | str) -> columns.OwnMetrics:
+    """Load the metrics of the user's that a folder has: name -> meaning; errors as in `load_runs`."""
+    with open_results(folder) as connection:
+        return read_metrics(connection, Path(folder))
 
 
 def load_sessions(folder: Path | str) -> list[dict[str, Any]]:
@@ -101,7 +115,7 @@ def read_sessions(connection: sqlite3.Connection, folder: Path) -> list[dict[str
 
 
 def load_meta(folder: Path | str) -> dict[str, str]:
-    """Load the grid's name and description, the plan of its stacks, and the fingerprints of its data sets."""
+    """Load the grid's name and description, the plan of its stacks, what its data and code were, and its metrics."""
     with open_results(folder) as connection:
         return read_meta(connection, Path(folder))
 
@@ -148,7 +162,7 @@ def open_results(folder: Path | str) -> Iterator[sqlite3.Connection]:
             schema.check_version(connection, folder)
             check_tables(connection, folder)
             check_plan(connection, folder)
-            schema.show_missing_columns(connection)
+            schema.show_missing_columns(connection, read_metrics(connection, folder))
             yield connection
     except (sqlite3.Error, OverflowError) as error:
         raise cannot_read(file, error) from None

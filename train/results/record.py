@@ -21,7 +21,7 @@ class Evaluation:
 
     Attributes:
         rows: the runs that were evaluated, as indices into the runs of the training.
-        values: metric name -> one value for each of `rows`.
+        values: metric name -> one value for each of `rows`; after `METRICS`, those of the user's.
         layers: block -> metrics of its output, in the order of the blocks; empty unless requested.
         ended: run -> how it ended; such runs are not trained further.
         weights: run -> the bytes that `torch.save` writes for {"config": settings, "state_dict": final weights}, for

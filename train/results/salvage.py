@@ -12,15 +12,20 @@ from ncollapse.train.config import MOST
 from ncollapse.train.errors import DamageError, UserError
 from ncollapse.train.results import schema
 from ncollapse.train.results.checkpoint_file import file_name
+from ncollapse.train.results.columns import OwnMetrics
 from ncollapse.train.results.inspection import (
     StoredRun,
     checkpoint_problem,
     due_epochs,
+    failure_problem,
     open_damaged,
     read_rows,
     read_runs,
     weights_problem,
 )
+from ncollapse.train.results.own_code import readable_entries
+from ncollapse.train.results.own_metrics import metric_key, readable_metrics
+from ncollapse.train.results.run_rows import failure_file
 from ncollapse.train.results.storage_errors import cannot_write
 from ncollapse.train.results.validation import read_json, session_facts
 
@@ -61,13 +66,15 @@ def salvage_folder(folder: Path, out: Path) -> Salvaged:
             stacks = {row["id"]: row for row in read_rows(source, "stacks") if isinstance(row["size"], int)}
             checkpoints = _copy_checkpoints(folder, out, stacks, kept)
             weights = _copy_weights(folder, out, kept)
+            _copy_failures(folder, out, kept)
             with contextlib.closing(schema.connect(out, create=True)) as target:
                 target.execute("BEGIN IMMEDIATE")
-                schema.create_tables(target)
+                own = readable_metrics(source)[0]
+                schema.create_tables(target, own)
                 _copy_meta(source, target, folder)
                 _copy_plan(target, stacks, checkpoints)
                 for run in kept:
-                    _copy_run(source, target, run, stacks, checkpoints)
+                    _copy_run(source, target, run, stacks, checkpoints, own)
                 target.execute("COMMIT")
         except OSError as error:
             raise cannot_write(out, error) from None
@@ -112,10 +119,22 @@ def _copy_weights(folder: Path, out: Path, runs: list[StoredRun]) -> int:
     return count
 
 
+def _copy_failures(folder: Path, out: Path, runs: list[StoredRun]) -> None:
+    for run in runs:
+        if run.row["status"] == "failed" and not run.problem:
+            path = failure_file(folder, run.row["id"])  # an id that is a hash, as `read_runs` has found
+            if path.is_file() and not failure_problem(path):
+                path_out = failure_file(out, run.row["id"])
+                path_out.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, path_out)
+
+
 def _copy_meta(source: sqlite3.Connection, target: sqlite3.Connection, folder: Path) -> None:
     meta = {row["key"]: row["value"] for row in read_rows(source, "meta") if isinstance(row["value"], str)}
     if not isinstance(read_json(meta.get("engine")), dict):
         meta.pop("engine", None)
+    own, known = readable_metrics(source)[0], readable_entries(meta)
+    meta = {key: text for key, text in known.items() if metric_key(key) is None or metric_key(key) in own}
     for key, value in {"grid": folder.name, "description": "", **meta}.items():
         if isinstance(key, str):
             target.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, value))
@@ -136,7 +155,7 @@ def _copy_plan(target: sqlite3.Connection, stacks: dict[int, dict[str, Any]], ch
 
 def _copy_run(
     source: sqlite3.Connection, target: sqlite3.Connection, run: StoredRun, stacks: dict[int, dict[str, Any]],
-    checkpoints: dict[int, int],
+    checkpoints: dict[int, int], own: OwnMetrics,
 ) -> None:  # fmt: skip
     assert run.config is not None
     whole = run.finished and not run.problem
@@ -148,7 +167,7 @@ def _copy_run(
         row |= {name: run.row[name] for name in ("session", "train_samples", "seconds", "diverged_epoch", "digest")}
     _insert(target, "runs", row)
     for table in ("metrics", "layers") if last >= 0 else ():
-        columns = tuple(schema.TABLES[table])
+        columns = tuple(schema.tables_with(own)[table])
         # A layer's name that looks like a number may have become one; its digits, and so the digest, are the same.
         wanted = schema.quoted(columns).replace('"layer"', 'CAST("layer" AS TEXT)')
         rows = source.execute(

@@ -6,11 +6,12 @@ their progress; `sessions`, one row per start of a sweep with command, versions,
 
 A column can be added in any version: it has a default or may be NULL. A database that lacks it is completed when a
 sweep opens it, and read as if it were there. `SCHEMA_VERSION` rises only for changes that this cannot express. The
-columns of settings are those of `runs` without a declared type.
+columns of settings are those of `runs` without a declared type. `metrics` also has a column for each metric of the
+user's that `meta` names (`own_metrics`).
 """
 
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ FILE = "runs.sqlite"
 SCHEMA_VERSION = 3
 
 #: The statuses of a run that has ended (diverged: NaN or inf; degenerate: features or weights have vanished; hopeless:
-#: ended by `--stop-hopeless`, its training loss had not left chance level), and all.
-FINISHED = ("done", "diverged", "degenerate", "hopeless")
+#: ended by `--stop-hopeless`, its training loss had not left chance level; failed: code of the user's raised an error),
+#: and all.
+FINISHED = ("done", "diverged", "degenerate", "hopeless", "failed")
 STATUSES = (*FINISHED, "running", "pending")
 #: `FINISHED` in SQL.
 ENDED = ", ".join(f"'{status}'" for status in FINISHED)
@@ -121,9 +123,14 @@ def _connect(uri: str) -> sqlite3.Connection:
     return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30)
 
 
-def create_tables(connection: sqlite3.Connection) -> None:
-    """Create all tables of an empty database."""
-    for table, columns in TABLES.items():
+def tables_with(own: Collection[str]) -> dict[str, dict[str, str]]:
+    """Return `TABLES` with the columns of these metrics of the user's."""
+    return {**TABLES, "metrics": {**TABLES["metrics"], **dict.fromkeys(own, "REAL")}}
+
+
+def create_tables(connection: sqlite3.Connection, own: Collection[str] = ()) -> None:
+    """Create all tables of an empty database, with the columns of these metrics of the user's."""
+    for table, columns in tables_with(own).items():
         parts = [f"{quoted([name])} {declaration}" for name, declaration in columns.items()]
         key = _KEYS.get(table)
         rows = ", ".join([*parts, key] if key else parts)
@@ -158,36 +165,43 @@ def check_version(connection: sqlite3.Connection, folder: Path) -> None:
         )
 
 
-def add_missing_columns(connection: sqlite3.Connection) -> None:
-    """Add the columns that an older version did not write: settings with their default, metrics as NULL."""
-    for table, missing in _missing_columns(connection):
+def add_missing_columns(connection: sqlite3.Connection, own: Collection[str] = ()) -> None:
+    """Add the columns that a database lacks: settings with their default; metrics, also those in `own`, as NULL."""
+    tables = tables_with(own)
+    for table, missing in _missing_columns(connection, tables):
         for name in missing:
-            connection.execute(f"ALTER TABLE {table} ADD COLUMN {quoted([name])} {TABLES[table][name]}")
+            connection.execute(f"ALTER TABLE {table} ADD COLUMN {quoted([name])} {tables[table][name]}")
 
 
-def show_missing_columns(connection: sqlite3.Connection) -> None:
+def show_missing_columns(connection: sqlite3.Connection, own: Collection[str] = ()) -> None:
     """Let the connection's queries see the columns that `add_missing_columns` would add; the file stays as it is."""
-    for table, missing in _missing_columns(connection):
+    tables = tables_with(own)
+    for table, missing in _missing_columns(connection, tables):
         columns = [
             f"{_default(declaration) if name in missing else quoted([name], table)} AS {quoted([name])}"
-            for name, declaration in TABLES[table].items()
+            for name, declaration in tables[table].items()
         ]
         # A temporary view hides the table of its name. It names the columns, since a sweep may add them meanwhile.
         connection.execute(f"CREATE TEMP VIEW {table} AS SELECT {', '.join(columns)} FROM main.{table}")
 
 
-def _missing_columns(connection: sqlite3.Connection) -> list[tuple[str, list[str]]]:
+def _missing_columns(connection: sqlite3.Connection, tables: dict[str, dict[str, str]]) -> list[tuple[str, list[str]]]:
     """Return pairs of a table and those of its columns that the database lacks."""
     found = []
-    for table, columns in TABLES.items():
-        stored = {row[0] for row in _stored_columns(connection, table)}
+    for table, columns in tables.items():
+        stored = stored_columns(connection, table)
         missing = [name for name in columns if name not in stored]
         if stored and missing:
             found.append((table, missing))
     return found
 
 
-def _stored_columns(connection: sqlite3.Connection, table: str) -> list[tuple[str, str, str | None]]:
+def stored_columns(connection: sqlite3.Connection, table: str) -> set[str]:
+    """Return the names of the columns that the database has; empty without the table."""
+    return {name for name, _, _ in _declared_columns(connection, table)}
+
+
+def _declared_columns(connection: sqlite3.Connection, table: str) -> list[tuple[str, str, str | None]]:
     """Return name, type and default, as SQL, of each column that the database has; empty without the table."""
     return connection.execute("SELECT name, type, dflt_value FROM pragma_table_info(?, 'main')", (table,)).fetchall()
 
@@ -199,7 +213,7 @@ def _default(declaration: str) -> str:
 def check_unknown_settings(connection: sqlite3.Connection, folder: Path) -> None:
     """Raise `UserError` where a setting that a newer version has added, unknown here, is not at its default."""
     parts = []
-    for name, kind, default in _stored_columns(connection, "runs"):
+    for name, kind, default in _declared_columns(connection, "runs"):
         if name not in TABLES["runs"] and not kind:
             column = quoted([name], "runs")
             rows = connection.execute(f"SELECT DISTINCT {column} FROM runs WHERE {column} IS NOT ({default or 'NULL'})")

@@ -10,9 +10,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ncollapse.train.config import make_run, short
+from ncollapse.train.config import NAMED, make_run, short
 from ncollapse.train.errors import DamageError, NoResultsError, UserError
 from ncollapse.train.formatting import is_missing
+from ncollapse.train.optimizers import row_of
 from ncollapse.train.results import schema
 from ncollapse.train.results.checkpoint_file import file_name
 from ncollapse.train.results.columns import LAYER_METRICS, METRICS
@@ -22,9 +23,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+#: The folders of files of runs -> the names of these files.
+FILES = {"checkpoints": "*.pt", "weights": "*.pt", "failures": "*.txt"}
+
+
 def check_not_lost(folder: Path) -> None:
     """Raise DamageError where files of runs lie beside no database, or an empty one: it was lost."""
-    left = [name for name in ("checkpoints", "weights") if any((folder / name).glob("*.pt"))]
+    left = [name for name, files in FILES.items() if any((folder / name).glob(files))]
     if left:
         raise damaged(
             folder / schema.FILE,
@@ -74,25 +79,46 @@ def plan_problems(connection: sqlite3.Connection) -> Iterable[str]:
             yield f"stack {stack} names the checkpoint {short(name)} of epoch {short(epoch)}"
 
 
+#: Settings whose values depend on one another: an option, or a name that was given in Python, needs code of the user's.
+TOGETHER = (*NAMED, *(f"{setting}_options" for setting in NAMED), "head", "code")
+
+
 def check_settings(runs: "pd.DataFrame", folder: Path) -> None:
-    """Raise UserError where a column of settings holds a value that no run of this version has."""
+    """Raise UserError where columns of settings hold values that no run of this version has."""
     for name in schema.SETTINGS:
-        values = runs[name].unique().tolist()
-        # A missing value of a DataFrame; a run always has a coupling.
-        none = (not isinstance(value, str) and is_missing(value) and name != "coupling" for value in values)
-        check_setting(name, (None if no else value for no, value in zip(none, values, strict=True)), folder)
+        if name not in (*TOGETHER, "coupling"):
+            values = runs[name].unique().tolist()
+            missing = (not isinstance(value, str) and is_missing(value) for value in values)
+            each = (None if no else value for no, value in zip(missing, values, strict=True))
+            check_values(({name: value} for value in each), folder)
+    varying = [name for name in TOGETHER if runs[name].nunique(dropna=False) > 1]
+    different = runs.loc[~runs[varying].duplicated(), list(TOGETHER)] if varying else runs[list(TOGETHER)].head(1)
+    check_values((_without_missing(row) for row in different.to_dict("records")), folder)
+    check_values(({"coupling": value} for value in runs.coupling.dropna().unique().tolist()), folder)
+    foreign = [name for name in runs.optimizer.unique() if row_of(name).foreign]
+    if (wrong := runs.optimizer.isin(foreign) != runs.coupling.isna()).any():
+        run = runs[wrong].iloc[0]
+        raise _unknown_value(f" coupling = {run.coupling:g} of {run.optimizer}", folder)
 
 
-def check_setting(name: str, values: Iterable[Any], folder: Path) -> None:
-    """Raise UserError where one of the values of a setting is none that a run of this version has."""
-    for value in values:
+def _without_missing(row: Mapping[Any, Any]) -> dict[str, Any]:
+    return {name: value if isinstance(value, str) else None for name, value in row.items()}
+
+
+def check_values(settings: Iterable[Mapping[str, Any]], folder: Path) -> None:
+    """Raise UserError where some settings of a run, by name, are none that a run of this version has."""
+    for one in settings:
         try:
-            make_run({name: value}, "")
+            make_run(dict(one), "")
         except UserError as error:
-            raise UserError(
-                f"{folder / schema.FILE} holds runs with{str(error).removeprefix(':')}; use the version of "
-                f"ncollapse that wrote it, or see `ncollapse check {folder}`"
-            ) from None
+            raise _unknown_value(str(error).removeprefix(":"), folder) from None
+
+
+def _unknown_value(what: str, folder: Path) -> UserError:
+    return UserError(
+        f"{folder / schema.FILE} holds runs with{what}; use the version of ncollapse that wrote it, or see "
+        f"`ncollapse check {folder}`"
+    )
 
 
 def session_facts(row: Mapping[Any, Any], folder: Path) -> dict[str, Any]:
@@ -122,8 +148,12 @@ def read_time(text: object) -> datetime | None:
     return time if time is not None and time.tzinfo is not None else None
 
 
-def run_digest(connection: sqlite3.Connection, run: str) -> str:
-    """Return a hash of every number that was measured of a run, for `ncollapse check`."""
+def run_digest(connection: sqlite3.Connection, run: str, own: Iterable[str] = ()) -> str:
+    """Return a hash of every number that was measured of a run, for `ncollapse check`.
+
+    Args:
+        own: the metrics of the user's that the database has; those that were not measured of the run do not matter.
+    """
     digest = hashlib.sha256()
     columns, of_layer = schema.quoted(METRICS), schema.quoted(LAYER_METRICS)
     for row in connection.execute(f"SELECT epoch, {columns} FROM metrics WHERE run = ? ORDER BY epoch", (run,)):
@@ -132,6 +162,12 @@ def run_digest(connection: sqlite3.Connection, run: str) -> str:
         f"SELECT layer, epoch, position, {of_layer} FROM layers WHERE run = ? ORDER BY epoch, position", (run,)
     ):
         digest.update(str(row[0]).encode() + _packed(row[1:]))
+    if names := sorted(own):
+        wanted = schema.quoted(names, "metrics")
+        rows = connection.execute(f"SELECT {wanted} FROM metrics WHERE run = ? ORDER BY epoch", (run,)).fetchall()
+        for name, values in zip(names, zip(*rows, strict=True), strict=False):
+            if any(value is not None for value in values):
+                digest.update(name.encode() + _packed(values))
     return digest.hexdigest()
 
 

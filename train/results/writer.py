@@ -13,13 +13,11 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 from ncollapse.train.config import RunConfig, make_run
 from ncollapse.train.errors import UserError
@@ -27,7 +25,10 @@ from ncollapse.train.grid import Grid
 from ncollapse.train.results import schema
 from ncollapse.train.results.atomic_write import write_whole
 from ncollapse.train.results.checkpoint_file import file_name, seal
-from ncollapse.train.results.columns import LAYER_METRICS, METRICS
+from ncollapse.train.results.columns import LAYER_METRICS, METRICS, OwnMetrics
+from ncollapse.train.results.own_metrics import take_metrics
+from ncollapse.train.results.ownership import own_folder
+from ncollapse.train.results.run_rows import add_runs, failure_file, reset_runs
 from ncollapse.train.results.schema import ENDED, SETTINGS, quoted
 from ncollapse.train.results.storage_errors import damaged, user_errors
 from ncollapse.train.results.transactions import Database
@@ -36,11 +37,10 @@ from ncollapse.train.results.validation import check_not_lost, check_plan, check
 if TYPE_CHECKING:
     from ncollapse.train.results.record import Evaluation
 
-LOCK = ".lock"
 #: Seconds between transactions that only record the progress of stacks.
 _PROGRESS_SECONDS = 1.0
-#: Seconds for which a starting sweep waits for the lock, which `ncollapse status` holds for an instant.
-_LOCK_SECONDS = 2.0
+#: Characters of a traceback that are kept, from its end.
+_LONGEST_LOG = 100_000
 #: The folder in `checkpoints` for those that could not be used.
 ASIDE = "unusable"
 #: The files of `checkpoints` that are the store's: only these are ever deleted.
@@ -64,19 +64,25 @@ class Store:
         folder: made if missing. A database of an older version gets the columns that it lacks.
         grid: runs that the folder does not have yet are added to it; what is in the folder stays.
         say: takes a sentence for the user, as when another program holds the database.
+        metrics: those of the user's that every evaluation has beside ncollapse's: name -> meaning. Runs that the folder
+            has already, and later ones without a metric, have NaN.
 
     Raises:
-        UserError: the folder holds settings that this version does not have, is in use by another process, has another
-            format, or cannot be written. Every method raises it where something cannot be written: a full disk, a
-            deleted folder, ….
+        UserError: a metric has a name that it cannot have; the folder holds settings that this version does not have,
+            is in use by another process, has another format, or cannot be written. Every method raises it where
+            something cannot be written: a full disk, a deleted folder, ….
         DamageError: the folder holds what no sweep has written, or its database is missing beside files of runs.
 
     Attributes:
         before, added: number of runs that the folder held when it was opened, and that the grid has added.
     """
 
-    def __init__(self, folder: Path, grid: Grid, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(
+        self, folder: Path, grid: Grid, say: Callable[[str], None] = lambda text: None,
+        metrics: OwnMetrics = MappingProxyType({}),
+    ) -> None:  # fmt: skip
         self.folder, self.grid = folder, grid
+        self._own, self._known_own = tuple(metrics), frozenset[str]()  # of this sweep, of the folder
         self._configs = {run.id: run for run in grid.runs}
         self._wanted = frozenset(self._configs)
         self.before = self.added = 0
@@ -84,11 +90,11 @@ class Store:
         self._progress: dict[int, int] = {}  # stack -> epoch; not written yet
         self._written = time.monotonic()
         with ExitStack() as undo:
-            undo.enter_context(self._lock())
+            undo.enter_context(own_folder(folder))
             self._database = undo.enter_context(Database(folder, say))
             self._db = self._database.connection
             with user_errors(folder):
-                self._open_or_create()
+                self._open_or_create(metrics)
             self._finished = dict(self._database.rows(f"SELECT id, status FROM runs WHERE status IN ({ENDED})"))
             self._kept: dict[int, str] = {}  # stack -> the name of its checkpoint's file
             self._tidy()
@@ -100,25 +106,7 @@ class Store:
     def __exit__(self, *exc: Any) -> None:
         self._exits.__exit__(*exc)
 
-    def _lock(self) -> AbstractContextManager[Any]:
-        """Make the folder and take its lock; return the context that releases it."""
-        with user_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name in (LOCK, "checkpoints", "weights"):
-                if (self.folder / name).is_symlink():
-                    raise UserError(
-                        f"{self.folder / name} is a symbolic link: a results folder holds its own files only"
-                    )
-            if not (self.folder / schema.FILE).exists():
-                check_not_lost(self.folder)
-            try:
-                return FileLock(self.folder / LOCK).acquire(_LOCK_SECONDS, poll_interval=0.02)
-            except Timeout:
-                raise UserError(
-                    f"{self.folder} is in use by another process; wait for it, or choose another --out"
-                ) from None
-
-    def _open_or_create(self) -> None:
+    def _open_or_create(self, metrics: OwnMetrics) -> None:
         with self._database.transaction():
             if schema.is_empty(self._db):
                 check_not_lost(self.folder)
@@ -130,25 +118,23 @@ class Store:
         check_plan(self._db, self.folder)
         schema.check_unknown_settings(self._db, self.folder)
         with self._database.transaction():
-            schema.add_missing_columns(self._db)
+            self._known_own = take_metrics(self._db, self.folder, metrics)
+            schema.add_missing_columns(self._db, self._known_own)
             schema.create_indexes(self._db)
-            self._add_runs()
+            self.before, self.added = add_runs(self._database, self.folder, self.grid)
 
-    def _add_runs(self) -> None:
-        """Add the runs of the grid that the folder does not have."""
-        stored = {row[0]: row[1:] for row in self._db.execute(f"SELECT id, {quoted(SETTINGS, 'runs')} FROM runs")}
-        wanted = {run.id: tuple(run.as_dict().values()) for run in self.grid.runs}
-        if changed := [run for run, settings in wanted.items() if stored.get(run, settings) != settings]:
-            raise damaged(self.folder / schema.FILE, f"the settings of run {changed[0]} are not those of its id")
-        new = [(run, settings) for run, settings in wanted.items() if run not in stored]
-        last = self._database.value("SELECT max(position) FROM runs")
-        if not (last is None or isinstance(last, int)):
-            raise damaged(self.folder / schema.FILE, "the place of a run in its grid is not a number")
-        rows = [
-            (run, i, "pending", *settings) for i, (run, settings) in enumerate(new, (-1 if last is None else last) + 1)
-        ]
-        self._insert("runs", ("id", "position", "status", *SETTINGS), rows)
-        self.before, self.added = len(stored), len(new)
+    def meta(self, key: str) -> str | None:
+        """Return what `keep` has kept under a key; None where it has nothing."""
+        found: str | None = self._database.value("SELECT value FROM meta WHERE key = ?", key)
+        return found
+
+    def keep(self, key: str, text: str) -> None:
+        """Keep a text in the table `meta`, in place of what was there under its key."""
+        with self._database.transaction():
+            self._set_meta(key, text)
+
+    def _set_meta(self, key: str, text: str) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES (?, ?)", (key, text))
 
     def _insert(self, table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         places = ", ".join("?" * len(columns))
@@ -235,31 +221,13 @@ class Store:
         return self._configs[run]
 
     def reset(self, runs: Iterable[str]) -> None:
-        """Make these runs of the folder pending again, and delete what was measured of them and their weights.
+        """Make these runs of the folder pending again, and delete what was measured of them and their files.
 
         Raises:
             UserError: one of them is in a stack that is still to be trained, which has to stay the same program.
         """
-        names = [(run,) for run in runs]
-        stacks = dict(self._database.rows("SELECT id, stack FROM runs"))
-        unfinished = {stack for run, stack in stacks.items() if run not in self._finished}
-        if held := [run for (run,) in names if stacks[run] is not None and stacks[run] in unfinished]:
-            raise UserError(
-                f"{self.folder}: {len(held)} of these runs are in stacks that are still to be trained; continue "
-                "the sweep first"
-            )
-        with self._database.transaction():
-            for table in ("metrics", "layers"):
-                self._db.executemany(f"DELETE FROM {table} WHERE run = ?", names)
-            self._db.executemany(
-                "UPDATE runs SET status = 'pending', stack = NULL, session = NULL, seconds = NULL, "
-                "diverged_epoch = NULL, digest = NULL WHERE id = ?",
-                names,
-            )
-        with user_errors(self.folder):
-            for (run,) in names:
-                self._finished.pop(run, None)
-                (self.folder / "weights" / f"{run}.pt").unlink(missing_ok=True)
+        for run in reset_runs(self._database, self.folder, runs, self._finished):
+            self._finished.pop(run, None)
 
     def begun(self) -> set[int]:
         """Return the stacks whose plan has to stay: those with a run that has ended, or with a checkpoint."""
@@ -289,8 +257,7 @@ class Store:
             self._update("runs", "stack = ?, status = 'pending'", moved)
             self._db.execute("DELETE FROM stacks WHERE id NOT IN (SELECT stack FROM runs WHERE stack IS NOT NULL)")
             if engine is not None:
-                text = json.dumps(engine)
-                self._db.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('engine', ?)", (text,))
+                self._set_meta("engine", json.dumps(engine))
         replaced = set(self._kept.values())
         self._kept = dict(self._database.rows("SELECT id, checkpoint FROM stacks WHERE checkpoint IS NOT NULL"))
         for name in replaced - set(self._kept.values()):
@@ -303,7 +270,7 @@ class Store:
         Raises:
             DamageError: it cannot be read.
         """
-        text = self._database.value("SELECT value FROM meta WHERE key = 'engine'")
+        text = self.meta("engine")
         kept = read_json(text)
         if text is not None and not isinstance(kept, dict):
             raise damaged(self.folder / schema.FILE, "the plan of its stacks cannot be read")
@@ -348,7 +315,8 @@ class Store:
         for _, i, run in new:
             if i in evaluation.weights:  # before the row says that the run has ended
                 self._write("weights", f"{run}.pt", evaluation.weights[i])
-        rows = [(run, epoch, *(evaluation.values[name][n] for name in METRICS)) for n, _, run in new]
+        names = (*METRICS, *self._own)
+        rows = [(run, epoch, *(evaluation.values[name][n] for name in names)) for n, _, run in new]
         layers = [
             (run, epoch, position, layer, *(values[name][n] for name in LAYER_METRICS))
             for n, _, run in new
@@ -358,12 +326,9 @@ class Store:
         progress = self._take_progress()
 
         def change() -> None:
-            self._insert("metrics", ("run", "epoch", *METRICS), rows)
+            self._insert("metrics", ("run", "epoch", *names), rows)
             self._insert("layers", ("run", "epoch", "position", "layer", *LAYER_METRICS), layers)
-            ends = [
-                (end.status, end.diverged_epoch, end.seconds, run_digest(self._db, run), run)
-                for run, end in ended.items()
-            ]
+            ends = [(end.status, end.diverged_epoch, end.seconds, self._digest(run), run) for run, end in ended.items()]
             self._update("runs", "status = ?, diverged_epoch = ?, seconds = ?, digest = ?", ends)
             progress()
 
@@ -371,6 +336,30 @@ class Store:
         statuses = {run: end.status for run, end in ended.items()}
         self._finished |= statuses
         return statuses
+
+    def fail(self, stack: PlannedStack, run: str, text: str, log: str) -> None:
+        """Record that a run has ended since code of the user's raised an error; one that had ended stays as it is.
+
+        Args:
+            text: names the line and the error.
+            log: the traceback; the folder keeps both in `failures/RUN.txt`.
+        """
+        if run not in {one.id for one in stack.runs}:
+            raise ValueError(f"run {run} is not in stack {stack.id}")
+        if run in self._finished:
+            return
+        self._write(
+            "failures",
+            failure_file(self.folder, run).name,
+            f"{text}\n\n{log[-_LONGEST_LOG:]}".encode("utf-8", "backslashreplace"),
+        )
+        self._database.soon(
+            lambda: self._update("runs", "status = 'failed', digest = ?", [(self._digest(run), run)]),
+        )
+        self._finished[run] = "failed"
+
+    def _digest(self, run: str) -> str:
+        return run_digest(self._db, run, self._known_own)
 
     def progress(self, stack: PlannedStack, epoch: int) -> None:
         """Record the progress of a stack, in epochs; written once a second, so that `ncollapse status` can show it."""
