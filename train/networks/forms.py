@@ -23,6 +23,8 @@ from ncollapse.train.plugins import Plugins
 #: Two results are equal where they differ by this share of their norm, or of the norm of all results together: rounding
 #: may be all that a gradient consists of.
 _RELATIVE, _OF_ALL = 1e-3, 1e-5
+#: A model with more parameters than this keeps any processor busy by itself.
+_MOST_PARAMETERS = 50_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,9 +101,12 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
         UserError: as `parts_of`.
         OwnCodeError: the model raises an error when it runs alone.
     """
-    models = [build(architecture, seed, plugins) for seed in (0, 1)]
-    if isinstance(models[0], Classifier) and not architecture.own and models[0].layered:
+    first = build(architecture, 0, plugins)
+    if isinstance(first, Classifier) and not architecture.own and first.layered:
         return Form("layers")  # the tests hold them to their modules
+    if (count := sum(p.numel() for p in first.parameters())) > _MOST_PARAMETERS:
+        return Form("alone", f"its {count:,} parameters keep a processor busy")
+    models = [first, build(architecture, 1, plugins)]
     parts = parts_of(architecture, plugins)
     names = [[(n, p.shape) for n, p in (*m.named_parameters(), *m.named_buffers())] for m in models]
     if names[0] != names[1]:
@@ -127,8 +132,8 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
         except Exception as error:  # whatever torch.fx and vmap make of a model
             if out_of_memory(error):
                 raise
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            reasons.append(first if isinstance(error, NoLayerGraphError) else f"{type(error).__name__}: {first}")
+            said = next((line for line in str(error).splitlines() if line.strip()), "")
+            reasons.append(said if isinstance(error, NoLayerGraphError) else f"{type(error).__name__}: {said}")
             continue
         if not different:
             return Form(kind, "; ".join(reasons))  # type: ignore[arg-type]

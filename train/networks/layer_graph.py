@@ -83,31 +83,63 @@ class LayerGraph:
             graph = tracer.trace(model, _defaults(model))
         except Exception as error:  # whatever a model does with what stands for a tensor
             raise NoLayerGraphError(f"torch.fx cannot trace it: {_first_line(error)}") from error
-        self._modules = dict(model.named_modules())
-        self._tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        self._watched = {tracer.outputs[name]: name for name in parts.blocks if name in tracer.outputs}
         if missing := [name for name in parts.blocks if name not in tracer.outputs]:
             raise NoLayerGraphError(f"the output of {missing[0]} is not that of a layer")
-        self._shapes: dict[fx.Node, object] = {}
-        #: Node -> the layer that computes it, and the nodes that it needs.
-        self._steps: dict[fx.Node, tuple[_Layer, tuple[fx.Node, ...]]] = {}
-        self._counters: list[str] = []
         for node in reversed(graph.nodes):
             if node.op in ("call_function", "call_method") and not node.users:
                 graph.erase_node(node)
-        for node in graph.nodes:
-            self._add(node)
-        if not hasattr(self, "_features"):
-            raise NoLayerGraphError(f"the head {parts.head} is not called")
-        self._last = _last_uses(self._steps, self._features)
+        # A layer whose output is watched does not run as one with the next.
+        watched = {tracer.outputs[name]: name for name in parts.blocks}
+        self._plan, self._watching = _Plan(model, graph, parts, {}), _Plan(model, graph, parts, watched)
 
     def __call__(self, samples: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """Compute features `[R, B, d]` and logits `[R, B, K]`; samples as `Batch.of` takes them."""
         if context.half:
             samples = samples.to(torch.bfloat16)
+        plan = self._plan if context.outputs is None else self._watching
+        features = layers.unshared(plan.run(Batch.of(samples), context), context.runs)
+        weight, bias = self.parts.weight, self.parts.bias
+        return features, layers.head(features, context.tensors[weight], context.tensors[bias] if bias else None)
+
+    def copied(self, name: str, value: Tensor) -> bool:
+        """Return whether a parameter `[R, …]` may be replaced by a bfloat16 copy in the forward pass."""
+        return value.dim() > 2 and name != self.parts.weight and name.endswith("weight")
+
+
+class _Plan:
+    """The steps from the samples to the features.
+
+    Args:
+        watched: nodes whose outputs are recorded, with the names of their modules.
+    """
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, parts: Parts, watched: dict[fx.Node, str]) -> None:
+        self._parts, self._watched = parts, watched
+        self._modules = dict(model.named_modules())
+        self._tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        self._shapes: dict[fx.Node, object] = {}
+        #: Node -> the layer that computes it, and the nodes that it needs.
+        self._steps: dict[fx.Node, tuple[_Layer, tuple[fx.Node, ...]]] = {}
+        self._counters: list[str] = []
+        self._input: fx.Node | None = None
+        self._features: fx.Node | None = None
+        for node in graph.nodes:
+            self._add(node)
+        if self._features is None:
+            raise NoLayerGraphError(f"the head {parts.head} is not called")
+        #: Node -> the activations that no later one needs.
+        self._last: dict[fx.Node, list[fx.Node]] = {}
+        for need, node in {need: node for node, (_, needs) in self._steps.items() for need in needs}.items():
+            if need is not self._features:
+                self._last.setdefault(node, []).append(need)
+
+    def run(self, samples: Batch, context: ForwardContext) -> Batch:
+        """Compute the features; count the batches of batch norms, and fill `context.outputs`."""
+        assert self._input is not None
+        assert self._features is not None
         if context.train and self._counters:
             torch._foreach_add_([context.tensors[name] for name in self._counters], 1)  # one launch for all
-        values = {self._input: Batch.of(samples)}
+        values = {self._input: samples}
         for node, (layer, needs) in self._steps.items():
             values[node] = out = layer(context, [values[need] for need in needs])
             if context.outputs is not None and node in self._watched:
@@ -115,19 +147,12 @@ class LayerGraph:
                 context.outputs[self._watched[node]] = layers.unshared(pooled, context.runs)
             for done in self._last.get(node, ()):
                 del values[done]
-        features = layers.unshared(values[self._features], context.runs)
-        weight, bias = (self.parts.weight, self.parts.bias)
-        logits = layers.head(features, context.tensors[weight], context.tensors[bias] if bias else None)
-        return features, logits
-
-    def copied(self, name: str, value: Tensor) -> bool:
-        """Return whether a parameter `[R, …]` may be replaced by a bfloat16 copy in the forward pass."""
-        return value.dim() > 2 and name != self.parts.weight and name.endswith("weight")
+        return values[self._features]
 
     def _add(self, node: fx.Node) -> None:
         """Add the step of a node; a step takes over the node before it if the two run as one."""
         if node.op == "placeholder":
-            if node.users and hasattr(self, "_input"):
+            if node.users and self._input is not None:
                 raise NoLayerGraphError(f"it takes more than one argument: {node.target}")
             if node.users:
                 self._input = node
@@ -143,7 +168,7 @@ class LayerGraph:
         if len(node.args) != 1 or node.kwargs or not isinstance(node.args[0], fx.Node):
             raise NoLayerGraphError(f"{name} is called with other arguments than one tensor")
         x = node.args[0]
-        if name == self.parts.head:
+        if name == self._parts.head:
             self._features = x
             if any(user.op != "output" for user in node.users):
                 raise NoLayerGraphError("the logits of the head are used within the model")
@@ -387,16 +412,6 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
     """Return the defaults of all arguments after the first."""
     _, *rest = inspect.signature(model.forward).parameters.values()
     return {p.name: p.default for p in rest if p.default is not p.empty}
-
-
-def _last_uses(steps: dict[fx.Node, tuple[_Layer, tuple[fx.Node, ...]]], kept: fx.Node) -> dict[fx.Node, list[fx.Node]]:
-    """Return step -> the activations that no later one needs."""
-    last = {need: node for node, (_, needs) in steps.items() for need in needs}
-    last.pop(kept, None)
-    uses: dict[fx.Node, list[fx.Node]] = {}
-    for need, node in last.items():
-        uses.setdefault(node, []).append(need)
-    return uses
 
 
 def _no_form(node: fx.Node) -> NoLayerGraphError:
