@@ -1,6 +1,8 @@
 """Numbers, durations and settings as text for people: on the terminal, on the page and in messages."""
 
+import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from rich.text import Text
@@ -81,6 +83,11 @@ def setting_value(value: Any) -> str:
     if value is None:
         return "none"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def options_text(options: Mapping[str, Any]) -> str:
+    """Format options as `depth=3 bias=false`: values as in JSON, but texts without quotes."""
+    return " ".join(f"{key}={v if isinstance(v, str) else json.dumps(v)}" for key, v in options.items())
 
 
 def short_number(value: float, digits: int = 2) -> str:

@@ -82,7 +82,7 @@ LABELS: dict[str, str] = {row.name: row.label for row in TABLE.values()}
 FAMILY_COLOURS: dict[str, tuple[str, str]] = {row.family: (row.colour, row.dark_colour) for row in TABLE.values()}
 
 #: Colours of optimizers that are not in the table, on light and dark ground: `row_of` chooses one by the name.
-_FOREIGN_COLOURS = (
+FOREIGN_COLOURS = (
     ("#7a5195", "#b48ad0"), ("#8c564b", "#c49189"), ("#56b4e9", "#86c9ef"), ("#666666", "#a6a6a6"),
     ("#bc8f00", "#dcb945"), ("#9b2226", "#d9696d"), ("#2f6f5e", "#6fb3a1"), ("#3b3b98", "#8686d8"),
 )  # fmt: skip
@@ -93,7 +93,7 @@ def row_of(name: str) -> OptimizerRow:
     """Return what is known of an optimizer; of one that is not in `TABLE`, its name without the module."""
     if name in TABLE:
         return TABLE[name]
-    colours = _FOREIGN_COLOURS[zlib.crc32(name.encode()) % len(_FOREIGN_COLOURS)]
+    colours = FOREIGN_COLOURS[zlib.crc32(name.encode()) % len(FOREIGN_COLOURS)]
     return OptimizerRow(
         name, name.rpartition(":")[2], name, None, False, *colours,
         dashed=False, theory_width=1.3, theorem="–", takes=(), own_stack=True, foreign=True,
