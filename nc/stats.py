@@ -1,5 +1,6 @@
 """Streaming statistics of a layer's features by class: all that NC1–NC4 need."""
 
+import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -132,6 +133,22 @@ class ClassStats:
             self.num_classes, self.dim, moment="projected", axes=self.centred_means(), runs=self.runs,
             nan_policy=self.nan_policy, name=self.name, device=self.device, dtype=self._state.shifts.dtype,
         )  # fmt: skip
+
+    def of_run(self, run: int) -> "ClassStats":
+        """Return a copy of the statistics of one of the stacked runs, as those of one model.
+
+        Raises:
+            ValueError: these are not of stacked runs.
+            IndexError: there is no such run.
+        """
+        if self.runs is None:
+            raise ValueError(f"{self._label}.of_run: these are the statistics of one model, not of stacked runs")
+        shared = ("counts", "refused")
+        tensors = {name: (t if name in shared else t[run]).clone() for name, t in self._tensors().items()}
+        one = copy.copy(self)
+        one.runs, one._axes = None, None if self._axes is None else self._axes[run]
+        one._state = State(**{name: tensors.get(name) for name in State._fields})  # type: ignore[arg-type]
+        return one
 
     def merge(self, other: "ClassStats") -> None:
         """Add the batches of `other`; `other` does not change.

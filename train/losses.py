@@ -52,10 +52,10 @@ class Loss:
     grad: Callable[[Tensor, Tensor], Tensor]
     sums_to_zero: bool = False
 
-    def means(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Compute the mean loss of each run, `[R]`, from logits `[R, B, K]` and labels `[B]`."""
+    def of_runs(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Compute the loss of each sample of each run, `[R, B]`, from logits `[R, B, K]` and labels `[B]`."""
         values = self.per_sample(logits.flatten(0, 1), labels.expand(logits.shape[:2]).flatten())
-        return values.view(logits.shape[:2]).mean(1)
+        return values.view(logits.shape[:2])
 
 
 def sums_to_zero(name: str) -> bool:

@@ -12,10 +12,11 @@ import torch
 from torch.nn import functional as F
 
 from ncollapse import ufm
-from ncollapse.train.config import ALONE, RunConfig
-from ncollapse.train.data.sets import Dataset
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.dataset import Dataset
 from ncollapse.train.errors import CheckpointError, UserError
-from ncollapse.train.networks.models import MODELS, Classifier, build
+from ncollapse.train.networks import architecture
+from ncollapse.train.networks.models import MODELS, build
 from ncollapse.train.optimizers import TABLE
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.record import Evaluation
@@ -74,7 +75,7 @@ def test_trains_as_a_plain_loop_does(
 @pytest.fixture
 def in_float64(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     """Digits and networks in float64, so that differences are not due to rounding."""
-    monkeypatch.setattr(loop, "build", lambda *args: build(*args).double())
+    monkeypatch.setattr(loop, "build", lambda *args: architecture.build(*args).double())
     return dataclasses.replace(digits, train_x=digits.train_x.double(), val_x=digits.val_x.double())
 
 
@@ -95,7 +96,7 @@ def shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(MODELS, name, functools.partial(MODELS[name], width=width))
 
 
-STACKABLE = [name for name in MODELS if name not in ALONE]
+STACKABLE = ["mlp", "cnn", "resnet9", "vgg9"]
 
 
 def neighbours(model: str, **settings: Any) -> list[RunConfig]:
@@ -260,12 +261,6 @@ def test_a_stack_matches_its_modules(model: str, in_float64: Dataset) -> None:
             torch.testing.assert_close(grads[name][r], grad, rtol=1e-6, atol=1e-9)
         for name, value in module.state_dict().items():
             torch.testing.assert_close(stack.state_dict(r)[name], value, rtol=1e-9, atol=1e-9)
-
-
-def test_a_layer_without_a_stacked_forward_pass_is_refused(digits: Dataset) -> None:
-    model = Classifier(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.GELU()), 64, 10)
-    with pytest.raises(TypeError, match=r"GELU \(features.1\) has no forward pass for stacked runs"):
-        Stack.of([model], CPU)(digits.train_x[:4], train=True)
 
 
 def test_resnet9_and_vgg9_take_a_step_with_finite_metrics(digits: Dataset) -> None:

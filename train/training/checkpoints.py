@@ -1,5 +1,6 @@
 """The state of a training as bytes: written, read with every part checked, and divided among smaller stacks."""
 
+import dataclasses
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,27 @@ from torch import Tensor
 from ncollapse.train.config import RunConfig
 from ncollapse.train.errors import CheckpointError, out_of_memory
 
-_FORMAT = 2
-_KEYS = {"format", "runs", "epoch", "rows", "over", "seconds", "orders", "tensors", "optimizer"}
-#: Parameter -> name of a state of the optimizer -> its value.
-OptimizerState = Mapping[int, Mapping[str, Tensor]]
+_FORMAT = 3
+_KEYS = {"format", "runs", "epoch", "rows", "over", "seconds", "orders", "tensors", "optimizer", "optimizers"}
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerStates:
+    """The states of the optimizers of a stack, of one kind or the other.
+
+    Attributes:
+        stacked: of ncollapse's: parameter -> name of a state -> its value, `[R, …]` or without dimensions.
+        single: of others: the `state_dict` of each run's own.
+    """
+
+    stacked: Mapping[int, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
+    single: Sequence[Mapping[str, Any]] = ()
+
+    def select(self, rows: Sequence[int]) -> "OptimizerStates":
+        """Return the states of some runs of the stack."""
+        # Only the step has no dimension of runs, which all runs of a stack share.
+        stacked = {p: {n: v[list(rows)] if v.dim() else v for n, v in of.items()} for p, of in self.stacked.items()}
+        return OptimizerStates(stacked, [self.single[row] for row in rows] if self.single else ())
 
 
 def serialised(content: Mapping[str, Any]) -> bytes:
@@ -26,7 +44,7 @@ def serialised(content: Mapping[str, Any]) -> bytes:
 
 def write_state(
     runs: Sequence[RunConfig], epoch: int, rows: Sequence[int], over: Sequence[int], seconds: Sequence[float],
-    orders: Mapping[int, Tensor], tensors: Mapping[str, Tensor], optimizer: OptimizerState,
+    orders: Mapping[int, Tensor], tensors: Mapping[str, Tensor], optimizer: OptimizerStates,
 ) -> bytes:  # fmt: skip
     """Serialise the state of a training after an epoch.
 
@@ -35,26 +53,32 @@ def write_state(
         seconds: each run's share of the time so far.
         orders: seed -> state of its generator.
         tensors: parameters and buffers by name, `[R, …]` with R = len(rows).
-        optimizer: the states of its parameters, `[R, …]` or without dimensions.
+        optimizer: the states of the optimizers of these R runs.
     """
     return serialised({
         "format": _FORMAT, "runs": [run.id for run in runs], "epoch": epoch, "rows": list(rows), "over": list(over),
-        "seconds": list(seconds), "orders": dict(orders), "tensors": dict(tensors), "optimizer": optimizer,
+        "seconds": list(seconds), "orders": dict(orders), "tensors": dict(tensors),
+        "optimizer": dict(optimizer.stacked), "optimizers": list(optimizer.single),
     })  # fmt: skip
 
 
 def read_state(checkpoint: bytes, runs: Sequence[RunConfig], device: torch.device) -> dict[str, Any]:
-    """Return what `write_state` was given for the training of these runs; tensors are on the device.
+    """Return what `write_state` was given for the training of these runs, by name.
+
+    The tensors are on the device, except for those of optimizers that are not ncollapse's, which are on the CPU.
 
     Raises:
         CheckpointError: it cannot be read, is of other runs or another version, or its parts contradict each other.
     """
     try:
-        content = torch.load(io.BytesIO(checkpoint), map_location=device, weights_only=True)
+        # On the CPU: some optimizers keep a part of their state there, whatever the device of the parameters.
+        content = torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True)
     except Exception as error:  # the reader of damaged pickles raises whatever it runs into
         if out_of_memory(error):
             raise
         raise CheckpointError(f"the checkpoint cannot be read ({type(error).__name__})") from None
+    if isinstance(content, dict) and content.get("format") == 2:  # it knows no optimizers that are not ncollapse's
+        content |= {"format": _FORMAT, "optimizers": []}
     if not isinstance(content, dict) or not content.keys() >= _KEYS or content["format"] != _FORMAT:
         raise CheckpointError("the checkpoint is of another version of ncollapse")
     if content["runs"] != [run.id for run in runs]:
@@ -62,6 +86,9 @@ def read_state(checkpoint: bytes, runs: Sequence[RunConfig], device: torch.devic
     for wrong, what in _contradictions(content, runs):
         if wrong:
             raise CheckpointError(f"the checkpoint contradicts itself: {what}")
+    content["tensors"] = {name: value.to(device) for name, value in content["tensors"].items()}
+    stacked = {p: {n: v.to(device) for n, v in of.items()} for p, of in content["optimizer"].items()}
+    content["optimizer"] = OptimizerStates(stacked, content.pop("optimizers"))
     return content
 
 
@@ -86,6 +113,12 @@ def _contradictions(content: Mapping[str, Any], runs: Sequence[RunConfig]) -> An
     yield not all(_are_tensors(states, str) for states in optimizer.values()), "the states of its optimizer"
     states = [value for states in optimizer.values() for value in states.values()]
     yield any(value.dim() and len(value) != len(rows) for value in states), "the number of its optimizer's states"
+    single = content["optimizers"]
+    wrong = not isinstance(single, list) or not all(isinstance(one, dict) for one in single)
+    yield wrong or any(not isinstance(one.get("state"), dict) for one in single), "the states of its own optimizers"
+    groups = [one.get("param_groups") for one in single]
+    wrong = any(not isinstance(of, list) or any(not isinstance(group, dict) for group in of) for of in groups)
+    yield wrong or len(single) not in (0, len(rows)), "the number of its own optimizers"
 
 
 def _are_tensors(value: Any, key: type) -> bool:
@@ -106,12 +139,9 @@ def split_checkpoint(checkpoint: bytes, runs: Sequence[RunConfig], parts: Sequen
         members = [index[run] for run in part]
         if set(members) & set(content["over"]):
             raise CheckpointError("the checkpoint is of a time at which runs had ended that have not")
-        rows = torch.tensor([place[i] for i in members])
+        rows = [place[i] for i in members]
         tensors = {name: value[rows] for name, value in content["tensors"].items()}
-        optimizer = {
-            p: {name: value[rows] if value.dim() else value for name, value in states.items()}
-            for p, states in content["optimizer"].items()
-        }
+        optimizer = content["optimizer"].select(rows)
         orders = {run.seed: content["orders"][run.seed] for run in part}
         seconds = [content["seconds"][i] for i in members]
         divided.append(write_state(part, content["epoch"], range(len(part)), (), seconds, orders, tensors, optimizer))

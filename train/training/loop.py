@@ -3,22 +3,31 @@
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ncollapse.train.config import RunConfig
+from ncollapse.train.config import RunConfig, is_own
 from ncollapse.train.data.augment import PAD, draw_views
-from ncollapse.train.data.sets import Dataset
-from ncollapse.train.errors import CheckpointError, UserError, out_of_memory
-from ncollapse.train.networks.models import DOWNSAMPLING, MIN_SIZE, SIZE_MULTIPLE, build
+from ncollapse.train.data.dataset import Dataset
+from ncollapse.train.data.streamed import Streamed
+from ncollapse.train.errors import CheckpointError, OwnCodeError, UserError, out_of_memory
+from ncollapse.train.losses import chance_level, make_loss
+from ncollapse.train.networks.architecture import Architecture, build
+from ncollapse.train.networks.forms import form_of
+from ncollapse.train.networks.models import DOWNSAMPLING, MIN_SIZE, SIZE_MULTIPLE
 from ncollapse.train.networks.precision import arithmetic
+from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.record import Ended, Evaluation, Values
-from ncollapse.train.training.checkpoints import OptimizerState, read_state, serialised, write_state
+from ncollapse.train.training.checkpoints import OptimizerStates, read_state, serialised, write_state
 from ncollapse.train.training.evaluate import evaluate_stack
-from ncollapse.train.training.stack import Stack, make_optimizer
+from ncollapse.train.training.metric_functions import MetricFunctions
+from ncollapse.train.training.randomness import seeded
+from ncollapse.train.training.stack import Stack, make_stack
 from ncollapse.train.training.step import Step
+from ncollapse.train.training.updates import make_updates
 
 # Runs that have ended are removed from the stack once at most this share of it still trains: on a GPU the smaller stack
 # needs a new CUDA graph.
@@ -43,50 +52,79 @@ class Training:
         keep_weights: whether evaluations hold the final weights of the runs that end.
         hopeless_after: share of a run's epochs after which it ends as hopeless at an evaluation where its training loss
             has not left chance level, or is above it; None: never.
+        plugins: the user's code, which the runs name.
+        metrics: names of metrics of the user's, whose values evaluations hold after ours.
+
+    What the user's code draws from the global generators of torch, NumPy and Python depends on a run's seed and the
+    epoch; their states stay as they were.
 
     Attributes:
         epoch: the number of epochs that have ended.
         stack: the runs that still train, and ended ones that have not been removed yet.
 
     Raises:
-        UserError: images of a size that the model or the augmentation cannot use, training samples of one class only.
+        UserError: images of a size that the model or the augmentation cannot use, training samples of one class only,
+            labels outside `[0, K)`, streamed data with augmentation or runs of several seeds.
+        OwnCodeError: the user's code raises an error, here or in an epoch; `run` is the id of the run, if it is known.
         CheckpointError: a checkpoint that is unreadable, of other runs, or whose parts contradict each other.
     """
 
     def __init__(
         self, runs: Sequence[RunConfig], data: Dataset, device: torch.device, *, checkpoint: bytes | None = None,
-        keep_weights: bool = False, hopeless_after: float | None = None,
+        keep_weights: bool = False, hopeless_after: float | None = None, plugins: Plugins | None = None,
+        metrics: Sequence[str] = (),
     ) -> None:  # fmt: skip
         config = runs[0]
         self.runs = list(runs)
         self.data = data = data.limited(config.limit)
-        _check_data(config, data)
+        _check_data(self.runs, data)
         self._device, self._keep_weights = device, keep_weights
-        self._hopeless_after = math.inf if hopeless_after is None else hopeless_after
-        self._hopeless_loss = _LEFT_CHANCE * chance_loss(data.train_y)
+        self._plugins = plugins or Plugins()
+        self._metrics = MetricFunctions.of(metrics, self._plugins)
+        self._own = bool(config.own or metrics)
         self.epoch = 0
         self._stacked = list(range(len(runs)))  # index of each run in the stack
         self._ended: set[int] = set()  # runs that have ended; some may still be in the stack
         self._seconds = [0.0] * len(runs)
         seeds = {run.seed for run in runs}
         self._generators = {seed: torch.Generator().manual_seed(seed) for seed in sorted(seeds)}
-        kind = (config.model, data.channels, data.size, len(data.classes))
-        models = {seed: build(*kind, seed, config.width) for seed in seeds}
-        self._use(Stack.of([models[run.seed] for run in runs], device))
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        architecture = Architecture.of(config, data)
+        with self._blaming():
+            self._loss = make_loss(config, self._plugins)
+            self._hopeless_after, self._hopeless_loss = math.inf, math.inf
+            if hopeless_after is not None:
+                self._hopeless_after = hopeless_after
+                plain = config.loss == "cross_entropy" and not config.label_smoothing
+                chance = (
+                    chance_loss(data.train_y) if plain else chance_level(self._loss, data.train_y, data.num_classes)
+                )
+                self._hopeless_loss = _LEFT_CHANCE * chance
+            models = {seed: build(architecture, seed, self._plugins) for seed in seeds}
+            alone = form_of(architecture, config.precision, self._plugins) if architecture.own else None
+            self._why_no_graph = alone.reason if alone and alone.kind == "alone" else ""
+            of_runs = [models[run.seed] for run in runs]
+            self._use(make_stack(of_runs, architecture, device, config.precision, self._plugins))
+            if checkpoint is not None:
+                self._restore(checkpoint)
 
     def __iter__(self) -> Iterator[Evaluation | int]:
         if self.epoch == 0:
-            yield self._evaluate(time.perf_counter())
+            with self._blaming():
+                evaluation = self._evaluate(time.perf_counter())
+            yield evaluation
         while active := self._active():
             started = time.perf_counter()
-            self._train_epoch()
-            self.epoch += 1
-            if any(self._due(i) for i in active):
-                yield self._evaluate(started)
-            else:
-                self._add_seconds(started)
+            with self._blaming():
+                with self._seeded(0):
+                    self._train_epoch()
+                self.epoch += 1
+                due = any(self._due(i) for i in active)
+                if due:
+                    evaluation = self._evaluate(started)
+                else:
+                    self._add_seconds(started)
+            if due:
+                yield evaluation
             yield self.epoch
 
     @property
@@ -98,6 +136,31 @@ class Training:
         """Return the runs that have not ended."""
         return [i for i in self._stacked if i not in self._ended]
 
+    @contextmanager
+    def _blaming(self) -> Iterator[None]:
+        """Give the user's code, and a run that trains alone, the blame for an error.
+
+        Optimizers, losses, metrics and streamed data say which of their errors are the user's. A model runs within our
+        forward and backward pass: if it is the user's, all errors are.
+        """
+        try:
+            yield
+        except Exception as error:
+            blamed, config = error, self.runs[0]
+            if not isinstance(error, UserError) and "model" in config.own and not out_of_memory(error):
+                blamed = OwnCodeError.of(f"model {config.model}", error)
+            active = self._active()
+            if isinstance(blamed, OwnCodeError) and not blamed.run and len(active) == 1:
+                blamed.run = self.runs[active[0]].id
+            if blamed is error:
+                raise
+            raise blamed from error
+
+    def _seeded(self, phase: int) -> AbstractContextManager[None]:
+        """Seed the global generators for an epoch's training (0) or evaluation (1), if the user's code may draw."""
+        run = self.runs[self._stacked[0]]
+        return seeded(self._device, run.seed, self.epoch, phase) if self._own else nullcontext()
+
     def _add_seconds(self, started: float) -> None:
         """Divide the time since `started` among the runs that have not ended."""
         active = self._active()
@@ -108,26 +171,24 @@ class Training:
         run = self.runs[i]
         return self.epoch in (0, run.epochs) or self.epoch % run.eval_every == 0
 
-    def _use(self, stack: Stack, optimizer_state: OptimizerState | None = None) -> None:
+    def _use(self, stack: Stack, states: OptimizerStates | None = None) -> None:
         """Continue with another stack, of the runs `self._stacked`."""
-        self.stack, self._optimizer = stack, make_optimizer(stack, [self.runs[i] for i in self._stacked])
-        if optimizer_state:
-            # The removed runs may have needed states that the others do not have.
-            names = set(self._optimizer.state_names)
-            state = {p: {n: v for n, v in of.items() if n in names} for p, of in optimizer_state.items()}
-            groups = self._optimizer.state_dict()["param_groups"]
-            self._optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self._lr = self._optimizer.param_groups[0]["lr"]
-        self._base_lr = self._lr.clone()
-        self._step = Step(stack, self._optimizer, self.data, self.runs[0].augment)
+        self.stack, runs = stack, [self.runs[i] for i in self._stacked]
+        self._updates = make_updates(stack, runs, self._plugins, states)
+        self._step = Step(
+            stack, self._updates, self.data, runs[0].augment, loss=self._loss, why_no_graph=self._why_no_graph
+        )
 
     def _train_epoch(self) -> None:
         runs = [self.runs[i] for i in self._stacked]
-        factors = [run.lr_factor(self.epoch) for run in runs]
-        # In place, since CUDA graphs read this tensor.
-        self._lr.copy_(self._base_lr * torch.tensor(factors, dtype=torch.float64, device=self._device))
+        self._updates.begin_epoch(self.epoch)
         samples, augment, size = len(self.data.train_y), runs[0].augment, runs[0].batch_size
         orders = {seed: torch.randperm(samples, generator=g) for seed, g in self._generators.items()}
+        if isinstance(self.data, Streamed):
+            with arithmetic(runs[0].precision):
+                for x, y in self.data.batches(orders[runs[0].seed], size, self._device):
+                    self._step(x, y)
+            return
         views = {seed: draw_views(augment, samples, g) for seed, g in self._generators.items()}
         batches = _for_runs(orders, runs).to(self._device).split(size, dim=-1)
         # Row j of the views belongs to position j of the order, so both are split alike.
@@ -141,10 +202,15 @@ class Training:
     def _evaluate(self, started: float) -> Evaluation:
         """Measure; add the time since `started` to the runs, including those that end now."""
         first = self.runs[0]
-        with arithmetic(first.precision):
-            values, layers = evaluate_stack(self.stack, self.data, layers=first.layers == "all")  # waits for the device
-        self._add_seconds(started)
+        live = [position for position, i in enumerate(self._stacked) if i not in self._ended]
         due = {i: position for position, i in enumerate(self._stacked) if i not in self._ended and self._due(i)}
+        self._updates.eval(live)
+        with arithmetic(first.precision), self._seeded(1):
+            values, layers = evaluate_stack(  # waits for the device
+                self.stack, self.data, layers=first.layers == "all", loss=self._loss, metrics=self._metrics,
+                of_runs={position: self.runs[i] for i, position in due.items()}, epoch=self.epoch,
+            )  # fmt: skip
+        self._add_seconds(started)
         ended = {}
         for i, position in due.items():
             loss, epochs = values["train_loss"][position], self.runs[i].epochs
@@ -159,6 +225,7 @@ class Training:
             state = self.stack.state_dict(due[i])
             weights[i] = serialised({"config": self.runs[i].as_dict(), "state_dict": state})
         self._ended |= ended.keys()
+        self._updates.train([position for position in live if self._stacked[position] not in self._ended])
         self._shrink()
 
         def of_rows(values: Values) -> Values:
@@ -172,19 +239,16 @@ class Training:
         keep = [position for position, i in enumerate(self._stacked) if i not in self._ended]
         if not keep or len(keep) > _SHRINK_BELOW * len(self._stacked):
             return
-        positions = torch.tensor(keep, device=self._device)
-        state = self._optimizer.state_dict()["state"]
-        # A state has the shape of its parameter, except for the step, which all runs of the stack share.
-        kept = {p: {n: v[positions] if v.dim() else v for n, v in of.items()} for p, of in state.items()}
+        states = self._updates.states().select(keep)
         self._stacked = [self._stacked[position] for position in keep]
-        self._use(self.stack.select(positions), kept)
+        self._use(self.stack.select(torch.tensor(keep, device=self._device)), states)
 
     def checkpoint(self) -> bytes:
         """Serialise the state of the training; call it after the iteration yielded an epoch's number."""
         return write_state(
             self.runs, self.epoch, self._stacked, sorted(self._ended), self._seconds,
             {seed: generator.get_state() for seed, generator in self._generators.items()},
-            self.stack.tensors(), self._optimizer.state_dict()["state"],
+            self.stack.tensors(), self._updates.states(),
         )  # fmt: skip
 
     def _restore(self, checkpoint: bytes) -> None:
@@ -212,10 +276,35 @@ def chance_loss(labels: Tensor) -> float:
     return -float((shares * shares.log()).sum())
 
 
-def _check_data(config: RunConfig, data: Dataset) -> None:
+def _check_data(runs: Sequence[RunConfig], data: Dataset) -> None:
     """Raise UserError for data with which the runs cannot train."""
+    config, samples, shape = runs[0], len(data.train_y), data.input_shape
+    square = len(shape) == 3 and shape[1] == shape[2]
+    are = f"samples of data set {config.data} are {list(shape)}"
+    if config.augment != "none" and isinstance(data, Streamed):
+        raise UserError(f"augment = {config.augment} needs data in memory; let the transform of {config.data} do it")
+    if config.augment != "none" and not square:
+        raise UserError(f"augment = {config.augment} flips and crops square images [C, H, W]; {are}")
+    if not is_own("model", config.model) and not square and not (config.model == "mlp" and len(shape) == 1):
+        raise UserError(f"model {config.model} takes square images [C, H, W]; {are}")
+    if isinstance(data, Streamed) and len({run.seed for run in runs}) > 1:
+        raise UserError(f"streamed data: runs of several seeds cannot train together on {config.data}")
+    for name, labels in (("training", data.train_y), ("validation", data.val_y)):
+        if len(labels) and not 0 <= (least := int(labels.min())) <= (most := int(labels.max())) < data.num_classes:
+            raise UserError(
+                f"data set {config.data}: labels lie in [0, {data.num_classes}), but {name} labels go from {least} to "
+                f"{most}"
+            )
+    if square:
+        _check_size(config, data)
+    if len(data.train_y.unique()) < 2:
+        raise UserError(f"the {samples} training samples are all of one class; give a larger --limit")
+
+
+def _check_size(config: RunConfig, data: Dataset) -> None:
+    """Raise UserError for images that are too small for the augmentation or for a model that comes with ncollapse."""
     size, samples = data.size, len(data.train_y)
-    least, multiple = MIN_SIZE[config.model], SIZE_MULTIPLE.get(config.model, 1)
+    least, multiple = MIN_SIZE.get(config.model, 1), SIZE_MULTIPLE.get(config.model, 1)
     has = f"data set {config.data} has {size}"
     if size < least:
         raise UserError(f"model {config.model} needs images of at least {least} pixels a side; {has}")
@@ -224,14 +313,12 @@ def _check_data(config: RunConfig, data: Dataset) -> None:
     if "crop" in config.augment and size <= PAD:
         raise UserError(f"augment {config.augment} mirrors {PAD} pixels at the edges: images must be larger; {has}")
     last_batch = (samples - 1) % config.batch_size + 1
-    if last_batch == 1 and size // DOWNSAMPLING.get(config.model, 1) == 1:
+    if config.model in DOWNSAMPLING and last_batch == 1 and size // DOWNSAMPLING[config.model] == 1:
         raise UserError(
             f"the last batch of {config.batch_size} has a single sample of the {samples}, and the last maps of "
             f"{config.model} have one pixel: batch norm cannot compute a variance from one value; give another "
             "--batch-size or --limit"
         )
-    if len(data.train_y.unique()) < 2:
-        raise UserError(f"the {samples} training samples are all of one class; give a larger --limit")
 
 
 def _for_runs(by_seed: Mapping[int, Any], runs: Sequence[RunConfig]) -> Tensor:

@@ -6,12 +6,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ncollapse import optim
-from ncollapse.kernels.cross_entropy import cross_entropy_grad
 from ncollapse.kernels.update.table import same_layout
 from ncollapse.train.data.augment import gather_images, pad_images
-from ncollapse.train.data.sets import Dataset
+from ncollapse.train.data.dataset import Dataset
+from ncollapse.train.data.streamed import Streamed
+from ncollapse.train.losses import Loss, cross_entropy_loss
 from ncollapse.train.training.stack import Stack
+from ncollapse.train.training.updates import Updates
 
 # Steps of a batch size before a CUDA graph is captured: in them libraries choose kernels and allocate workspaces.
 _WARM_UP = 3
@@ -21,53 +22,91 @@ class Step:
     """Train a stack on the batches that it is called with.
 
     On a CUDA device, from the fourth step of a batch size on, a step replays a CUDA graph: it then costs one launch,
-    whatever the number of layers.
+    whatever the number of layers. The graph holds the update too if the optimizers allow it, else they follow it.
+
+    Args:
+        loss: None: the cross-entropy.
+        why_no_graph: why a CUDA graph cannot hold the forward pass; empty where it can.
+
+    Attributes:
+        captured: what CUDA graphs hold on a GPU, in words.
     """
 
-    def __init__(self, stack: Stack, optimizer: optim.Optimizer, data: Dataset, augment: str = "none") -> None:
-        self._stack, self._optimizer, self._data = stack, optimizer, data
-        self._images = pad_images(data.train_x, augment)
+    def __init__(
+        self, stack: Stack, updates: Updates, data: Dataset, augment: str = "none", *, loss: Loss | None = None,
+        why_no_graph: str = "",
+    ) -> None:  # fmt: skip
+        self._stack, self._updates, self._data = stack, updates, data
+        self._loss = loss or cross_entropy_loss()
+        self._streamed = isinstance(data, Streamed)
+        self._images = None if self._streamed else pad_images(data.train_x, augment)
         self._params = list(stack.params.values())
         self._leaves = [stack.copies.get(name, param) for name, param in stack.params.items()]
         self._steps: Counter[torch.Size] = Counter()
-        self._replays: dict[torch.Size, Callable[[Tensor, Tensor | None], None]] = {}
+        self._replays: dict[torch.Size, Callable[..., None]] = {}
+        self.captured = captured(updates.why_no_graph, why_no_graph)
+        self._graphs = not why_no_graph
+        self._update_in_graph = not updates.why_no_graph
 
     def __call__(self, batch: Tensor, views: Tensor | None = None) -> None:
         """Take a step on a batch.
 
         Args:
-            batch: indices of the samples, `[B]` for all runs or `[R, B]`.
-            views: crop and flip of each sample, `[B, 3]` or `[R, B, 3]`, from `draw_views`; None: no augmentation.
+            batch: indices of the samples, `[B]` for all runs or `[R, B]`; of streamed data the samples `[B, …]`.
+            views: crop and flip of each sample, `[B, 3]` or `[R, B, 3]`, from `draw_views`; None: no augmentation. Of
+                streamed data the labels `[B]`.
         """
+        if not batch.is_cuda or not self._graphs:
+            self._gradients(batch, views)
+            self._updates.step()
+            return
         self._steps[batch.shape] += 1
-        if not batch.is_cuda or self._steps[batch.shape] <= _WARM_UP:
-            self._run(batch, views)
+        if self._steps[batch.shape] <= _WARM_UP:
+            self._gradients(batch, views)
+            self._updates.step()
             return
         if batch.shape not in self._replays:
             self._replays[batch.shape] = self._capture(batch, views)
         self._replays[batch.shape](batch, views)
 
-    def _run(self, batch: Tensor, views: Tensor | None) -> None:
-        images = gather_images(self._images, batch, views, self._data.size)
-        _, logits = self._stack(images, train=True)
-        # Training needs only the gradient of each run's mean cross-entropy, not its value.
-        logits_grad = cross_entropy_grad(logits.detach(), self._data.train_y[batch])
+    def _gradients(self, batch: Tensor, views: Tensor | None) -> None:
+        if self._images is None:
+            assert views is not None
+            samples, labels = batch, views
+        else:
+            size = self._data.size if views is not None else 0
+            samples, labels = gather_images(self._images, batch, views, size), self._data.train_y[batch]
+        _, logits = self._stack(samples, train=True)
+        # Training needs only the gradient of each run's mean loss, not its value.
+        logits_grad = self._loss.grad(logits.detach(), labels)
         for param, grad in zip(self._params, torch.autograd.grad(logits, self._leaves, logits_grad), strict=True):
             # The fused update needs gradients in the layout of the parameters.
             param.grad = grad if same_layout(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
-        self._optimizer.step()
 
     def _capture(self, batch: Tensor, views: Tensor | None) -> Callable[[Tensor, Tensor | None], None]:
         static, graph = batch.clone(), torch.cuda.CUDAGraph()
         static_views = None if views is None else views.clone()
         with torch.cuda.graph(graph):  # records without running
-            self._run(static, static_views)
+            self._gradients(static, static_views)
+            if self._update_in_graph:
+                self._updates.step()
         grads = [param.grad for param in self._params]  # in the graph's memory: keep them as long as the graph
 
-        def replay(batch: Tensor, views: Tensor | None, _kept: object = grads) -> None:
+        def replay(batch: Tensor, views: Tensor | None) -> None:
             static.copy_(batch)
             if static_views is not None and views is not None:
                 static_views.copy_(views)
             graph.replay()
+            if not self._update_in_graph:
+                for param, grad in zip(self._params, grads, strict=True):
+                    param.grad = grad  # graphs of other batch sizes have theirs
+                self._updates.step()
 
         return replay
+
+
+def captured(of_update: str, of_forward: str) -> str:
+    """Say what CUDA graphs hold, from the reasons why they cannot hold the update or the forward pass; "" for none."""
+    if of_forward:
+        return f"nothing: {of_forward}"
+    return f"forward and backward pass: {of_update}" if of_update else "forward pass, backward pass and update"
