@@ -1,7 +1,8 @@
 """An engine that trains nothing: for tests of what the policy makes of measurements."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
+from ncollapse.train.config import RunConfig
 from ncollapse.train.engine.grouping import StackKey
 from ncollapse.train.engine.messages import Message
 from ncollapse.train.engine.throughput import DataFacts, Rate
@@ -48,7 +49,9 @@ class FakeEngine:
     def room(self, key: StackKey, facts: DataFacts) -> int | None:
         return self._room
 
-    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> Rate | None:
+    def measure_rate(
+        self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False, runs: Sequence[RunConfig] = ()
+    ) -> Rate | None:
         workers = self.used[-1][0]
         self.measured.append((workers, size, quick))
         rates = self._rates(workers) if callable(self._rates) else self._rates

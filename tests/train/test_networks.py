@@ -1,4 +1,4 @@
-"""Networks that cannot be stacked, every block's metrics, and Muon: in the loop and in sweeps."""
+"""Networks that run as their modules do, every block's metrics, and Muon: in the loop and in sweeps."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,17 +10,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fake_engine import FakeEngine
 from ncollapse import measure, ufm
 from ncollapse.train import load_layers
-from ncollapse.train.config import ALONE, RunConfig
+from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
-from ncollapse.train.engine.grouping import StackKey, make_stacks
-from ncollapse.train.engine.stack_size import Plan, StackPolicy
-from ncollapse.train.engine.throughput import DataFacts
+from ncollapse.train.engine.grouping import make_stacks
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
-from ncollapse.train.networks.models import MODELS, SingleRun, build
+from ncollapse.train.networks.models import build
 from ncollapse.train.results.columns import LAYER_METRICS
 from ncollapse.train.results.export import export_results
 from ncollapse.train.results.record import Evaluation
@@ -34,12 +31,7 @@ def evaluations(runs: list[RunConfig], data: Dataset) -> tuple[Training, list[Ev
     return training, [event for event in training if isinstance(event, Evaluation)]
 
 
-def test_the_table_of_networks_that_cannot_be_stacked_is_right() -> None:
-    found = [name for name in MODELS if any(isinstance(m, SingleRun) for m in build(name, 1, 8, 10, 0).modules())]
-    assert found == list(ALONE)
-
-
-@pytest.mark.parametrize("model", ALONE)
+@pytest.mark.parametrize("model", ["vit", "densenet"])
 def test_they_train_as_a_plain_loop(model: str, digits: Dataset) -> None:
     width = {"vit": 16, "densenet": 4}[model]
     run = RunConfig(model=model, width=width, lr=0.01, epochs=2, limit=100, batch_size=64)  # type: ignore[arg-type]
@@ -66,13 +58,17 @@ def test_a_transformer_refuses_images_that_its_patches_do_not_cover(digits: Data
         Training([RunConfig(model="vit")], data, CPU)
 
 
-def test_they_are_planned_one_by_one() -> None:
-    runs = [RunConfig(model="vit", seed=seed) for seed in range(4)]
-    policy = StackPolicy(runs, {"digits": DataFacts(1, 8, 10, 1437, "")})
-    engine, key = FakeEngine({1: 10.0}), StackKey.of(runs[0])
-    assert policy.usual(engine, Plan(1, 1)).sizes == {key: 1}
-    assert policy.grown(engine, Plan(1, 1)).sizes == {key: 1}
-    assert dataclasses.replace(policy, stack=4).usual(engine, Plan(1, 1)).sizes == {key: 1}
+@pytest.mark.parametrize(("model", "width"), [("vit", 16), ("densenet", 4)])
+def test_their_stacks_match_single_runs(model: str, width: int, digits: Dataset) -> None:
+    runs = [
+        RunConfig(model=model, width=width, lr=lr, seed=seed, epochs=1, limit=96, batch_size=48)
+        for lr, seed in ((0.01, 0), (0.02, 1))
+    ]
+    together, _ = evaluations(runs, digits)
+    for i, run in enumerate(runs):
+        alone, _ = evaluations([run], digits)
+        for name, theirs in alone.stack.state_dict(0).items():
+            torch.testing.assert_close(together.stack.state_dict(i)[name], theirs, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("model", "width"), [("mlp", 16), ("cnn", 10), ("resnet9", 10), ("vit", 16), ("densenet", 6)])

@@ -36,7 +36,7 @@ from ncollapse.train.training.stack import Stack
 from sweep_results import assert_same, count
 
 CPU = torch.device("cpu")
-DIGITS = DataFacts(1, 8, 10, 1437, "")
+DIGITS = DataFacts((1, 8, 8), 10, 1437, "")
 MLP = StackKey("mlp", "digits", None, 128)
 LOAD = functools.partial(load, data_dir=None, download=False)
 
@@ -186,7 +186,7 @@ def test_measuring_says_what_memory_does_not_hold(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("model", ["mlp", "cnn", "resnet9"])
 def test_the_estimate_of_memory_grows_with_the_model(model: str) -> None:
     """For ResNet9 on 28 × 28: 6.57 M weights, a gradient and two states each, and about 190 MB of activations."""
-    size = bytes_per_run(StackKey(model, "mnist", None, 128), DataFacts(1, 28, 10, 60_000, ""))
+    size = bytes_per_run(StackKey(model, "mnist", None, 128), DataFacts((1, 28, 28), 10, 60_000, ""))
     low, high = {"mlp": (1e7, 1e8), "cnn": (1e7, 3e8), "resnet9": (2e8, 1.2e9)}[model]
     assert low < size < high
 

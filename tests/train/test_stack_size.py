@@ -15,7 +15,7 @@ from ncollapse.train.engine.stack_size import Plan, StackPolicy
 from ncollapse.train.engine.throughput import DataFacts, Rate
 from ncollapse.train.optimizers import TABLE
 
-DIGITS = DataFacts(1, 8, 10, 1437, "")
+DIGITS = DataFacts((1, 8, 8), 10, 1437, "")
 MLP = StackKey("mlp", "digits", None, 128)
 Rates = dict[int, float | None]
 

@@ -5,11 +5,13 @@ import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from ncollapse.train.config import RunConfig
-from ncollapse.train.optimizers import TABLE
+from ncollapse.train.config import RunConfig, is_own
+from ncollapse.train.optimizers import TABLE, row_of
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
+#: The family of optimizers that are not ncollapse's: each run has its own object.
+_OWN = "own"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,21 +19,27 @@ class StackKey:
     """The settings that all runs of a stack have in common; they may differ in all others."""
 
     model: str
-    data: str
+    data: str  # with its options: `RunConfig.data_key`
     limit: int | None
     batch_size: int
     width: int | None = None
     precision: str = "fp32"
     augment: str = "none"
     layers: str = "head"
-    own_family: str | None = None  # of the optimizers, if this family trains in stacks of its own
+    own_family: str | None = None  # of the optimizers, if this family trains in stacks of its own; "own": not ours
+    model_options: str = ""
+    head: str = ""
+    loss: str = "cross_entropy"
+    loss_options: str = ""
+    label_smoothing: float = 0.0
 
     @staticmethod
     def of(run: RunConfig) -> "StackKey":
         """Return the key of a run."""
-        row = TABLE[run.optimizer]
-        settings = {name: getattr(run, name) for name in _FIELDS if name != "own_family"}
-        return StackKey(**settings, own_family=row.family if row.own_stack else None)
+        row = row_of(run.optimizer)
+        settings = {name: getattr(run, name) for name in _FIELDS if name not in ("own_family", "data")}
+        family = _OWN if row.foreign else row.family if row.own_stack else None
+        return StackKey(**settings, data=run.data_key, own_family=family)
 
     @staticmethod
     def from_dict(stored: Mapping[str, Any]) -> "StackKey":
@@ -42,16 +50,28 @@ class StackKey:
             settings["own_family"] = flags[0] if flags else None
         return StackKey(**settings)
 
+    @property
+    def foreign(self) -> bool:
+        """Whether the optimizers are not ncollapse's."""
+        return self.own_family == _OWN
+
+    @property
+    def needs_runs(self) -> bool:
+        """Whether a step can only be made of the settings of actual runs: of optimizers or a loss of the user's."""
+        return self.foreign or is_own("loss", self.loss)
+
     def __str__(self) -> str:
         parts = [
-            f"{self.model} on {self.data}",
+            f"{self.model} {self.model_options}".rstrip() + f" on {self.data}",
             f"batches of {self.batch_size}",
             f"width {self.width}" if self.width else "",
             f"first {self.limit} samples" if self.limit else "",
             self.precision if self.precision != "fp32" else "",
             self.augment if self.augment != "none" else "",
             "all layers" if self.layers == "all" else "",
-            self.own_family or "",
+            f"{self.loss} {self.loss_options}".rstrip() if self.loss != "cross_entropy" else "",
+            f"label smoothing {self.label_smoothing:g}" if self.label_smoothing else "",
+            "optimizers of their own" if self.foreign else self.own_family or "",
         ]
         return ", ".join(filter(None, parts))
 

@@ -123,10 +123,13 @@ class Engine(Protocol):
     def room(self, key: StackKey, facts: DataFacts) -> int | None:
         """How many runs fit into the memory of each worker, at least 1; None: not known before a measurement."""
 
-    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> Rate | None:
+    def measure_rate(
+        self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False, runs: Sequence[RunConfig] = ()
+    ) -> Rate | None:
         """How fast training is with a stack of `size` runs in every worker at once.
 
-        None where that does not fit in memory. `quick`: time a single step.
+        None where that does not fit in memory. `quick`: time a single step. `runs`: of the stack, where
+        `key.needs_runs`.
         """
 
     def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:

@@ -1,23 +1,28 @@
 """What a sweep does before it trains: read the data, start the engine, plan the stacks of the runs that are left."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from ncollapse.train.config import RunConfig
-from ncollapse.train.data.sets import Dataset
+from ncollapse.train.config import RunConfig, split_data_key
+from ncollapse.train.data.sets import Dataset, load
 from ncollapse.train.engine.grouping import StackKey, group, make_stacks
 from ncollapse.train.engine.messages import Engine, WorkerSettings
 from ncollapse.train.engine.options import Options
 from ncollapse.train.engine.stack_size import Plan, StackPolicy
 from ncollapse.train.engine.this_machine import ThisMachine
 from ncollapse.train.engine.throughput import DataFacts
+from ncollapse.train.errors import UserError
 from ncollapse.train.formatting import plain
 from ncollapse.train.grid import Grid
+from ncollapse.train.plugins import Plugins
 from ncollapse.train.results import schema
+from ncollapse.train.results.own_code import adopt_code
 from ncollapse.train.results.storage_errors import damaged
 from ncollapse.train.results.writer import Store
 
@@ -25,6 +30,64 @@ from ncollapse.train.results.writer import Store
 def say(console: Console, text: str) -> None:
     """Print a sentence for the user about what happens."""
     console.print(plain(f"ncollapse: {text}", "yellow"), soft_wrap=True)
+
+
+def device_of(name: str | None, engine: str) -> torch.device:
+    """Return the device of a name, by default cuda where there is a GPU.
+
+    Raises:
+        UserError: it is not there, or is none that runs train on.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise UserError(f"--device {name}: runs train on cpu or cuda")
+        if engine == "local":  # a cluster checks this itself: it may have GPUs where this machine has none
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UserError(f"--device {name}: {(str(error).splitlines() or ['no device'])[0]}") from None
+    return device
+
+
+def load_keyed(key: str, device: torch.device, **options: Any) -> Dataset:
+    """Load a data set by its `RunConfig.data_key`; see `data.sets.load`."""
+    name, own = split_data_key(key)
+    return load(name, device, options=own, **options)
+
+
+def loader(grid: Grid, data_dir: Path | None, download: bool) -> Callable[[str, torch.device], Dataset]:
+    """Return the function that loads the data sets of a grid by their keys onto a device."""
+    return functools.partial(
+        load_keyed, data_dir=data_dir, download=download, plugins=grid.plugins, in_memory=grid.in_memory
+    )
+
+
+def adopted(grid: Grid, folder: Path, options: Options, console: Console) -> Grid:
+    """Return the grid with the versions of the user's code under which the folder knows its runs.
+
+    Raises:
+        UserError: the code has changed since the folder's runs were made, and `--accept-changes` was not given.
+    """
+    runs, notes = adopt_code(grid.runs, grid.versions, folder, options.accept_changes)
+    for note in notes:
+        say(console, note)
+    return dataclasses.replace(grid, runs=tuple(runs))
+
+
+def metric_meanings(grid: Grid) -> dict[str, str]:
+    """Return the user's metrics as the results have them: name -> the first line of its docstring, or its full name.
+
+    Raises:
+        UserError: a name that a column of the results cannot have, or the same twice.
+    """
+    found: dict[str, str] = {}
+    for full in grid.metrics:
+        name = full.rpartition(":")[2].rpartition(".")[2]
+        if name in found:
+            raise UserError(f"metric {full}: another metric is called {name} too; give one of them another name")
+        text = (getattr(grid.plugins.find("metric", full), "__doc__", None) or "").strip().partition("\n")[0]
+        found[name] = text or full
+    return found
 
 
 def load_all(
@@ -81,7 +144,7 @@ def stored_plan(store: Store) -> tuple[dict[str, Any], Plan | None]:
 
 def plan_stacks(
     store: Store, left: list[RunConfig], facts: Mapping[str, DataFacts], options: Options, engine: Engine,
-    workers: int | str, console: Console,
+    workers: int | str, console: Console, plugins: Plugins,
 ) -> None:  # fmt: skip
     """Have the engine use a plan, and store it with the stacks that are new in it.
 
@@ -98,7 +161,7 @@ def plan_stacks(
     begun, stacks = store.begun(), store.stacks()
     fixed = {run.id for one in stacks if one.id in begun for run in one.runs}
     free = [run for run in left if run.id not in fixed]
-    policy = StackPolicy(free or left, facts, stack, workers, before, pinned=bool(fixed))
+    policy = StackPolicy(free or left, facts, stack, workers, before, pinned=bool(fixed), plugins=plugins)
     if before is not None and not free:
         policy.keep(engine)
         return

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
@@ -17,7 +18,7 @@ from ncollapse.train.engine.throughput import DataFacts
 from ncollapse.train.errors import NoResultsError, UserError
 from ncollapse.train.formatting import plain, rough_duration
 from ncollapse.train.grid import Grid
-from ncollapse.train.networks.models import Classifier, build
+from ncollapse.train.networks.architecture import Architecture, build, parts_of
 from ncollapse.train.results.columns import LAYER_METRICS, METRICS
 from ncollapse.train.results.reader import load_meta, query
 from ncollapse.train.results.schema import FINISHED
@@ -60,11 +61,11 @@ def print_preview(
         try:
             stored = read_json(meta.get("engine"))
             before = Plan.from_dict(stored) if isinstance(stored, dict) else None
-            policy = StackPolicy(left, facts, options.stack, workers, before)
+            policy = StackPolicy(left, facts, options.stack, workers, before, plugins=grid.plugins)
             plan = policy.choose(engine)
             rates = dict(plan.rates)
             for key, size in plan.sizes.items():
-                if key not in rates and (rate := engine.measure_rate(key, facts[key.data], size, quick=True)):
+                if key not in rates and (rate := policy.measure(engine, key, size, quick=True)):
                     rates[key] = rate.alone
             for line in plan.describe():
                 tell(line)
@@ -76,11 +77,13 @@ def print_preview(
             )
         finally:
             engine.close()
-        networks = {key: _network(runs[0], facts) for key, runs in group(left, StackKey.of).items()}
-        size = sum(_row_bytes(run, networks[StackKey.of(run)]) for run in left)
+        architectures = {key: Architecture.of(key, facts[key.data]) for key in group(left, StackKey.of)}
+        blocks = {key: len(parts_of(one, grid.plugins).blocks) for key, one in architectures.items()}
+        size = sum(_row_bytes(run, blocks[StackKey.of(run)]) for run in left)
         tell(f"The store grows by about {_bytes(size)}")
         if options.save_weights:
-            size = sum(_weight_bytes(networks[StackKey.of(run)]) for run in left)
+            weights = {key: _weight_bytes(build(one, 0, grid.plugins)) for key, one in architectures.items()}
+            size = sum(weights[StackKey.of(run)] for run in left)
             tell(f"The weights take about {_bytes(size)}")
     tell("Nothing was trained or written (--dry-run)")
 
@@ -104,19 +107,14 @@ def _steps(run: RunConfig, facts: Mapping[str, DataFacts]) -> float:
     return epochs * run.steps_per_epoch(facts[run.data_key].samples_of(StackKey.of(run)))
 
 
-def _network(run: RunConfig, facts: Mapping[str, DataFacts]) -> Classifier:
-    of = facts[run.data_key]
-    return build(run.model, of.channels, of.size, of.classes, run.seed, run.width)
-
-
-def _row_bytes(run: RunConfig, network: Classifier) -> int:
+def _row_bytes(run: RunConfig, blocks: int) -> int:
     row = _ROW_BYTES + 8 * len(METRICS)
     if run.layers == "all":
-        row += len(network.blocks) * (_ROW_BYTES + 8 * len(LAYER_METRICS))
+        row += blocks * (_ROW_BYTES + 8 * len(LAYER_METRICS))
     return _RUN_BYTES + _evaluations(run) * row
 
 
-def _weight_bytes(network: Classifier) -> int:
+def _weight_bytes(network: nn.Module) -> int:
     return sum(value.nbytes for value in network.state_dict().values())
 
 

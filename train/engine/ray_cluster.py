@@ -27,6 +27,7 @@ from ncollapse.train.engine.ray_connect import ClusterHead, connect
 from ncollapse.train.engine.this_machine import keep_memory
 from ncollapse.train.engine.throughput import DataFacts, Rate, measure_rate, room_on
 from ncollapse.train.errors import DataError, UserError
+from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.checkpoint_file import read_checkpoint
 from ncollapse.train.results.writer import PlannedStack
 
@@ -183,13 +184,15 @@ class Cluster(Engine):
         fits = self._ask("room", key, facts)
         return max(1, min(fit // max(1, min(sharing[node], self._workers)) for node, fit in fits))
 
-    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> Rate | None:
+    def measure_rate(
+        self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False, runs: Sequence[RunConfig] = ()
+    ) -> Rate | None:
         """See `Engine`; measured by workers that share a machine or a GPU, and scaled to all workers."""
         if not self._probes:
             self._open_probes()
         errors = self._ray.exceptions
         try:
-            rates = self._ask("measure_rate", key, facts, size, quick)
+            rates = self._ask("measure_rate", key, facts, size, quick, runs)
         except (errors.RayActorError, errors.OutOfMemoryError):  # killed for the memory it took
             self._close_probes()
             return None
@@ -211,7 +214,8 @@ class Cluster(Engine):
         else:  # cores share caches and memory
             count = max(1, min(self._workers, self._slots_of(self._ray.available_resources(), 1)))
             probe = self._remote(_Probe)
-        self._probes = [probe.remote(self._threads, self._device) for _ in range(count)]
+        plugins = self._settings.plugins
+        self._probes = [probe.remote(self._threads, self._device, plugins) for _ in range(count)]
 
     def _close_probes(self) -> None:
         for probe in self._probes:
@@ -237,18 +241,20 @@ class Cluster(Engine):
 
 
 class _Probe:
-    def __init__(self, threads: int, device: torch.device) -> None:
+    def __init__(self, threads: int, device: torch.device, plugins: Plugins) -> None:
         _set_up(threads)
-        self._device = device
+        self._device, self._plugins = device, plugins
 
     def room(self, key: StackKey, facts: DataFacts) -> tuple[str, int]:
         """Return the id of the node, and the number of runs that fit into its memory."""
         import ray
 
-        return ray.get_runtime_context().get_node_id(), room_on(self._device, key, facts)
+        return ray.get_runtime_context().get_node_id(), room_on(self._device, key, facts, plugins=self._plugins)
 
-    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, quick: bool) -> Rate | None:
-        return measure_rate(key, facts, size, self._device, quick=quick)
+    def measure_rate(
+        self, key: StackKey, facts: DataFacts, size: int, quick: bool, runs: Sequence[RunConfig]
+    ) -> Rate | None:
+        return measure_rate(key, facts, size, self._device, quick=quick, runs=runs, plugins=self._plugins)
 
 
 class _StopFlag:

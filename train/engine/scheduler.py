@@ -16,13 +16,15 @@ from ncollapse.train.data.sets import Dataset
 from ncollapse.train.engine.grouping import StackKey
 from ncollapse.train.engine.messages import Engine, Failed, Finished, Message, Progress, Stopped
 from ncollapse.train.engine.options import Options
-from ncollapse.train.engine.planning import load_all, make_engine, plan_stacks, say
+from ncollapse.train.engine.planning import load_all, make_engine, metric_meanings, plan_stacks, say
 from ncollapse.train.engine.progress_bar import MinuteLog, SweepProgress
 from ncollapse.train.engine.stopping import StopRequest
 from ncollapse.train.engine.throughput import DataFacts
+from ncollapse.train.engine.trial import try_own
 from ncollapse.train.errors import CheckpointError, DataError, InterruptError, StoppedError, UserError, out_of_memory
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.checkpoint_file import read_checkpoint
+from ncollapse.train.results.own_code import record_code
 from ncollapse.train.results.provenance import describe_machine
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.tensorboard import Logs
@@ -58,7 +60,10 @@ def sweep(
             something, or an unforeseen error. Finished runs and checkpoints are kept.
     """
     request = StopRequest()
-    with request.listening(options.minutes), Store(out, grid, lambda text: say(console, text)) as store:
+    with (
+        request.listening(options.minutes),
+        Store(out, grid, lambda text: say(console, text), metric_meanings(grid)) as store,
+    ):
         try:
             return _sweep(store, load_data, device, options, console, request)
         except KeyboardInterrupt:
@@ -71,6 +76,7 @@ def _sweep(
     console: Console, request: StopRequest,
 ) -> int:  # fmt: skip
     grid, finished = store.grid, store.finished()
+    record_code(store, grid.versions, options.accept_changes)
     left = [run for run in grid.runs if run.id not in finished]
     others = store.before + store.added - len(grid.runs)
     if others or (store.before and store.added):
@@ -86,9 +92,10 @@ def _sweep(
         loaded, facts, settings = load_all((run.data_key for run in left), load_data, options, grid)
         for name, of in facts.items():
             store.check_data(name, of.fingerprint)
+        try_own(left, loaded, grid.plugins, grid.metrics)
         engine, workers = make_engine(options, device, settings, loaded, console)
         try:
-            plan_stacks(store, left, facts, options, engine, workers, console)
+            plan_stacks(store, left, facts, options, engine, workers, console, grid.plugins)
             command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
             session = store.begin_session(command, describe_machine(engine.device))
             _Sweep(store, session, facts, console, logs, request, log).train(engine)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 from ncollapse.train.config import RunConfig
 from ncollapse.train.engine.grouping import StackKey, group
 from ncollapse.train.engine.options import MOST_RUNS, MOST_WORKERS
+from ncollapse.train.plugins import Plugins
 
 if TYPE_CHECKING:  # `ncollapse status` reads plans, and must not wait for torch
     from ncollapse.train.engine.messages import Engine
-    from ncollapse.train.engine.throughput import DataFacts
+    from ncollapse.train.engine.throughput import DataFacts, Rate
+    from ncollapse.train.networks.forms import Form
 
 #: Seconds of training below which a measurement costs more than it gains.
 WORTH_MEASURING = 5.0
@@ -22,8 +24,6 @@ PER_GPU = (1, 2, 4)
 #: model -> runs per stack where there is too little work to measure. On a CPU linear layers gain the more the larger
 #: the stack, convolutions only up to a few runs (`bench/NOTES.md`).
 _USUAL = {"mlp": 32, "cnn": 4}
-#: Models whose runs train one by one.
-ALONE = ("vit", "densenet")
 #: A larger stack has to be faster by this factor, since a failure costs the work of the whole stack.
 _FASTER = 1.03
 #: Another size than that of an earlier session has to be faster by this factor: a run's last digits depend on it.
@@ -113,16 +113,18 @@ class StackPolicy:
     """Chooses the plan for some runs; `stack` and `workers` are what the user asks for.
 
     Attributes:
+        facts: of each data set, by `RunConfig.data_key`.
         before: the plan of an earlier session, whose sizes stay unless others are much faster now.
         pinned: whether stacks of that session have begun: their last digits depend on the threads, which stay.
     """
 
     runs: Sequence[RunConfig]
-    facts: "Mapping[str, DataFacts]"  # by the name of a data set
+    facts: "Mapping[str, DataFacts]"
     stack: int | str = "auto"
     workers: int | str = "auto"
     before: Plan | None = None
     pinned: bool = False
+    plugins: Plugins = dataclasses.field(default_factory=Plugins)
 
     def choose(self, engine: "Engine") -> Plan:
         """Choose by measurement where that pays, and have the engine use the plan.
@@ -136,7 +138,7 @@ class StackPolicy:
         if len(self.runs) == 1 or (isinstance(self.stack, int) and len(counts) == 1):
             return usual  # nothing to choose
         sizes = usual.sizes.items()
-        quick = {key: engine.measure_rate(key, self.facts[key.data], size, quick=True) for key, size in sizes}
+        quick = {key: self.measure(engine, key, size, quick=True) for key, size in sizes}
         seconds = self.seconds({key: None if rate is None else rate.alone for key, rate in quick.items()})
         if seconds < WORTH_MEASURING:
             return usual
@@ -213,7 +215,7 @@ class StackPolicy:
 
             def measure(size: int, key: StackKey = key, tried: dict[int, float | None] = tried) -> float | None:
                 if size not in tried:
-                    rate = engine.measure_rate(key, self.facts[key.data], size)
+                    rate = self.measure(engine, key, size)
                     tried[size] = None if rate is None else rate.alone
                     one = {"shape": str(key), "workers": plan.workers, "threads": plan.threads, "size": size}
                     found = {} if rate is None else {"share": round(rate.share, 3)}
@@ -239,12 +241,23 @@ class StackPolicy:
                     sizes[key], rates[key] = known, rate
         return dataclasses.replace(plan, sizes=sizes, rates=rates, measured=tuple(measured))
 
+    def measure(self, engine: "Engine", key: StackKey, size: int, *, quick: bool = False) -> "Rate | None":
+        """Have the engine measure how fast stacks of `size` runs of a key train; see `Engine.measure_rate`."""
+        runs = [run for run in self.runs if StackKey.of(run) == key][:size] if key.needs_runs else []
+        return engine.measure_rate(key, self.facts[key.data], size, quick=quick, runs=runs)
+
     def _most(self, engine: "Engine", key: StackKey, runs: int) -> int:
         """The largest possible stack of `runs` runs."""
-        if runs == 1 or key.model in ALONE:
+        if runs == 1 or self.facts[key.data].streamed or self._form(key).kind == "alone":
             return 1
         room = engine.room(key, self.facts[key.data])
         return runs if room is None else max(1, min(runs, room))
+
+    def _form(self, key: StackKey) -> "Form":
+        from ncollapse.train.networks.architecture import Architecture
+        from ncollapse.train.networks.forms import form_of
+
+        return form_of(Architecture.of(key, self.facts[key.data]), key.precision, self.plugins)
 
     def _candidates(self, best: int, most: int, factor: int) -> list[int]:
         if isinstance(self.stack, int):

@@ -9,12 +9,13 @@ import signal
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 
+from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.engine.grouping import StackKey
 from ncollapse.train.engine.messages import (
@@ -129,14 +130,17 @@ class ThisMachine(Engine):
     def room(self, key: StackKey, facts: DataFacts) -> int:
         # Processes that have just started have not taken their own memory yet.
         reserved = sum(max(0, _PROCESS_BYTES - worker.bytes) for worker in self._workers)
-        room = room_on(self._devices[0], key, facts, reserved) * len(self._devices)
+        room = room_on(self._devices[0], key, facts, reserved, plugins=self._settings.plugins) * len(self._devices)
         return max(1, room // max(1, len(self._workers)))
 
-    def measure_rate(self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False) -> Rate | None:
+    def measure_rate(
+        self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False, runs: Sequence[RunConfig] = ()
+    ) -> Rate | None:
         if not self._workers:
-            return measure_rate(key, facts, size, self._devices[0], quick=quick)
+            plugins = self._settings.plugins
+            return measure_rate(key, facts, size, self._devices[0], quick=quick, runs=runs, plugins=plugins)
         for worker in self._workers:
-            worker.send((key, facts, size, quick))
+            worker.send((key, facts, size, quick, runs))
         answers = [worker.receive() for worker in self._workers]
         failed = {i: answer for i, answer in enumerate(answers) if isinstance(answer, Failed)}
         for i, answer in failed.items():
@@ -298,8 +302,9 @@ def _serve(
                 for message in trainer.train(request):
                     connection.send(message)
             else:
-                key, facts, size, quick = request
-                connection.send(measure_rate(key, facts, size, device, quick=quick))
+                key, facts, size, quick, runs = request
+                plugins = settings.plugins
+                connection.send(measure_rate(key, facts, size, device, quick=quick, runs=runs, plugins=plugins))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent has ended
     except Exception as error:

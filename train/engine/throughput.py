@@ -3,21 +3,26 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.augment import draw_views
-from ncollapse.train.data.sets import Dataset
+from ncollapse.train.data.dataset import Dataset
+from ncollapse.train.data.streamed import Streamed
 from ncollapse.train.engine.grouping import StackKey
 from ncollapse.train.errors import out_of_memory
 from ncollapse.train.limits import available_memory
-from ncollapse.train.networks.models import Classifier, build
+from ncollapse.train.losses import make_loss
+from ncollapse.train.networks.architecture import Architecture, build
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.optimizers import TABLE
-from ncollapse.train.training.stack import Stack, make_optimizer
+from ncollapse.train.plugins import Plugins
+from ncollapse.train.training.stack import make_stack
 from ncollapse.train.training.step import Step
+from ncollapse.train.training.updates import make_updates
 
 #: A measurement takes at least this many seconds, and this many steps, unless they take longer than `_LONG` seconds.
 _SECONDS, _STEPS, _LONG = 0.1, 3, 2.0
@@ -25,6 +30,7 @@ _SECONDS, _STEPS, _LONG = 0.1, 3, 2.0
 _LEAST_SHARE = 0.01
 #: Share of the free memory that stacks may take by the estimate.
 _MEMORY = 0.7
+_NO_PLUGINS = Plugins()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +61,30 @@ class Rate:
 
 @dataclasses.dataclass(frozen=True)
 class DataFacts:
-    """A data set without its images: their channels and side length in pixels, classes, training samples, checksum."""
+    """A data set without its samples.
 
-    channels: int
-    size: int
-    classes: int
+    Attributes:
+        input_shape, input_dtype: of one sample, `[C, H, W]` of images.
+        num_classes: K.
+        samples: number of those to train on.
+        fingerprint: a hash of the data.
+        streamed: whether its samples are not in memory, so that its runs train one by one.
+    """
+
+    input_shape: tuple[int, ...]
+    num_classes: int
     samples: int
     fingerprint: str
+    input_dtype: torch.dtype = torch.float32
+    streamed: bool = False
 
     @staticmethod
     def of(data: Dataset) -> "DataFacts":
         """Return the facts of a data set."""
-        return DataFacts(data.channels, data.size, len(data.classes), len(data.train_y), data.fingerprint)
+        return DataFacts(
+            data.input_shape, data.num_classes, len(data.train_y), data.fingerprint, data.input_dtype,
+            isinstance(data, Streamed),
+        )  # fmt: skip
 
     def samples_of(self, key: StackKey) -> int:
         """Return how many training samples the runs of a stack use."""
@@ -74,16 +92,22 @@ class DataFacts:
 
 
 def measure_rate(
-    key: StackKey, facts: DataFacts, size: int, device: torch.device, *, quick: bool = False
-) -> Rate | None:
-    """Measure how fast a stack of `size` runs trains, on random images.
+    key: StackKey, facts: DataFacts, size: int, device: torch.device, *,
+    quick: bool = False, runs: Sequence[RunConfig] = (), plugins: Plugins = _NO_PLUGINS,
+) -> Rate | None:  # fmt: skip
+    """Measure how fast a stack of `size` runs trains, on random samples.
 
-    None where the stack does not fit in memory. `quick`: time a single step.
+    None where the stack does not fit in memory.
+
+    Args:
+        quick: time a single step.
+        runs: of the stack, where `key.needs_runs`: their optimizers and loss are used.
+        plugins: the user's code.
     """
     synchronize = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
     try:
         batch = max(2, min(key.batch_size, facts.samples))  # a batch norm may refuse a single sample
-        step = _step(key, facts, size, device, batch)
+        step = _step(key, facts, size, device, batch, runs, plugins)
         index = torch.arange(batch, device=device)
         views = draw_views(key.augment, batch, torch.Generator())
         views = views if views is None else views.to(device)
@@ -111,29 +135,29 @@ def measure_rate(
             torch.cuda.empty_cache()  # other processes may share the GPU
 
 
-def _step(key: StackKey, facts: DataFacts, size: int, device: torch.device, batch: int) -> Step:
-    images = torch.randn(batch, facts.channels, facts.size, facts.size, device=device)
-    labels = torch.arange(batch, device=device) % facts.classes
-    names = tuple(str(k) for k in range(facts.classes))
-    data = Dataset(images, labels, images[:0], labels[:0], names, "")
-    rules = [row.name for row in TABLE.values() if (row.family if row.own_stack else None) == key.own_family]
-    runs = [
-        RunConfig(optimizer=rules[i % len(rules)], lr=1e-3, precision=key.precision)  # type: ignore[arg-type]
-        for i in range(size)
-    ]
-    stack = Stack.of([_model(key, facts)] * size, device)
-    return Step(stack, make_optimizer(stack, runs), data, key.augment)
-
-
-def _model(key: StackKey, facts: DataFacts) -> Classifier:
-    return build(key.model, facts.channels, facts.size, facts.classes, 0, key.width)
+def _step(
+    key: StackKey, facts: DataFacts, size: int, device: torch.device, batch: int, runs: Sequence[RunConfig],
+    plugins: Plugins,
+) -> Step:  # fmt: skip
+    architecture = Architecture.of(key, facts)
+    samples, labels = architecture.example(batch).to(device), torch.arange(batch, device=device) % facts.num_classes
+    data = Dataset(samples, labels, samples[:0], labels[:0], tuple(str(k) for k in range(facts.num_classes)), "")
+    if not key.needs_runs:
+        rules = [row.name for row in TABLE.values() if (row.family if row.own_stack else None) == key.own_family]
+        shared: dict[str, Any] = {n: getattr(key, n) for n in ("precision", "loss", "loss_options", "label_smoothing")}
+        runs = [RunConfig(optimizer=rule, lr=1e-3, **shared) for rule in rules]
+    runs = [runs[i % len(runs)] for i in range(size)]
+    model = build(architecture, 0, plugins)
+    stack = make_stack([model] * size, architecture, device, key.precision, plugins)
+    return Step(stack, make_updates(stack, runs, plugins), data, key.augment, loss=make_loss(runs[0], plugins))
 
 
 @functools.cache
-def bytes_per_run(key: StackKey, facts: DataFacts) -> int:
+def bytes_per_run(key: StackKey, facts: DataFacts, plugins: Plugins = _NO_PLUGINS) -> int:
     """Estimate the memory of a run in a stack: weights, gradients, states, activations, and features for NC4."""
     batch = min(key.batch_size, facts.samples)
-    stack = Stack.of([_model(key, facts)], torch.device("cpu"))
+    architecture, cpu = Architecture.of(key, facts), torch.device("cpu")
+    stack = make_stack([build(architecture, 0, plugins)], architecture, cpu, key.precision, plugins)
     saved: list[int] = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -141,15 +165,17 @@ def bytes_per_run(key: StackKey, facts: DataFacts) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        features, _ = stack(torch.randn(2, facts.channels, facts.size, facts.size), train=True)
+        features, _ = stack(architecture.example(2), train=True)
     weights = sum(p.nbytes for p in stack.params.values())
-    # Autograd saves these for two images, with the weights; the gradients of activations take about as much again.
+    # Autograd saves these for two samples, with the weights; the gradients of activations take about as much again.
     activations = 2 * max(sum(saved) - weights, 0) // 2 * batch
-    kept = (features.shape[-1] + facts.classes) * 4 * facts.samples
+    kept = (features.shape[-1] + facts.num_classes) * 4 * facts.samples
     return 5 * weights + max(activations, kept)
 
 
-def room_on(device: torch.device, key: StackKey, facts: DataFacts, reserved: int = 0) -> int:
+def room_on(
+    device: torch.device, key: StackKey, facts: DataFacts, reserved: int = 0, *, plugins: Plugins = _NO_PLUGINS
+) -> int:
     """Estimate how many runs fit into the free memory of a device; at least 1, which training tries in any case.
 
     Args:
@@ -158,7 +184,7 @@ def room_on(device: torch.device, key: StackKey, facts: DataFacts, reserved: int
     on_gpu = device.type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] if on_gpu else max(0, available_memory() - reserved)
     try:
-        return max(1, int(_MEMORY * free / bytes_per_run(key, facts)))
+        return max(1, int(_MEMORY * free / bytes_per_run(key, facts, plugins)))
     except (MemoryError, RuntimeError) as error:  # even the estimate of a very wide network needs its weights
         if not out_of_memory(error):
             raise
