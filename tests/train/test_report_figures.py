@@ -19,6 +19,7 @@ from ncollapse.train.optimizers import FAMILY_COLOURS, LABELS, OPTIMIZERS, TABLE
 from ncollapse.train.report.best import best_runs
 from ncollapse.train.report.epochs import nc0_over_epochs
 from ncollapse.train.report.heat_map import cells, heat_maps
+from ncollapse.train.report.looks import PAGE_COLOURS, look_of
 from ncollapse.train.report.page.inline_svg import inline
 from ncollapse.train.report.page.write import parts_of, write_report
 from ncollapse.train.report.prediction import predicted_nc0
@@ -26,7 +27,6 @@ from ncollapse.train.report.queries import read_results
 from ncollapse.train.report.scatter import accuracy_against_collapse
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.style import (
-    COLOURS,
     Drawing,
     encode,
     line,
@@ -55,16 +55,16 @@ def contrast(one: str, other: str) -> float:
 def themes() -> list[dict[str, str]]:
     """The page's colours by name, light and dark."""
     source = (files("ncollapse.train.report.page") / "style.css.j2").read_text("utf-8")
-    css = jinja2.Template(source).render(optimizers=TABLE, families=FAMILY_COLOURS)
+    css = jinja2.Template(source).render(lines={}, families=PAGE_COLOURS)
     light, dark = (dict(re.findall(r"--(\w+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", css, re.S))
     return [light, light | dark]
 
 
 def test_every_optimizer_has_the_colour_of_its_family_and_a_name() -> None:
-    assert set(COLOURS) == set(OPTIMIZERS) <= set(LABELS)
+    assert set(OPTIMIZERS) <= set(LABELS)
     assert len(set(FAMILY_COLOURS.values())) == len(FAMILY_COLOURS)
     for name in OPTIMIZERS:
-        assert COLOURS[name] == FAMILY_COLOURS[TABLE[name].family][0]
+        assert look_of(name).colour == FAMILY_COLOURS[TABLE[name].family][0]
     assert line("adam", 1.0)["linestyle"] == line("adam", 0.1)["linestyle"] == "-"
     assert line("adamw", 0.0)["linestyle"] != "-"
     assert marker("sgd", 1.0, reached=True)["marker"] != marker("sgd", 0.0, reached=True)["marker"]
@@ -78,18 +78,18 @@ def test_the_pages_colours_contrast_with_its_background(theme: int) -> None:
     assert contrast(colours["quiet"], colours["card"]) >= 4.5
     assert contrast(colours["accent"], colours["ground"]) >= 4.5
     assert contrast(colours["ink"], colours["note"]) >= 7
-    for family in FAMILY_COLOURS:
+    for family in PAGE_COLOURS:
         assert contrast(colours[family], colours["card"]) >= (3 if theme else 2.1)
 
 
 def test_the_pages_light_colours_are_the_figures() -> None:
-    assert {name: themes()[0][name] for name in FAMILY_COLOURS} == {
-        name: light for name, (light, _) in FAMILY_COLOURS.items()
+    assert {name: themes()[0][name] for name in PAGE_COLOURS} == {
+        name: light for name, (light, _) in PAGE_COLOURS.items()
     }
 
 
 def test_a_colour_needs_no_matplotlib() -> None:
-    code = "from ncollapse.train.report.style import COLOURS; import sys; print('matplotlib' in sys.modules)"
+    code = "from ncollapse.train.report.style import line; import sys; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -156,7 +156,7 @@ def test_a_figure_on_the_page_is_shorter_and_has_the_pages_colours(swept: Path) 
     assert {"ink", "grid", "sgd", "signum", "adam"} <= used
     for theme in themes():
         assert used <= set(theme)
-    for colour in (*(light for light, _ in FAMILY_COLOURS.values()), "#1b1b1b", "DejaVu"):
+    for colour in (*(light for light, _ in PAGE_COLOURS.values()), "#1b1b1b", "DejaVu"):
         assert colour not in element
     assert re.findall(r"<text[^>]*>([^<]+)</text>", element) == re.findall(r"<text[^>]*>([^<]+)</text>", svg)
     references = set(re.findall(r'(?:href="#|url\(#)([^")]+)', element))

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ncollapse.train.optimizers import FAMILY, LABELS
+from ncollapse.train.optimizers import FAMILY
 from ncollapse.train.report import style
+from ncollapse.train.report.looks import look_of
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.settings import alike, described, in_order
-from ncollapse.train.report.style import COLOURS, GROUND, Drawing
+from ncollapse.train.report.style import GROUND, Drawing
 from ncollapse.train.report.view import Column, View
 
 #: The fewest couplings that show more than the two ends.
@@ -25,9 +26,10 @@ def interpolations(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
     """Return the runs that ended well and differ only in their coupling, in groups of three couplings or more.
 
     A row per run. Columns: group (a number), settings (common to the group), reached (the threshold), and those of
-    `runs`; `optimizer` is the update rule, so adamw with coupling 1 counts as adam.
+    `runs`; `optimizer` is the update rule, so adamw with coupling 1 counts as adam. Optimizers that are not ncollapse's
+    have no coupling.
     """
-    done = runs[runs.status == "done"]
+    done = runs[(runs.status == "done") & runs.coupling.notna()]
     done = done.assign(optimizer=done.optimizer.map(FAMILY))
     done["group"], done["settings"] = alike(done, ["coupling"]), described(done, ["coupling"])
     done["reached"] = done.id.isin(selection.eligible(done).id)
@@ -60,8 +62,9 @@ def metrics_over_coupling(slug: str, runs: pd.DataFrame, names: Sequence[str]) -
             values = 100 * runs[name] if name == "val_accuracy" else runs[name]
             style.scale(axes, "y", values)
             for k, group in enumerate(groups):
-                colour, marker = COLOURS[group.optimizer.iloc[0]], _MARKERS[k] if with_markers else ""
-                label = f"{LABELS[group.optimizer.iloc[0]]} {group.settings.iloc[0]}" if with_markers else None
+                look_of_rule = look_of(group.optimizer.iloc[0])
+                colour, marker = look_of_rule.colour, _MARKERS[k] if with_markers else ""
+                label = f"{look_of_rule.label} {group.settings.iloc[0]}" if with_markers else None
                 look = {"color": colour, "marker": marker, "alpha": 1.0 if with_markers else 0.4}
                 axes.plot(group.coupling, values[group.index], **look, label=label)
                 missed = group[~group.reached]

@@ -1,25 +1,30 @@
-"""Metrics over epochs of each optimizer's best run: NC0 with its exact prediction, and NC1–NC3."""
+"""Metrics over epochs of each optimizer's best run: NC0 with its exact prediction, NC1–NC3, and those of the user's."""
 
 from collections.abc import Sequence
 
 import pandas as pd
 
-from ncollapse.train.optimizers import LABELS
 from ncollapse.train.report import style
+from ncollapse.train.report.looks import about_lines, look_of
 from ncollapse.train.report.prediction import predicted_nc0
-from ncollapse.train.report.style import COLOURS, GROUND
+from ncollapse.train.report.style import GROUND
+from ncollapse.train.results.columns import OwnMetrics
 
 #: Least distance between two labels at the ends of the lines, as a share of the axes' height.
 _LABEL_DISTANCE = 0.055
+#: Characters of a label that the usual margin has room for, and inches for each more.
+_SHORT, _PER_LETTER = 8, 0.085
+#: Panels of the figure of metrics of the user's, at most, and of a row of them.
+_MOST_PANELS, _IN_A_ROW = 12, 3
 #: Approximate number of circles per prediction.
 _CIRCLES = 14
-_STYLES = "Solid: weight decay coupled into the gradient; dashed: decoupled."
 
 
 def nc0_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame) -> style.Drawing:
     """Draw NC0 over epochs, a line per run of `best`, with the exact prediction for SGD and SGDW as circles."""
     with style.styled():
-        figure, grid = style.panels(1, 1, (7.6, 4.2), margins=(0.65, 0.85, 0.5, 0.1))
+        right = 0.85 + _PER_LETTER * max(0, *(len(look_of(name).label) - _SHORT for name in best.optimizer))
+        figure, grid = style.panels(1, 1, (6.75 + right, 4.2), margins=(0.65, right, 0.5, 0.1))
         axes: style.Axes = grid[0, 0]
         style.scale(axes, "y", histories.nc0)
         style.run_lines(axes, best, histories, "epoch", "nc0")
@@ -30,11 +35,11 @@ def nc0_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame) -> s
         for _, run in best.iterrows():
             history = histories[histories.run == run["id"]].dropna(subset=["nc0"])
             ends += [(float(value), run.optimizer) for value in history.nc0.tail(1)]
-            prediction = predicted_nc0(run)
+            prediction = None if look_of(run.optimizer).foreign else predicted_nc0(run)
             if prediction is not None and len(history):
                 # At evaluated epochs only, since the line between them is not measured.
                 at = history.epoch.to_numpy()[:: max(1, len(history) // _CIRCLES)]
-                axes.plot(at, prediction[at], "o", mfc=GROUND, mec=COLOURS[run.optimizer])
+                axes.plot(at, prediction[at], "o", mfc=GROUND, mec=look_of(run.optimizer).colour)
                 predicted = True
         axes.set_xlabel("epoch")
         axes.set_ylabel("NC0 = ‖Wᵀ1‖²")
@@ -47,7 +52,7 @@ def nc0_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame) -> s
     circles = " Circles: the exact recursion of the row sum under SGD and SGDW, from the run's measured start."
     caption = (
         "NC0 = ‖Wᵀ1‖², the squared row sum of the last layer's weights, over epochs of each optimizer's best run. "
-        f"Collapse needs NC0 → 0. {_STYLES}{circles if predicted else ''}"
+        f"Collapse needs NC0 → 0. {about_lines(best.optimizer)}{circles if predicted else ''}"
     )
     return style.Drawing(f"nc0-{slug}", caption, figure)
 
@@ -64,7 +69,8 @@ def _label_ends(axes: "style.Axes", ends: list[tuple[float, str]]) -> None:
         heights[i] = min(heights[i], top)
         top = heights[i] - _LABEL_DISTANCE
     for height, (_, name) in zip(heights, shown, strict=True):
-        axes.text(1.01, height, LABELS[name], color=COLOURS[name], transform=axes.transAxes, va="center", weight="bold")
+        look = look_of(name)
+        axes.text(1.01, height, look.label, color=look.colour, transform=axes.transAxes, va="center", weight="bold")
 
 
 def nc123_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame, names: Sequence[str]) -> style.Drawing:
@@ -81,6 +87,30 @@ def nc123_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame, na
         style.one_legend(figure, grid[0, 0], 8 if len(names) > 1 else 4)
     caption = (
         "NC1 = tr(Σ_W Σ_B⁺)/K, the scatter within classes relative to that between them; NC2 and NC3, the distances "
-        f"of the class means M and of the product W·Mᵀ from a simplex; over epochs of the same runs. {_STYLES}"
+        f"of the class means M and of the product W·Mᵀ from a simplex; over epochs of the same runs. "
+        f"{about_lines(best.optimizer)}"
     )
     return style.Drawing(f"nc123-{slug}", caption, figure)
+
+
+def own_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame, own: OwnMetrics) -> style.Drawing:
+    """Draw metrics of the user's, of which `histories` has values, over epochs: a panel per metric, a line per run."""
+    names = list(own)[:_MOST_PANELS]
+    columns = min(len(names), _IN_A_ROW)
+    rows = -(-len(names) // columns)
+    with style.styled():
+        figure, grid = style.panels(rows, columns, (max(4.8, 3.2 * columns), 0.5 + 2.9 * rows), gaps=(0.65, 0.8))
+        for axes, name in zip(grid.flat, names, strict=False):
+            style.scale(axes, "y", histories[name])
+            style.run_lines(axes, best, histories, "epoch", name)
+            axes.set_title(name)
+            axes.set_xlabel("epoch")
+            axes.set_xlim(0, float(best.epochs.max()))
+        for axes in grid.flat[len(names) :]:
+            axes.set_axis_off()
+        style.legend_entries(grid[0, 0], zip(best.optimizer, best.coupling, strict=True))
+        style.one_legend(figure, grid[0, 0], 8 if columns > 1 else 4)
+    more = f" {len(own) - len(names)} more are in the tables." if len(own) > len(names) else ""
+    about = "; ".join(name if own[name] in ("", name) else f"{name}: {own[name]}" for name in names)
+    caption = f"Metrics of your own over epochs of the same runs: {about}.{more} {about_lines(best.optimizer)}"
+    return style.Drawing(f"own-{slug}", caption, figure)

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 
 from ncollapse.train.formatting import short_number
-from ncollapse.train.optimizers import LABELS
 from ncollapse.train.report import style
+from ncollapse.train.report.looks import look_of
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.settings import in_order, tried
-from ncollapse.train.report.style import COLOURS, GROUND, INK, ON_DARK, ON_LIGHT, QUIET
+from ncollapse.train.report.style import GROUND, INK, ON_DARK, ON_LIGHT, QUIET
 from ncollapse.train.results.schema import FINISHED
 
 #: Setting on the vertical axis -> its name in texts.
@@ -23,6 +23,8 @@ _MOST_VALUES, _MOST_ROWS = 25, 150
 _CELL, _BARE, _GAP, _NARROW = 0.25, 0.17, 0.3, 0.1
 #: Inches: left margin, for the optimizers' names.
 _LEFT = 1.25
+#: Characters of a name that it has room for, and inches for each more.
+_SHORT, _PER_LETTER = 9, 0.085
 
 
 def cells(runs: pd.DataFrame, axis: str, selection: Selection) -> pd.DataFrame:
@@ -83,10 +85,11 @@ def heat_maps(slug: str, frame: pd.DataFrame, axis: str, threshold: str, note: s
         block.bottom = bottom
         block.labelled = below is None or list(below.decays) != list(block.decays)
         bottom -= (_GAP if block.labelled else _NARROW) / cell
-    size = (9.6, -bottom * cell + 0.97 - _GAP)
+    margin = _LEFT + _PER_LETTER * max(0, *(len(look_of(block.optimizer).label) - _SHORT for block in blocks))
+    size = (8.35 + margin, -bottom * cell + 0.97 - _GAP)
     with style.styled():
         figure, grid = style.panels(
-            1, len(metrics), size, margins=(_LEFT, 0.1, 0.35, 0.62), gaps=(0.18, 0), sharey=True
+            1, len(metrics), size, margins=(margin, 0.1, 0.35, 0.62), gaps=(0.18, 0), sharey=True
         )
         for axes, metric in zip(grid[0], metrics, strict=True):
             limits = _limits(frame[metric], frame.reached > 0)
@@ -104,17 +107,18 @@ def heat_maps(slug: str, frame: pd.DataFrame, axis: str, threshold: str, note: s
         first = grid[0, 0]
         rows = [(block.bottom + i + 0.5, short_number(v, 3)) for block in blocks for i, v in enumerate(block.rows)]
         first.set_yticks([at for at, _ in rows], [text for _, text in rows])
-        left = (0.1 - _LEFT) / (size[0] * first.get_position().width)
+        left = (0.1 - margin) / (size[0] * first.get_position().width)
         for block in blocks:
-            name = {"color": COLOURS[block.optimizer], "weight": "bold", "transform": first.get_yaxis_transform()}
-            first.text(left, block.bottom + len(block.rows) / 2, LABELS[block.optimizer], va="center", **name)
+            look = look_of(block.optimizer)
+            name = {"color": look.colour, "weight": "bold", "transform": first.get_yaxis_transform()}
+            first.text(left, block.bottom + len(block.rows) / 2, look.label, va="center", **name)
         about = f"horizontal: weight decay λ; vertical: {AXES[axis]}"
-        figure.text(_LEFT / size[0], 0.1 / size[1], about, color=QUIET, fontsize=8)
+        figure.text(margin / size[0], 0.1 / size[1], about, color=QUIET, fontsize=8)
     caption = (
         f"Final metrics over weight decay λ (horizontal) and {AXES[axis]} (vertical), for each optimizer; darker is "
         f"closer to collapse. A cell shows the smallest value of its runs that reached {threshold} training accuracy. "
         "Hatched: no run reached it; the smallest value of all runs that ended well is shown. Dot: some of the cell's "
-        f"runs missed it. Empty: no run ended well.{note}"
+        f"runs missed it. Empty: no run ended well; all diverged, degenerated, were hopeless or failed.{note}"
     )
     return style.Drawing(f"heat-{axis}-{slug}", caption, figure)
 

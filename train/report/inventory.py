@@ -7,7 +7,7 @@ import pandas as pd
 from ncollapse.train.config import DESCRIPTIONS, FIELDS
 from ncollapse.train.formatting import duration
 from ncollapse.train.report.selection import Selection
-from ncollapse.train.report.settings import in_order, written
+from ncollapse.train.report.settings import USUAL_LOSS, in_order, written
 from ncollapse.train.report.view import Cell, Column, View
 from ncollapse.train.results.schema import FINISHED
 
@@ -16,24 +16,28 @@ _LISTED = 12
 
 
 def what_was_run(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
-    """Return a row per model, data set and optimizer: runs by status, runs that reached the threshold, seconds."""
+    """Return a row per model, data set, loss and optimizer: runs by status, those that reached the threshold, seconds.
+
+    Without the loss where all have cross-entropy.
+    """
+    keys = [name for name in ("model", "data", "loss") if name != "loss" or (runs.loss != USUAL_LOSS).any()]
     runs = runs.assign(reached=runs.id.isin(selection.eligible(runs).id))
     for status in FINISHED:
         runs[status] = runs.status == status
     runs["unfinished"] = ~runs.status.isin(FINISHED)
     counted = ["reached", *FINISHED, "unfinished"]
-    groups = runs.groupby(["model", "data", "optimizer"], sort=False)
+    groups = runs.groupby([*keys, "optimizer"], sort=False)
     frame = groups[counted].sum().assign(runs=groups.size(), seconds=groups.seconds.sum()).reset_index()
-    frame["place"] = frame.groupby(["model", "data"], sort=False).ngroup()
+    frame["place"] = frame.groupby(keys, sort=False).ngroup()
     frame = in_order(frame).sort_values("place", kind="stable")
-    return frame[["model", "data", "optimizer", "runs", *FINISHED, "unfinished", "reached", "seconds"]]
+    return frame[[*keys, "optimizer", "runs", *FINISHED, "unfinished", "reached", "seconds"]]
 
 
 def runs_view(runs: pd.DataFrame, selection: Selection) -> View:
     """Show `what_was_run`."""
+    frame = what_was_run(runs, selection)
     columns = (
-        Column.text("model"),
-        Column.text("data"),
+        *(Column.text(name) for name in ("model", "data", "loss") if name in frame),
         Column.optimizer(),
         *(Column.count(name) for name in ("runs", *FINISHED, "unfinished")),
         Column.count("reached", "reached the threshold"),
@@ -41,10 +45,11 @@ def runs_view(runs: pd.DataFrame, selection: Selection) -> View:
     )
     caption = (
         "Diverged: the loss was not finite. Degenerate: features or weights vanished. Hopeless: ended early by "
-        "--stop-hopeless, since the training loss had not left chance level. The threshold is "
+        "--stop-hopeless, since the training loss had not left chance level. Failed: code of your own raised an error, "
+        "whose traceback is in failures/ in the results folder. The threshold is "
         f"{selection.percent} training accuracy. Time: training and evaluation, each run's share of its stack's time."
     )
-    return View("runs-by-optimizer", caption, columns, what_was_run(runs, selection))
+    return View("runs-by-optimizer", caption, columns, frame)
 
 
 def settings_view(runs: pd.DataFrame) -> View:

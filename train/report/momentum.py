@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from ncollapse.train.report import style
+from ncollapse.train.report.looks import about_lines
 from ncollapse.train.report.queries import Results
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.settings import alike, described, in_order
@@ -98,8 +99,8 @@ def metrics_over_momentum(slug: str, readings: pd.DataFrame, names: Sequence[str
         )
     caption = (
         f"NC0–NC3 over momentum at equal training loss. {what}; each run is read at its first evaluated epoch whose "
-        f"training loss is at most the lowest that all runs of its {'group' if too_many else 'line'} reach. Solid: "
-        "weight decay coupled into the gradient; dashed: decoupled."
+        f"training loss is at most the lowest that all runs of its {'group' if too_many else 'line'} reach. "
+        f"{about_lines(readings.optimizer)}"
         f"{'' if few or too_many else ' Thick: the median.'}"
     )
     return style.Drawing(f"momentum-{slug}", caption, figure)

@@ -12,8 +12,9 @@ from typing import Any
 
 import pandas as pd
 
-from ncollapse.train.results.columns import EPOCH_COLUMNS, LAYER_COLUMNS
-from ncollapse.train.results.reader import load_meta, load_runs, load_sessions, query
+from ncollapse.train.results.columns import LAYER_COLUMNS, OwnMetrics, epoch_columns
+from ncollapse.train.results.own_metrics import read_metrics
+from ncollapse.train.results.reader import open_results, query, read_meta, read_runs, read_sessions
 
 #: The values of a parameter that is a list in JSON: the ids of 100,000 runs are too long for the text of a query.
 _LISTED = "SELECT value FROM json_each(?)"
@@ -27,11 +28,13 @@ class Results:
     runs: pd.DataFrame
     meta: dict[str, str]
     sessions: list[dict[str, Any]]
+    metrics: OwnMetrics = dataclasses.field(default_factory=dict)
+    """Metrics of the user's that the runs have: name -> meaning."""
 
     def histories(self, runs: Iterable[str]) -> pd.DataFrame:
         """Return the evaluated epochs of these runs, in the columns of `load_metrics`."""
         sql = f"SELECT * FROM metrics WHERE run IN ({_LISTED}) ORDER BY run, epoch"
-        return query(self.folder, sql, EPOCH_COLUMNS, (json.dumps(list(runs)),))
+        return query(self.folder, sql, epoch_columns(self.metrics), (json.dumps(list(runs)),))
 
     def last_layers(self, runs: Iterable[str]) -> pd.DataFrame:
         """Return the blocks of these runs at their last evaluated epochs, in the columns of `load_layers`."""
@@ -56,7 +59,7 @@ class Results:
             "SELECT metrics.*, MIN(epoch) AS first FROM wanted CROSS JOIN metrics "
             "ON metrics.run = wanted.run AND train_loss <= loss GROUP BY metrics.run"
         )
-        return query(self.folder, found, EPOCH_COLUMNS, (json.dumps(dict(losses), allow_nan=False),))
+        return query(self.folder, found, epoch_columns(self.metrics), (json.dumps(dict(losses), allow_nan=False),))
 
 
 def read_results(folder: Path) -> Results:
@@ -65,4 +68,8 @@ def read_results(folder: Path) -> Results:
     Raises:
         UserError: the folder holds no results, or results in a format that cannot be read.
     """
-    return Results(folder, load_runs(folder), load_meta(folder), load_sessions(folder))
+    with open_results(folder) as connection:  # one moment, also while a sweep writes
+        return Results(
+            folder, read_runs(connection, folder), read_meta(connection, folder), read_sessions(connection, folder),
+            read_metrics(connection, folder),
+        )  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from ncollapse.train.report import style
+from ncollapse.train.report.looks import about_points
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.settings import described, in_order, tried
 from ncollapse.train.report.style import Drawing
@@ -21,7 +22,6 @@ _CAPTIONS = {
 #: Runs beyond which points are smaller.
 _MANY_POINTS = 300
 _START_COLOUR = "#8a8f95"
-_SHAPES = "Discs: weight decay coupled into the gradient; diamonds: decoupled."
 
 
 def rank_correlations(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
@@ -112,7 +112,7 @@ def accuracy_against_collapse(slug: str, runs: pd.DataFrame, selection: Selectio
         style.one_legend(figure, grid[0, 0], 6)
     drawing.caption = (
         "Validation accuracy over each final metric. Each point is a run that reached the training-accuracy threshold. "
-        f"{_SHAPES}{drawing.note}"
+        f"{about_points(eligible.optimizer)}{drawing.note}"
     )
     return drawing
 
@@ -142,7 +142,9 @@ def metric_pairs(slug: str, runs: pd.DataFrame, selection: Selection, pairs: Seq
         style.one_legend(figure, grid[0, 0], 8 if len(pairs) > 1 else 4)
     hollow = " Hollow: the run missed the training-accuracy threshold." if missed else ""
     about = " ".join(_CAPTIONS[y] for _, y in pairs)
-    drawing.caption = f"{about} Each point is a run that ended well. {_SHAPES}{hollow}{drawing.note}"
+    drawing.caption = (
+        f"{about} Each point is a run that ended well. {about_points(done.optimizer)}{hollow}{drawing.note}"
+    )
     return drawing
 
 

@@ -7,26 +7,30 @@ import numpy as np
 import pandas as pd
 
 from ncollapse.train.config import FIELDS
-from ncollapse.train.formatting import setting_value
-from ncollapse.train.optimizers import OPTIMIZERS, TABLE
+from ncollapse.train.formatting import options_text, setting_value
+from ncollapse.train.optimizers import row_of
+from ncollapse.train.report.looks import ordered
+from ncollapse.train.results.validation import read_json
 
+#: The loss that titles and tables do not name.
+USUAL_LOSS = "cross_entropy"
 #: Settings that are written as symbols; all others by their names.
 SYMBOLS = {"momentum": "β", "weight_decay": "λ", "coupling": "c"}
 #: Written for every run, whether they vary or not.
 _ALWAYS = ("lr", "momentum", "weight_decay")
-#: Never written: the section's title or the table's first column has them.
-_IN_TITLES = ("model", "data", "optimizer")
+#: Never written: the section's title or the table's first column has them, or they follow from the others.
+_IN_TITLES = ("model", "data", "optimizer", "code")
 
 
 def in_order(frame: pd.DataFrame) -> pd.DataFrame:
     """Sort rows by optimizer, in the order of the table of optimizers; otherwise keep their order."""
-    return frame.sort_values("optimizer", key=lambda names: names.map(OPTIMIZERS.index), kind="stable")
+    place = {name: i for i, name in enumerate(ordered(frame.optimizer))}
+    return frame.sort_values("optimizer", key=lambda names: names.map(place), kind="stable")
 
 
 def tried(runs: pd.DataFrame) -> list[str]:
     """Return the optimizers of these runs, in the order of the table of optimizers."""
-    names = set(runs.optimizer)
-    return [name for name in OPTIMIZERS if name in names]
+    return ordered(runs.optimizer)
 
 
 def varying(runs: pd.DataFrame) -> list[str]:
@@ -49,15 +53,20 @@ def described(runs: pd.DataFrame, ignore: Iterable[str] = ()) -> "pd.Series[str]
     names = [*_ALWAYS, *(name for name in varying(runs) if name not in (*_ALWAYS, *_IN_TITLES, "coupling"))]
     parts = [_texts(runs[name], SYMBOLS.get(name, name)) for name in names if name not in ignore]
     if "coupling" not in ignore:
-        usual = runs.coupling == runs.optimizer.map({name: row.coupling for name, row in TABLE.items()}).astype(float)
+        defaults = {name: row_of(name).coupling for name in runs.optimizer.unique()}
+        usual = (runs.coupling == runs.optimizer.map(defaults).astype(float)) | runs.coupling.isna()
         parts.append(np.where(usual, "", _texts(runs.coupling, SYMBOLS["coupling"])).astype(object))
-    return pd.Series([" ".join(texts).strip() for texts in zip(*parts, strict=True)], runs.index, dtype=object)
+    return pd.Series([" ".join(filter(None, texts)) for texts in zip(*parts, strict=True)], runs.index, dtype=object)
 
 
 def _texts(column: "pd.Series[Any]", name: str) -> "np.ndarray[Any, Any]":
-    """Return NAME=VALUE for every value; each is formatted once, since a column has few different ones."""
+    """Return NAME=VALUE for every value, or OPTION=VALUE for options; each is formatted once: few are different."""
     codes, values = pd.factorize(column, use_na_sentinel=False)
-    return np.array([f"{name}={written(value)}" for value in values], dtype=object)[codes]
+    if name.endswith("_options"):
+        texts = [options_text(read_json(value) or {}) for value in values]
+    else:
+        texts = [f"{name}={written(value)}" for value in values]
+    return np.array(texts, dtype=object)[codes]
 
 
 def written(value: object) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ncollapse.train.formatting import superscript
-from ncollapse.train.optimizers import LABELS, TABLE
+from ncollapse.train.report.looks import look_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     __all__ = ["Axes", "Axis", "Figure"]  # types for the files that draw, which do not import matplotlib
 
-#: Optimizer -> colour of its family.
-COLOURS = {name: row.colour for name, row in TABLE.items()}
 #: Text, axes and notes, grid lines, background. The page replaces them by CSS variables.
 INK, QUIET, GRID, GROUND = "#1b1b1b", "#5b6066", "#e4e6e8", "#fdfdfd"
 #: Numbers and marks on dark and on light cells. The page keeps them, since the cells' colours stay the same.
@@ -144,8 +142,13 @@ def encode(figure: "Figure") -> tuple[bytes, str]:
 
 
 def line(optimizer: str, coupling: float) -> dict[str, Any]:
-    """Return the style of a line: the family's colour; solid where decay is coupled, even in part, dashed where not."""
-    return {"color": COLOURS[optimizer], "linestyle": "-" if coupling > 0 else (0, (3.2, 1.6))}
+    """Return the style of a line: the family's colour; solid where decay is coupled, even in part, dashed where not.
+
+    It is dash-dotted for an optimizer that is not ncollapse's.
+    """
+    look = look_of(optimizer)
+    kind = (0, (6, 1.5, 1.2, 1.5)) if look.foreign else "-" if coupling > 0 else (0, (3.2, 1.6))
+    return {"color": look.colour, "linestyle": kind}
 
 
 def run_lines(axes: "Axes", best: "pd.DataFrame", rows: "pd.DataFrame", x: str, y: str, **options: Any) -> None:
@@ -169,13 +172,19 @@ def medians(
         at = found.index if places is None else np.searchsorted(places, found.index)
         axes.plot(at, found[0.5], **line(str(optimizer), float(bool(coupled))))
         if band:
-            axes.fill_between(at, found[0.1], found[0.9], color=COLOURS[str(optimizer)], alpha=0.12, linewidth=0)
+            axes.fill_between(at, found[0.1], found[0.9], color=look_of(str(optimizer)).colour, alpha=0.12, linewidth=0)
 
 
 def marker(optimizer: str, coupling: float, *, reached: bool) -> dict[str, Any]:
-    """Return the style of a point: a disc where decay is coupled, otherwise a diamond; hollow below the threshold."""
-    colour = COLOURS[optimizer]
+    """Return the style of a point: a disc where decay is coupled, otherwise a diamond; hollow below the threshold.
+
+    It is a triangle for an optimizer that is not ncollapse's.
+    """
+    look = look_of(optimizer)
+    colour = look.colour
     shape = {"marker": "o", "markersize": 4.5} if coupling > 0 else {"marker": "D", "markersize": 4.0}
+    if look.foreign:
+        shape = {"marker": "^", "markersize": 5.0}
     return shape | {"mec": colour, "mfc": colour if reached else GROUND, "mew": 0.8, "alpha": 0.75 if reached else 0.6}
 
 
@@ -225,7 +234,7 @@ def legend_entries(
     """Add an entry per optimizer and coupling, as a point or as a line, and one that says what hollow circles mean."""
     for optimizer, coupling in optimizers:
         point = marker(optimizer, coupling, reached=True) | {"linestyle": "", "alpha": 1}
-        axes.plot([], [], label=LABELS[optimizer], **(point if points else line(optimizer, coupling)))
+        axes.plot([], [], label=look_of(optimizer).label, **(point if points else line(optimizer, coupling)))
     if hollow:
         axes.plot([], [], "o", mfc=GROUND, mec=QUIET, label=hollow)
 

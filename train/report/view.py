@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from ncollapse.train import formatting
-from ncollapse.train.optimizers import LABELS
+from ncollapse.train.report.looks import look_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Column:
     def optimizer(cls) -> "Column":
         """Show the optimizer's label, beside its line."""
         name = "optimizer"
-        return cls(name, lambda row: Cell(LABELS.get(row[name], row[name]), optimizer=row[name]), words=True)
+        return cls(name, lambda row: Cell(look_of(row[name]).label, optimizer=row[name]), words=True)
 
     @classmethod
     def text(cls, name: str, title: str = "", *, missing: str = "") -> "Column":
@@ -70,8 +70,12 @@ class Column:
 
     @classmethod
     def setting(cls, name: str, title: str = "") -> "Column":
-        """Show the value of a numeric setting."""
-        return cls(title or name.replace("_", " "), lambda row: Cell(f"{row[name]:g}", value=float(row[name])))
+        """Show the value of a numeric setting; a dash where the optimizer does not have it."""
+
+        def cell(row: "pd.Series[Any]") -> Cell:
+            return Cell(formatting.DASH if pd.isna(row[name]) else f"{row[name]:g}", value=float(row[name]))
+
+        return cls(title or name.replace("_", " "), cell)
 
 
 @dataclasses.dataclass(frozen=True)

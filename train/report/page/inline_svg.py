@@ -4,12 +4,12 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from ncollapse.train.optimizers import FAMILY_COLOURS
+from ncollapse.train.report.looks import PAGE_COLOURS
 from ncollapse.train.report.style import GRID, GROUND, INK, QUIET
 
 #: Colour in the files -> the page's CSS variable, which differs between light and dark.
 _VARIABLES = {INK: "ink", QUIET: "quiet", GRID: "grid", GROUND: "card"}
-_VARIABLES |= {light: name for name, (light, _) in FAMILY_COLOURS.items()}
+_VARIABLES |= {light: name for name, (light, _) in PAGE_COLOURS.items()}
 _COLOUR = re.compile("|".join(_VARIABLES))
 _REFERENCE = re.compile(r'(href="#|url\(#)([^")]+)')
 

@@ -1,4 +1,4 @@
-"""The sections of the report on the runs of one model and data set. Each has its figures and tables, or says why not.
+"""The sections of the report on the runs of one model, data set and loss. Each has figures and tables, or says why not.
 
 What a section computes, its tables' columns and its figures stand in one file, for instance `report/heat_map.py`.
 """
@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 import pandas as pd
 
 from ncollapse.train.formatting import percentage
-from ncollapse.train.optimizers import LABELS
 from ncollapse.train.report import coupling, depth, epochs, heat_map, momentum, scatter
 from ncollapse.train.report.best import best_runs, main_view
+from ncollapse.train.report.looks import look_of
 from ncollapse.train.report.queries import Results
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.style import Drawing
@@ -57,7 +57,7 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The runs of one model and data set, and their sections."""
+    """The runs of one model, data set and loss, and their sections."""
 
     title: str
     slug: str
@@ -80,15 +80,20 @@ class Part:
             yield self._layers()
 
     def _best(self) -> Section:
-        view = main_view(self.slug, self.runs, self.selection)
+        view = main_view(self.slug, self.runs, self.selection, self.results.metrics)
         section = Section("best", "Best run of each optimizer", tables=[view])
         finished = self.runs.status.isin(FINISHED)
         if not finished.all():
             section.without(f"{int((~finished).sum())} of {len(self.runs)} runs are not finished yet.")
+        if failed := int((self.runs.status == "failed").sum()):
+            section.without(
+                f"{failed} of {len(self.runs)} runs failed: code of your own raised an error, whose traceback is in "
+                "failures/ in the results folder. They do not count."
+            )
         change = view.frame.set_index("optimizer").nc0_change
         for verb, names in (("fell", change.index[change < 0]), ("did not fall", change.index[change >= 0])):
             if len(names):
-                section.text += f"NC0 {verb} in the best run of {', '.join(LABELS[name] for name in names)}. "
+                section.text += f"NC0 {verb} in the best run of {', '.join(look_of(name).label for name in names)}. "
         return section.note_undefined(self.runs[finished], (*NC, "nc4"))
 
     def _over_epochs(self) -> Section:
@@ -100,6 +105,9 @@ class Part:
         section.drawings.append(epochs.nc0_over_epochs(self.slug, best, histories))
         if shown := _present(histories, ("nc1", "nc2", "nc3")):
             section.drawings.append(epochs.nc123_over_epochs(self.slug, best, histories, shown))
+        if own := _present(histories, self.results.metrics):
+            measured = {name: self.results.metrics[name] for name in own}
+            section.drawings.append(epochs.own_over_epochs(self.slug, best, histories, measured))
         return section.note_undefined(histories, ("nc1", "nc2", "nc3"))
 
     def _heat_maps(self) -> Section:

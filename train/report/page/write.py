@@ -2,8 +2,9 @@
 
 import base64
 import dataclasses
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -11,20 +12,24 @@ from rich.console import Console
 
 from ncollapse.train.errors import UserError
 from ncollapse.train.formatting import duration, number, percentage
-from ncollapse.train.optimizers import FAMILY_COLOURS, LABELS, TABLE
 from ncollapse.train.report.best import decay_view, main_view
 from ncollapse.train.report.inventory import runs_view, settings_view
+from ncollapse.train.report.looks import PAGE_COLOURS, Look, base_of, look_of, ordered, shown, with_variants
 from ncollapse.train.report.page.inline_svg import inline
 from ncollapse.train.report.page.sections import Part, Section
 from ncollapse.train.report.queries import Results, read_results
-from ncollapse.train.report.selection import Selection
-from ncollapse.train.report.settings import described
+from ncollapse.train.report.selection import NC, Selection
+from ncollapse.train.report.settings import USUAL_LOSS, described
 from ncollapse.train.report.style import encode
 from ncollapse.train.report.terminal import print_across, print_down
 from ncollapse.train.results.schema import FINISHED
 
 #: Bytes of SVG beyond which the page has the PNG instead: browsers are slow with tens of thousands of shapes.
 _HEAVY = 300_000
+#: Metrics of the user's in a tooltip, at most.
+_MOST_OWN = 4
+#: Characters of the name of a model and a data set in the names of files.
+_LONGEST_SLUG = 80
 #: Length of an SVG file over that of its element on the page, at most: beyond, the element is not made.
 _LONG = 8
 
@@ -48,11 +53,16 @@ def write_report(folder: Path, selection: Selection, console: Console, out: Path
     Raises:
         UserError: the folder holds no results, or `out` cannot be written to.
     """
-    out = folder if out is None else out
-    results = read_results(folder)
+    out, results = folder if out is None else out, read_results(folder)
+    results = dataclasses.replace(results, runs=with_variants(results.runs))
+    with shown(results.runs.optimizer.unique()):
+        return _write_report(results, selection, console, out)
+
+
+def _write_report(results: Results, selection: Selection, console: Console, out: Path) -> Path:
     parts = parts_of(results, selection)
     for part in parts:
-        print_across(console, main_view(part.slug, part.runs, selection), part.title)
+        print_across(console, main_view(part.slug, part.runs, selection, results.metrics), part.title)
         if part.runs.groupby("optimizer").coupling.nunique().max() > 1:
             print_down(console, decay_view(part.slug, part.runs, selection), "NC0 by weight decay and coupling")
     path = out / "report.html"
@@ -74,13 +84,23 @@ def write_report(folder: Path, selection: Selection, console: Console, out: Path
 
 
 def parts_of(results: Results, selection: Selection) -> list[Part]:
-    """Return the runs of each model and data set."""
-    parts = []
-    for (model, data), runs in results.runs.groupby(["model", "data"], sort=False):
+    """Return the runs of each model, data set and loss."""
+    parts: dict[str, Part] = {}
+    for (model, data, loss), runs in results.runs.groupby(["model", "data", "loss"], sort=False):
+        more = "" if loss == USUAL_LOSS else f", {loss}"
         # These names come from the store and become part of paths.
-        slug = re.sub(r"[^A-Za-z0-9.]+", "-", f"{model}-{data}").strip("-.")
-        parts.append(Part(f"{model} on {data}", slug, runs, results, selection))
-    return parts
+        name = (
+            re.sub(r"[^A-Za-z0-9.]+", "-", f"{model}-{data}{more}").strip("-.")[:_LONGEST_SLUG].rstrip("-.") or "runs"
+        )
+        slug = next(one for one in _numbered(name) if one.lower() not in parts)
+        parts[slug.lower()] = Part(f"{model} on {data}{more}", slug, runs, results, selection)
+    return list(parts.values())
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """Yield a name, and then the same with numbers at its end: names of the user's may differ in a few letters only."""
+    yield name
+    yield from (f"{name}-{i}" for i in itertools.count(2))
 
 
 def draw(folder: Path, section: Section, numbers: dict[str, int]) -> list[Picture]:
@@ -137,27 +157,38 @@ def render(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
     )  # fmt: skip
     runs = results.runs
-    inventory = [runs_view(runs, selection), settings_view(runs)]
+    # An optimizer with several options has several names in the report, but not among the settings.
+    settings = runs.assign(optimizer=runs.optimizer.map(base_of))
+    inventory = [runs_view(runs, selection), settings_view(settings)]
     for view in inventory:
         _write_csv(folder, view.name, view.frame)
     return environment.get_template("page.html.j2").render(
         name=results.meta.get("grid", results.folder.name), description=results.meta.get("description", ""),
-        parts=drawn, inventory=inventory, sessions=results.sessions, runs=list(_tooltips(runs, numbers)),
-        optimizers=TABLE, families=FAMILY_COLOURS, threshold=selection.percent,
+        parts=drawn, inventory=inventory, sessions=results.sessions,
+        runs=list(_tooltips(runs, numbers, list(results.metrics))),
+        lines=_lines(runs), families=PAGE_COLOURS, threshold=selection.percent,
         total=len(runs), counts=runs.status.value_counts().to_dict(), finished=int(runs.status.isin(FINISHED).sum()),
         reached=len(selection.eligible(runs)), seconds=duration(float(runs.seconds.sum())),
     )  # fmt: skip
 
 
-def _tooltips(runs: pd.DataFrame, numbers: Mapping[str, int]) -> Iterable[str]:
+def _lines(runs: pd.DataFrame) -> dict[str, tuple[str, Look]]:
+    """Return optimizer -> the CSS class of its line beside a table, and its look."""
+    # Names of the user's may hold anything.
+    return {name: (f"line-{i}", look_of(name)) for i, name in enumerate(ordered(runs.optimizer))}
+
+
+def _tooltips(runs: pd.DataFrame, numbers: Mapping[str, int], own: Sequence[str]) -> Iterable[str]:
     """Yield the tooltip of each numbered run, in order: its settings on the first line, then its results."""
     if not numbers:
         return
-    shown = runs.assign(settings=described(runs)).set_index("id", drop=False).loc[list(numbers)]
-    labels = shown.optimizer.map(lambda name: LABELS.get(name, name))
-    results = ["NC0", "NC1", "NC2", "NC3", "train_accuracy", "val_accuracy"]
-    columns = [shown[name.lower()].tolist() for name in results]
-    for label, settings, run, *values in zip(labels, shown.settings, shown.id, *columns, strict=True):
-        metrics = "  ".join(f"{n} {number(v)}" for n, v in zip(results[:4], values[:4], strict=True))
-        train, val = map(percentage, values[4:])
+    drawn = runs.assign(settings=described(runs)).set_index("id", drop=False).loc[list(numbers)]
+    labels = drawn.optimizer.map(lambda name: look_of(name).label)
+    names = [*(name.upper() for name in NC), *own[:_MOST_OWN]]
+    columns = [drawn[name] for name in ("train_accuracy", "val_accuracy", *NC, *own[:_MOST_OWN])]
+    for label, settings, run, train_acc, val_acc, *values in zip(
+        labels, drawn.settings, drawn.id, *columns, strict=True
+    ):
+        metrics = "  ".join(f"{n} {number(v)}" for n, v in zip(names, values, strict=True))
+        train, val = percentage(train_acc), percentage(val_acc)
         yield f"{label}  {settings}\n{metrics}\ntrain {train}, validation {val}; run {run}"
