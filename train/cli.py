@@ -1,8 +1,8 @@
 """The command `ncollapse`: a class for each subcommand. Heavy libraries are imported where a command needs them."""
 
 import dataclasses
-import functools
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -21,12 +21,13 @@ from tyro import conf
 
 import ncollapse
 from ncollapse.train.commands import theory
-from ncollapse.train.config import DESCRIPTIONS, FIELDS, make_run
+from ncollapse.train.config import DESCRIPTIONS, GIVEN, RunConfig, make_run
 from ncollapse.train.engine.options import KeepOptions, Options, PlaceOptions, SourceOptions, hide_default
 from ncollapse.train.engine.part import part_of, shard_of
 from ncollapse.train.errors import InterruptError, LostRunsError, StoppedError, UserError
 from ncollapse.train.formatting import plain
-from ncollapse.train.grid import Grid, load_grid, presets, run_settings
+from ncollapse.train.grid import Grid, load_grid, plugins_beside, presets, run_settings
+from ncollapse.train.plugins import with_code
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.results.export import Format, export_results
 
@@ -36,8 +37,7 @@ class Demo(PlaceOptions, Options, Selection):
     """Six optimizers on scikit-learn's digits: the paper's table, figures and a report in under a minute."""
 
     def main(self, console: Console) -> None:
-        grid = load_grid("demo")
-        folder = _train(grid, self.out, self, self, console)
+        grid, folder = _train(load_grid("demo"), self.out, self, self, console)
         _report(folder, self, console)
         _check_lost(grid, folder)
         name = "ncollapse" if shutil.which("ncollapse") else sys.argv[0]
@@ -59,7 +59,7 @@ def _settings(name: str, several: bool, default_of: str = "the grid's") -> Any:
         argument = conf.arg(help=DESCRIPTIONS[f.name], help_behavior_hint=hint)
         return f.name, Annotated[kind | None, argument], None  # type: ignore[operator]
 
-    return dataclasses.make_dataclass(name, [field(f) for f in FIELDS], kw_only=True, frozen=True)
+    return dataclasses.make_dataclass(name, [field(f) for f in GIVEN], kw_only=True, frozen=True)
 
 
 _Settings = _settings("settings", several=False)
@@ -80,10 +80,12 @@ class Run(PlaceOptions, KeepOptions):
         from ncollapse.train.report.terminal import print_run
 
         given = {name: value for name, value in vars(self.settings).items() if value is not None}
-        run = make_run(given if self.preset is None else run_settings(self.preset, given), "run")
-        grid = Grid(f"{run.model}-{run.data}-{run.optimizer}-{run.id}", (run,))
+        plugins = plugins_beside(self.preset)
+        settings = given if self.preset is None else run_settings(self.preset, given)
+        run = with_code(lambda found: make_run(found, "run"), plugins, settings)
         options = Options(**{f.name: getattr(self, f.name) for f in dataclasses.fields(KeepOptions)})
-        folder = _train(grid, self.out, self, options, console)
+        grid = Grid(_name_of(run), (run,), plugins=plugins, metrics=self.metrics)
+        grid, folder = _train(grid, self.out, self, options, console)
         print_run(folder, grid.runs[0].id, console)
         _check_lost(grid, folder)
 
@@ -108,17 +110,21 @@ class Sweep(PlaceOptions, Options, Selection):
     def main(self, console: Console) -> None:
         given = {name: list(values) for name, values in vars(self.axes).items() if values is not None}
         grid = load_grid(self.grid, given)
+        grid = dataclasses.replace(grid, metrics=tuple(dict.fromkeys([*grid.metrics, *self.metrics])))
         grid = grid if self.where is None else part_of(grid, self.where)
         grid = grid if self.shard is None else shard_of(grid, self.shard)
         for note in grid.notes:
             console.print(plain(f"ncollapse: {note}", "yellow"), soft_wrap=True)
         if self.dry_run:
+            from ncollapse.train.engine.planning import adopted, device_of, loader
             from ncollapse.train.engine.preview import print_preview
 
-            device = _device(self.device, self.engine)
-            print_preview(grid, self.out or Path("results") / grid.name, _loader(self), device, self, console)
+            out = self.out or Path("results") / grid.name
+            grid = adopted(grid, out, self, console)
+            device = device_of(self.device, self.engine)
+            print_preview(grid, out, loader(grid, self.data_dir, self.download), device, self, console)
             return
-        folder = _train(grid, self.out, self, self, console)
+        grid, folder = _train(grid, self.out, self, self, console)
         _report(folder, self, console)
         _check_lost(grid, folder)
 
@@ -141,7 +147,9 @@ class Rerun(SourceOptions, Options, Selection):
         from ncollapse.train.commands.rerun import train_again
 
         given = {name: list(values) for name, values in vars(self.changes).items() if values is not None}
-        grid = train_again(self.folder, self.where, given, lambda grid: _train(grid, self.folder, self, self, console))
+        grid = train_again(
+            self.folder, self.where, given, lambda grid: _train(grid, self.folder, self, self, console), self.metrics
+        )
         _report(self.folder, self, console)
         _check_lost(grid, self.folder)
 
@@ -264,6 +272,8 @@ class Doctor:
         console.print(table)
 
 
+#: The most characters of the name of a single run's folder.
+_LONGEST_NAME = 100
 #: Error -> exit code, the first that fits; 75 is EX_TEMPFAIL: "give the same command again".
 _CODES = {StoppedError: 75, InterruptError: 130, LostRunsError: 4}
 
@@ -322,25 +332,29 @@ def _unforeseen(error: Exception) -> str:
     return f"{what}. Its traceback is in {log.name}; please report it"
 
 
-def _loader(source: SourceOptions) -> Any:
-    """Return the function that loads a data set by its name onto a device."""
-    from ncollapse.train.data.sets import load
+def _name_of(run: RunConfig) -> str:
+    """Return the name of the results folder of a single run."""
+    text = f"{run.model}-{run.data}-{run.optimizer}-{run.id}"
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-.")[-_LONGEST_NAME:].lstrip("-.")
 
-    return functools.partial(load, data_dir=source.data_dir, download=source.download)
 
-
-def _train(grid: Grid, out: Path | None, source: SourceOptions, options: Options, console: Console) -> Path:
-    """Train the unfinished runs of a grid and return the results folder."""
+def _train(
+    grid: Grid, out: Path | None, source: SourceOptions, options: Options, console: Console
+) -> tuple[Grid, Path]:  # fmt: skip
+    """Train the unfinished runs of a grid; return it as the results folder knows it, and the folder."""
+    from ncollapse.train.engine.planning import adopted, device_of, loader
     from ncollapse.train.engine.scheduler import sweep
 
     out = out or Path("results") / grid.name
     started = time.perf_counter()
-    trained = sweep(grid, out, _loader(source), _device(source.device, options.engine), options, console)
+    grid = adopted(grid, out, options, console)
+    load = loader(grid, source.data_dir, source.download)
+    trained = sweep(grid, out, load, device_of(source.device, options.engine), options, console)
     if trained:
         console.print(plain(f"Trained {trained} of {len(grid.runs)} runs in {time.perf_counter() - started:.0f} s."))
     else:
         console.print(plain(f"All {len(grid.runs)} runs in {out} are done; nothing to train."), soft_wrap=True)
-    return out
+    return grid, out
 
 
 def _check_lost(grid: Grid, folder: Path) -> None:
@@ -349,9 +363,13 @@ def _check_lost(grid: Grid, folder: Path) -> None:
 
     runs = query(folder, "SELECT id, status FROM runs")
     statuses = runs.status[runs.id.isin([run.id for run in grid.runs])].value_counts()
-    lost = {name: int(statuses[name]) for name in ("diverged", "hopeless") if name in statuses}
+    said = {
+        "diverged": "diverged (their loss was NaN or inf)",
+        "hopeless": "were ended as hopeless",
+        "failed": f"failed (their own code raised an error; tracebacks are in {folder / 'failures'})",
+    }
+    lost = {name: int(statuses[name]) for name in said if name in statuses}
     if lost:
-        said = {"diverged": "diverged (their loss was NaN or inf)", "hopeless": "were ended as hopeless"}
         how = " and ".join(f"{count} {said[name]}" for name, count in lost.items())
         raise LostRunsError(
             f"all {len(grid.runs)} runs have ended, but {how}; they are recorded as such and never count as "
@@ -366,17 +384,3 @@ def _report(folder: Path, selection: Selection, console: Console, out: Path | No
     page = write_report(folder, selection, console, out)
     text = f"Results: {folder}/runs.sqlite, figures and {page} (open it in a browser)."
     console.print(plain(text), soft_wrap=True)
-
-
-def _device(name: str | None, engine: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda"):
-            raise UserError(f"--device {name}: runs train on cpu or cuda")
-        if engine == "local":  # a cluster checks this itself: it may have GPUs where this machine has none
-            torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UserError(f"--device {name}: {(str(error).splitlines() or ['no device'])[0]}") from None
-    return device

@@ -205,7 +205,7 @@ def with_code(run: Callable[..., RunConfig], plugins: Plugins, settings: Mapping
         for setting, names in NAMED.items()
         if isinstance(name := settings.get(setting), str) and name not in names
     }
-    return run({**settings, "code": plugins.code_of(own)} if own else settings)
+    return run({**settings, "code": plugins.code_of(own)} if own else {**settings, "code": ""})
 
 
 def _import_file(kind: str, path: Path) -> ModuleType:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ncollapse.train.config import RunConfig, make_run, short
+from ncollapse.train.config import NAMED, RunConfig, make_run, short
 from ncollapse.train.engine.part import matching, parse_where
 from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import Grid
+from ncollapse.train.plugins import Plugins, with_code
 from ncollapse.train.results.reader import load_meta, load_runs
 from ncollapse.train.results.schema import FINISHED, SETTINGS, STATUSES
 from ncollapse.train.results.writer import Store
@@ -38,21 +39,24 @@ def chosen_runs(folder: Path, where: str) -> dict[RunConfig, str]:
     return chosen
 
 
-def changed(runs: Sequence[RunConfig], settings: Mapping[str, Sequence[Any]]) -> list[RunConfig]:
+def changed(runs: Sequence[RunConfig], settings: Mapping[str, Sequence[Any]], plugins: Plugins) -> list[RunConfig]:
     """Return the runs with every combination of other settings, each once; what is given replaces what they have."""
     found: dict[RunConfig, None] = {}
-    for run in runs:
+    for old in runs:
         for values in itertools.product(*settings.values()):
             new = dict(zip(settings, values, strict=True))
             # The coupling of an optimizer follows from its name.
-            kept = {"coupling": None} if "optimizer" in new else {}
-            found[make_run({**run.as_dict(), **kept, **new}, "rerun")] = None
+            kept: dict[str, Any] = {"coupling": None} if "optimizer" in new else {}
+            kept |= {f"{name}_options": "" for name in NAMED if name in new}
+            run = with_code(lambda found: make_run(found, "rerun"), plugins, {**old.as_dict(), **kept, **new})
+            found[run] = None
     return list(found)
 
 
 def train_again(
-    folder: Path, where: str, settings: Mapping[str, Sequence[Any]], train: Callable[[Grid], object]
-) -> Grid:
+    folder: Path, where: str, settings: Mapping[str, Sequence[Any]], train: Callable[[Grid], object],
+    metrics: Sequence[str] = (),
+) -> Grid:  # fmt: skip
     """Train the runs of a folder that satisfy conditions, and return them.
 
     Without other settings what was measured of them is deleted first; with some the folder gets new runs, and keeps the
@@ -60,13 +64,16 @@ def train_again(
 
     Args:
         train: trains the runs of a grid in the folder.
+        metrics: names of the user's metrics, which are measured too. Files of the user's are looked for in the current
+            folder.
 
     Raises:
         UserError: as in `chosen_runs` and `Store`; runs of a stack that is still to be trained.
     """
     chosen, meta = chosen_runs(folder, where), load_meta(folder)
-    runs = changed(list(chosen), settings) if settings else list(chosen)
-    grid = Grid(meta["grid"], tuple(runs), meta.get("description", ""))
+    plugins = Plugins()
+    runs = changed(list(chosen), settings, plugins) if settings else list(chosen)
+    grid = Grid(meta["grid"], tuple(runs), meta.get("description", ""), plugins=plugins, metrics=tuple(metrics))
     if not settings:
         with Store(folder, grid) as store:
             store.reset(run.id for run, status in chosen.items() if status in FINISHED)

@@ -26,6 +26,10 @@ class KeepOptions:
     """Also log every metric of every run for TensorBoard, in the folder tensorboard."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints of a stack, from which the same command continues."""
+    metrics: Annotated[tuple[str, ...], hide_default] = ()
+    """Metrics of your own to measure too: --metrics mine.py:margin."""
+    accept_changes: bool = False
+    """Go on with code of your own that has changed since the folder's runs were made; the change is recorded."""
     minutes: Annotated[float | None, hide_default] = None
     """Stop after so many minutes, at checkpoints, with exit code 75: --minutes 230 in a job of four hours."""
 

