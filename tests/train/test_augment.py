@@ -48,6 +48,23 @@ def test_images_are_cropped_and_flipped(channels: int) -> None:
     assert torch.equal(stacked[0], torch.stack(expected))
 
 
+def test_images_need_not_be_square() -> None:
+    images, index = torch.randn(3, 2, 6, 10), torch.tensor([2, 0])
+    flipped = gather_images(pad_images(images, "flip"), index, torch.tensor([[0, 0, 1], [0, 0, 0]]), 6)
+    assert torch.equal(flipped, torch.stack([images[2].flip(-1), images[0]]))
+    wide = pad_images(images, "crop")
+    cropped = gather_images(wide, index, torch.tensor([[8, 1, 0], [0, 3, 1]]), 6)
+    assert torch.equal(cropped, torch.stack([wide[2, :, 8:14, 1:11], wide[0, :, 0:6, 3:13].flip(-1)]))
+
+
+@pytest.mark.parametrize("samples", [torch.zeros(5, 7), torch.zeros(5, 7, 3), torch.zeros(5, 3, 8, 8).long()])
+def test_only_images_are_augmented(samples: torch.Tensor) -> None:
+    index = torch.tensor([[1, 2], [0, 3]])
+    assert torch.equal(gather_images(pad_images(samples, "none"), index, None, 1), samples[index])
+    with pytest.raises(UserError, match=r"augment flip needs images \[C, H, W\]; samples are \[.* of torch"):
+        pad_images(samples, "flip")
+
+
 def evaluations(training: Training) -> list[Evaluation]:
     return [event for event in training if isinstance(event, Evaluation)]
 

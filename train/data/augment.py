@@ -36,7 +36,9 @@ def pad_images(images: Tensor, augment: str) -> Tensor:
         UserError: augmentation of other samples, such as vectors or tokens.
     """
     if augment != "none" and (images.dim() != 4 or not images.is_floating_point()):
-        raise UserError(f"augment {augment} needs images [C, H, W]; the samples are {list(images.shape[1:])}")
+        raise UserError(
+            f"augment {augment} needs images [C, H, W]; samples are {list(images.shape[1:])} of {images.dtype}"
+        )
     return F.pad(images, (PAD,) * 4, mode="reflect") if "crop" in augment else images
 
 

@@ -76,5 +76,5 @@ def _read(path: Path) -> Tensor:
     except MemoryError:
         raise UserError(f"imagefolder: there is no memory for {path}") from None
     except Exception as error:  # the decoders raise whatever they run into
-        raise UserError(f"imagefolder: {path} cannot be read: {error or type(error).__name__}") from None
+        raise UserError(f"imagefolder: {path} cannot be read: {str(error) or type(error).__name__}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -99,7 +99,7 @@ def sample(dataset: Any, i: int, seed: int, what: str) -> tuple[Any, Any]:
 def _pixels(image: Any, what: str) -> np.ndarray:
     if image.mode.startswith("I") or image.mode == "F":
         return eight_bits(np.asarray(image), what)
-    return np.array(image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB"))
+    return np.array(image if image.mode in ("L", "RGB") else image.convert("RGB"))
 
 
 @generators_kept()

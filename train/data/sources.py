@@ -116,5 +116,5 @@ def _of_file(name: str, plugins: Plugins) -> Data:
     except MemoryError:
         raise UserError(f"data {path}: there is no memory for its arrays") from None
     except Exception as error:  # whatever decoding a damaged file raises
-        raise UserError(f"data {path}: not an .npz file of arrays: {error or type(error).__name__}") from None
+        raise UserError(f"data {path}: not an .npz file of arrays: {str(error) or type(error).__name__}") from None
     return _checked(f"data {path}", *(arrays[key] for key in _KEYS), arrays.get("classes"))
