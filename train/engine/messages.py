@@ -165,7 +165,7 @@ def train_stack(
         checkpoint = None if read_checkpoint is None else read_checkpoint()
         training = Training(
             runs, data, device, checkpoint=checkpoint, keep_weights=settings.keep_weights,
-            hopeless_after=settings.hopeless_after,
+            hopeless_after=settings.hopeless_after, plugins=settings.plugins, metrics=settings.metrics,
         )  # fmt: skip
         saved = time.monotonic()
         for event in training:
