@@ -148,8 +148,9 @@ class Rerun(SourceOptions, Options, Selection):
 
         given = {name: list(values) for name, values in vars(self.changes).items() if values is not None}
         grid = train_again(
-            self.folder, self.where, given, lambda grid: _train(grid, self.folder, self, self, console), self.metrics
-        )
+            self.folder, self.where, given, lambda grid: _train(grid, self.folder, self, self, console), self.metrics,
+            accept_changes=self.accept_changes,
+        )  # fmt: skip
         _report(self.folder, self, console)
         _check_lost(grid, self.folder)
 

@@ -11,6 +11,7 @@ from ncollapse.train.engine.part import matching, parse_where
 from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.plugins import Plugins, with_code
+from ncollapse.train.results.own_code import adopt_code
 from ncollapse.train.results.reader import load_meta, load_runs
 from ncollapse.train.results.schema import FINISHED, SETTINGS, STATUSES
 from ncollapse.train.results.writer import Store
@@ -24,12 +25,13 @@ def chosen_runs(folder: Path, where: str) -> dict[RunConfig, str]:
     Raises:
         UserError: no results, or conditions that are none; no run satisfies them.
     """
-    conditions = parse_where(where, {"status": STATUSES})
     frame = load_runs(folder)[["status", *SETTINGS]].astype(object)
+    rows = frame.where(frame.notna(), None).to_dict("records")
+    runs = [make_run({name: row[name] for name in SETTINGS}, str(folder)) for row in rows]
+    conditions = parse_where(where, {"status": STATUSES}, runs)
     chosen = {}
-    for row in frame.where(frame.notna(), None).to_dict("records"):
+    for row, run in zip(rows, runs, strict=True):
         status = "pending" if row["status"] not in FINISHED else row["status"]
-        run = make_run({name: row[name] for name in SETTINGS}, str(folder))
         of_status = (one for one in conditions if one.key == "status")
         of_settings = [one for one in conditions if one.key != "status"]
         if all(one.holds(status) for one in of_status) and matching([run], of_settings):
@@ -47,7 +49,10 @@ def changed(runs: Sequence[RunConfig], settings: Mapping[str, Sequence[Any]], pl
             new = dict(zip(settings, values, strict=True))
             # The coupling of an optimizer follows from its name.
             kept: dict[str, Any] = {"coupling": None} if "optimizer" in new else {}
+            # So do options, and what goes with one model or one loss only.
             kept |= {f"{name}_options": "" for name in NAMED if name in new}
+            kept |= {"head": ""} if "model" in new else {}
+            kept |= {"label_smoothing": 0.0} if "loss" in new else {}
             run = with_code(lambda found: make_run(found, "rerun"), plugins, {**old.as_dict(), **kept, **new})
             found[run] = None
     return list(found)
@@ -55,7 +60,7 @@ def changed(runs: Sequence[RunConfig], settings: Mapping[str, Sequence[Any]], pl
 
 def train_again(
     folder: Path, where: str, settings: Mapping[str, Sequence[Any]], train: Callable[[Grid], object],
-    metrics: Sequence[str] = (),
+    metrics: Sequence[str] = (), *, accept_changes: bool = False,
 ) -> Grid:  # fmt: skip
     """Train the runs of a folder that satisfy conditions, and return them.
 
@@ -66,6 +71,7 @@ def train_again(
         train: trains the runs of a grid in the folder.
         metrics: names of the user's metrics, which are measured too. Files of the user's are looked for in the current
             folder.
+        accept_changes: whether code of the user's that has changed counts as that of the runs.
 
     Raises:
         UserError: as in `chosen_runs` and `Store`; runs of a stack that is still to be trained.
@@ -75,6 +81,8 @@ def train_again(
     runs = changed(list(chosen), settings, plugins) if settings else list(chosen)
     grid = Grid(meta["grid"], tuple(runs), meta.get("description", ""), plugins=plugins, metrics=tuple(metrics))
     if not settings:
+        # Before anything is deleted.
+        adopt_code(grid.runs, grid.versions, folder, accept_changes)
         with Store(folder, grid) as store:
             store.reset(run.id for run, status in chosen.items() if status in FINISHED)
     try:

@@ -3,15 +3,17 @@
 import dataclasses
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from ncollapse.train.config import FIELDS, RunConfig, make_run, short, unknown
+from ncollapse.train.config import FIELDS, NAMED, RunConfig, canonical_options, make_run, short, unknown
 from ncollapse.train.engine.grouping import StackKey, group
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
 
-_CONDITION = re.compile(r"(\w+)\s*(!=|<=|>=|=|<|>)\s*([^\s<>=!]+)")
+#: A value: options as JSON, with one mapping within another at most; text between quotes; or a word.
+_VALUE = r"""\{(?:[^{}]|\{[^{}]*\})*\}|"[^"]*"|'[^']*'|[^\s<>=!,"'{}]+"""
+_CONDITION = re.compile(rf"(\w+)\s*(!=|<=|>=|=|<|>)\s*((?:{_VALUE})(?:,(?:{_VALUE}))*)")
 _SHARD = re.compile(r"([0-9]{1,6})/([0-9]{1,6})")
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
@@ -21,6 +23,9 @@ _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
 }
 _KEYS = [field.name for field in FIELDS]
 _TEXTS = frozenset(field.name for field in FIELDS if isinstance(field.default, str))
+_OPTIONS = frozenset(f"{setting}_options" for setting in NAMED)
+#: Texts that may be anything.
+_FREE = ("head", "code")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +43,16 @@ class Condition:
         return value is not None and _COMPARE[self.comparison](value, self.values[0])
 
 
-def parse_where(text: str, also: Mapping[str, Sequence[str]] | None = None) -> list[Condition]:
-    """Read conditions on runs, all of which must hold: "optimizer=adam,adamw lr<0.1".
+def parse_where(
+    text: str, also: Mapping[str, Sequence[str]] | None = None, runs: Iterable[RunConfig] = ()
+) -> list[Condition]:
+    """Read conditions on runs, all of which must hold: "optimizer=adam,torch.optim:NAdam lr<0.1".
+
+    Options are JSON, model_options={"depth": 3}; a text with spaces, commas or = stands between quotes.
 
     Args:
         also: keys that are no settings -> the values that they have.
+        runs: whose names that were given in Python may be values too.
 
     Raises:
         UserError: something that is no condition, an unknown key, or a value that the key cannot have.
@@ -53,20 +63,26 @@ def parse_where(text: str, also: Mapping[str, Sequence[str]] | None = None) -> l
             f"--where {short(text)}: {short(rest)} is no condition; write them as in "
             '--where "optimizer=adam,adamw lr<0.1"; they are = != < <= > >='
         )
-    return [_condition(found[1], found[2], found[3], also or {}) for found in _CONDITION.finditer(text)]
+    given = {(setting, name) for run in runs for setting, name in run.own.items()}
+    return [_condition(found[1], found[2], found[3], also or {}, given) for found in _CONDITION.finditer(text)]
 
 
-def _condition(key: str, comparison: str, text: str, also: Mapping[str, Sequence[str]]) -> Condition:
-    values: list[Any] = text.split(",")
+def _condition(
+    key: str, comparison: str, text: str, also: Mapping[str, Sequence[str]], given: Collection[tuple[str, str]]
+) -> Condition:
+    values: list[Any] = [one[1:-1] if one[0] in "\"'" else one for one in re.findall(_VALUE, text)]
     if key in also:
         for value in values:
             if value not in also[key]:
                 raise UserError("--where: " + unknown(key, value, also[key]))
     elif key not in _KEYS:
         raise UserError("--where: " + unknown("key", key, [*_KEYS, *also]))
+    elif key in _OPTIONS:
+        values = [_options(key, value) for value in values]
     elif key in _TEXTS:
         for value in values:
-            make_run({key: value}, "--where")
+            if key not in _FREE and (key, value) not in given:
+                make_run({key: value}, "--where")
     else:
         values = [_number(key, value) for value in values]
         if comparison in ("=", "!=") or (len(values) == 1 and values[0] is not None):
@@ -74,6 +90,13 @@ def _condition(key: str, comparison: str, text: str, also: Mapping[str, Sequence
     if comparison not in ("=", "!="):
         raise UserError(f"--where: {key}{comparison}{text}: {comparison} compares a number with one number")
     return Condition(key, comparison, tuple(values))
+
+
+def _options(key: str, text: str) -> str:
+    try:
+        return canonical_options(text)
+    except ValueError as error:
+        raise UserError(f"--where: {key} = {short(text)}: {error}") from None
 
 
 def _number(key: str, text: str) -> float | None:
@@ -94,7 +117,7 @@ def part_of(grid: Grid, where: str) -> Grid:
     Raises:
         UserError: see `parse_where`; no run does.
     """
-    runs = matching(grid.runs, parse_where(where))
+    runs = matching(grid.runs, parse_where(where, runs=grid.runs))
     if not runs:
         raise UserError(f"--where {short(where)}: none of the {len(grid.runs)} runs of {grid.name}")
     return dataclasses.replace(grid, runs=tuple(runs))
