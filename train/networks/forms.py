@@ -119,7 +119,8 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
         if _random_states() != before:
             return Form("alone", "it draws random numbers in training")
     reasons = []
-    for kind in ("layers", "vmap"):
+    kinds: tuple[Literal["layers", "vmap"], ...] = ("layers", "vmap")
+    for kind in kinds:
         if kind == "layers" and not architecture.own:
             continue  # one run of a vit or densenet has the numbers of its module
         try:
@@ -136,7 +137,7 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
             reasons.append(said if isinstance(error, NoLayerGraphError) else f"{type(error).__name__}: {said}")
             continue
         if not different:
-            return Form(kind, "; ".join(reasons))  # type: ignore[arg-type]
+            return Form(kind, "; ".join(reasons))
         reasons.append(f"two runs at once have other {different} than alone")
     return Form("alone", "; ".join(reasons))
 

@@ -31,13 +31,18 @@ _POINTWISE_FUNCTIONS = (
 _POINTWISE_METHODS = ("relu", "sigmoid", "tanh", "square", "abs", "exp", "neg", "contiguous")
 _POOL_MODULES = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.ZeroPad2d)
 _POOL_FUNCTIONS = (F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d)
-_BINARY = {
+_BINARY: dict[Any, Callable[..., Tensor]] = {
     operator.add: torch.add, operator.iadd: torch.add, torch.add: torch.add, "add": torch.add, "add_": torch.add,
     operator.sub: torch.sub, operator.isub: torch.sub, torch.sub: torch.sub, "sub": torch.sub,
     operator.mul: torch.mul, operator.imul: torch.mul, torch.mul: torch.mul, "mul": torch.mul, "mul_": torch.mul,
     operator.truediv: torch.div, operator.itruediv: torch.div, torch.div: torch.div, "div": torch.div,
 }  # fmt: skip
-_REDUCTIONS = {torch.mean: torch.mean, "mean": torch.mean, torch.amax: torch.amax, "amax": torch.amax}
+_REDUCTIONS: dict[Any, Callable[..., Tensor]] = {
+    torch.mean: torch.mean,
+    "mean": torch.mean,
+    torch.amax: torch.amax,
+    "amax": torch.amax,
+}
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 #: Stands for the number of samples, and for the shape, in what a model computes of shapes.
 _SIZE, _SHAPE = object(), object()
@@ -175,12 +180,12 @@ class _Plan:
             return
         layer: _Layer
         if isinstance(module, nn.Linear) and kind is nn.Linear:
-            weight, bias = self._named(name, "weight"), self._named(name, "bias", module.bias)
+            weight, bias = self._named(name, "weight"), self._bias(name, module)
             layer = partial(_linear, weight=weight, bias=bias)
         elif isinstance(module, nn.Conv2d) and kind is nn.Conv2d and module.groups == 1:
             if module.padding_mode != "zeros":
                 raise NoLayerGraphError(f"{name} pads by {module.padding_mode}")
-            weight, bias = self._named(name, "weight"), self._named(name, "bias", module.bias)
+            weight, bias = self._named(name, "weight"), self._bias(name, module)
             layer = partial(_convolution, module=module, weight=weight, bias=bias)
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and kind in (nn.BatchNorm1d, nn.BatchNorm2d):
             if not module.affine or not module.track_running_stats or module.momentum is None:
@@ -210,7 +215,8 @@ class _Plan:
         self._steps[node] = layer, (x,)
 
     def _add_function(self, node: fx.Node) -> None:
-        target, args, kwargs = node.target, node.args, dict(node.kwargs)
+        target: Any = node.target
+        args, kwargs = node.args, dict(node.kwargs)
         x, rest = (args[0], args[1:]) if args else (None, ())
         kwargs.pop("inplace", None)
         if self._add_shape(node, x, rest):
@@ -235,7 +241,7 @@ class _Plan:
             rest = rest[: -1 if rest and target in (F.leaky_relu, F.elu) and isinstance(rest[-1], bool) else None]
             layer = partial(_pointwise, function=lambda value: function(value, *rest, **kwargs))
         elif target in _POOL_FUNCTIONS:
-            layer = partial(_pool, function=lambda value: target(value, *rest, **kwargs))  # type: ignore[operator]
+            layer = partial(_pool, function=lambda value: target(value, *rest, **kwargs))
         elif target in (torch.flatten, "flatten") and (rest or (kwargs.get("start_dim"),))[0] == 1 and len(rest) < 2:
             layer = _flatten
         elif target in ("view", "reshape", torch.reshape) and (length := self._flat(rest)) is not None:
@@ -322,26 +328,23 @@ class _Plan:
 
         return partial(_pool, function=over) if keep else partial(_over_space, function=over)
 
-    def _named(self, module: str, part: str, tensor: object = True) -> str | None:
-        """Return the name of a tensor of a module, None if the module has none."""
-        if tensor is None:
-            return None
+    def _bias(self, name: str, module: nn.Linear | nn.Conv2d) -> str:
+        return "" if module.bias is None else self._named(name, "bias")
+
+    def _named(self, module: str, part: str) -> str:
+        """Return the name of a tensor of a module."""
         name = f"{module}.{part}"
         if name not in self._tensors:
             raise NoLayerGraphError(f"{name} is shared with another layer, or computed")
         return name
 
 
-def _linear(
-    context: ForwardContext, xs: Sequence[Batch], *, weight: str, bias: str | None, relu: bool = False
-) -> Batch:
+def _linear(context: ForwardContext, xs: Sequence[Batch], *, weight: str, bias: str, relu: bool = False) -> Batch:
     tensors = context.tensors
     return layers.linear(xs[0], tensors[weight], tensors[bias] if bias else None, relu=relu)
 
 
-def _convolution(
-    context: ForwardContext, xs: Sequence[Batch], *, module: nn.Conv2d, weight: str, bias: str | None
-) -> Batch:
+def _convolution(context: ForwardContext, xs: Sequence[Batch], *, module: nn.Conv2d, weight: str, bias: str) -> Batch:
     tensors = context.tensors
     return layers.convolution(xs[0], module, tensors[weight], tensors[bias] if bias else None)
 

@@ -75,7 +75,8 @@ def _blocks(model: nn.Module, samples: Tensor, head: nn.Module) -> tuple[str, ..
     named = getattr(model, "blocks", None)
     modules = dict(model.named_modules())
     given = isinstance(named, tuple | list) and len(named) > 0 and all(isinstance(name, str) for name in named)
-    candidates = list(named) if given else [n for n, child in _children(model) if head not in set(child.modules())]
+    children = [name for name, child in _children(model) if head not in set(child.modules())]
+    candidates = [str(name) for name in named] if given and isinstance(named, tuple | list) else children
     if unknown := [name for name in candidates if name not in modules]:
         raise ValueError(f"the model has no module {unknown[0]!r}, which its attribute `blocks` names")
     outputs: dict[str, list[object]] = {name: [] for name in candidates}

@@ -64,15 +64,18 @@ class WholeModule:
         """Return the features `[B, d]` of one run, and the pooled outputs of the blocks."""
         seen: dict[str, Tensor] = {}
         with ExitStack() as stack:
-            stack.callback(self._head.register_forward_pre_hook(partial(_record_input, seen)).remove)
+            record = partial(_record_input, seen)
+            stack.callback(self._head.register_forward_pre_hook(record, with_kwargs=True).remove)
             for name, block in blocks.items():
                 stack.callback(block.register_forward_hook(partial(_record_output, seen, f"block {name}")).remove)
             functional_call(self.module, tensors, (samples,))
+        if "features" not in seen:
+            raise ValueError(f"the head {self.parts.head} did not run")
         return seen["features"], *(seen[f"block {name}"] for name in blocks)
 
 
-def _record_input(seen: dict[str, Tensor], _: nn.Module, args: tuple[Tensor, ...]) -> None:
-    seen["features"] = args[0]
+def _record_input(seen: dict[str, Tensor], _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    seen["features"] = args[0] if args else next(iter(kwargs.values()))
 
 
 def _record_output(seen: dict[str, Tensor], name: str, _: nn.Module, __: Any, output: Tensor) -> None:

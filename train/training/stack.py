@@ -1,5 +1,6 @@
 """R runs as one program: parameters stacked as `[R, …]`, one forward and one backward pass for all runs."""
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -91,6 +92,12 @@ class Stack:
             for key, value in module.state_dict(keep_vars=True).items()
             if id(value) in names
         }
+
+    def model(self, run: int) -> nn.Module:
+        """Return a model of its own, on the CPU, with the tensors of one run."""
+        model = copy.deepcopy(self._program.module)
+        model.load_state_dict(self.state_dict(run))
+        return model
 
     def use_copies(self, copies: Mapping[Tensor, Tensor]) -> None:
         """Compute in bfloat16, with these copies, parameter -> copy, of the weights of hidden layers that allow it.
