@@ -58,6 +58,7 @@ def train(
     device: str | torch.device | None = None,
     data_dir: Path | str | None = None,
     download: bool = False,
+    in_memory: bool = True,
     progress: bool = True,
     **settings: Any,
 ) -> TrainResult:
@@ -74,6 +75,7 @@ def train(
         metrics: name → function of (weight, statistics) and, by name, features, logits, labels → a number.
         device: by default the first GPU, else the CPU.
         data_dir, download: of the data sets of ncollapse, as on the command line.
+        in_memory: False: data of your own are read while they are used.
         progress: whether to show a progress bar.
         **settings: of `RunConfig`: lr, momentum, weight_decay, epochs, batch_size, seed, eval_every, model_options, ….
 
@@ -99,11 +101,10 @@ def train(
     run = with_code(lambda found: make_run(found, "train"), plugins, settings)
     where = device_of(None if device is None else str(device), "local")
     where = torch.device("cuda", 0) if where.type == "cuda" and where.index is None else where
-    load = {"data_dir": None if data_dir is None else Path(data_dir), "download": download, "plugins": plugins}
-    loaded = load_keyed(run.data_key, torch.device("cpu"), **load)
+    load = {"data_dir": None if data_dir is None else Path(data_dir), "download": download}
+    loaded = load_keyed(run.data_key, torch.device("cpu"), plugins=plugins, in_memory=in_memory, **load)
     try_own([run], {run.data_key: loaded}, plugins, named)
-    functions = {name.rpartition(":")[2]: plugins.find("metric", name) for name in named}
-    training = Training([run], loaded.to(where), where, plugins=plugins, metrics=functions)
+    training = Training([run], loaded.to(where), where, plugins=plugins, metrics=named)
     rows, status = [], "interrupted"
     try:
         for event in _shown(training, run, progress):

@@ -120,7 +120,7 @@ class Sweep(PlaceOptions, Options, Selection):
             from ncollapse.train.engine.preview import print_preview
 
             out = self.out or Path("results") / grid.name
-            grid = adopted(grid, out, self, console)
+            grid = adopted(dataclasses.replace(grid, in_memory=grid.in_memory and not self.stream), out, self, console)
             device = device_of(self.device, self.engine)
             print_preview(grid, out, loader(grid, self.data_dir, self.download), device, self, console)
             return
@@ -348,6 +348,7 @@ def _train(
 
     out = out or Path("results") / grid.name
     started = time.perf_counter()
+    grid = dataclasses.replace(grid, in_memory=grid.in_memory and not source.stream)
     grid = adopted(grid, out, options, console)
     load = loader(grid, source.data_dir, source.download)
     trained = sweep(grid, out, load, device_of(source.device, options.engine), options, console)

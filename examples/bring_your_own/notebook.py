@@ -4,11 +4,11 @@ import mine
 
 from ncollapse.train import sweep, train
 
-result = train(mine.WideNet, mine.few_digits(), optimizer="adamw", lr=0.01, epochs=10)
+result = train(mine.WideNet, mine.few_digits(), optimizer="adamw", lr=0.01, epochs=30)
 print(result.history[["epoch", "train_accuracy", "nc0", "nc1"]])
 
 runs = sweep(
-    {"model": "wide", "data": "few", "optimizer": ["sgd", "normalized"], "lr": 0.01, "epochs": 10},
+    {"model": "wide", "data": "few", "optimizer": ["sgd", "normalized"], "lr": 0.02, "epochs": 30},
     out="results/mine-from-python",
     models={"wide": mine.WideNet},
     data={"few": mine.few_digits},

@@ -82,6 +82,8 @@ class SourceOptions:
     """Folder of the data sets; by default $NCOLLAPSE_DATA, else ./data."""
     download: bool = False
     """Let torchvision download a data set that is missing."""
+    stream: bool = False
+    """Read data of your own while they are used, instead of holding them in memory; runs then train one by one."""
     device: Annotated[str | None, hide_default] = None
     """cpu, cuda (all GPUs), cuda:1 …; by default cuda where there is a GPU."""
 
