@@ -119,12 +119,14 @@ def test_errors_of_a_data_set_name_the_line_and_the_sample(workers: int) -> None
             raise ValueError("no such file")
         return x
 
+    before = set(multiprocessing.active_children())
     stream = loaded(Samples(50, broken, targets=[i % 3 for i in range(50)]), Samples(6))
     with pytest.raises(
         OwnCodeError, match=r"sample 27: test_streamed_data.py, line \d+: ValueError: no such file"
     ) as e:
         list(stream.batches(torch.arange(50), 16, CPU))
     assert "Traceback" in e.value.log
+    assert set(multiprocessing.active_children()) <= before  # its processes have ended
     uneven = loaded(Samples(50, lambda x, i: x[:, :5] if i == 27 else x), Samples(6))
     with pytest.raises(UserError, match=r"sample 27 is \[3, 5, 5\], others are \[3, 6, 5\]"):
         list(uneven.batches(torch.arange(50), 16, CPU))
@@ -211,6 +213,14 @@ def test_what_cannot_be_streamed_is_said(alone: None) -> None:
     )
     assert "the training data have the classes ['a', 'b'] …, the test data ['a', 'c'] …" in refused(
         Samples(6, classes=["a", "b"]), Samples(6, classes=["a", "c"])
+    )
+
+    class Unlabelled(Samples):
+        def __getitem__(self, i: int) -> tuple[Any, Any]:
+            return super().__getitem__(i)[0], None
+
+    assert "the label of sample 0 is object 'None'; labels are integers" in refused(
+        Unlabelled(6, targets=[0, 1, 2, 0, 1, 2]), good
     )
     assert "training data is empty" in refused(Samples(0), good)
 

@@ -48,7 +48,7 @@ def count(dataset: Any, what: str) -> int:
     """Return the number of its samples, at least 1."""
     try:
         samples = len(dataset)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise OwnCodeError.of(f"{what}: its length", error) from None
     if not samples:
         raise UserError(f"{what} is empty")
@@ -86,7 +86,7 @@ def sample(dataset: Any, i: int, seed: int, what: str) -> tuple[Any, Any]:
     torch.default_generator.manual_seed(seed)  # `torch.manual_seed` would be that of GPUs too
     try:
         item = dataset[i]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise OwnCodeError.of(f"{what}: sample {i}", error) from None
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise UserError(f"{what}: sample {i} is a {type(item).__name__}; samples are pairs (x, label)")
@@ -120,7 +120,7 @@ def read_all(dataset: Any, what: str) -> tuple[Tensor, list[Any]]:
             "that are free: stream them, with in_memory = false"
         )
     everything = torch.empty((samples, *first.shape), dtype=first.dtype)
-    everything[0], labels = first, [_number(label, f"{what}: the label of sample 0")]
+    everything[0], labels = first, [label_of(label, f"{what}: the label of sample 0")]
     for i in tracked(range(1, samples), samples - 1, _bar(), f"reading {what}"):
         x, label = sample(dataset, i, i, what)
         one = as_tensor(x, f"{what}: x of sample {i}")
@@ -130,7 +130,7 @@ def read_all(dataset: Any, what: str) -> tuple[Tensor, list[Any]]:
                 f"{first.dtype}: make them alike in the transform"
             )
         everything[i] = one
-        labels.append(_number(label, f"{what}: the label of sample {i}"))
+        labels.append(label_of(label, f"{what}: the label of sample {i}"))
     return everything, labels
 
 
@@ -147,7 +147,7 @@ def labels_of(dataset: Any, what: str) -> Any:
     if known is not None and len(known) == samples:
         return known
     numbers = tracked(range(samples), samples, _bar(), f"reading the labels of {what}")
-    return [_number(sample(dataset, i, i, what)[1], f"{what}: the label of sample {i}") for i in numbers]
+    return [label_of(sample(dataset, i, i, what)[1], f"{what}: the label of sample {i}") for i in numbers]
 
 
 def _targets(dataset: Any) -> Any:
@@ -161,12 +161,19 @@ def _targets(dataset: Any) -> Any:
     return next((value for value in found if isinstance(value, Tensor | np.ndarray | list | tuple)), None)
 
 
-def _number(label: Any, what: str) -> Any:
-    """Return a label as an integer, or as an array of a one-hot one."""
-    values = np.asarray(label.cpu() if isinstance(label, Tensor) else label)
-    if values.dtype.kind not in "biu" and values.ndim == 0:
-        raise UserError(f"{what} is {values.dtype} {str(label)[:40]!r}; labels are integers")
-    return int(values) if values.size == 1 else values
+def label_of(label: Any, what: str) -> Any:
+    """Return a label as an integer, or as an array of a one-hot one.
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        values = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
+    except Exception as error:  # of rows of different lengths, of whatever `__array__` raises
+        raise UserError(f"{what} is no label: {error}") from None
+    if values.dtype.kind not in ("biuf" if values.size > 1 else "biu") or not values.size:
+        raise UserError(f"{what} is {values.dtype} {str(label)[:40]!r}; labels are integers, or one-hot")
+    return int(values.item()) if values.size == 1 else values
 
 
 def _bar() -> bool | None:

@@ -1,6 +1,7 @@
 """A data set that does not fit in memory: its samples come through a DataLoader, in the order that is asked for."""
 
 import atexit
+import contextlib
 import dataclasses
 import hashlib
 import multiprocessing
@@ -8,9 +9,10 @@ import signal
 import sys
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
@@ -19,7 +21,7 @@ from torch.utils.data import Dataset as MapStyle
 from ncollapse.train.data.arrays import channels_are_last, check_finite
 from ncollapse.train.data.dataset import Dataset, Split
 from ncollapse.train.data.labels import check_labels
-from ncollapse.train.data.map_style import class_names, count, generators_kept, labels_of, sample
+from ncollapse.train.data.map_style import class_names, count, generators_kept, label_of, labels_of, sample
 from ncollapse.train.errors import OwnCodeError, UserError
 from ncollapse.train.limits import processors
 
@@ -111,11 +113,12 @@ class Streamed(Dataset):
         rest = list(order.split(batch_size))
         for workers in (_worker_count(), 0):
             try:
-                for x in _loaded(samples, rest, workers, device):
-                    if isinstance(x, _Fault):
-                        raise x.error()
-                    batch, rest = rest[0], rest[1:]
-                    yield x.to(device, non_blocking=True), labels[batch].to(device)
+                with contextlib.closing(_loaded(samples, rest, workers, device)) as batches:
+                    for x in batches:
+                        if isinstance(x, _Fault):
+                            raise x.error()
+                        batch, rest = rest[0], rest[1:]
+                        yield x.to(device, non_blocking=True), labels[batch].to(device)
                 return
             except RuntimeError as error:  # a process has ended: killed for its memory, or without shared memory
                 if not workers or not str(error).startswith("DataLoader worker"):
@@ -166,12 +169,9 @@ def _read(dataset: Any, i: int, seed: int, labels: Tensor, shape: Sequence[int] 
     if not x.numel() or (shape is not None and x.shape != tuple(shape)):
         raise UserError(f"{what}: sample {i} is {list(x.shape)}, others are {list(shape or ())}: make them alike")
     check_finite(x, f"{what}: x of sample {i}, ")
-    try:
-        same = int(label) == int(labels[i])
-    except (TypeError, ValueError, RuntimeError):  # one-hot
-        same = int(torch.as_tensor(label).argmax()) == int(labels[i])
-    if not same:
-        raise UserError(f"{what}: sample {i} has the label {label}, in the labels of all samples {int(labels[i])}")
+    value = label_of(label, f"{what}: the label of sample {i}")
+    if int(np.argmax(value) if isinstance(value, np.ndarray) else value) != int(labels[i]):
+        raise UserError(f"{what}: sample {i} has the label {value}, in the labels of all samples {int(labels[i])}")
     return x
 
 
@@ -188,7 +188,9 @@ class _Order:
         return len(self._batches)
 
 
-def _loaded(samples: _Samples, batches: Sequence[Tensor], workers: int, device: torch.device) -> Iterator[Any]:
+def _loaded(
+    samples: _Samples, batches: Sequence[Tensor], workers: int, device: torch.device
+) -> Generator[Any, None, None]:
     loader = DataLoader(
         samples, batch_sampler=_Order(batches), num_workers=workers, collate_fn=_collate,
         pin_memory=device.type == "cuda", worker_init_fn=_ignore_signals, generator=torch.Generator(),
@@ -199,7 +201,7 @@ def _loaded(samples: _Samples, batches: Sequence[Tensor], workers: int, device: 
     return passing
 
 
-def _iterate(loader: DataLoader[Any]) -> Iterator[Any]:
+def _iterate(loader: DataLoader[Any]) -> Generator[Any, None, None]:
     with warnings.catch_warnings():
         # From Python 3.12 on: the processes neither use the GPU nor more than a thread, as DataLoader sees to.
         warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -214,7 +216,8 @@ _passes: "weakref.WeakSet[Any]" = weakref.WeakSet()
 @atexit.register
 def _end_passes() -> None:
     for passing in list(_passes):
-        passing.close()
+        with contextlib.suppress(ValueError):  # another thread is within it
+            passing.close()
 
 
 def _collate(samples: list[Tensor] | _Fault) -> Any:
