@@ -35,8 +35,10 @@ from ncollapse.train.data.sets import Dataset
 from ncollapse.train.networks import stacked_layers
 from ncollapse.train.networks.models import Classifier, build
 from ncollapse.train.networks.precision import arithmetic
-from ncollapse.train.training.stack import Stack, make_optimizer
+from ncollapse.train.plugins import Plugins
+from ncollapse.train.training.stack import Stack
 from ncollapse.train.training.step import Step
+from ncollapse.train.training.updates import make_updates
 
 BATCH = 128
 #: bfloat16 products a second with float32 sums, dense, of the vendor's data sheet, by the device's name.
@@ -90,7 +92,7 @@ class Case:
         """The trainer's step."""
         run = RunConfig(model=self.model, precision=precision, lr=0.01)  # type: ignore[arg-type]
         stack = Stack.of([self.built()], self.device)
-        return Step(stack, make_optimizer(stack, [run]), self.data), stack
+        return Step(stack, make_updates(stack, [run], Plugins()), self.data), stack
 
     def stepping(self, precision: str, around: Callable[[], Any] = contextlib.nullcontext) -> timing.Step:
         """Steps of the trainer, set up (and, on a GPU, captured) in a context."""

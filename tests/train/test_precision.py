@@ -15,11 +15,13 @@ from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset, load
 from ncollapse.train.networks.models import build
 from ncollapse.train.networks.precision import arithmetic, exact_products
+from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training.loop import Training
-from ncollapse.train.training.stack import Stack, make_optimizer
+from ncollapse.train.training.stack import Stack
 from ncollapse.train.training.step import Step
+from ncollapse.train.training.updates import make_updates
 
 CPU = torch.device("cpu")
 FASHION = Path(os.environ.get("NCOLLAPSE_DATA", "data"))
@@ -36,7 +38,7 @@ def trained(run: RunConfig, data: Dataset) -> tuple[Training, list[Evaluation]]:
 def stack_and_step(model: str, data: Dataset, precision: str, **settings: Any) -> tuple[Stack, Step, torch.Tensor]:
     run = RunConfig(model=model, width=8, precision=precision, **settings)  # type: ignore[arg-type]
     stack = Stack.of([build(model, data.channels, data.size, 10, 0, width=8)], CPU)
-    return stack, Step(stack, make_optimizer(stack, [run]), data), torch.arange(64)
+    return stack, Step(stack, make_updates(stack, [run], Plugins()), data), torch.arange(64)
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "resnet9", "vit", "densenet"])

@@ -279,23 +279,26 @@ def chance_loss(labels: Tensor) -> float:
 def _check_data(runs: Sequence[RunConfig], data: Dataset) -> None:
     """Raise UserError for data with which the runs cannot train."""
     config, samples, shape = runs[0], len(data.train_y), data.input_shape
-    square = len(shape) == 3 and shape[1] == shape[2]
-    are = f"samples of data set {config.data} are {list(shape)}"
+    images = len(shape) == 3
+    if not is_own("model", config.model):
+        fits = images and shape[1] == shape[2]
+        if not (fits or (config.model == "mlp" and len(shape) == 1)) or not data.input_dtype.is_floating_point:
+            raise UserError(
+                f"model {config.model} takes square images [C, H, W]; samples of data set {config.data} are "
+                f"{list(shape)} of {data.input_dtype}"
+            )
     if config.augment != "none" and isinstance(data, Streamed):
         raise UserError(f"augment = {config.augment} needs data in memory; let the transform of {config.data} do it")
-    if config.augment != "none" and not square:
-        raise UserError(f"augment = {config.augment} flips and crops square images [C, H, W]; {are}")
-    if not is_own("model", config.model) and not square and not (config.model == "mlp" and len(shape) == 1):
-        raise UserError(f"model {config.model} takes square images [C, H, W]; {are}")
     if isinstance(data, Streamed) and len({run.seed for run in runs}) > 1:
         raise UserError(f"streamed data: runs of several seeds cannot train together on {config.data}")
     for name, labels in (("training", data.train_y), ("validation", data.val_y)):
-        if len(labels) and not 0 <= (least := int(labels.min())) <= (most := int(labels.max())) < data.num_classes:
+        least, most = labels.aminmax() if len(labels) else (0, 0)
+        if not 0 <= least <= most < data.num_classes:
             raise UserError(
                 f"data set {config.data}: labels lie in [0, {data.num_classes}), but {name} labels go from {least} to "
                 f"{most}"
             )
-    if square:
+    if images:
         _check_size(config, data)
     if len(data.train_y.unique()) < 2:
         raise UserError(f"the {samples} training samples are all of one class; give a larger --limit")
@@ -303,7 +306,7 @@ def _check_data(runs: Sequence[RunConfig], data: Dataset) -> None:
 
 def _check_size(config: RunConfig, data: Dataset) -> None:
     """Raise UserError for images that are too small for the augmentation or for a model that comes with ncollapse."""
-    size, samples = data.size, len(data.train_y)
+    size, samples = min(data.input_shape[1:]), len(data.train_y)
     least, multiple = MIN_SIZE.get(config.model, 1), SIZE_MULTIPLE.get(config.model, 1)
     has = f"data set {config.data} has {size}"
     if size < least:

@@ -53,9 +53,9 @@ class MetricFunctions:
         functions, needs = {}, set()
         for name in names:
             function = plugins.find("metric", name)
-            takes = _takes(f"metric {name} ({plugins.where('metric', name)})", function)
-            functions[name.rpartition(":")[2]] = functools.partial(_call, function, takes)
-            needs.update({*_OF_SAMPLES}.intersection(takes))
+            by_place, by_name = _takes(f"metric {name} ({plugins.where('metric', name)})", function)
+            functions[name.rpartition(":")[2]] = functools.partial(_call, function, by_place, by_name)
+            needs.update({*_OF_SAMPLES}.intersection((*by_place, *by_name.values())))
         return MetricFunctions(functions, frozenset(needs))
 
     def compute(self, weight: Tensor, stats: ClassStats, samples: Mapping[str, Tensor]) -> dict[str, float]:
@@ -79,31 +79,37 @@ class MetricFunctions:
         return values
 
 
-def _takes(what: str, function: Callable[..., Any]) -> list[str]:
-    """Return which values a metric takes: the first two in their order, the others by name."""
+def _takes(what: str, function: Callable[..., Any]) -> tuple[list[str], dict[str, str]]:
+    """Return which values a metric takes, in their places, and by the names of its arguments."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # of some functions in C
-        return ["weight", "statistics"]
+        return ["weight", "statistics"], {}
     known = ("weight", "statistics", "stats", *_OF_SAMPLES)
-    takes = []
+    by_place: list[str] = []
+    by_name: dict[str, str] = {}
+    left_out = False
     for i, parameter in enumerate(p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)):
-        if parameter.name in known:
-            takes.append(parameter.name)
-        elif parameter.default is parameter.empty and i < 2:
-            takes.append(known[i])
-        elif parameter.default is parameter.empty:
+        if parameter.name not in known and parameter.default is not parameter.empty:
+            left_out = True
+            continue
+        if parameter.name not in known and i >= 2:
             raise UserError(
                 f"{what}: a metric takes weight and statistics, and those of {', '.join(_OF_SAMPLES)} that it names; "
                 f"there is no {parameter.name}"
             )
-        elif i < 2:
-            break
-    return takes
+        value = parameter.name if parameter.name in known else known[i]
+        if left_out or parameter.kind is parameter.KEYWORD_ONLY:
+            by_name[parameter.name] = value
+        else:
+            by_place.append(value)
+    return by_place, by_name
 
 
-def _call(function: Callable[..., Any], takes: Sequence[str], known: Mapping[str, Any]) -> Any:
-    return function(*(known[name] for name in takes[:2]), **{name: known[name] for name in takes[2:]})
+def _call(
+    function: Callable[..., Any], by_place: Sequence[str], by_name: Mapping[str, str], known: Mapping[str, Any]
+) -> Any:
+    return function(*(known[value] for value in by_place), **{name: known[value] for name, value in by_name.items()})
 
 
 def _number(value: Any) -> float:

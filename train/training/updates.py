@@ -129,6 +129,7 @@ class _Foreign(Updates):
         self.why_no_graph = f"{', '.join(slow)} cannot be captured" if slow else ""
         self._updated = set(range(len(runs)))
         self._random: list[tuple[Tensor, ...]] = []
+        self.begin_epoch(0)
 
     def begin_epoch(self, epoch: int) -> None:
         self._random = []

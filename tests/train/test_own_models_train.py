@@ -1,0 +1,156 @@
+"""Models of the user's in the training loop: random numbers, streamed data, errors, checkpoints, and bad data."""
+
+import dataclasses
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.dataset import Dataset
+from ncollapse.train.data.streamed import Streamed
+from ncollapse.train.errors import OwnCodeError, UserError
+from ncollapse.train.plugins import Plugins
+from ncollapse.train.results.record import Evaluation
+from ncollapse.train.training.loop import Training
+from ncollapse.train.training.step import captured
+
+CPU = torch.device("cpu")
+
+
+class Mine(nn.Module):
+    def __init__(self, channels: int, size: int, num_classes: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(channels * size * size, 16)
+        self.dropout, self.head = nn.Dropout(dropout), nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.dropout(self.hidden(x.flatten(1)).relu()))
+
+
+class Drawing(Mine):
+    """Draws from the generators of Python and NumPy too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = x * random.uniform(0.9, 1.1) + float(np.random.normal(0, 0.01))
+        return super().forward(x)
+
+
+class Failing(Mine):
+    """Fails in the training of the second epoch."""
+
+    def __init__(self, channels: int, size: int, num_classes: int) -> None:
+        super().__init__(channels, size, num_classes)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.steps += 1
+            if float(self.steps) > 3:
+                raise ValueError("enough")
+        return super().forward(x)
+
+
+PLUGINS = Plugins(given={"model": {"mine": Mine, "drawing": Drawing, "failing": Failing}})
+
+
+def run_of(model: str = "mine", **settings: Any) -> RunConfig:
+    base: dict[str, Any] = {"epochs": 3, "limit": 200, "lr": 0.05, "eval_every": 1}
+    return RunConfig(model=model, code=f"{model}=1", **(base | settings))
+
+
+def values_of(runs: list[RunConfig], data: Dataset, checkpoint: bytes | None = None) -> tuple[Training, list[Any]]:
+    training = Training(runs, data, CPU, plugins=PLUGINS, checkpoint=checkpoint)
+    return training, [event.values for event in training if isinstance(event, Evaluation)]
+
+
+@pytest.mark.parametrize("run", [run_of(model_options={"dropout": 0.5}), run_of("drawing")], ids=["dropout", "drawing"])
+def test_random_models_depend_on_seed_and_epoch_alone(run: RunConfig, digits: Dataset) -> None:
+    training = Training([run], digits, CPU, plugins=PLUGINS)
+    expected, content = [], b""
+    for event in training:
+        torch.rand(1), random.random(), np.random.rand()  # what the caller draws does not matter
+        if isinstance(event, Evaluation):
+            expected.append(event.values)
+        elif event == 1:
+            content = training.checkpoint()
+    torch.manual_seed(5)
+    before = torch.get_rng_state(), random.getstate()
+    _, again = values_of([run], digits)
+    resumed, rest = values_of([run], digits, content)
+    assert again == expected
+    assert rest == expected[2:]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    for name, value in training.stack.tensors().items():
+        assert torch.equal(resumed.stack.tensors()[name], value)
+    _, other = values_of([dataclasses.replace(run, seed=1)], digits)
+    assert other != expected
+
+
+def test_an_error_in_a_model_names_it_and_the_run(digits: Dataset) -> None:
+    run = run_of("failing")
+    with pytest.raises(
+        OwnCodeError, match=r"model failing: test_own_models_train.py, line \d+: ValueError: enough"
+    ) as raised:
+        values_of([run], digits)
+    assert raised.value.run == run.id
+    assert "in forward" in raised.value.log
+
+
+def test_errors_of_ncollapse_stay_what_they_are(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Training) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(Training, "_train_epoch", broken)
+    for settings in ({}, {"optimizer": "torch.optim:SGD"}):
+        with pytest.raises(ZeroDivisionError):
+            list(Training([RunConfig(limit=200, epochs=1, **settings)], digits, CPU))
+
+
+class Pairs(torch.utils.data.Dataset[Any]):
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self._x, self.targets = x, y.tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        return self._x[i], self.targets[i]
+
+
+def test_streamed_data_give_the_numbers_of_data_in_memory(digits: Dataset) -> None:
+    data = digits.limited(150)
+    streamed = Streamed.of(Pairs(data.train_x, data.train_y), Pairs(data.val_x[:60], data.val_y[:60]), "digits")
+    memory = dataclasses.replace(data, val_x=data.val_x[:60], val_y=data.val_y[:60])
+    for runs in ([run_of(limit=100, epochs=2)], [RunConfig(model="cnn", epochs=1, lr=lr) for lr in (0.1, 0.2)]):
+        assert values_of(runs, streamed)[1] == values_of(runs, memory)[1]
+    with pytest.raises(UserError, match="runs of several seeds cannot train together"):
+        values_of([run_of(seed=seed) for seed in (0, 1)], streamed)
+    with pytest.raises(UserError, match="augment = flip needs data in memory"):
+        values_of([run_of(augment="flip")], streamed)
+
+
+def test_data_that_do_not_fit_are_refused(digits: Dataset) -> None:
+    wrong = dataclasses.replace(digits, train_y=digits.train_y + 1)
+    with pytest.raises(UserError, match=r"labels lie in \[0, 10\), but training labels go from 1 to 10"):
+        values_of([run_of()], wrong)
+    with pytest.raises(UserError, match=r"labels lie in \[0, 10\), but validation labels go from -1 to 8"):
+        values_of([run_of()], dataclasses.replace(digits, val_y=digits.val_y - 1))
+    vectors = dataclasses.replace(digits, train_x=digits.train_x.flatten(1), val_x=digits.val_x.flatten(1))
+    with pytest.raises(UserError, match=r"model cnn takes square images \[C, H, W\]; .* are \[64\] of torch.float32"):
+        values_of([RunConfig(model="cnn")], vectors)
+    assert len(values_of([RunConfig(epochs=1, limit=200)], vectors)[1]) == 2
+    wide = dataclasses.replace(digits, train_x=digits.train_x[..., :4], val_x=digits.val_x[..., :4])
+    with pytest.raises(UserError, match=r"model mlp takes square images .* are \[1, 8, 4\]"):
+        values_of([RunConfig()], wide)
+
+
+def test_what_a_graph_holds_is_said_in_words() -> None:
+    assert captured("", "") == "forward pass, backward pass and update"
+    assert captured("SOAP cannot be captured", "") == "forward and backward pass: SOAP cannot be captured"
+    assert captured("SOAP cannot be captured", "it draws random numbers") == "nothing: it draws random numbers"
