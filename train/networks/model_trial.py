@@ -57,7 +57,7 @@ def try_model(architecture: Architecture, plugins: Plugins, batch_x: Tensor, bat
         loss = F.cross_entropy(of_head[0], batch_y)
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
     if not loss.isfinite():
-        raise UserError(f"{what}: the cross-entropy of its first batch is {float(loss)}")
+        raise UserError(f"{what}: the cross-entropy of its first batch is {loss.item()}")
     for name, grad in zip(trained, grads, strict=True):
         if grad is None:
             raise UserError(
