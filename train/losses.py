@@ -142,6 +142,7 @@ def _focal(gamma: float) -> Loss:
 
 def _own(run: RunConfig, plugins: Plugins) -> Loss:
     found, options = plugins.find("loss", run.loss), run.options("loss")
+    function: Callable[..., Tensor] = found
     _check_options(run.loss, found, options, plugins)
     if inspect.isclass(found):
         try:
@@ -150,8 +151,6 @@ def _own(run: RunConfig, plugins: Plugins) -> Loss:
             raise OwnCodeError.of(f"loss {run.loss}", error) from error
         if isinstance(function, nn.Module) and next(function.parameters(), None) is not None:
             raise UserError(f"loss {run.loss} ({plugins.where('loss', run.loss)}) has parameters, which nothing trains")
-    else:
-        function = found
 
     def per_sample(logits: Tensor, labels: Tensor) -> Tensor:
         if isinstance(function, nn.Module):

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ncollapse.train.data.dataset import Dataset
 from ncollapse.train.errors import OwnCodeError, UserError
 from ncollapse.train.losses import chance_level, make_loss, sums_to_zero, try_loss
 from ncollapse.train.plugins import Plugins
+from ncollapse.train.report.prediction import predicted_nc0
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training.loop import Training, chance_loss
@@ -80,6 +82,9 @@ def test_the_exact_law_of_nc0_holds(name: str, optimizer: str, digits: Dataset) 
     run = RunConfig(optimizer=optimizer, epochs=6, lr=0.1, weight_decay=0.05, eval_every=1, limit=600, **SETTINGS[name])
     measured, factor = nc0_of(run, digits)
     assert measured == pytest.approx(list(measured[0] * factor**2), rel=1e-4)
+    row = pd.Series(run.as_dict() | {"nc0_start": measured[0], "train_samples": 600})
+    assert predicted_nc0(row) == pytest.approx(measured, rel=1e-4)
+    assert predicted_nc0(pd.Series(row.to_dict() | {"optimizer": "torch.optim:SGD"})) is None
     assert sums_to_zero(run.loss)
 
 
@@ -88,6 +93,8 @@ def test_no_law_is_shown_for_other_losses(name: str, digits: Dataset) -> None:
     settings = SETTINGS.get(name, {"loss": "mine", "code": "mine=1"})
     run = RunConfig(optimizer="sgdw", epochs=3, lr=0.3, weight_decay=0.05, eval_every=1, limit=600, **settings)
     measured, factor = nc0_of(run, digits, own("loss", mine=per_sample))
+    row = pd.Series(run.as_dict() | {"nc0_start": measured[0], "train_samples": 600})
+    assert predicted_nc0(row) is None
     assert measured[-1] != pytest.approx(measured[0] * factor[-1] ** 2, rel=1e-2)
     assert not sums_to_zero(run.loss)
 

@@ -9,19 +9,23 @@ from numpy.typing import NDArray
 
 from ncollapse import ufm
 from ncollapse.train.config import FIELDS, RunConfig, make_run
+from ncollapse.train.losses import sums_to_zero
+from ncollapse.train.optimizers import row_of
 
 
 def predicted_nc0(row: "pd.Series[Any]") -> NDArray[np.float64] | None:
-    """Return NC0 after each epoch, `[epochs + 1]`, of a row of `load_runs`; None if its rule is not SGD.
+    """Return NC0 after each epoch, `[epochs + 1]`, of a row of `load_runs`; None where nothing is known.
 
-    The exact recursion of the row sum under SGD and SGDW, from NC0 before the first step.
+    The exact recursion of the row sum under ncollapse's SGD and SGDW, from NC0 before the first step. It needs a loss
+    whose gradient by the logits sums to zero over the classes, and a head whose weight is trained and used nowhere
+    else, as in all models that come with ncollapse.
     """
+    if row_of(row["optimizer"]).family != "sgd" or not sums_to_zero(row["loss"]):
+        return None
     settings: dict[str, Any] = {field.name: row[field.name] for field in FIELDS}
     # A row of a DataFrame holds NumPy's numbers.
     values = {name: None if pd.isna(v) else v.item() if hasattr(v, "item") else v for name, v in settings.items()}
     config = make_run(values, "the store")
-    if config.family != "sgd":
-        return None
     return np.asarray(row.nc0_start * _factor(config, int(row.train_samples)) ** 2)
 
 

@@ -135,9 +135,11 @@ class _Foreign(Updates):
         self._random = []
         for run, optimizer, lrs in zip(self._runs, self._optimizers, self._lrs, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
-                if isinstance(group.get("lr"), Tensor):
+                if lr is None:
+                    continue
+                if isinstance(group["lr"], Tensor):
                     group["lr"].fill_(lr * run.lr_factor(epoch))  # in place, since CUDA graphs read it
-                elif lr is not None:
+                else:
                     group["lr"] = lr * run.lr_factor(epoch)
             with seeded(self._device, run.seed, epoch, 0):  # as the epoch of a run alone
                 self._random.append(torch_states(self._device))
