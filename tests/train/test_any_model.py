@@ -337,7 +337,11 @@ def on_meta(num_classes):
     ("name", "settings", "text"),
     [
         ("raises", {}, r"bad.py, line 9: KeyError: 'width'"),
-        ("raises_forward", {}, r"model bad.py:raises_forward: RuntimeError: .*mat1 and mat2 shapes cannot be multiplied"),
+        (
+            "raises_forward",
+            {},
+            r"model bad.py:raises_forward: RuntimeError: .*mat1 and mat2 shapes cannot be multiplied",
+        ),
         ("returns_no_module", {}, r"\(bad.py, line 14\) must return a torch.nn.Module; it returned a list"),
         ("needs", {}, r"\(bad.py, line 17\) needs depth, width: give it in model_options"),
         ("takes", {"options": '{"depht": 3}'}, r"takes no argument 'depht'; it takes num_classes"),
