@@ -266,9 +266,7 @@ def print_status(status: SweepStatus, console: Console, now: datetime | None = N
             say(f"  {line}")
     table = _table("optimizer", _right("finished"), "")
     for name, (done, total) in status.optimizers.items():
-        table.add_row(
-            plain(_short(name)), f"{done}/{total}", ProgressBar(total=total, completed=done, width=40)
-        )
+        table.add_row(plain(_short(name)), f"{done}/{total}", ProgressBar(total=total, completed=done, width=40))
     console.print(table)
     if status.stacks:
         console.print(_stacks(status, now or datetime.now(UTC)))

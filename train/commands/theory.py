@@ -81,7 +81,7 @@ def trajectories(setting: Setting) -> "list[Trajectory]":
     found: dict[str, Trajectory] = {}
     for own_stack in (False, True):
         names = [row.name for row in TABLE.values() if row.own_stack == own_stack]
-        couplings = [TABLE[name].coupling for name in names]
+        couplings = [c for name in names if (c := TABLE[name].coupling) is not None]
         run = ufm.simulate(
             names, setting.classes, setting.d, seed=setting.seed, betas=(setting.momentum, 0.999),
             coupling=torch.tensor(couplings, dtype=torch.float64), **shared,

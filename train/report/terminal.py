@@ -23,7 +23,7 @@ def print_across(console: Console, view: View, title: str, width: int = 6) -> No
         table = _empty_table(title if start == 0 else "", view.caption if last else None)
         table.add_column("")
         for row in shown:
-            table.add_column(plain(row[0].text), justify="right")
+            table.add_column(plain(row[0].text), justify="right", overflow="fold")
         for i, column in list(enumerate(view.columns))[1:]:
             table.add_row(column.title, *(_two_lines(row[i]) for row in shown))
         console.print(table)
@@ -33,7 +33,7 @@ def print_down(console: Console, view: View, title: str) -> None:
     """Print a table row by row."""
     table = _empty_table(title)
     for column in view.columns:
-        table.add_column(column.title, justify="left" if column.words else "right")
+        table.add_column(column.title, justify="left" if column.words else "right", overflow="fold")
     for row in view.rows():
         table.add_row(*(plain(cell.text) for cell in row))
     console.print(table)
