@@ -26,6 +26,8 @@ ON_DARK, ON_LIGHT = "#ffffff", "#101010"
 
 #: Points in axes beyond which those that cover each other are not all drawn, and fields of the grid for it, each way.
 _MOST_POINTS, _FIELDS = 5_000, 120
+#: Inches of an entry of a legend: without its label, and for each of its letters.
+_ENTRY, _PER_LETTER = 0.55, 0.073
 
 STYLE: Any = {
     "font.size": 9, "text.color": INK, "text.parse_math": False, "figure.facecolor": "white",
@@ -240,9 +242,16 @@ def legend_entries(
 
 
 def one_legend(figure: "Figure", axes: "Axes", columns: int) -> None:
-    """Draw one legend above the whole figure, with the labelled entries of one of its axes."""
+    """Draw one legend above the whole figure, with the labelled entries of one of its axes, in so many columns at most.
+
+    Names of the user's are long: there are as many columns as fit.
+    """
     handles, labels = axes.get_legend_handles_labels()
-    height = figure.get_figheight()
+    height, width = figure.get_figheight(), figure.get_figwidth()
+    sizes = [_ENTRY + _PER_LETTER * len(label) for label in labels]
+    # As matplotlib divides them.
+    wide = {n: sum(max(part) for part in np.array_split(sizes, n) if len(part)) for n in range(1, columns + 1)}
+    columns = max((n for n in wide if wide[n] <= width), default=1)
     figure.legend(
         handles, labels, loc="upper left", bbox_to_anchor=(0.01, 1 - 0.03 / height), borderaxespad=0,
         ncols=columns, columnspacing=1.4, handlelength=2.2,
