@@ -1,13 +1,13 @@
 """A model as it is, for R runs: one by one, or all at once under `torch.func.vmap`."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.backends import cuda
 
 from ncollapse.samples import pooled
 from ncollapse.train.networks.parts import Parts
@@ -28,6 +28,7 @@ class WholeModule:
         self.module, self.parts, self.channels_last = module, parts, ours
         self._sample_dims, self._vmapped = sample_dims, vmapped
         self._head = module.get_submodule(parts.head)
+        self._slots = _slots(module)
         self._blocks = {name: module.get_submodule(name) for name in parts.blocks}
 
     def __call__(self, samples: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
@@ -37,7 +38,8 @@ class WholeModule:
             samples = channels_last(samples) if shared else channels_last(samples.flatten(0, 1)).view_as(samples)
         names: Mapping[str, nn.Module] = {} if context.outputs is None else self._blocks
         run = partial(self._one, names)
-        self.module.train(context.train)
+        if self.module.training != context.train:
+            self.module.train(context.train)
         with _settings(samples.device.type, context.half):
             if context.runs == 1:
                 # Unlike indexing, this has a backward pass that copies nothing.
@@ -56,6 +58,18 @@ class WholeModule:
         weight, bias = self.parts.weight, self.parts.bias
         return features, head(features, context.tensors[weight], context.tensors[bias] if bias else None)
 
+    @contextmanager
+    def _holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Put tensors into the module's places, as `torch.func.functional_call` does, which takes longer."""
+        before = [slots[key] for _, slots, key in self._slots]
+        try:
+            for name, slots, key in self._slots:
+                slots[key] = tensors[name]
+            yield
+        finally:
+            for (_, slots, key), own in zip(self._slots, before, strict=True):
+                slots[key] = own
+
     def copied(self, name: str, value: Tensor) -> bool:
         """Return whether a parameter `[R, …]` may be replaced by a bfloat16 copy in the forward pass."""
         return self.channels_last and value.dim() > 2 and name != self.parts.weight and name.endswith("weight")
@@ -68,10 +82,24 @@ class WholeModule:
             stack.callback(self._head.register_forward_pre_hook(record, with_kwargs=True).remove)
             for name, block in blocks.items():
                 stack.callback(block.register_forward_hook(partial(_record_output, seen, f"block {name}")).remove)
-            functional_call(self.module, tensors, (samples,))
+            stack.enter_context(self._holding(tensors))
+            self.module(samples)
         if "features" not in seen:
             raise ValueError(f"the head {self.parts.head} did not run")
         return seen["features"], *(seen[f"block {name}"] for name in blocks)
+
+
+def _slots(module: nn.Module) -> list[tuple[str, dict[str, Any], str]]:
+    """Return the places of a module's tensors: name, dictionary and key; those that are shared have several."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    names = {id(tensor): name for name, tensor in tensors}
+    return [
+        (names[id(tensor)], slots, key)
+        for part in module.modules()
+        for slots in (part._parameters, part._buffers)
+        for key, tensor in slots.items()
+        if tensor is not None
+    ]
 
 
 def _record_input(seen: dict[str, Tensor], _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
@@ -85,14 +113,21 @@ def _record_output(seen: dict[str, Tensor], name: str, _: nn.Module, __: Any, ou
 @contextmanager
 def _settings(device: str, half: bool) -> Iterator[None]:
     """Compute the same numbers every time, in bfloat16 where `half`."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    # The fast path of transformers in evaluation mode has no form for several runs.
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    # Of attention only this form gives the same bits every time; `sdpa_kernel` does the same, in a longer time. The
+    # fast path of transformers in evaluation mode has no form for several runs.
+    switches = (
+        (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, False),
+        (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, False),
+        (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp, False),
+        (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
+        (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),
+    )
+    before = [is_on() for is_on, _, _ in switches]
+    for _, switch, value in switches:
+        switch(value)
     try:
-        # The other attention backends do not give the same bits every time.
-        with sdpa_kernel(SDPBackend.MATH), torch.autocast(device, torch.bfloat16, enabled=half, cache_enabled=False):
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False) if half else nullcontext():
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        for (_, switch, _), value in zip(switches, before, strict=True):
+            switch(value)
