@@ -1,5 +1,6 @@
 """Data of the user's: what tensors and arrays become, by their type and shape; where it comes from; what is wrong."""
 
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -290,6 +292,17 @@ def test_faults_of_a_function_name_file_and_line(mine: Plugins, name: str, optio
         loaded(f"mine.py:{name}", mine, options)
     assert message in str(error.value)
     assert isinstance(error.value, OwnCodeError) == (name in ("raises", "leaves"))
+
+
+def test_frames_and_series_are_arrays() -> None:
+    data = dataset(pd.DataFrame(VECTORS), pd.Series(Y, index=list("abcdef")), pd.Index(["cat", "dog", "fish"]))
+    assert data.fingerprint == dataset(VECTORS).fingerprint
+    assert data.classes == ("cat", "dog", "fish")
+
+
+def test_data_reach_other_processes() -> None:
+    plugins = pickle.loads(pickle.dumps(given_data(Data(BYTES, Y, BYTES, Y))))
+    assert loaded("mine", plugins).fingerprint == dataset(BYTES).fingerprint
 
 
 def test_data_may_be_given_in_python() -> None:
