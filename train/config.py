@@ -46,6 +46,12 @@ def is_own(setting: str, name: str) -> bool:
     return name not in NAMED[setting]
 
 
+def is_given(setting: str, name: str) -> bool:
+    """Return whether the value of a setting in `NAMED` is a name that was given in Python."""
+    of_file = setting == "data" and _OF_FILE.fullmatch(name)
+    return is_own(setting, name) and not of_file and _GIVEN.fullmatch(name) is not None
+
+
 def takes_options(setting: str, name: str) -> bool:
     """Return whether the value of a setting in `NAMED` takes options."""
     return is_own(setting, name) or name in ("focal", "mse_rescaled")
@@ -61,7 +67,8 @@ def _check_name(setting: str, name: str) -> str:
 
 def _no_name(setting: str, name: str) -> str:
     own = "FILE.py:NAME, package.module:NAME" + (", FILE.npz" if setting == "data" else "")
-    return f"{unknown(setting, name, NAMED[setting])}; of your own: {own}"
+    what = {"data": "data set", "loss": "loss function"}.get(setting, setting)
+    return f"{unknown(what, name, NAMED[setting])}; of your own: {own}"
 
 
 def _named(setting: str) -> Any:
@@ -179,7 +186,7 @@ class RunConfig:
                 object.__setattr__(self, name, 0.0)
         for setting in NAMED:
             name = getattr(self, setting)
-            if is_own(setting, name) and _GIVEN.fullmatch(name) and name not in self.versions:
+            if is_given(setting, name) and name not in self.versions:
                 raise ValueError(_no_name(setting, name))
         if self.label_smoothing and self.loss != "cross_entropy":
             raise ValueError(f"label_smoothing goes with the loss cross_entropy, not {self.loss}")

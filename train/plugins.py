@@ -79,6 +79,10 @@ class Plugins:
         self._folder, self._files, self._modules = state["folder"], state["files"], {}
         self._given = cloudpickle.loads(state["given"])
 
+    def may_know(self, kind: str, name: str) -> bool:
+        """Return whether a name is of a file or module, or was given; any other is a mistake in a setting."""
+        return name in self._given.get(kind, {}) or ":" in name or name.endswith(".npz")
+
     def find(self, kind: str, name: str) -> Any:
         """Return what a name stands for.
 
@@ -203,7 +207,7 @@ def with_code(run: Callable[..., RunConfig], plugins: Plugins, settings: Mapping
     own = {
         setting: name
         for setting, names in NAMED.items()
-        if isinstance(name := settings.get(setting), str) and name not in names
+        if isinstance(name := settings.get(setting), str) and name not in names and plugins.may_know(setting, name)
     }
     return run({**settings, "code": plugins.code_of(own)} if own else {**settings, "code": ""})
 

@@ -13,7 +13,7 @@ from ncollapse.train.formatting import number
 from ncollapse.train.optimizers import FOREIGN_COLOURS
 from ncollapse.train.report.best import nc0_by_decay
 from ncollapse.train.report.coupling import interpolations
-from ncollapse.train.report.looks import about_lines, look_of, looks, ordered, shown, with_variants
+from ncollapse.train.report.looks import about_lines, choose_looks, look_of, ordered, shown, with_variants
 from ncollapse.train.report.page.write import parts_of, write_report
 from ncollapse.train.report.queries import read_results
 from ncollapse.train.report.selection import Selection
@@ -130,12 +130,12 @@ def test_the_terminal_names_them_too(page: tuple[str, Path, str], folder: Path) 
 
 def test_each_has_a_look_of_its_own_and_labels_differ() -> None:
     names = ["torch.optim:Adam", "a:Adam", "adam", "a.py:X", "b.py:X", *(f"m:O{i}" for i in range(4))]
-    found = looks(names)
+    found = choose_looks(names)
     assert len({look.label for look in found.values()}) == len(names)
     assert found["adam"].label == "Adam"
     assert found["torch.optim:Adam"].label == "torch.optim:Adam"
     assert len({look.colour for look in found.values() if look.foreign}) == len(FOREIGN_COLOURS)
-    assert len(looks(f"m:O{i}" for i in range(30))) == 30
+    assert len(choose_looks(f"m:O{i}" for i in range(30))) == 30
     with shown(names):
         assert look_of("a.py:X") == found["a.py:X"]
     assert look_of("a.py:X").label == "X"

@@ -2,11 +2,16 @@
 
 from collections.abc import Iterable, Mapping
 
+import torch
+from torch import Tensor
+
 from ncollapse.train.config import RunConfig
-from ncollapse.train.data.sets import Dataset
+from ncollapse.train.data.dataset import Dataset
+from ncollapse.train.data.streamed import Streamed
 from ncollapse.train.engine.grouping import group
 from ncollapse.train.losses import try_loss
 from ncollapse.train.networks.architecture import Architecture
+from ncollapse.train.networks.model_trial import try_model
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.training.foreign import check_optimizers
 from ncollapse.train.training.metric_functions import try_metric
@@ -34,6 +39,12 @@ def try_own(
         for first, *_ in group(alike, lambda run: (run.loss, run.loss_options, run.label_smoothing)).values():
             try_loss(first, plugins, data.num_classes)
         for architecture in dict.fromkeys(Architecture.of(run, data) for run in alike if "model" in run.own):
-            pass  # try_model(architecture, plugins, *data.first(_BATCH))
+            try_model(architecture, plugins, *_first_batch(data))
     for name in metrics:
         try_metric(name, plugins)
+
+
+def _first_batch(data: Dataset) -> tuple[Tensor, Tensor]:
+    if isinstance(data, Streamed):
+        return next(data.evaluation_batches("train", _BATCH, torch.device("cpu")))
+    return data.train_x[:_BATCH], data.train_y[:_BATCH]

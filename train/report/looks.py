@@ -55,7 +55,7 @@ _CHOSEN: ContextVar[Mapping[str, Look]] = ContextVar("looks", default=MappingPro
 @contextlib.contextmanager
 def shown(optimizers: Iterable[str]) -> Iterator[None]:
     """Choose the looks of all optimizers that are shown together, so that each has its own."""
-    token = _CHOSEN.set(looks(optimizers))
+    token = _CHOSEN.set(choose_looks(optimizers))
     try:
         yield
     finally:
@@ -64,10 +64,10 @@ def shown(optimizers: Iterable[str]) -> Iterator[None]:
 
 def look_of(optimizer: str) -> Look:
     """Return how an optimizer is shown; one that `shown` was not told of as if it were the only one."""
-    return _CHOSEN.get().get(optimizer) or looks([optimizer])[optimizer]
+    return _CHOSEN.get().get(optimizer) or choose_looks([optimizer])[optimizer]
 
 
-def looks(optimizers: Iterable[str]) -> dict[str, Look]:
+def choose_looks(optimizers: Iterable[str]) -> dict[str, Look]:
     """Return how optimizers are shown together. Beyond eight that are not ncollapse's, colours are used again."""
     names = sorted(set(optimizers))
     found = {}
