@@ -6,7 +6,6 @@ from typing import Any
 
 import pandas as pd
 
-from ncollapse.train.report.looks import look_of
 from ncollapse.train.report.prediction import predicted_nc0
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.report.settings import described, in_order, tried
@@ -48,7 +47,7 @@ def main_table(runs: pd.DataFrame, selection: Selection, own: Iterable[str] = ()
 
 def _predicted(run: "pd.Series[Any]") -> float:
     """Return NC0 at the end of a run as theory predicts it; NaN where it does not."""
-    nc0 = None if look_of(run.optimizer).foreign else predicted_nc0(run)
+    nc0 = predicted_nc0(run)
     return math.nan if nc0 is None else float(nc0[-1])
 
 

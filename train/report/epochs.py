@@ -35,7 +35,7 @@ def nc0_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame) -> s
         for _, run in best.iterrows():
             history = histories[histories.run == run["id"]].dropna(subset=["nc0"])
             ends += [(float(value), run.optimizer) for value in history.nc0.tail(1)]
-            prediction = None if look_of(run.optimizer).foreign else predicted_nc0(run)
+            prediction = predicted_nc0(run)
             if prediction is not None and len(history):
                 # At evaluated epochs only, since the line between them is not measured.
                 at = history.epoch.to_numpy()[:: max(1, len(history) // _CIRCLES)]

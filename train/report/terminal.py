@@ -8,7 +8,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ncollapse.train.formatting import number, plain
-from ncollapse.train.report.looks import look_of
 from ncollapse.train.report.prediction import predicted_nc0
 from ncollapse.train.report.view import Cell, View
 from ncollapse.train.results.columns import METRICS
@@ -48,7 +47,7 @@ def print_run(folder: Path, run_id: str, console: Console) -> None:
     table.add_column("end", justify="right")
     for name in (*METRICS, *load_own_metrics(folder)):
         table.add_row(plain(name), number(run[f"{name}_start"]), number(run[name]))
-    prediction = None if look_of(run.optimizer).foreign else predicted_nc0(run)
+    prediction = predicted_nc0(run)
     if prediction is not None:
         table.add_row("nc0 predicted", number(prediction[0]), number(prediction[-1]))
     console.print(table)
