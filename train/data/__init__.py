@@ -1,1 +1,1 @@
-"""Data sets as tensors on the device, and their augmentation."""
+"""Data sets, as tensors on the device or streamed, and their augmentation."""
