@@ -10,9 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ncollapse.train.config import RunConfig
 from ncollapse.train.data.dataset import Dataset
+from ncollapse.train.engine.grouping import StackKey
+from ncollapse.train.engine.throughput import DataFacts, bytes_per_run, measure_rate
 from ncollapse.train.errors import OwnCodeError, UserError
 from ncollapse.train.networks import architecture as architectures
+from ncollapse.train.networks import forms
 from ncollapse.train.networks.architecture import Architecture, build, parts_of
 from ncollapse.train.networks.forms import form_of
 from ncollapse.train.networks.model_trial import try_model
@@ -147,12 +151,10 @@ def of(model: str, kind: tuple[tuple[int, ...], torch.dtype] = IMAGES, **setting
         (of("ResNet", options='{"scale": 0.5}'), "vmap", "scale is used directly, not by a layer"),
         (of("Controlled"), "alone", "data-dependent control flow"),
         (of("Transformer"), "vmap", "getitem"),
-        (of("Transformer", options='{"dropout": 0.1}'), "alone", "it draws random numbers in training"),
         (of("Plain"), "layers", ""),
         (of("Plain", ((3, 6, 6), torch.float32)), "layers", ""),
         (of("Wide", ((2, 5, 5), torch.float32)), "layers", ""),
         (of("Tokens", TOKENS), "vmap", "Embedding"),
-        (of("recurrent", TOKENS), "alone", "random numbers"),
         (of("cnn"), "layers", ""),
     ],
     ids=lambda value: f"{value.model}{value.options}" if isinstance(value, Architecture) else "",
@@ -162,8 +164,6 @@ def test_stacked_runs_are_those_alone(architecture: Architecture, kind: str, rea
     form = form_of(architecture, "fp32", PLUGINS)
     assert (form.kind, reason in form.reason) == (kind, True), form
     models = [build(architecture, seed, PLUGINS) for seed in (0, 1)]
-    if "random" in reason:
-        pytest.skip("each run draws its own numbers")
     stack = make_stack(models, architecture, CPU, "fp32", PLUGINS)
     generator = torch.Generator().manual_seed(3)
     labels = torch.arange(8) % 4
@@ -197,6 +197,21 @@ def test_stacked_runs_are_those_alone(architecture: Architecture, kind: str, rea
     if kind != "alone":
         single = stack.select(torch.tensor([1]))
         torch.testing.assert_close(single(shared, train=False)[1], logits[1:].detach(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", [of("Transformer", options='{"dropout": 0.1}'), of("recurrent", TOKENS)])
+def test_runs_that_draw_random_numbers_are_alone(architecture: Architecture) -> None:
+    before = torch.get_rng_state()
+    form = form_of(architecture, "fp32", PLUGINS)
+    assert (form.kind, form.reason) == ("alone", "it draws random numbers in training")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_that_fills_a_processor_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forms, "_MOST_PARAMETERS", 10)
+    form = form_of(of("ResNet", width=3), "fp32", PLUGINS)
+    assert form.kind == "alone"
+    assert form.reason.endswith("parameters keep a processor busy")
 
 
 @pytest.mark.parametrize("model", ["ResNet", "Transformer", "Controlled"])
@@ -374,6 +389,24 @@ def test_bad_models_are_refused_with_their_line(
 @pytest.mark.parametrize("model", ["ResNet", "Transformer", "Controlled"])
 def test_good_models_are_not_refused(model: str, digits: Dataset) -> None:
     try_model(of(model), PLUGINS, digits.train_x[:8], torch.arange(8) % 4)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+@pytest.mark.parametrize(("model", "kind"), [("ResNet", IMAGES), ("Tokens", TOKENS)])
+def test_rates_and_memory_are_those_of_the_runs_own_code(model: str, kind: Any) -> None:
+    plugins = Plugins(given={"model": GIVEN, "loss": {"mine": _loss}})
+    own = {"model": model, "loss": "mine", "optimizer": "torch.optim:NAdam"}
+    runs = [RunConfig(code=plugins.code_of(own), lr=lr, **own) for lr in (0.1, 0.2)]  # type: ignore[arg-type]
+    facts = DataFacts(kind[0], 4, 100, "", kind[1])
+    key = StackKey.of(runs[0])
+    rate = measure_rate(key, facts, 2, CPU, quick=True, runs=runs, plugins=plugins)
+    assert rate is not None
+    assert rate.steps > 0
+    weights = sum(p.nbytes for p in build(Architecture.of(key, facts), 0, plugins).parameters())
+    assert 5 * weights < bytes_per_run(key, facts, plugins) < 1e8
 
 
 def test_a_program_of_the_layers_needs_no_trial(monkeypatch: pytest.MonkeyPatch) -> None:

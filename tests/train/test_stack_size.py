@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from torch import nn
 
 from fake_engine import FakeEngine
 from ncollapse.train.config import RunConfig
@@ -14,6 +15,7 @@ from ncollapse.train.engine.grouping import StackKey
 from ncollapse.train.engine.stack_size import Plan, StackPolicy
 from ncollapse.train.engine.throughput import DataFacts, Rate
 from ncollapse.train.optimizers import TABLE
+from ncollapse.train.plugins import Plugins
 
 DIGITS = DataFacts((1, 8, 8), 10, 1437, "")
 MLP = StackKey("mlp", "digits", None, 128)
@@ -210,3 +212,59 @@ def test_a_sweep_that_goes_on_has_as_many_processes_as_this_machine_wants(
     assert (plan.workers, plan.threads, plan.per_gpu) == used
     dataclasses.replace(policy_for(100, workers=3), before=before, pinned=True).keep(engine)
     assert engine.used[-1] == (3, *used[1:])
+
+
+def dropping(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(64, num_classes))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_runs_that_gain_nothing_from_stacks_are_planned_one_by_one(streamed: bool) -> None:
+    """Those of a model that draws random numbers, and those of data that is not in memory."""
+    plugins = Plugins(given={"model": {"mine": dropping}})
+    model = {} if streamed else {"model": "mine", "code": plugins.code_of({"model": "mine"})}
+    runs = [RunConfig(seed=seed, **model) for seed in range(4)]  # type: ignore[arg-type]
+    facts = {"digits": dataclasses.replace(DIGITS, streamed=streamed)}
+    engine, key = FakeEngine({1: 10.0}), StackKey.of(runs[0])
+    policy = StackPolicy(runs, facts, plugins=plugins)
+    assert policy.grown(engine, Plan(1, 1)).sizes == {key: 1}
+    plan = policy.usual(engine, Plan(1, 1))
+    assert plan.sizes == {key: 1}
+    why = "its data are not in memory" if streamed else "of mine: it draws random numbers in training"
+    assert f"one run at a time, since {why}, in one process" in next(plan.describe())
+    assert dataclasses.replace(policy, stack=4).usual(engine, Plan(1, 1)).sizes == {key: 1}
+
+
+def test_optimizers_that_are_not_ours_are_measured_with_the_settings_of_runs() -> None:
+    foreign = [RunConfig(optimizer="torch.optim:NAdam", lr=0.1 + i) for i in range(5)]
+    given: list[tuple[int, list[RunConfig]]] = []
+
+    class Noting(FakeEngine):
+        def measure_rate(self, *args: Any, **options: Any) -> Rate | None:
+            given.append((args[2], options["runs"]))
+            return super().measure_rate(*args, **options)
+
+    policy = StackPolicy([RunConfig(), *foreign], {"digits": DIGITS})
+    sizes = policy.grown(Noting({1: 100, 4: 300}), Plan(1, 1)).sizes
+    assert sizes == {MLP: 1, StackKey.of(foreign[0]): 4}
+    assert [(size, runs) for size, runs in given if runs] == [(n, foreign[:n]) for n in (1, 4, 5, 2)]
+
+
+def test_runs_share_a_stack_only_with_the_same_model_data_and_loss() -> None:
+    base = {"model": "mine.py:Net", "data": "mine.py:load"}
+    others: list[dict[str, Any]] = [
+        {}, {"model_options": '{"depth": 3}'}, {"head": "out"}, {"data_options": '{"fold": 1}'}, {"loss": "mse"},
+        {"loss": "focal"}, {"loss": "focal", "loss_options": '{"gamma": 1}'}, {"label_smoothing": 0.1},
+        {"optimizer": "torch.optim:NAdam"},
+    ]  # fmt: skip
+    keys = [StackKey.of(RunConfig(**{**base, **other})) for other in others]
+    assert len(set(keys)) == len(others)
+    assert len({str(key) for key in keys}) == len(others) - 1  # a name of the head needs no words
+    assert StackKey.of(RunConfig(optimizer="torch.optim:RAdam", **base)) == keys[-1]  # type: ignore[arg-type]
+    assert [key.needs_runs for key in keys] == [False] * 8 + [True]
+    assert all(StackKey.from_dict(vars(key)) == key for key in keys)
+
+
+def test_a_key_that_was_stored_before_runs_could_name_code_is_read() -> None:
+    stored = {"model": "cnn", "data": "digits", "limit": None, "batch_size": 64, "own_family": None}
+    assert StackKey.from_dict(stored) == StackKey.of(RunConfig(model="cnn", batch_size=64))

@@ -13,7 +13,6 @@ from ncollapse.train.plugins import Plugins
 if TYPE_CHECKING:  # `ncollapse status` reads plans, and must not wait for torch
     from ncollapse.train.engine.messages import Engine
     from ncollapse.train.engine.throughput import DataFacts, Rate
-    from ncollapse.train.networks.forms import Form
 
 #: Seconds of training below which a measurement costs more than it gains.
 WORTH_MEASURING = 5.0
@@ -43,6 +42,7 @@ class Plan:
         rates: training steps per second, summed over all runs in training, on a machine without other programs; without
             the keys that were not measured.
         measured: every measurement.
+        reasons: why the runs of some keys do not stack, for the user.
     """
 
     workers: int
@@ -51,6 +51,7 @@ class Plan:
     rates: dict[StackKey, float] = dataclasses.field(default_factory=dict)
     measured: tuple[dict[str, Any], ...] = ()
     per_gpu: int = 1
+    reasons: dict[StackKey, str] = dataclasses.field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the store keeps."""
@@ -98,7 +99,8 @@ class Plan:
         if self.per_gpu > 1:
             threads += f", {self.per_gpu} on each GPU"
         for key, size in self.sizes.items():
-            stacks = "one run at a time" if size == 1 else f"stacks of up to {size} runs"
+            why = f", since {self.reasons[key]}," if key in self.reasons else ""
+            stacks = f"one run at a time{why}" if size == 1 else f"stacks of up to {size} runs"
             measured = f" (measured: {self.rates[key]:,.0f} training steps/s)" if key in self.rates else ""
             yield f"{key}: {stacks} in {workers} with {threads}{measured}"
         if self.others:
@@ -199,7 +201,7 @@ class StackPolicy:
             known = {} if self.before is None else self.before.sizes
             size = self.stack if isinstance(self.stack, int) else known.get(key, _USUAL.get(key.model, 1))
             sizes[key] = min(size, self._most(engine, key, len(members)))
-        return dataclasses.replace(plan, sizes=sizes)
+        return dataclasses.replace(plan, sizes=sizes, reasons=self._reasons())
 
     def grown(self, engine: "Engine", plan: Plan) -> Plan:
         """Return the plan with the best measured size for each key: stacks grow as long as that pays."""
@@ -239,7 +241,7 @@ class StackPolicy:
                 rate = measure(known)
                 if rate is not None and _MUCH_FASTER * rate >= rates.get(key, 0.0):
                     sizes[key], rates[key] = known, rate
-        return dataclasses.replace(plan, sizes=sizes, rates=rates, measured=tuple(measured))
+        return dataclasses.replace(plan, sizes=sizes, rates=rates, measured=tuple(measured), reasons=self._reasons())
 
     def measure(self, engine: "Engine", key: StackKey, size: int, *, quick: bool = False) -> "Rate | None":
         """Have the engine measure how fast stacks of `size` runs of a key train; see `Engine.measure_rate`."""
@@ -248,16 +250,25 @@ class StackPolicy:
 
     def _most(self, engine: "Engine", key: StackKey, runs: int) -> int:
         """The largest possible stack of `runs` runs."""
-        if runs == 1 or self.facts[key.data].streamed or self._form(key).kind == "alone":
+        if runs == 1 or self._why_alone(key):
             return 1
         room = engine.room(key, self.facts[key.data])
         return runs if room is None else max(1, min(runs, room))
 
-    def _form(self, key: StackKey) -> "Form":
+    def _why_alone(self, key: StackKey) -> str:
+        """Why runs of a key train one by one, whatever the hardware; "" where they may stack."""
         from ncollapse.train.networks.architecture import Architecture
         from ncollapse.train.networks.forms import form_of
 
-        return form_of(Architecture.of(key, self.facts[key.data]), key.precision, self.plugins)
+        facts = self.facts[key.data]
+        if facts.streamed:
+            return "its data are not in memory"
+        form = form_of(Architecture.of(key, facts), key.precision, self.plugins)
+        return f"of {key.model}: {form.reason}" if form.kind == "alone" else ""
+
+    def _reasons(self) -> dict[StackKey, str]:
+        counts = group(self.runs, StackKey.of).items()
+        return {key: why for key, members in counts if len(members) > 1 and (why := self._why_alone(key))}
 
     def _candidates(self, best: int, most: int, factor: int) -> list[int]:
         if isinstance(self.stack, int):

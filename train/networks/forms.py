@@ -133,7 +133,7 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
         except Exception as error:  # whatever torch.fx and vmap make of a model
             if out_of_memory(error):
                 raise
-            said = next((line for line in str(error).splitlines() if line.strip()), "")
+            said = next((line for line in str(error).splitlines() if line.strip()), "").partition(". ")[0]
             reasons.append(said if isinstance(error, NoLayerGraphError) else f"{type(error).__name__}: {said}")
             continue
         if not different:
