@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from ncollapse.train.config import is_own
 from ncollapse.train.errors import OwnCodeError, UserError, out_of_memory
 from ncollapse.train.networks import models
-from ncollapse.train.networks.parts import Parts, find_parts
+from ncollapse.train.networks.model_parts import Parts, find_parts
 from ncollapse.train.plugins import Plugins
 
 #: Arguments that a model of the user's gets where it takes them.

@@ -15,7 +15,7 @@ from ncollapse.train.errors import out_of_memory
 from ncollapse.train.networks.architecture import Architecture, build, parts_of, seeded
 from ncollapse.train.networks.layer_graph import LayerGraph, NoLayerGraphError
 from ncollapse.train.networks.models import Classifier
-from ncollapse.train.networks.parts import Parts
+from ncollapse.train.networks.model_parts import Parts
 from ncollapse.train.networks.stacked_layers import ForwardContext
 from ncollapse.train.networks.whole_module import WholeModule
 from ncollapse.train.plugins import Plugins

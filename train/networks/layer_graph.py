@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ncollapse.train.networks import stacked_layers as layers
-from ncollapse.train.networks.parts import Parts
+from ncollapse.train.networks.model_parts import Parts
 from ncollapse.train.networks.stacked_layers import Batch, ForwardContext
 
 #: What a step of the graph computes, of the activations that it needs.

@@ -1,6 +1,6 @@
 """A model as it is, for R runs: one by one, or all at once under `torch.func.vmap`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.backends import cuda
 
 from ncollapse.samples import pooled
-from ncollapse.train.networks.parts import Parts
+from ncollapse.train.networks.model_parts import Parts
 from ncollapse.train.networks.stacked_layers import ForwardContext, channels_last, head
 
 
@@ -115,7 +115,7 @@ def _settings(device: str, half: bool) -> Iterator[None]:
     """Compute the same numbers every time, in bfloat16 where `half`."""
     # Of attention only this form gives the same bits every time; `sdpa_kernel` does the same, in a longer time. The
     # fast path of transformers in evaluation mode has no form for several runs.
-    switches = (
+    switches: tuple[tuple[Callable[[], bool], Callable[[bool], Any], bool], ...] = (
         (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, False),
         (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, False),
         (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp, False),
