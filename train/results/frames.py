@@ -3,7 +3,7 @@
 import itertools
 import operator
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,28 @@ def joined(frames: Sequence["pd.DataFrame"]) -> "pd.DataFrame":
     for name in map(str, frames[0].columns):  # column by column, so that no more than one of them is held twice
         parts: list[pd.Series[Any]] = [frame.pop(name) for frame in frames]
         columns[name] = pd.concat(parts, ignore_index=True)
+    return pd.DataFrame(columns, copy=False)
+
+
+def with_constants(
+    frame: "pd.DataFrame", values: Mapping[str, Any], wanted: Iterable[ResultColumn], folder: Path
+) -> "pd.DataFrame":
+    """Return a frame with columns of one value each beside its own, all in the order of `wanted`.
+
+    Raises:
+        DamageError: a value is of a type that its column cannot have.
+    """
+    import numpy as np
+    import pandas as pd
+
+    everywhere = np.zeros(len(frame), dtype=np.intp)
+    columns: dict[str, Any] = {}
+    for name, dtype in dtypes(wanted).items():
+        if name in values:
+            _check([values[name]], name, dtype, folder)
+            columns[name] = pd.Series([values[name]], dtype=dtype).array.take(everywhere)
+        else:
+            columns[name] = frame.pop(name)
     return pd.DataFrame(columns, copy=False)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ncollapse.train.results import columns, schema
-from ncollapse.train.results.frames import blocks, joined
+from ncollapse.train.results.frames import blocks, joined, with_constants
 from ncollapse.train.results.own_metrics import read_metrics
 from ncollapse.train.results.storage_errors import cannot_read, damaged
 from ncollapse.train.results.validation import (
@@ -43,7 +43,9 @@ def read_runs(connection: sqlite3.Connection, folder: Path) -> "pd.DataFrame":
     """Read what `load_runs` loads, by a connection of `open_results`."""
     own = read_metrics(connection, folder)
     wanted = columns.run_columns(own)
-    stored = [column.name for column in wanted if column.name in schema.TABLES["runs"]]
+    # Most settings are the same in all runs, and need not be read 100,000 times.
+    same = _constants(connection)
+    stored = [column.name for column in wanted if column.name in schema.TABLES["runs"] and column.name not in same]
     ends = [
         f'{which}."{name}" AS "{name}{suffix}"'
         for which, suffix in (("last", ""), ("start", "_start"))
@@ -56,9 +58,20 @@ def read_runs(connection: sqlite3.Connection, folder: Path) -> "pd.DataFrame":
     ]
     # In the order of the key of `metrics`: SQLite then reads each page once, of which a large sweep has a million.
     sql = f"SELECT {schema.quoted(stored, 'runs')}, {', '.join(ends)} FROM runs {' '.join(joins)} ORDER BY runs.id"
-    runs = joined(list(blocks(connection.execute(sql), wanted, folder))).sort_values("position", ignore_index=True)
+    read = [column for column in wanted if column.name not in same]
+    runs = joined(list(blocks(connection.execute(sql), read, folder))).sort_values("position", ignore_index=True)
+    runs = with_constants(runs, same, wanted, folder)
     check_settings(runs, folder)
     return runs
+
+
+def _constants(connection: sqlite3.Connection) -> dict[str, Any]:
+    """Return the settings that have one value in all runs, with it."""
+    names = [schema.quoted([name], "runs") for name in schema.SETTINGS]
+    differ = ", ".join(f"max({name} IS NOT (SELECT {name} FROM runs LIMIT 1))" for name in names)
+    different = connection.execute(f"SELECT {differ} FROM runs").fetchone()
+    first = connection.execute(f"SELECT {', '.join(names)} FROM runs LIMIT 1").fetchone() or ()
+    return {n: value for n, value, other in zip(schema.SETTINGS, first, different, strict=False) if other == 0}
 
 
 def load_metrics(folder: Path | str) -> "pd.DataFrame":
