@@ -91,7 +91,11 @@ def metric_meanings(grid: Grid) -> dict[str, str]:
 
 
 def load_all(
-    names: Iterable[str], load_data: Callable[[str, torch.device], Dataset], options: Options, grid: Grid
+    names: Iterable[str],
+    load_data: Callable[[str, torch.device], Dataset],
+    options: Options,
+    grid: Grid,
+    console: Console,
 ) -> tuple[dict[str, Dataset], dict[str, DataFacts], WorkerSettings]:
     """Load data sets, by `data_key`, on the CPU; return them, their facts, and what the sweep's workers have to know.
 
@@ -103,6 +107,8 @@ def load_all(
         plugins=grid.plugins, metrics=grid.metrics,
     )  # fmt: skip
     loaded = {name: settings.load(name, torch.device("cpu")) for name in dict.fromkeys(names)}
+    for note in dict.fromkeys(note for data in loaded.values() for note in data.notes):
+        say(console, note)
     facts = {name: DataFacts.of(data) for name, data in loaded.items()}
     fingerprints = {name: of.fingerprint for name, of in facts.items()}
     return loaded, facts, dataclasses.replace(settings, fingerprints=fingerprints)

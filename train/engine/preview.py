@@ -53,7 +53,7 @@ def print_preview(
         f"{len(left)} are to be trained, {new} of them new"
     )
     if left:
-        loaded, facts, settings = load_all((run.data_key for run in left), load_data, options, grid)
+        loaded, facts, settings = load_all((run.data_key for run in left), load_data, options, grid, console)
         for name, of in facts.items():
             if meta.get(f"data {name}", of.fingerprint) != of.fingerprint:
                 raise UserError(f"{out}: the data set {name} is not the one that its earlier runs were trained on")

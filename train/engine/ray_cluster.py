@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from ncollapse.train.config import RunConfig
-from ncollapse.train.data.sets import Dataset
+from ncollapse.train.data.dataset import Dataset
+from ncollapse.train.data.streamed import Streamed
 from ncollapse.train.engine.grouping import StackKey
 from ncollapse.train.engine.messages import (
     Engine,
@@ -156,9 +157,14 @@ class Cluster(Engine):
                 yield stack, message
 
     def _data_set(self, name: str) -> Any:
-        """A reference to a data set, put into the cluster at its first use: its machines need no data folder."""
+        """A reference to a data set, put into the cluster at its first use: its machines need no data folder.
+
+        None for one that is streamed, which they have to have.
+        """
         if name not in self._data:
             data = self._loaded.pop(name, None) or self._settings.load(name, torch.device("cpu"))
+            if isinstance(data, Streamed):  # each process opens it itself
+                return None
             # Arrays instead of tensors: processes of a machine share the memory of arrays that Ray holds.
             parts = {k: part.numpy() if isinstance(part, torch.Tensor) else part for k, part in vars(data).items()}
             self._data[name] = self._ray.put(parts)
@@ -288,7 +294,10 @@ def _train(
         asked = time.monotonic()
         return bool(ray.get(flag.is_raised.remote()))
 
-    yield from train_stack(runs, lambda: _data_set(data[0], device), device, settings, read, stopping)
+    def data_set() -> Dataset:
+        return settings.load(runs[0].data_key, device) if data[0] is None else _data_set(data[0], device)
+
+    yield from train_stack(runs, data_set, device, settings, read, stopping)
 
 
 @functools.cache

@@ -89,7 +89,7 @@ def _sweep(
         return 0
     with MinuteLog(console) as log:
         logs = Logs(store.folder) if options.tensorboard else None
-        loaded, facts, settings = load_all((run.data_key for run in left), load_data, options, grid)
+        loaded, facts, settings = load_all((run.data_key for run in left), load_data, options, grid, console)
         for name, of in facts.items():
             store.check_data(name, of.fingerprint)
         try_own(left, loaded, grid.plugins, grid.metrics)
