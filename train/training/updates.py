@@ -21,9 +21,11 @@ class Updates(abc.ABC):
 
     Attributes:
         why_no_graph: why a CUDA graph cannot hold their step; empty where it can.
+        reads_in_place: their step keeps no gradient, and is faster where the gradients' memory stays the same.
     """
 
     why_no_graph: str = ""
+    reads_in_place: bool = False
 
     @abc.abstractmethod
     def begin_epoch(self, epoch: int) -> None:
@@ -73,6 +75,8 @@ def make_updates(
 
 
 class _Stacked(Updates):
+    reads_in_place = True
+
     def __init__(self, stack: Stack, runs: Sequence[RunConfig], plugins: Plugins) -> None:
         self._optimizer, self._runs = make_optimizer(stack, runs), runs
         self._lr = self._optimizer.param_groups[0]["lr"]
