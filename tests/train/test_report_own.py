@@ -147,6 +147,14 @@ def test_each_has_a_look_of_its_own_and_labels_differ() -> None:
     assert marker("a:Y", nan, reached=True)["marker"] not in "oD"
 
 
+def test_runs_that_have_all_failed(tmp_path: Path) -> None:
+    bad = [RunConfig(optimizer=NADAM, seed=seed, lr=lr, epochs=2) for seed in range(2) for lr in (0.1, 0.2)]
+    plant(tmp_path, bad, {"margin": "smallest margin"}, failed=bad)
+    text = write_report(tmp_path, ALL, Console(quiet=True)).read_text("utf-8")
+    assert "4 of 4 runs failed" in text
+    assert "no run reached the threshold" in text
+
+
 def test_an_optimizer_with_many_options_is_one(folder: Path) -> None:
     runs = load_runs(folder).head(10).assign(optimizer=SOAP, coupling=float("nan"))
     runs["optimizer_options"] = [f'{{"k": {i}}}' for i in range(10)]

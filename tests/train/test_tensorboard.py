@@ -120,3 +120,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").write_text("")
     with pytest.raises(UserError, match=r"cannot write to .*Every finished run is kept"):
         Logs(tmp_path).record(RUN, 0, {"nc0": 1.0})
+
+
+def test_a_long_name_of_the_users_makes_a_folder_that_can_be_made() -> None:
+    run = RunConfig(model=f"{'x' * 290}.py:Net", data=f"{'y' * 290}.npz", code=f"{'x' * 290}.py=aaa", epochs=1)
+    assert len(folder_name(run)) < 255
+    assert folder_name(run).endswith(f"-{run.id}")

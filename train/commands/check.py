@@ -12,7 +12,7 @@ from ncollapse.train.results.salvage import salvage_folder
 from ncollapse.train.results.schema import FILE
 
 #: First word of a finding -> what is counted.
-_KINDS = {"run": "run(s)", "checkpoints": "checkpoint(s)", "weights": "file(s) of weights"}
+_KINDS = {"run": "run(s)", "checkpoints": "checkpoint(s)", "weights": "file(s) of weights", "failures": "traceback(s)"}
 #: Damaged things that are listed; the rest is counted.
 _LISTED = 50
 

@@ -4,6 +4,7 @@ Each is a column of the table `metrics`. The entry "metric NAME" of `meta` says 
 of another version of ncollapse, and ignored.
 """
 
+import contextlib
 import re
 import sqlite3
 from collections.abc import Iterable
@@ -28,9 +29,9 @@ _TAKEN = frozenset(
 _MOST = 200
 
 
-def metric_key(key: str) -> str | None:
+def metric_key(key: object) -> str | None:
     """Return the metric that an entry of `meta` is about; None where it is about something else."""
-    return key.removeprefix(_PREFIX) if key.startswith(_PREFIX) else None
+    return key.removeprefix(_PREFIX) if isinstance(key, str) and key.startswith(_PREFIX) else None
 
 
 def check_metric_names(names: Iterable[str]) -> None:
@@ -94,7 +95,10 @@ def readable_metrics(connection: sqlite3.Connection) -> tuple[OwnMetrics, list[s
     """Return the metrics of a database that may be damaged, and what is wrong with the others, in words."""
     found: dict[str, str] = {}
     problems = []
-    for key, text in _entries(connection):
+    entries: list[tuple[object, object]] = []
+    with contextlib.suppress(sqlite3.DatabaseError):  # up to a page that cannot be read
+        entries.extend(_entries(connection))
+    for key, text in entries:
         try:
             if not isinstance(key, str) or not isinstance(text, str):
                 raise UserError(f"metric {short(key)}: its meaning is no text")

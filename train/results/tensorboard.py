@@ -19,6 +19,9 @@ from ncollapse.train.results.storage_errors import cannot_write
 if TYPE_CHECKING:
     from ncollapse.train.results.record import Evaluation
 
+#: Characters of a folder's name before the id.
+_LONGEST = 200
+
 
 class Logs:
     """The logs of all runs of a results folder, in its folder `tensorboard`.
@@ -80,4 +83,5 @@ class Logs:
 def folder_name(run: RunConfig) -> str:
     """Return the name of a run in TensorBoard: its settings, in letters that any file system takes, and its id."""
     settings = run.describe().replace("β", "momentum").replace("λ", "decay")
-    return re.sub(r"[^A-Za-z0-9=.+-]+", "_", f"{run.model}-{run.data} {settings}") + f"-{run.id}"
+    # Names and options of the user's may be longer than a file system takes.
+    return re.sub(r"[^A-Za-z0-9=.+-]+", "_", f"{run.model}-{run.data} {settings}")[:_LONGEST] + f"-{run.id}"
