@@ -46,6 +46,7 @@ def test_they_have_ended_and_do_not_count(folder: Path) -> None:
     print_status(status, Console(file=out, width=80))
     assert (status.finished, status.counts["failed"]) == (2, 1)
     assert "2 of 2 runs finished: 1 done, 1 failed" in out.getvalue()
+    assert "failures/RUN.txt" in out.getvalue()
     assert list(chosen_runs(folder, "status=failed")) == [BAD]
 
 

@@ -86,6 +86,23 @@ def test_conditions() -> None:
     assert [one.values for one in parse_where("status=done", {"status": ("done",)})] == [("done",)]
 
 
+def test_conditions_on_code_of_the_users() -> None:
+    wide = RunConfig(model="my models/wide.py:Net", model_options='{"depth": 3, "heads": [1, 2]}', code="x=1")
+    deep = dataclasses.replace(wide, model_options='{"depth": 5}', optimizer="torch.optim:NAdam", coupling=None)
+    given = RunConfig(optimizer="mine", loss="mse", code="mine=abc")
+    grid = Grid("own", (wide, deep, given))
+    for where, runs in (
+        ("optimizer=torch.optim:NAdam", [deep]),
+        ("optimizer=torch.optim:NAdam,mine lr<=0.1", [deep, given]),
+        ('model="my models/wide.py:Net"', [wide, deep]),
+        ('model_options={"heads": [1, 2],  "depth":3}', [wide]),
+        ('model_options={"depth": 5},{}', [deep, given]),
+        ("loss=mse optimizer=mine code='mine=abc'", [given]),
+        ("optimizer!=mine coupling=none", [deep]),
+    ):
+        assert list(part_of(grid, where).runs) == runs, where
+
+
 @pytest.mark.parametrize(
     ("where", "message"),
     [
@@ -98,6 +115,10 @@ def test_conditions() -> None:
         ("lr<0.1,0.2", "< compares a number with one number"),
         ("optimizer>adam", "> compares a number with one number"),
         ("lr>99", "none of the 72 runs of demo"),
+        ("model_options={depth}", "model_options = '{depth}': options are JSON"),
+        ("model_options=depth", "options are JSON"),
+        ("optimizer=mine", "unknown optimizer 'mine'"),
+        ('model="x.py:Net', "is no condition"),
     ],
 )
 def test_conditions_that_are_none_are_explained(where: str, message: str) -> None:

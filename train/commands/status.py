@@ -257,6 +257,8 @@ def print_status(status: SweepStatus, console: Console, now: datetime | None = N
     say(f"{status.grid}: {activity[status.sweeping]}{since}")
     counts = ", ".join(f"{n} {name}" for name, n in status.counts.items() if n)
     say(f"{status.finished} of {status.total} runs finished: {counts}")
+    if status.counts["failed"]:
+        say("Failed: code of your own raised an error; failures/RUN.txt in the results folder has the traceback")
     if status.session is not None:
         left = "time left still unknown" if status.left is None else f"about {rough_duration(status.left)} left"
         say(f"{rate(status.trained, status.seconds)} in session {status.session}" + ("" if finished else f"; {left}"))
