@@ -104,17 +104,40 @@ class Plain(nn.Module):
 
 
 class Wide(nn.Module):
-    """Branches that are concatenated, of the image itself and of its maps."""
+    """Branches that are concatenated, of the image itself and of its maps; grouped convolutions, other norms."""
 
     def __init__(self, channels: int, num_classes: int) -> None:
         super().__init__()
-        self.a, self.b = nn.Conv2d(channels, 3, 3, padding=1), nn.Conv2d(channels, 3, 1)
-        self.norm = nn.BatchNorm2d(6 + channels)
-        self.head = nn.Linear(6 + channels, num_classes)
+        self.a, self.b = nn.Conv2d(channels, 4, 3, padding=1, groups=2), nn.Conv2d(channels, 2, 1)
+        self.norm, self.deep = nn.BatchNorm2d(6 + channels), nn.Conv2d(6 + channels, 8, 3, groups=4)
+        self.groups, self.last = nn.GroupNorm(2, 8), nn.LayerNorm(8)
+        self.head = nn.Linear(8, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         maps = torch.cat([self.a(x), self.b(x).tanh(), x], dim=1)
-        return self.head(2 * F.relu(self.norm(maps)).mean(dim=(2, 3)) - 1)
+        maps = torch.relu(self.groups(self.deep(F.relu(self.norm(maps)))))
+        return self.head(self.last(2 * maps.mean(dim=(2, 3)) - 1).relu_())
+
+
+class Counting(Plain):
+    """Its first steps are smaller."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps = getattr(self, "steps", 0) + 1
+        return super().forward(x * min(1.0, self.steps / 10))
+
+
+class Fading(Plain):
+    """Each step changes a buffer."""
+
+    def __init__(self, channels: int, size: int, num_classes: int) -> None:
+        super().__init__(channels, size, num_classes)
+        self.register_buffer("seen", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.add_(1)  # type: ignore[operator, union-attr]
+        return super().forward(x / self.seen)  # type: ignore[arg-type, operator]
 
 
 class Tokens(nn.Module):
@@ -134,7 +157,7 @@ def recurrent(num_classes: int) -> nn.Module:
     return nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Dropout(0.3), nn.LazyLinear(num_classes))
 
 
-GIVEN = {f.__name__: f for f in (ResNet, Controlled, Transformer, Plain, Wide, Tokens, recurrent)}
+GIVEN = {f.__name__: f for f in (ResNet, Controlled, Transformer, Plain, Wide, Counting, Fading, Tokens, recurrent)}
 PLUGINS = Plugins(given={"model": GIVEN})
 IMAGES: tuple[tuple[int, ...], torch.dtype] = ((1, 8, 8), torch.float32)
 TOKENS: tuple[tuple[int, ...], torch.dtype] = ((5,), torch.int64)
@@ -154,6 +177,7 @@ def of(model: str, kind: tuple[tuple[int, ...], torch.dtype] = IMAGES, **setting
         (of("Plain"), "layers", ""),
         (of("Plain", ((3, 6, 6), torch.float32)), "layers", ""),
         (of("Wide", ((2, 5, 5), torch.float32)), "layers", ""),
+        (of("Fading"), "vmap", "seen is used directly"),
         (of("Tokens", TOKENS), "vmap", "Embedding"),
         (of("cnn"), "layers", ""),
     ],
@@ -205,6 +229,11 @@ def test_runs_that_draw_random_numbers_are_alone(architecture: Architecture) -> 
     form = form_of(architecture, "fp32", PLUGINS)
     assert (form.kind, form.reason) == ("alone", "it draws random numbers in training")
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_a_model_counts_in_an_attribute_is_not_frozen() -> None:
+    form = form_of(of("Counting"), "fp32", PLUGINS)
+    assert (form.kind, form.reason) == ("alone", "it changes steps, which is no parameter or buffer")
 
 
 def test_a_model_that_fills_a_processor_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ncollapse.train.errors import out_of_memory
 from ncollapse.train.networks.architecture import Architecture, build, parts_of, seeded
 from ncollapse.train.networks.layer_graph import LayerGraph, NoLayerGraphError
-from ncollapse.train.networks.models import Classifier
 from ncollapse.train.networks.model_parts import Parts
+from ncollapse.train.networks.models import Classifier
 from ncollapse.train.networks.stacked_layers import ForwardContext
 from ncollapse.train.networks.whole_module import WholeModule
 from ncollapse.train.plugins import Plugins
@@ -95,7 +95,8 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
     """Decide how several runs of a model are computed, by a step of two models of different seeds.
 
     The first form of "layers" and "vmap" is taken in which features, logits, gradients, buffers and blocks are those
-    that the two models have alone, up to rounding. Of models that draw random numbers each run needs its own: alone.
+    that the two models have alone, up to rounding. Of models that draw random numbers, or count in a plain attribute,
+    each run needs its own: alone.
 
     Raises:
         UserError: as `parts_of`.
@@ -114,10 +115,12 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
     generator = torch.Generator().manual_seed(0)
     samples = architecture.example(architecture.example_samples(), generator)
     with seeded(0):
-        before = _random_states()
+        before, numbers = _random_states(), _plain_numbers(first)
         expected = [_results([model], _program(model, architecture, parts, "alone"), samples) for model in models]
         if _random_states() != before:
             return Form("alone", "it draws random numbers in training")
+        if changed := [name for name, value in _plain_numbers(first).items() if numbers.get(name) != value]:
+            return Form("alone", f"it changes {changed[0]}, which is no parameter or buffer")
     reasons = []
     kinds: tuple[Literal["layers", "vmap"], ...] = ("layers", "vmap")
     for kind in kinds:
@@ -184,6 +187,16 @@ def _first_difference(found: _Results, expected: Sequence[_Results]) -> str:
                 if ours.shape != theirs.shape or not bool((ours - theirs).norm() <= bound):
                     return f"{kind} ({name})"
     return ""
+
+
+def _plain_numbers(model: nn.Module) -> dict[str, object]:
+    """Return the attributes of all modules that are numbers or texts, such as a counter of steps."""
+    return {
+        f"{name}.{key}".lstrip("."): value
+        for name, module in model.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, int | float | str) and key != "training"
+    }
 
 
 def _random_states() -> bytes:

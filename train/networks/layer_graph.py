@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from ncollapse.train.networks import layer_steps as steps
 from ncollapse.train.networks import stacked_layers as layers
+from ncollapse.train.networks.layer_steps import LayerStep
 from ncollapse.train.networks.model_parts import Parts
 from ncollapse.train.networks.stacked_layers import Batch, ForwardContext
-
-#: What a step of the graph computes, of the activations that it needs.
-_Layer = Callable[[ForwardContext, Sequence[Batch]], Batch]
 
 #: Modules and functions without weights that act on each value, or within each channel of maps.
 _POINTWISE_MODULES = (
@@ -43,6 +42,7 @@ _REDUCTIONS: dict[Any, Callable[..., Tensor]] = {
     torch.amax: torch.amax,
     "amax": torch.amax,
 }
+_NORMS: dict[type[nn.Module], Callable[..., Batch]] = {nn.GroupNorm: layers.group_norm, nn.LayerNorm: layers.layer_norm}
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
 #: Stands for the number of samples, and for the shape, in what a model computes of shapes.
 _SIZE, _SHAPE = object(), object()
@@ -85,7 +85,8 @@ class LayerGraph:
             raise NoLayerGraphError(f"{hooked[0] or type(model).__name__} has hooks")
         tracer = _Tracer()
         try:
-            graph = tracer.trace(model, _defaults(model))
+            # A copy, since tracing runs what is not computed of the samples, such as a count in a buffer.
+            graph = tracer.trace(copy.deepcopy(model), _defaults(model))
         except Exception as error:  # whatever a model does with what stands for a tensor
             raise NoLayerGraphError(f"torch.fx cannot trace it: {_first_line(error)}") from error
         if missing := [name for name in parts.blocks if name not in tracer.outputs]:
@@ -124,7 +125,7 @@ class _Plan:
         self._tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         self._shapes: dict[fx.Node, object] = {}
         #: Node -> the layer that computes it, and the nodes that it needs.
-        self._steps: dict[fx.Node, tuple[_Layer, tuple[fx.Node, ...]]] = {}
+        self._steps: dict[fx.Node, tuple[LayerStep, tuple[fx.Node, ...]]] = {}
         self._counters: list[str] = []
         self._input: fx.Node | None = None
         self._features: fx.Node | None = None
@@ -148,7 +149,7 @@ class _Plan:
         for node, (layer, needs) in self._steps.items():
             values[node] = out = layer(context, [values[need] for need in needs])
             if context.outputs is not None and node in self._watched:
-                pooled = layers.over_space(_mean, out, context.runs) if out.is_map else out
+                pooled = layers.over_space(steps.mean, out, context.runs) if out.is_map else out
                 context.outputs[self._watched[node]] = layers.unshared(pooled, context.runs)
             for done in self._last.get(node, ()):
                 del values[done]
@@ -178,15 +179,15 @@ class _Plan:
             if any(user.op != "output" for user in node.users):
                 raise NoLayerGraphError("the logits of the head are used within the model")
             return
-        layer: _Layer
+        layer: LayerStep
         if isinstance(module, nn.Linear) and kind is nn.Linear:
             weight, bias = self._named(name, "weight"), self._bias(name, module)
-            layer = partial(_linear, weight=weight, bias=bias)
-        elif isinstance(module, nn.Conv2d) and kind is nn.Conv2d and module.groups == 1:
+            layer = partial(steps.linear, weight=weight, bias=bias)
+        elif isinstance(module, nn.Conv2d) and kind is nn.Conv2d:
             if module.padding_mode != "zeros":
                 raise NoLayerGraphError(f"{name} pads by {module.padding_mode}")
             weight, bias = self._named(name, "weight"), self._bias(name, module)
-            layer = partial(_convolution, module=module, weight=weight, bias=bias)
+            layer = partial(steps.convolution, module=module, weight=weight, bias=bias)
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and kind in (nn.BatchNorm1d, nn.BatchNorm2d):
             if not module.affine or not module.track_running_stats or module.momentum is None:
                 raise NoLayerGraphError(f"{name} has no weights, running numbers or momentum")
@@ -195,21 +196,24 @@ class _Plan:
             if counter in self._counters:
                 raise NoLayerGraphError(f"{name} is called twice")
             self._counters.append(counter)
-            layer = partial(_batch_norm, module=module, names=names)
+            layer = partial(steps.batch_norm, module=module, names=names)
+        elif kind in _NORMS and module.weight is not None and module.bias is not None:
+            weight, bias = self._named(name, "weight"), self._named(name, "bias")
+            layer = partial(steps.norm, form=_NORMS[kind], module=module, weight=weight, bias=bias)
         elif kind is nn.ReLU:
             self._add_relu(node, x)
             return
         elif kind in _POINTWISE_MODULES:
-            layer = partial(_pointwise, function=_out_of_place(module))
-        elif kind is nn.MaxPool2d and self._fuses(x, _batch_norm) and _halves(module):
+            layer = partial(steps.pointwise, function=_out_of_place(module))
+        elif kind is nn.MaxPool2d and self._fuses(x, steps.batch_norm) and _halves(module):
             self._take_over(node, x, pool=True)
             return
         elif kind in _POOL_MODULES and not getattr(module, "return_indices", False):
-            layer = partial(_pool, function=module)
+            layer = partial(steps.pool, function=module)
         elif isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
-            layer = _flatten
+            layer = steps.flatten
         elif kind is nn.Identity or (isinstance(module, _DROPOUT) and kind in _DROPOUT and module.p == 0):
-            layer = _same
+            layer = steps.same
         else:
             raise NoLayerGraphError(f"{name}, a {kind.__name__}, has no form for stacked runs")
         self._steps[node] = layer, (x,)
@@ -232,24 +236,27 @@ class _Plan:
         numbers = not any(isinstance(arg, fx.Node) for arg in (*rest, *kwargs.values()))
         if not isinstance(x, fx.Node) or not (numbers or target in ("view", "reshape")):
             raise _no_form(node)
-        layer: _Layer
+        layer: LayerStep
         if target in (F.relu, torch.relu, "relu", "relu_"):
             self._add_relu(node, x)
             return
         if target in _POINTWISE_FUNCTIONS or (node.op == "call_method" and target in _POINTWISE_METHODS):
             function = getattr(torch.Tensor, target) if isinstance(target, str) else target
             rest = rest[: -1 if rest and target in (F.leaky_relu, F.elu) and isinstance(rest[-1], bool) else None]
-            layer = partial(_pointwise, function=lambda value: function(value, *rest, **kwargs))
+            layer = partial(steps.pointwise, function=lambda value: function(value, *rest, **kwargs))
+        elif target is F.max_pool2d and self._fuses(x, steps.batch_norm) and _halves(nn.MaxPool2d(*rest, **kwargs)):
+            self._take_over(node, x, pool=True)
+            return
         elif target in _POOL_FUNCTIONS:
-            layer = partial(_pool, function=lambda value: target(value, *rest, **kwargs))
+            layer = partial(steps.pool, function=lambda value: target(value, *rest, **kwargs))
         elif target in (torch.flatten, "flatten") and (rest or (kwargs.get("start_dim"),))[0] == 1 and len(rest) < 2:
-            layer = _flatten
+            layer = steps.flatten
         elif target in ("view", "reshape", torch.reshape) and (length := self._flat(rest)) is not None:
-            layer = partial(_flatten, length=length)
+            layer = partial(steps.flatten, length=length)
         elif target in _REDUCTIONS:
             layer = self._reduction(node, rest, kwargs)
         elif target is F.dropout and (rest or (kwargs.get("p", 0.5),))[0] == 0:
-            layer = _same
+            layer = steps.same
         else:
             raise _no_form(node)
         self._steps[node] = layer, (x,)
@@ -279,7 +286,7 @@ class _Plan:
                 raise _no_form(node)
             swapped = x is second
             layer = partial(
-                _pointwise,
+                steps.pointwise,
                 function=lambda value: function(number, value) if swapped else function(value, number),
             )
             self._steps[node] = layer, (x,)
@@ -287,16 +294,16 @@ class _Plan:
         if first in self._shapes or second in self._shapes:
             raise _no_form(node)
         for inner, other in ((second, first), (first, second)):
-            if function is torch.add and inner is not other and self._fuses(inner, _batch_norm, relu=True):
+            if function is torch.add and inner is not other and self._fuses(inner, steps.batch_norm, relu=True):
                 self._take_over(node, inner, residual=other)
                 return
-        self._steps[node] = partial(_both, function=function), (first, second)
+        self._steps[node] = partial(steps.both, function=function), (first, second)
 
     def _add_relu(self, node: fx.Node, x: fx.Node) -> None:
-        if self._fuses(x, _batch_norm, relu=False) or self._fuses(x, _linear, relu=False):
+        if self._fuses(x, steps.batch_norm, relu=False) or self._fuses(x, steps.linear, relu=False):
             self._take_over(node, x, relu=True)
         else:
-            self._steps[node] = partial(_pointwise, function=F.relu), (x,)
+            self._steps[node] = partial(steps.pointwise, function=F.relu), (x,)
 
     def _fuses(self, node: fx.Node, layer: Callable[..., Batch], relu: bool = True) -> bool:
         """Return whether a node is such a layer, whose output only one further node uses."""
@@ -304,7 +311,7 @@ class _Plan:
         if not isinstance(step, partial) or step.func is not layer or len(node.users) != 1 or node in self._watched:
             return False
         options = step.keywords
-        if layer is _batch_norm and not isinstance(options["module"], nn.BatchNorm2d):
+        if layer is steps.batch_norm and not isinstance(options["module"], nn.BatchNorm2d):
             return False
         return options.get("relu", False) == relu and not options.get("pool") and not options.get("residual")
 
@@ -316,7 +323,7 @@ class _Plan:
             options, needs = {"residual": True}, (*needs, residual)
         self._steps[node] = partial(layer.func, **{**layer.keywords, **options}), needs
 
-    def _reduction(self, node: fx.Node, rest: Sequence[Any], kwargs: dict[str, Any]) -> _Layer:
+    def _reduction(self, node: fx.Node, rest: Sequence[Any], kwargs: dict[str, Any]) -> LayerStep:
         dims = rest[0] if rest else kwargs.get("dim")
         keep = bool(rest[1] if len(rest) > 1 else kwargs.get("keepdim", False))
         if not isinstance(dims, tuple | list) or {d % 4 for d in dims if isinstance(d, int)} != {2, 3}:
@@ -326,7 +333,7 @@ class _Plan:
         def over(value: Tensor) -> Tensor:
             return reduce(value, (-2, -1), keepdim=keep)
 
-        return partial(_pool, function=over) if keep else partial(_over_space, function=over)
+        return partial(steps.pool, function=over) if keep else partial(steps.over_space, function=over)
 
     def _bias(self, name: str, module: nn.Linear | nn.Conv2d) -> str:
         return "" if module.bias is None else self._named(name, "bias")
@@ -337,63 +344,6 @@ class _Plan:
         if name not in self._tensors:
             raise NoLayerGraphError(f"{name} is shared with another layer, or computed")
         return name
-
-
-def _linear(context: ForwardContext, xs: Sequence[Batch], *, weight: str, bias: str, relu: bool = False) -> Batch:
-    tensors = context.tensors
-    return layers.linear(xs[0], tensors[weight], tensors[bias] if bias else None, relu=relu)
-
-
-def _convolution(context: ForwardContext, xs: Sequence[Batch], *, module: nn.Conv2d, weight: str, bias: str) -> Batch:
-    tensors = context.tensors
-    return layers.convolution(xs[0], module, tensors[weight], tensors[bias] if bias else None)
-
-
-def _batch_norm(
-    context: ForwardContext, xs: Sequence[Batch], *, module: nn.BatchNorm1d | nn.BatchNorm2d, names: Sequence[str],
-    relu: bool = False, pool: bool = False, residual: bool = False,
-) -> Batch:  # fmt: skip
-    tensors = [context.tensors[name] for name in names]
-    added = xs[1] if residual else None
-    return layers.batch_norm(xs[0], module, tensors, train=context.train, relu=relu, pool=pool, residual=added)
-
-
-def _pointwise(context: ForwardContext, xs: Sequence[Batch], *, function: Callable[[Tensor], Tensor]) -> Batch:
-    return Batch(function(xs[0].value), xs[0].shared)
-
-
-def _pool(context: ForwardContext, xs: Sequence[Batch], *, function: Callable[[Tensor], Tensor]) -> Batch:
-    if not xs[0].is_map:
-        raise ValueError("pooling of stacked runs takes maps")
-    return Batch(function(xs[0].value), xs[0].shared)
-
-
-def _over_space(context: ForwardContext, xs: Sequence[Batch], *, function: Callable[[Tensor], Tensor]) -> Batch:
-    return layers.over_space(function, xs[0], context.runs)
-
-
-def _flatten(context: ForwardContext, xs: Sequence[Batch], *, length: int = -1) -> Batch:
-    out = layers.flatten(xs[0], context.runs)
-    if length not in (-1, out.value.shape[-1]):
-        raise ValueError(f"a view as [B, {length}] of samples with {out.value.shape[-1]} values")
-    return out
-
-
-def _same(context: ForwardContext, xs: Sequence[Batch]) -> Batch:
-    return xs[0]
-
-
-def _both(context: ForwardContext, xs: Sequence[Batch], *, function: Callable[..., Tensor]) -> Batch:
-    a, b = xs
-    if a.is_map != b.is_map:
-        raise ValueError("a sum of maps and vectors")
-    if a.shared and b.shared:
-        return Batch(function(a.value, b.value), shared=True)
-    return Batch(function(layers.unshared(a, context.runs), layers.unshared(b, context.runs)))
-
-
-def _mean(maps: Tensor) -> Tensor:
-    return maps.mean((-2, -1))
 
 
 def _halves(pool: nn.Module) -> bool:

@@ -180,17 +180,18 @@ def convolve(images: Tensor, weight: Tensor, padding: tuple[int, int]) -> Tensor
 
 
 def convolution(x: Batch, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> Batch:
-    """Convolve maps as `conv` does, whose groups must be 1; weight `[R, O, C, h, w]`, bias `[R, O]`."""
+    """Convolve maps as `conv` does; weight `[R, O, C, h, w]`, bias `[R, O]`."""
     if not x.is_map:
         raise ValueError("a convolution of stacked runs takes maps")
     runs = len(weight)
+    x = Batch(unshared(x, runs)) if conv.groups > 1 else x
     weight = weight.flatten(0, 1).to(x.value.dtype)  # flatten gives a view, since `Stack` keeps weights channels-last
     bias = None if bias is None else bias.view(-1).to(x.value.dtype)
     plain = conv.stride == conv.dilation == (1, 1) and not isinstance(conv.padding, str)
     if x.shared and x.value.is_cuda and plain and is_small_filter(weight):
         maps = convolve(x.value, weight, cast(tuple[int, int], conv.padding))
         return Batch(maps if bias is None else maps + bias.view(-1, 1, 1))
-    groups = 1 if x.shared else runs
+    groups = 1 if x.shared else runs * conv.groups
     inputs = (x.value, weight, bias)
     if _needs_float32(x.value):
         inputs = x.value.float(), weight.float(), None if bias is None else bias.float()
@@ -222,6 +223,24 @@ def batch_norm(
             train=train, momentum=norm.momentum, eps=norm.eps, pool=pool, residual=added,
         )
     )  # fmt: skip
+
+
+def group_norm(x: Batch, norm: nn.GroupNorm, weight: Tensor, bias: Tensor) -> Batch:
+    """Normalise maps as `norm` does; weight and bias `[R, C]`."""
+    if not x.is_map:
+        raise ValueError("group norm of stacked runs takes maps")
+    runs, dtype = len(weight), x.value.dtype
+    vectors = weight.view(-1).to(dtype), bias.view(-1).to(dtype)
+    return Batch(F.group_norm(unshared(x, runs), runs * norm.num_groups, *vectors, norm.eps))
+
+
+def layer_norm(x: Batch, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> Batch:
+    """Normalise vectors as `norm` does; weight and bias `[R, d]`."""
+    if x.is_map or len(norm.normalized_shape) != 1:
+        raise ValueError("layer norm of stacked runs takes vectors")
+    value = unshared(x, len(weight))
+    normalised = F.layer_norm(value, norm.normalized_shape, eps=norm.eps)
+    return Batch((normalised * weight.unsqueeze(1) + bias.unsqueeze(1)).to(value.dtype))
 
 
 def over_space(reduce: Callable[[Tensor], Tensor], x: Batch, runs: int) -> Batch:

@@ -107,7 +107,9 @@ def _record_input(seen: dict[str, Tensor], _: nn.Module, args: tuple[Tensor, ...
 
 
 def _record_output(seen: dict[str, Tensor], name: str, _: nn.Module, __: Any, output: Tensor) -> None:
-    seen[name] = pooled(output, "mean")
+    value = pooled(output, "mean")
+    # The next layer may work in place, as many a ReLU does.
+    seen[name] = value.clone() if value is output else value
 
 
 @contextmanager
