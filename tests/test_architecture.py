@@ -98,7 +98,7 @@ def test_files_fit_in_one_head(path: Path) -> None:
 
 
 def test_the_trainer_has_few_rooms() -> None:
-    assert len([p for p in (ROOT / "train").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]) <= 16
+    assert len([p for p in (ROOT / "train").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()]) <= 19
 
 
 def test_an_optimizer_is_known_by_name_in_few_files() -> None:

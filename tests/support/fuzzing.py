@@ -30,6 +30,7 @@ from ncollapse.train.commands.check import print_check
 from ncollapse.train.commands.status import print_status, read_status
 from ncollapse.train.config import FIELDS, make_run
 from ncollapse.train.data.sets import load
+from ncollapse.train.engine.planning import device_of
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid, load_grid, presets, run_settings
 from ncollapse.train.results import schema
@@ -199,7 +200,7 @@ class _Parsed(BaseException):
 
 
 def _parsed(grid: Grid, out: Any, source: Any, options: Any, console: Console) -> Path:
-    cli._device(source.device, options.engine)
+    device_of(source.device, options.engine)
     raise _Parsed
 
 

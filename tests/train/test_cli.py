@@ -70,6 +70,8 @@ def test_sweep_reads_a_grid_and_options_replace_its_axes(capsys: pytest.CaptureF
         (["run", "--preset", "demo"], "it has no [run]; presets that do: paper"),
         (["run", "--preset", "paper", "--lr", "-1"], "run: lr = -1.0: input should be greater than 0"),
         (["sweep", "nothing.toml"], "neither a file nor a preset"),
+        (["run", "--optimizer", "sdg"], "run: unknown optimizer 'sdg', did you mean 'sgd'?; of your own: FILE.py:NAME"),
+        (["sweep", "demo", "--model", "alexnet"], "unknown model 'alexnet', did you mean 'resnet9'?"),
         (["sweep", "grid.toml", "--weight-decay", "-3"], "grid.toml: weight_decay = -3.0"),
         (["report", "nowhere"], "no results in nowhere"),
         (["status", "nowhere"], "no results in nowhere"),
@@ -97,8 +99,7 @@ def test_errors_are_one_message_and_exit_code_1(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["run", "--optimizer", "sdg"], "sdg"),
-        (["run", "--model", "alexnet"], "invalid choice 'alexnet'"),
+        (["run", "--precision", "fp8"], "invalid choice 'fp8'"),
         (["run", "--learning-rate", "1"], "--learning-rate"),
         (["export", "results", "--format", "xlsx"], "invalid choice 'xlsx'"),
         (["status"], "PATH"),
@@ -216,10 +217,13 @@ def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
     settings = [
         *("--model", "--data", "--optimizer", "--lr", "--momentum", "--weight-decay", "--coupling", "--beta2", "--eps"),
         *("--epochs", "--batch-size", "--lr-drops", "--lr-drop-factor", "--seed", "--limit", "--eval-every"),
-        *("--width", "--precision", "--augment", "--layers"),
+        *("--width", "--precision", "--augment", "--layers", "--loss", "--label-smoothing", "--head"),
+        *("--model-options", "--data-options", "--optimizer-options", "--loss-options"),
     ]
-    place = ["--out", "--data-dir", "--download", "--device"]
-    keeping = ["--save-weights", "--tensorboard", "--checkpoint-minutes", "--minutes"]
+    place = ["--out", "--data-dir", "--download", "--device", "--stream"]
+    keeping = [
+        *("--save-weights", "--tensorboard", "--checkpoint-minutes", "--minutes", "--metrics", "--accept-changes"),
+    ]
     engine = ["--engine", "--stack", "--workers", "--ray-address", "--stop-hopeless"]
     source = place[1:]
     choice = ["--threshold", "--best-by"]

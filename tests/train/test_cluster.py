@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,12 +15,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from ncollapse.train import cli
+from ncollapse.train import sweep as sweep_from_python
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.engine import ray_connect, stack_size
 from ncollapse.train.engine.messages import WorkerSettings
 from ncollapse.train.engine.options import Options
+from ncollapse.train.engine.planning import device_of
 from ncollapse.train.engine.ray_cluster import Cluster
 from ncollapse.train.engine.scheduler import sweep
 from ncollapse.train.engine.stack_size import Plan, StackPolicy
@@ -99,6 +101,35 @@ def test_a_cluster_gives_the_results_of_one_process(
     assert_same(trained_here, tmp_path, but="stack")
 
 
+def test_code_of_the_users_trains_on_a_cluster(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example, with data that are read in each process, and a metric that was given in Python."""
+    for file in (Path(__file__).parents[2] / "examples" / "bring_your_own").glob("*.*"):
+        shutil.copy(file, tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "folder.py").write_text(
+        "from torchvision.datasets import FakeData\n"
+        "from torchvision.transforms import ToTensor\n"
+        "def load():\n    return FakeData(40, (1, 8, 8), 4, ToTensor()), FakeData(20, (1, 8, 8), 4, ToTensor())\n"
+    )
+    grid = tmp_path / "own.toml"
+    grid.write_text(
+        'model = "mine.py:WideNet"\noptimizer = ["adamw", "mine.py:NormalizedSGD"]\nepochs = 1\n'
+        '[[grid]]\ndata = "mine.py:few_digits"\nloss = "mine.py:hinge"\n'
+    )
+    found, streamed = [], []
+    for engine in ({"engine": "ray", "ray_address": cluster.address}, {"workers": 1}):
+        options: Any = {"device": "cpu", "progress": False, "metrics": {"largest": lambda w, s: w.max()}, **engine}
+        name = engine.get("engine", "here")
+        found.append(sweep_from_python(grid, tmp_path / name, **options))
+        grid_of_folder = {"model": "cnn", "data": "folder.py:load", "in_memory": False, "epochs": 1}
+        monkeypatch.chdir(tmp_path)
+        streamed.append(sweep_from_python(grid_of_folder, tmp_path / f"{name}-streamed", **options))
+    for ray, here in (found, streamed):
+        assert set(ray.status) == {"done"}
+        for column in ("nc0", "nc3", "train_loss", "largest"):
+            assert ray[column].tolist() == pytest.approx(here[column].tolist(), rel=1e-3)
+
+
 def test_a_lost_node_costs_only_its_stack(
     cluster: Any, grid: Grid, trained_here: Path, digits: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +197,7 @@ def test_stacks_share_a_gpu(nodes: Any, gpu_node: None, digits: Dataset) -> None
 
 
 def test_the_machine_of_the_command_needs_no_gpu() -> None:
-    assert cli._device("cuda:0", "ray") == torch.device("cuda:0")
+    assert device_of("cuda:0", "ray") == torch.device("cuda:0")
 
 
 def test_how_many_share_a_gpu_is_measured(
@@ -188,8 +219,8 @@ def test_how_many_share_a_gpu_is_measured(
 
 
 def test_a_bug_in_a_task_is_shown(cluster: Any, grid: Grid, digits: Dataset, quiet: Console, tmp_path: Path) -> None:
-    broken = dataclasses.replace(digits, train_y=digits.train_y + 5)
-    with pytest.raises(UserError, match=r"did not foresee: .*labels outside \[0, 10\)"):
+    broken = dataclasses.replace(digits, val_y=digits.val_y[:5])
+    with pytest.raises(UserError, match=r"did not foresee: .*RuntimeError"):
         sweep(grid, tmp_path, lambda name, device: broken, CPU, on(cluster), quiet)
     assert set(load_runs(tmp_path).status) <= {"running", "pending"}
 
