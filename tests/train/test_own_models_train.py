@@ -150,7 +150,14 @@ def test_data_that_do_not_fit_are_refused(digits: Dataset) -> None:
         values_of([RunConfig()], wide)
 
 
-def test_what_a_graph_holds_is_said_in_words() -> None:
+def test_what_a_graph_holds_is_said_in_words(digits: Dataset) -> None:
+    runs = [run_of(), run_of(model_options={"dropout": 0.5}), RunConfig(), RunConfig(optimizer="torch.optim:SGD")]
+    words = [Training([run], digits.limited(64), CPU, plugins=PLUGINS)._step.captured for run in runs]
+    assert [text.partition(":")[0] for text in words] == [
+        "forward pass, backward pass and update", "nothing", "forward pass, backward pass and update",
+        "forward and backward pass",
+    ]  # fmt: skip
+    assert "random numbers" in words[1]
     assert captured("", "") == "forward pass, backward pass and update"
     assert captured("SOAP cannot be captured", "") == "forward and backward pass: SOAP cannot be captured"
     assert captured("SOAP cannot be captured", "it draws random numbers") == "nothing: it draws random numbers"

@@ -21,7 +21,7 @@ from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.optimizers import TABLE
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.training.stack import make_stack
-from ncollapse.train.training.step import Step
+from ncollapse.train.training.step import Step, why_no_graph
 from ncollapse.train.training.updates import make_updates
 
 #: A measurement takes at least this many seconds, and this many steps, unless they take longer than `_LONG` seconds.
@@ -149,7 +149,8 @@ def _step(
     runs = [runs[i % len(runs)] for i in range(size)]
     model = build(architecture, 0, plugins)
     stack = make_stack([model] * size, architecture, device, key.precision, plugins)
-    return Step(stack, make_updates(stack, runs, plugins), data, key.augment, loss=make_loss(runs[0], plugins))
+    updates, why = make_updates(stack, runs, plugins), why_no_graph(architecture, key.precision, plugins)
+    return Step(stack, updates, data, key.augment, loss=make_loss(runs[0], plugins), why_no_graph=why)
 
 
 @functools.cache

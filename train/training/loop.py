@@ -16,7 +16,6 @@ from ncollapse.train.data.streamed import Streamed
 from ncollapse.train.errors import CheckpointError, OwnCodeError, UserError, out_of_memory
 from ncollapse.train.losses import chance_level, make_loss
 from ncollapse.train.networks.architecture import Architecture, build
-from ncollapse.train.networks.forms import form_of
 from ncollapse.train.networks.models import DOWNSAMPLING, MIN_SIZE, SIZE_MULTIPLE
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.plugins import Plugins
@@ -26,7 +25,7 @@ from ncollapse.train.training.evaluate import evaluate_stack
 from ncollapse.train.training.metric_functions import MetricFunctions
 from ncollapse.train.training.randomness import seeded
 from ncollapse.train.training.stack import Stack, make_stack
-from ncollapse.train.training.step import Step
+from ncollapse.train.training.step import Step, why_no_graph
 from ncollapse.train.training.updates import make_updates
 
 # Runs that have ended are removed from the stack once at most this share of it still trains: on a GPU the smaller stack
@@ -100,8 +99,7 @@ class Training:
                 )
                 self._hopeless_loss = _LEFT_CHANCE * chance
             models = {seed: build(architecture, seed, self._plugins) for seed in seeds}
-            alone = form_of(architecture, config.precision, self._plugins) if architecture.own else None
-            self._why_no_graph = alone.reason if alone and alone.kind == "alone" else ""
+            self._why_no_graph = why_no_graph(architecture, config.precision, self._plugins)
             of_runs = [models[run.seed] for run in runs]
             self._use(make_stack(of_runs, architecture, device, config.precision, self._plugins))
             if checkpoint is not None:

@@ -11,6 +11,9 @@ from ncollapse.train.data.augment import gather_images, pad_images
 from ncollapse.train.data.dataset import Dataset
 from ncollapse.train.data.streamed import Streamed
 from ncollapse.train.losses import Loss, cross_entropy_loss
+from ncollapse.train.networks.architecture import Architecture
+from ncollapse.train.networks.forms import form_of
+from ncollapse.train.plugins import Plugins
 from ncollapse.train.training.stack import Stack
 from ncollapse.train.training.updates import Updates
 
@@ -90,7 +93,9 @@ class Step:
         grads = torch.autograd.grad(logits, self._leaves, logits_grad)
         if self._kept:
             torch._foreach_copy_(self._kept, grads)
-            grads = self._kept
+            for param, kept in zip(self._params, self._kept, strict=True):
+                param.grad = kept
+            return
         for param, grad in zip(self._params, grads, strict=True):
             # The fused update needs gradients in the layout of the parameters.
             param.grad = grad if same_layout(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
@@ -115,6 +120,18 @@ class Step:
                 self._updates.step()
 
         return replay
+
+
+def why_no_graph(architecture: Architecture, precision: str, plugins: Plugins) -> str:
+    """Say why a CUDA graph cannot hold the forward pass of a model; "" where it can.
+
+    A graph repeats the random numbers and the branches of the step that it has recorded: a model of the user's that has
+    either is one whose runs do not stack.
+    """
+    if not architecture.own:
+        return ""
+    form = form_of(architecture, precision, plugins)
+    return form.reason if form.kind == "alone" else ""
 
 
 def captured(of_update: str, of_forward: str) -> str:
