@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from fork_server import fork_context
 from ncollapse.train.config import RunConfig
@@ -29,7 +31,6 @@ from ncollapse.train.engine.this_machine import ThisMachine
 from ncollapse.train.engine.throughput import DataFacts, Rate, bytes_per_run, measure_rate
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
-from ncollapse.train.networks.models import Classifier
 from ncollapse.train.results.reader import load_meta, load_runs
 from ncollapse.train.results.writer import PlannedStack
 from ncollapse.train.training.stack import Stack
@@ -97,10 +98,10 @@ def with_little_memory(name: str, device: torch.device) -> Dataset:
     if in_worker():
         real = Stack.of
 
-        def of(models: Sequence[Classifier], device: torch.device) -> Stack:
+        def of(models: Sequence[nn.Module], *args: Any, **options: Any) -> Stack:
             if len(models) > 3:
                 psutil.Process().kill()
-            return real(models, device)
+            return real(models, *args, **options)
 
         Stack.of = of  # type: ignore[method-assign,assignment]
     return LOAD(name, device)
@@ -176,7 +177,7 @@ def test_a_sweep_with_much_to_do_measures_and_records_its_choice(
 def test_measuring_says_what_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (measure_rate(MLP, DIGITS, 2, CPU, quick=True) or Rate(0.0)).steps > 0
 
-    def exhausted(*args: object) -> object:
+    def exhausted(*args: object, **options: object) -> object:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
 
     monkeypatch.setattr(Stack, "of", exhausted)

@@ -220,7 +220,8 @@ class _Plan:
 
     def _add_function(self, node: fx.Node) -> None:
         target: Any = node.target
-        args, kwargs = node.args, dict(node.kwargs)
+        args: tuple[Any, ...] = node.args
+        kwargs: dict[str, Any] = dict(node.kwargs)
         x, rest = (args[0], args[1:]) if args else (None, ())
         kwargs.pop("inplace", None)
         if self._add_shape(node, x, rest):
@@ -231,7 +232,7 @@ class _Plan:
         if target is torch.cat and isinstance(x, Sequence):
             dim = rest[0] if rest else kwargs.get("dim", 0)
             if dim == 1 and all(isinstance(part, fx.Node) for part in x):
-                self._steps[node] = (lambda context, xs: layers.concatenate(xs, context.runs)), tuple(x)  # type: ignore[arg-type]
+                self._steps[node] = (lambda context, xs: layers.concatenate(xs, context.runs)), tuple(x)
                 return
         numbers = not any(isinstance(arg, fx.Node) for arg in (*rest, *kwargs.values()))
         if not isinstance(x, fx.Node) or not (numbers or target in ("view", "reshape")):
