@@ -93,7 +93,7 @@ def test_bad_settings_are_named(settings: dict[str, object], message: str) -> No
 def test_presets_have_the_runs_that_they_describe() -> None:
     grids = {name: load_grid(name) for name in presets()}
     paper = {"paper", "paper-table", "paper-coupling", "paper-momentum"}
-    assert set(grids) == paper | {"demo", "coupling", "lion", "muon", "layers", "architectures"}
+    assert set(grids) == paper | {"demo", "coupling", "lion", "muon", "layers", "architectures", "optimizers", "losses"}
     assert all(run.precision == "bf16" for name in paper for run in grids[name].runs)
     assert {run.optimizer for run in grids["paper-table"].runs} == set(PAPER_OPTIMIZERS)
     assert {(run.optimizer, run.coupling) for run in grids["muon"].runs} == {("muon", 1.0), ("muonw", 0.0)}
