@@ -30,7 +30,9 @@ def rows(runs: pd.DataFrame) -> list[dict[str, Any]]:
     """A row for each setting: its values, how its runs ended, and each metric over the seeds."""
     found = []
     for settings, group in runs.groupby(SETTINGS, dropna=False, sort=False):
-        row: dict[str, Any] = {name: None if pd.isna(value) else value for name, value in zip(SETTINGS, settings)}
+        row: dict[str, Any] = {
+            name: None if pd.isna(value) else value for name, value in zip(SETTINGS, settings, strict=True)
+        }
         row["ended"] = group.status.value_counts().to_dict()
         for name in METRICS:
             values = group[name].dropna()
