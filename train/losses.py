@@ -142,7 +142,7 @@ def _focal(gamma: float) -> Loss:
 
 def _own(run: RunConfig, plugins: Plugins) -> Loss:
     found, options = plugins.find("loss", run.loss), run.options("loss")
-    function: Callable[..., Tensor] = found
+    function: Any = found
     _check_options(run.loss, found, options, plugins)
     if inspect.isclass(found):
         try:

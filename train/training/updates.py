@@ -150,7 +150,9 @@ class _Foreign(Updates):
 
     def step(self) -> None:
         grads = list(zip(*(param.grad.unbind() for param in self._stack.params.values()), strict=True))  # type: ignore[union-attr]
-        alone = len(self._runs) == 1
+        # A graph cannot hold the states of generators: what is drawn in one depends on the other runs.
+        capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        alone = len(self._runs) == 1 or capturing
         before = () if alone else torch_states(self._device)
         for i in sorted(self._updated):
             for param, grad in zip(self._params[i], grads[i], strict=True):
