@@ -132,3 +132,22 @@ def test_finished_runs_leave_the_graph(device: torch.device) -> None:
     training, values = trained(runs, device)
     assert training.stack.runs == 2
     assert all(loss < 1.4 for loss in values["train_loss"])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "holds"),
+    [("torch.optim:AdamW", "forward pass, backward pass and update"), ("torch.optim:Adagrad", "forward and backward")],
+)
+def test_other_optimizers_train_with_graphs_as_without(
+    optimizer: str, holds: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The schedule reaches an update within a graph, and one after it; a checkpoint continues."""
+    runs = [RunConfig(model="mlp", optimizer=optimizer, lr=lr, epochs=9, eval_every=9) for lr in (1e-3, 3e-3)]
+    captured, values = trained(runs, device)
+    assert captured._step.captured.startswith(holds)
+    assert len(captured._step._replays) == 2
+    _, resumed = trained(runs, device, checkpoint_at=4)
+    monkeypatch.setattr(step, "_WARM_UP", 10**9)
+    _, expected = trained(runs, device)
+    for found in (values, resumed):
+        assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=0.05)
