@@ -1,5 +1,6 @@
 """How the runs of a model are computed: layer by layer, under vmap, or one by one; decided by trying."""
 
+import copy
 import dataclasses
 import functools
 import pickle
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ncollapse.train.errors import out_of_memory
+from ncollapse.train.errors import OwnCodeError, out_of_memory
 from ncollapse.train.networks.architecture import Architecture, build, parts_of, seeded
 from ncollapse.train.networks.layer_graph import LayerGraph, NoLayerGraphError
 from ncollapse.train.networks.model_parts import Parts
@@ -20,9 +21,9 @@ from ncollapse.train.networks.stacked_layers import ForwardContext
 from ncollapse.train.networks.whole_module import WholeModule
 from ncollapse.train.plugins import Plugins
 
-#: Two results are equal where they differ by this share of their norm, or of the norm of all results together: rounding
-#: may be all that a gradient consists of.
-_RELATIVE, _OF_ALL = 1e-3, 1e-5
+#: Two results are equal where they differ by the first share of their norm and the second of the norm of all results
+#: together, since rounding may be all that a gradient consists of; in float64, and in float32.
+_BOUNDS, _BOUNDS_OF_FLOAT32 = (1e-6, 1e-9), (1e-3, 1e-5)
 #: A model with more parameters than this keeps any processor busy by itself.
 _MOST_PARAMETERS = 50_000_000
 
@@ -114,13 +115,32 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
         return Form("alone", "its tensors depend on the seed")
     generator = torch.Generator().manual_seed(0)
     samples = architecture.example(architecture.example_samples(), generator)
+    numbers = _plain_numbers(first)
+
+    def alone(of: Sequence[nn.Module], samples: Tensor) -> list[_Results]:
+        return [_results([model], _program(model, architecture, parts, "alone"), samples) for model in of]
+
     with seeded(0):
-        before, numbers = _random_states(), _plain_numbers(first)
-        expected = [_results([model], _program(model, architecture, parts, "alone"), samples) for model in models]
+        before = _random_states()
+        try:
+            alone([first], samples)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            raise OwnCodeError.of(f"model {architecture.model}", error) from error
         if _random_states() != before:
             return Form("alone", "it draws random numbers in training")
         if changed := [name for name, value in _plain_numbers(first).items() if numbers.get(name) != value]:
             return Form("alone", f"it changes {changed[0]}, which is no parameter or buffer")
+        try:
+            # In float64 a deep network has no rounding that could be taken for a difference.
+            compared, inputs = [copy.deepcopy(model).double() for model in models], _doubled(samples)
+            expected, bounds = alone(compared, inputs), _BOUNDS
+        except Exception as error:  # it makes float32 tensors of its own
+            if out_of_memory(error):
+                raise
+            compared, inputs = models, samples
+            expected, bounds = alone(models, samples), _BOUNDS_OF_FLOAT32
     reasons = []
     kinds: tuple[Literal["layers", "vmap"], ...] = ("layers", "vmap")
     for kind in kinds:
@@ -128,11 +148,10 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
             continue  # one run of a vit or densenet has the numbers of its module
         try:
             with seeded(0):
-                program = _program(models[0], architecture, parts, kind)
-                found = _results(models, program, samples)
-                different = _first_difference(found, expected)
-                if not different and precision == "bf16":
-                    _results(models, program, samples, half=True)
+                program = _program(compared[0], architecture, parts, kind)
+                different = _first_difference(_results(compared, program, inputs), expected, bounds)
+                if not different:  # it must also run in the precision of the runs
+                    _results(models, program, samples, half=precision == "bf16")
         except Exception as error:  # whatever torch.fx and vmap make of a model
             if out_of_memory(error):
                 raise
@@ -176,14 +195,18 @@ def stacked_tensors(models: Sequence[nn.Module]) -> dict[str, Tensor]:
     return {name: torch.stack([of_one[name].detach() for of_one in of_each]) for name in of_each[0]}
 
 
-def _first_difference(found: _Results, expected: Sequence[_Results]) -> str:
+def _doubled(samples: Tensor) -> Tensor:
+    return samples.double() if samples.is_floating_point() else samples
+
+
+def _first_difference(found: _Results, expected: Sequence[_Results], bounds: tuple[float, float]) -> str:
     """Name the first result, of all runs `[R, …]`, that is not that of each run alone; "" if all are."""
     for kind, of_names in found.items():
         for r, one in enumerate(expected):
             whole = sum(float(value.double().norm() ** 2) for value in one[kind].values()) ** 0.5
             for name, value in of_names.items():
                 ours, theirs = value[r].double(), one[kind][name][0].double()
-                bound = _RELATIVE * theirs.norm() + _OF_ALL * whole
+                bound = bounds[0] * theirs.norm() + bounds[1] * whole
                 if ours.shape != theirs.shape or not bool((ours - theirs).norm() <= bound):
                     return f"{kind} ({name})"
     return ""
