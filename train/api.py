@@ -245,4 +245,3 @@ def _lists(value: Any) -> Any:
     if hasattr(value, "tolist"):  # of NumPy and PyTorch
         return _lists(value.tolist())
     return [_lists(one) for one in value] if isinstance(value, list | tuple | range) else value
-

@@ -10,10 +10,12 @@ The head stays in float32: the row sum of its gradient is zero, and the theory (
 would hide it. On a CPU bf16 rounds as on a GPU, and is no faster.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch.backends import cuda
 
 
 @contextmanager
@@ -26,15 +28,43 @@ def arithmetic(precision: str) -> Iterator[None]:
     product = "tf32" if precision == "tf32" else "ieee"
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     before = matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction
-    with cudnn.flags(
-        enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=product == "tf32", fp32_precision=product
-    ):
+    with (
+        cudnn.flags(
+            enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=product == "tf32",
+            fp32_precision=product,
+        ),
+        same_attention(),
+    ):  # fmt: skip
         # Partial sums are added in float32 too.
         matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction = product, False
         try:
             yield
         finally:
             matmul.fp32_precision, matmul.allow_bf16_reduced_precision_reduction = before
+
+
+@contextmanager
+def same_attention() -> Iterator[None]:
+    """Compute attention in the one form that gives the same bits every time, and can be stacked.
+
+    `sdpa_kernel` does the same, in a longer time. The fast path of transformers in evaluation mode has no form for
+    several runs.
+    """
+    switches: tuple[tuple[Callable[[], bool], Callable[[bool], Any], bool], ...] = (
+        (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, False),
+        (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, False),
+        (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp, False),
+        (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
+        (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),
+    )
+    before = [is_on() for is_on, _, _ in switches]
+    for _, switch, value in switches:
+        switch(value)
+    try:
+        yield
+    finally:
+        for (_, switch, _), value in zip(switches, before, strict=True):
+            switch(value)
 
 
 @contextmanager

@@ -1,16 +1,16 @@
 """A model as it is, for R runs: one by one, or all at once under `torch.func.vmap`."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.backends import cuda
 
 from ncollapse.samples import pooled
 from ncollapse.train.networks.model_parts import Parts
+from ncollapse.train.networks.precision import same_attention
 from ncollapse.train.networks.stacked_layers import ForwardContext, channels_last, head
 
 
@@ -26,14 +26,15 @@ class WholeModule:
 
     def __init__(self, module: nn.Module, parts: Parts, sample_dims: int, *, vmapped: bool, ours: bool = False) -> None:
         self.module, self.parts, self.channels_last = module, parts, ours
-        self._sample_dims, self._vmapped = sample_dims, vmapped
+        self.sample_dims, self._vmapped = sample_dims, vmapped
         self._head = module.get_submodule(parts.head)
         self._slots = _slots(module)
+        self._put: Mapping[str, Tensor] = {}  # the tensors that are in the module's places for good
         self._blocks = {name: module.get_submodule(name) for name in parts.blocks}
 
     def __call__(self, samples: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """Compute features `[R, B, d]` and logits `[R, B, K]` of samples `[B, …]` for all runs or `[R, B, …]`."""
-        shared = samples.dim() == self._sample_dims + 1
+        shared = samples.dim() == self.sample_dims + 1
         if self.channels_last:
             samples = channels_last(samples) if shared else channels_last(samples.flatten(0, 1)).view_as(samples)
         names: Mapping[str, nn.Module] = {} if context.outputs is None else self._blocks
@@ -58,6 +59,39 @@ class WholeModule:
         weight, bias = self.parts.weight, self.parts.bias
         return features, head(features, context.tensors[weight], context.tensors[bias] if bias else None)
 
+    def of_one(self, samples: Tensor, tensors: Mapping[str, Tensor], *, train: bool) -> tuple[Tensor, Tensor]:
+        """Compute features `[B, d]` and logits `[B, K]` of one run as the module itself does.
+
+        Args:
+            samples: `[B, …]`.
+            tensors: name -> parameter or buffer, without a dimension of runs. They stay in the module's places: a step
+                of a small network would take a third longer otherwise. Attention must have the form that
+                `precision.arithmetic` gives it.
+        """
+        if self._put is not tensors:
+            for name, slots, key in self._slots:
+                slots[key] = tensors[name]
+            self._put = tensors
+        if self.module.training != train:
+            self.module.train(train)
+        seen: dict[str, Tensor] = {}
+        handle = self._head.register_forward_hook(partial(_record_call, seen), with_kwargs=True)
+        try:
+            self.module(samples)
+        finally:
+            handle.remove()
+        self._keep_assigned(tensors)
+        if "features" not in seen:
+            raise ValueError(f"the head {self.parts.head} did not run")
+        return seen["features"], seen["logits"]
+
+    def _keep_assigned(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write buffers that the module has assigned anew into the tensors that hold them, and put these back."""
+        for name, slots, key in self._slots:
+            if (assigned := slots[key]) is not tensors[name]:
+                tensors[name].copy_(assigned)
+                slots[key] = tensors[name]
+
     @contextmanager
     def _holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """Put tensors into the module's places, as `torch.func.functional_call` does, which takes longer."""
@@ -66,6 +100,7 @@ class WholeModule:
             for name, slots, key in self._slots:
                 slots[key] = tensors[name]
             yield
+            self._keep_assigned(tensors)
         finally:
             for (_, slots, key), own in zip(self._slots, before, strict=True):
                 slots[key] = own
@@ -106,6 +141,12 @@ def _record_input(seen: dict[str, Tensor], _: nn.Module, args: tuple[Tensor, ...
     seen["features"] = args[0] if args else next(iter(kwargs.values()))
 
 
+def _record_call(
+    seen: dict[str, Tensor], _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+) -> None:
+    seen["features"], seen["logits"] = args[0] if args else next(iter(kwargs.values())), output
+
+
 def _record_output(seen: dict[str, Tensor], name: str, _: nn.Module, __: Any, output: Tensor) -> None:
     value = pooled(output, "mean")
     # The next layer may work in place, as many a ReLU does.
@@ -115,21 +156,8 @@ def _record_output(seen: dict[str, Tensor], name: str, _: nn.Module, __: Any, ou
 @contextmanager
 def _settings(device: str, half: bool) -> Iterator[None]:
     """Compute the same numbers every time, in bfloat16 where `half`."""
-    # Of attention only this form gives the same bits every time; `sdpa_kernel` does the same, in a longer time. The
-    # fast path of transformers in evaluation mode has no form for several runs.
-    switches: tuple[tuple[Callable[[], bool], Callable[[bool], Any], bool], ...] = (
-        (cuda.flash_sdp_enabled, cuda.enable_flash_sdp, False),
-        (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp, False),
-        (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp, False),
-        (cuda.math_sdp_enabled, cuda.enable_math_sdp, True),
-        (torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, False),
-    )
-    before = [is_on() for is_on, _, _ in switches]
-    for _, switch, value in switches:
-        switch(value)
-    try:
-        with torch.autocast(device, torch.bfloat16, cache_enabled=False) if half else nullcontext():
-            yield
-    finally:
-        for (_, switch, _), value in zip(switches, before, strict=True):
-            switch(value)
+    with (
+        same_attention(),
+        torch.autocast(device, torch.bfloat16, cache_enabled=False) if half else nullcontext(),
+    ):
+        yield

@@ -1,6 +1,7 @@
 """R runs as one program: parameters stacked as `[R, …]`, one forward and one backward pass for all runs."""
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from ncollapse.train.networks.architecture import Architecture
 from ncollapse.train.networks.forms import Program, built_in_program, make_program, stacked_tensors
 from ncollapse.train.networks.models import Classifier
 from ncollapse.train.networks.stacked_layers import ForwardContext
+from ncollapse.train.networks.whole_module import WholeModule
 from ncollapse.train.optimizers import TABLE
 from ncollapse.train.plugins import Plugins
 
@@ -68,8 +70,28 @@ class Stack:
             samples: `[B, …]` for all runs, or `[R, B, …]`; `[B, C, H, W]` for images.
             outputs: if given, is filled with the output of every block, `[R, B, d]`; of maps and tokens the mean.
         """
+        if self.rows and outputs is None:
+            assert isinstance(self._program, WholeModule)
+            of_run = samples if samples.dim() == self._program.sample_dims + 1 else samples[0]
+            features, logits = self._program.of_one(of_run, self._of_one, train=train)
+            return features.unsqueeze(0), logits.unsqueeze(0)
         tensors = self.params | self.buffers | self.copies
         return self._program(samples, ForwardContext(self.runs, tensors, train, self._half, outputs))
+
+    @functools.cached_property
+    def rows(self) -> dict[str, nn.Parameter]:
+        """The parameters of a single run that its module computes itself, in the memory of `params`; else empty.
+
+        Gradients by them cost no copy.
+        """
+        itself = isinstance(self._program, WholeModule) and not self._program.channels_last
+        if self.runs > 1 or self._half or not itself:
+            return {}
+        return {name: nn.Parameter(param.detach()[0]) for name, param in self.params.items()}
+
+    @functools.cached_property
+    def _of_one(self) -> dict[str, Tensor]:
+        return {**self.rows, **{name: value[0] for name, value in self.buffers.items()}}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all parameters and buffers by name, `[R, …]`, without gradients."""

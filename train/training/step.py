@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ncollapse.kernels.update.table import same_layout
 from ncollapse.train.data.augment import gather_images, pad_images
@@ -48,11 +48,14 @@ class Step:
         self._images = None if self._streamed else pad_images(data.train_x, augment)
         self._params = list(stack.params.values())
         self._leaves = [stack.copies.get(name, param) for name, param in stack.params.items()]
+        self._rows: list[nn.Parameter] = list(stack.rows.values())
         self._kept: list[Tensor] = []
         leaves = list(zip(self._params, self._leaves, strict=True))
         size = sum(leaf.nbytes for leaf in self._leaves)
         if updates.reads_in_place and stack.weight.device.type == "cpu" and size <= _KEPT_BYTES:
             self._kept = [torch.empty_like(param, dtype=leaf.dtype) for param, leaf in leaves]
+        self._assigned = False  # the parameters have them
+        self._kept_rows = [kept[0] for kept in self._kept] if self._rows else []
         self._steps: Counter[torch.Size] = Counter()
         self._replays: dict[torch.Size, Callable[..., None]] = {}
         self.captured = captured(updates.why_no_graph, why_no_graph)
@@ -90,15 +93,37 @@ class Step:
         _, logits = self._stack(samples, train=True)
         # Training needs only the gradient of each run's mean loss, not its value.
         logits_grad = self._loss.grad(logits.detach(), labels)
+        if self._rows:
+            self._gradients_of_one(logits, logits_grad)
+            return
         grads = torch.autograd.grad(logits, self._leaves, logits_grad)
         if self._kept:
             torch._foreach_copy_(self._kept, grads)
-            for param, kept in zip(self._params, self._kept, strict=True):
-                param.grad = kept
+            self._assign_kept()
             return
         for param, grad in zip(self._params, grads, strict=True):
             # The fused update needs gradients in the layout of the parameters.
             param.grad = grad if same_layout(grad, param) else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+
+    def _gradients_of_one(self, logits: Tensor, logits_grad: Tensor) -> None:
+        """Compute the gradients of a run that its module computes; a parameter that this step has not used has none."""
+        grads = torch.autograd.grad(logits, self._rows, logits_grad, allow_unused=True)
+        if self._updates.takes_rows:
+            for row, grad in zip(self._rows, grads, strict=True):
+                row.grad = grad
+        elif self._kept and all(grad is not None for grad in grads):
+            torch._foreach_copy_(self._kept_rows, grads)
+            self._assign_kept()
+        else:
+            for param, grad in zip(self._params, grads, strict=True):
+                param.grad = None if grad is None else grad.contiguous().unsqueeze(0)
+            self._assigned = False
+
+    def _assign_kept(self) -> None:
+        if not self._assigned:
+            for param, kept in zip(self._params, self._kept, strict=True):
+                param.grad = kept
+            self._assigned = True
 
     def _capture(self, batch: Tensor, views: Tensor | None) -> Callable[[Tensor, Tensor | None], None]:
         static, graph = batch.clone(), torch.cuda.CUDAGraph()

@@ -22,10 +22,12 @@ class Updates(abc.ABC):
     Attributes:
         why_no_graph: why a CUDA graph cannot hold their step; empty where it can.
         reads_in_place: their step keeps no gradient, and is faster where the gradients' memory stays the same.
+        takes_rows: they take the gradients of the stack's `rows`, not of its `params`.
     """
 
     why_no_graph: str = ""
     reads_in_place: bool = False
+    takes_rows: bool = False
 
     @abc.abstractmethod
     def begin_epoch(self, epoch: int) -> None:
@@ -123,7 +125,11 @@ class _Foreign(Updates):
             stack.use_copies({p: torch.empty_like(p, dtype=torch.bfloat16).detach().copy_(p.detach()) for p in params})
         by_param = [param.detach().unbind() for param in stack.params.values()]
         self._rows = list(zip(*by_param, strict=True))
-        self._params = [[nn.Parameter(row.contiguous()) for row in rows] for rows in self._rows]
+        self.takes_rows = bool(stack.rows)
+        if self.takes_rows:
+            self._params = [list(stack.rows.values())]
+        else:
+            self._params = [[nn.Parameter(row.contiguous()) for row in rows] for rows in self._rows]
         self._optimizers = [make_foreign(run, p, plugins) for run, p in zip(runs, self._params, strict=True)]
         self._lrs = [
             [float(group["lr"]) if "lr" in group else None for group in o.param_groups] for o in self._optimizers
@@ -145,10 +151,15 @@ class _Foreign(Updates):
                     group["lr"].fill_(lr * run.lr_factor(epoch))  # in place, since CUDA graphs read it
                 else:
                     group["lr"] = lr * run.lr_factor(epoch)
-            with seeded(self._device, run.seed, epoch, 0):  # as the epoch of a run alone
-                self._random.append(torch_states(self._device))
+            if len(self._runs) > 1:
+                with seeded(self._device, run.seed, epoch, 0):  # as the epoch of a run alone
+                    self._random.append(torch_states(self._device))
 
     def step(self) -> None:
+        if self.takes_rows:
+            for i in self._updated.copy():
+                self._step(i)
+            return
         grads = list(zip(*(param.grad.unbind() for param in self._stack.params.values()), strict=True))  # type: ignore[union-attr]
         # A graph cannot hold the states of generators: what is drawn in one depends on the other runs.
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
