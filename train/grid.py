@@ -216,6 +216,8 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
     """Return the TOML tree of a file or a preset, whose `[run]` has been checked, and its name for messages."""
     known = presets()
     where = f"preset {source}" if source in known else source
+    if source in known and Path(source).is_file():
+        raise UserError(f"{source} is both a preset and a file here: give ./{source} for the file, or rename it")
     try:
         tree = tomllib.loads(known[source] if source in known else _read_text(Path(source)))
     except OSError as error:

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import sqlite3
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +33,8 @@ from ncollapse.train.config import FIELDS, make_run
 from ncollapse.train.data.sets import load
 from ncollapse.train.engine.planning import device_of
 from ncollapse.train.errors import UserError
-from ncollapse.train.grid import Grid, load_grid, presets, run_settings
+from ncollapse.train.grid import Grid, load_grid, plugins_beside, presets, run_settings
+from ncollapse.train.plugins import with_code
 from ncollapse.train.results import schema
 from ncollapse.train.results.checkpoint_file import seal, unseal
 from ncollapse.train.results.inspection import inspect_folder
@@ -45,8 +47,11 @@ from whole_inputs import CPU, GRID, digits, whole_checkpoint, whole_images, whol
 NASTY: tuple[Any, ...] = (
     None, True, False, 0, -0.0, -1, 1, 3, 2**31, 2**63 - 1, 2**63, 10**30, 0.5, 1e308, 5e-324, math.nan, math.inf, "",
     "0.1", "sgd", "done", "running", "../../x", "/etc/passwd", "[/red]", "\x1b[31m", "é\u202e", "a\nb", "x" * 300, [],
-    [1], [[0.1]], {}, {"a": 1},
+    [1], [[0.1]], {}, {"a": 1}, "mine.py:Net", "mine.py:Nett", "torch.optim:NAdam", "mine.py:", ":x", "x.npz", "net",
+    '{"depth": [1]}', "{", "mine.py=0; mine.py=1",
 )  # fmt: skip
+#: Code of the user's beside a grid.
+_MINE = "class Net:\n    def __init__(self, depth=1):\n        raise SystemExit\n"
 _QUIET = Console(quiet=True)
 
 
@@ -112,6 +117,7 @@ def _said(act: Callable[[], object]) -> str:
 def grid(random: Random, case: Path) -> str:
     """A grid file: a preset or a made-up one, damaged."""
     path = case / "g.toml"
+    (case / "mine.py").write_text(damage(_MINE.encode(), random).decode("latin-1") if random.random() < 0.2 else _MINE)
     if random.random() < 0.5:
         text = damage(random.choice(_GRIDS).encode(), random, _TOKENS)
     else:
@@ -127,14 +133,21 @@ def grid(random: Random, case: Path) -> str:
             assert all(isinstance(run.lr_factor(epoch), float) for epoch in (0, run.epochs - 1))
 
     def one() -> None:
-        make_run(run_settings(str(path), {}), "run")
+        with_code(lambda found: make_run(found, "run"), plugins_beside(str(path)), run_settings(str(path), {}))
 
-    said = _said(act)
-    _said(one)
+    with mock.patch.object(sys, "path", list(sys.path)), mock.patch.dict(sys.modules):
+        said = _said(act)
+        _said(one)
     return said
 
 
-_GRIDS = (*presets().values(), 'name="a"\nlr=[0.1,0.2]\n[run]\nlr=0.1\n[run.sgd]\nlr=0.3\n', "\ufefflr=[1,2]\n", "")
+_GRIDS = (
+    *presets().values(),
+    'name="a"\nlr=[0.1,0.2]\n[run]\nlr=0.1\n[run.sgd]\nlr=0.3\n',
+    'model="mine.py:Net"\nmetrics=["mine.py:Net"]\n[model_options]\ndepth=[1,2]\n[run]\noptimizer="torch.optim:NAdam"\n',
+    "\ufefflr=[1,2]\n",
+    "",
+)
 _TOKENS = (
     b"\xef\xbb\xbf", b"\x00", b"\xff\xfe", b"[[grid]]\n", b"[run.sdg]\n", b"[" * 500, b"a." * 500, b"= true\n",
     b"= [[1]]\n", b"'../../x'", b"1" + b"0" * 5000, b"lr_drops = 300000000\n", b"inf", b"2020-01-01",
@@ -142,8 +155,15 @@ _TOKENS = (
 )  # fmt: skip
 
 
+_HEADS = (
+    "[[grid]]", "[run]", "[run.adam]", "[run.sdg]", "[grid.x]", "[model_options]", '[model_options."mine.py:Net"]',
+    '[optimizer_options."torch.optim:NAdam"]', "[loss_options.focal]", "[grid.data_options]",
+)  # fmt: skip
+
+
 def _made_up(random: Random) -> str:
     names = [field.name for field in FIELDS] + ["name", "description", "grid", "run", "learning_rate"]
+    names += ["metrics", "in_memory", "depth"]
 
     def value() -> str:
         one = random.choice(NASTY)
@@ -151,7 +171,7 @@ def _made_up(random: Random) -> str:
 
     lines = [f"{random.choice(names)} = {value()}" for _ in range(random.randrange(5))]
     for _ in range(random.randrange(3)):
-        head = random.choice(("[[grid]]", "[run]", "[run.adam]", "[run.sdg]", "[grid.x]"))
+        head = random.choice(_HEADS)
         lines += [head, *(f"{random.choice(names)} = {value()}" for _ in range(random.randrange(3)))]
     return "\n".join(lines).replace("null", "nan").replace("NaN", "nan").replace("Infinity", "inf")
 
@@ -159,6 +179,7 @@ def _made_up(random: Random) -> str:
 def option(random: Random, case: Path) -> str:
     """A command line: options with values that are none."""
     (case / "g.toml").write_text("lr = 0.1\n")
+    (case / "mine.py").write_text(_MINE)
     names = [
         "out",
         "data-dir",
@@ -173,6 +194,9 @@ def option(random: Random, case: Path) -> str:
         "stop-hopeless",
         "where",
         "shard",
+        "metrics",
+        "stream",
+        "accept-changes",
     ]
     names += ["best-by", "nonsense", *(field.name.replace("_", "-") for field in FIELDS)]
     words = ["run"] if random.random() < 0.5 else ["sweep", random.choice(("demo", "g.toml", "../x", "\x1b[31m"))]
@@ -182,6 +206,7 @@ def option(random: Random, case: Path) -> str:
     with (
         contextlib.chdir(case), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out),
         mock.patch.object(cli, "_train", _parsed), mock.patch.object(cli, "_report"), mock.patch("signal.signal"),
+        mock.patch.object(sys, "path", list(sys.path)), mock.patch.dict(sys.modules),
     ):  # fmt: skip
         code: Any = 0
         try:

@@ -85,6 +85,10 @@ def test_the_exact_law_of_nc0_holds(name: str, optimizer: str, digits: Dataset) 
     row = pd.Series(run.as_dict() | {"nc0_start": measured[0], "train_samples": 600})
     assert predicted_nc0(row) == pytest.approx(measured, rel=1e-4)
     assert predicted_nc0(pd.Series(row.to_dict() | {"optimizer": "torch.optim:SGD"})) is None
+    own_model = row.to_dict() | {"model": "mine.py:Net", "code": "mine.py=1", "nc0": measured[-1]}
+    assert predicted_nc0(pd.Series(own_model)) == pytest.approx(measured, rel=1e-4)
+    with_a_fixed_head = own_model | {"nc0": measured[0]}
+    assert predicted_nc0(pd.Series(with_a_fixed_head)) is None
     assert sums_to_zero(run.loss)
 
 

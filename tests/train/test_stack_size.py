@@ -127,6 +127,10 @@ def test_plans_are_told_in_a_line_for_each_key() -> None:
         "(measured: 9,064 training steps/s)"
     ]
     assert next(Plan(4, 1, {MLP: 1}, per_gpu=2).describe()).endswith("in 4 processes with one thread, 2 on each GPU")
+    measured = ({"shape": str(MLP), "graph": "forward and backward pass: NAdam cannot be captured"},)
+    assert next(Plan(1, 1, {MLP: 1}, measured=measured).describe()).endswith(
+        "; a CUDA graph holds forward and backward pass: NAdam cannot be captured"
+    )
 
 
 def test_a_stored_plan_is_read() -> None:

@@ -1,5 +1,6 @@
 """The Ray engine: stacks as tasks on a cluster of machines, or on this one; README.md says how to start a cluster."""
 
+import dataclasses
 import functools
 import math
 import time
@@ -205,7 +206,7 @@ class Cluster(Engine):
         if None in rates:
             return None
         total = Rate.total(rates)
-        return Rate(total.steps * self._workers / len(rates), total.share)
+        return dataclasses.replace(total, steps=total.steps * self._workers / len(rates))
 
     def _ask(self, method: str, *arguments: Any) -> list[Any]:
         return self._ray.get([getattr(probe, method).remote(*arguments) for probe in self._probes])

@@ -102,7 +102,9 @@ class Plan:
             why = f", since {self.reasons[key]}," if key in self.reasons else ""
             stacks = f"one run at a time{why}" if size == 1 else f"stacks of up to {size} runs"
             measured = f" (measured: {self.rates[key]:,.0f} training steps/s)" if key in self.rates else ""
-            yield f"{key}: {stacks} in {workers} with {threads}{measured}"
+            graphs = [one["graph"] for one in self.measured if one.get("shape") == str(key) and one.get("graph")]
+            graph = f"; a CUDA graph holds {graphs[-1]}" if graphs else ""
+            yield f"{key}: {stacks} in {workers} with {threads}{measured}{graph}"
         if self.others:
             yield (
                 f"The machine was busy: other programs took {100 * self.others:.0f} % of the processors' time while it "
@@ -220,7 +222,7 @@ class StackPolicy:
                     rate = self.measure(engine, key, size)
                     tried[size] = None if rate is None else rate.alone
                     one = {"shape": str(key), "workers": plan.workers, "threads": plan.threads, "size": size}
-                    found = {} if rate is None else {"share": round(rate.share, 3)}
+                    found = {} if rate is None else {"share": round(rate.share, 3), "graph": rate.graph}
                     measured.append({**one, "steps_per_second": tried[size], **found})
                 return tried[size]
 

@@ -41,10 +41,12 @@ class Rate:
         steps: training steps per second, summed over all runs.
         share: of the time, that the processors worked for this process, in (0, 1]; the rest went to other programs.
             Known on a CPU with one thread, 1 elsewhere.
+        graph: what CUDA graphs hold of a step, in words; empty on a CPU.
     """
 
     steps: float
     share: float = 1.0
+    graph: str = ""
 
     @property
     def alone(self) -> float:
@@ -56,7 +58,7 @@ class Rate:
         """Return the rate of workers that train side by side."""
         rates = list(rates)
         steps = sum(rate.steps for rate in rates)
-        return Rate(steps, steps / sum(rate.alone for rate in rates))
+        return Rate(steps, steps / sum(rate.alone for rate in rates), rates[0].graph)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,8 @@ def measure_rate(
                     # Other threads of this process may work while this one waits for them.
                     counted = device.type == "cpu" and torch.get_num_threads() == 1
                     share = (time.thread_time() - worked) / elapsed if counted else 1.0
-                    return Rate(size * steps / elapsed, min(1.0, max(_LEAST_SHARE, share)))
+                    graph = step.captured if device.type == "cuda" else ""
+                    return Rate(size * steps / elapsed, min(1.0, max(_LEAST_SHARE, share)), graph)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ncollapse import ufm
-from ncollapse.train.config import FIELDS, RunConfig, make_run
+from ncollapse.train.config import FIELDS, RunConfig, is_own, make_run
 from ncollapse.train.losses import sums_to_zero
 from ncollapse.train.optimizers import row_of
 
@@ -18,9 +18,12 @@ def predicted_nc0(row: "pd.Series[Any]") -> NDArray[np.float64] | None:
 
     The exact recursion of the row sum under ncollapse's SGD and SGDW, from NC0 before the first step. It needs a loss
     whose gradient by the logits sums to zero over the classes, and a head whose weight is trained and used nowhere
-    else, as in all models that come with ncollapse.
+    else, as in all models that come with ncollapse. (Whether a model of the user's uses it elsewhere, a row cannot
+    tell.)
     """
     if row_of(row["optimizer"]).family != "sgd" or not sums_to_zero(row["loss"]):
+        return None
+    if is_own("model", row["model"]) and row.nc0 == row.nc0_start:  # its head is fixed
         return None
     settings: dict[str, Any] = {field.name: row[field.name] for field in FIELDS}
     # A row of a DataFrame holds NumPy's numbers.
