@@ -175,7 +175,7 @@ def of_size(work: Path, runs: int, evaluations: int, parts: set[str]) -> dict[st
 def main() -> None:
     parser = recording(__doc__)
     parser.add_argument("--label", default="now", help="name of this version in the record")
-    parser.add_argument("--sizes", nargs="*", default=["1000x11", "10000x11", "100000x11", "100000x101"])
+    parser.add_argument("--sizes", nargs="*", default=["10000x11", "100000x11", "100000x101", "many-rates"])
     parser.add_argument(
         "--parts", nargs="*", default=["plan", "record", "status", "load_runs", "load_metrics", "export", "report"]
     )

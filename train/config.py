@@ -36,9 +36,9 @@ _MOST_DROPS, _MOST_EPOCHS, _MOST_WIDTH = 1_000, 1_000_000, 16_384
 
 _LONGEST_NAME, _LONGEST_OPTIONS = 300, 2_000
 #: Names of the user's code: a file or module and a name within it, an .npz file, or a name given in Python.
-_OF_CODE = re.compile(r"[^:\s{}]([^:{}]*[^:\s{}])?:[A-Za-z_][A-Za-z_0-9.]*")
+_OF_CODE = re.compile(r"([A-Za-z]:[/\\])?[^:\s{}]([^:{}]*[^:\s{}])?:[^\W\d][\w.]*")
 _OF_FILE = re.compile(r"[^\s{}][^{}]*\.npz")
-_GIVEN = re.compile(r"[A-Za-z_][\w.-]*")
+_GIVEN = re.compile(r"[^\W\d][\w.-]*")
 
 
 def is_own(setting: str, name: str) -> bool:
@@ -50,6 +50,11 @@ def is_given(setting: str, name: str) -> bool:
     """Return whether the value of a setting in `NAMED` is a name that was given in Python."""
     of_file = setting == "data" and _OF_FILE.fullmatch(name)
     return is_own(setting, name) and not of_file and _GIVEN.fullmatch(name) is not None
+
+
+def given_key(kind: str, name: str) -> str:
+    """Return what a name that was given in Python is called in `RunConfig.code`."""
+    return f"{kind} {name}"
 
 
 def takes_options(setting: str, name: str) -> bool:
@@ -186,7 +191,7 @@ class RunConfig:
                 object.__setattr__(self, name, 0.0)
         for setting in NAMED:
             name = getattr(self, setting)
-            if is_given(setting, name) and name not in self.versions:
+            if is_given(setting, name) and given_key(setting, name) not in self.versions:
                 raise ValueError(_no_name(setting, name))
         if self.label_smoothing and self.loss != "cross_entropy":
             raise ValueError(f"label_smoothing goes with the loss cross_entropy, not {self.loss}")

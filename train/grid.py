@@ -61,7 +61,8 @@ from ncollapse.train.config import (
 )
 from ncollapse.train.errors import UserError
 from ncollapse.train.optimizers import OPTIMIZERS
-from ncollapse.train.plugins import CodeVersion, Plugins, with_code
+from ncollapse.train.plugins import Plugins, with_code
+from ncollapse.train.results.code_version import CodeVersion
 
 _TOP_LEVEL = ("name", "description", "grid", "run", "metrics", "in_memory")
 _SETTINGS = frozenset(field.name for field in GIVEN)

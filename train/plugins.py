@@ -1,38 +1,40 @@
 """Models, data, optimizers, losses and metrics of the user's: found by the names that settings have, and versioned.
 
-A name is FILE.py:NAME, package.module:NAME, for data FILE.npz, or one that was given in Python. A file is identified by
-a hash of its text and of the modules beside it that it imports, a package by its version, what was given in Python by a
-hash of its source. Other processes get the text of the files, and what was given in Python by cloudpickle.
+A name is FILE.py:NAME, package.module:NAME, for data FILE.npz, or one that was given in Python. Its version is in the
+id of every run that uses it (`results/code_version.py`). Other processes get the text of the files, and what was given
+in Python by cloudpickle.
 """
 
+import atexit
+import contextlib
 import dataclasses
-import hashlib
+import functools
 import importlib
 import importlib.util
 import inspect
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from importlib.metadata import packages_distributions
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
-from ncollapse.train.config import NAMED, RunConfig, is_own
+from ncollapse.train.config import NAMED, RunConfig, given_key, is_own
 from ncollapse.train.errors import OwnCodeError, UserError, is_installed
-from ncollapse.train.results.provenance import package_version
+from ncollapse.train.results.code_version import (
+    CodeVersion,
+    digest,
+    files_of,
+    of_given,
+    of_module,
+    of_sources,
+    read_source,
+)
 
 _MOST_BYTES = 2**20
-#: Packages whose version is in the record of every session anyway, and is not that of the user's code.
-_OURS = ("torch", "ncollapse")
-
-
-@dataclasses.dataclass(frozen=True)
-class CodeVersion:
-    """A version of the user's code: a hash or the version of a package, and the text of a file."""
-
-    version: str
-    source: str = ""
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +42,7 @@ class _File:
     """A file of the user's: where it was found, and its text with that of the modules beside it that it imports."""
 
     path: Path
-    sources: tuple[tuple[str, str], ...]  # (name of the file, text); the file itself is the first
-
-    @property
-    def version(self) -> CodeVersion:
-        digest = hashlib.sha256(repr([self.sources[0][1], *sorted(self.sources[1:])]).encode()).hexdigest()[:12]
-        return CodeVersion(digest, "\n".join(text for _, text in self.sources))
+    sources: dict[str, str]  # name beside the file -> text; the file itself is the first
 
 
 class Plugins:
@@ -60,7 +57,9 @@ class Plugins:
         self._folder = folder.absolute()
         self._given: dict[str, dict[str, Any]] = {kind: dict(named) for kind, named in (given or {}).items()}
         self._files: dict[str, _File] = {}  # name of the file -> the file; sent to other processes
-        self._modules: dict[str, ModuleType] = {}  # not sent
+        self._modules: dict[str, ModuleType] = {}  # these are not sent
+        self._versions: dict[tuple[str, str], list[tuple[str, CodeVersion]]] = {}
+        self.found: dict[Any, Any] = {}  # what functions with `kept_with_plugins` have found
         for kind, named in self._given.items():
             for name, value in named.items():
                 if kind in NAMED and not is_own(kind, name):
@@ -76,7 +75,8 @@ class Plugins:
     def __setstate__(self, state: dict[str, Any]) -> None:
         import cloudpickle
 
-        self._folder, self._files, self._modules = state["folder"], state["files"], {}
+        self._folder, self._files = state["folder"], state["files"]
+        self._modules, self._versions, self.found = {}, {}, {}
         self._given = cloudpickle.loads(state["given"])
 
     def may_know(self, kind: str, name: str) -> bool:
@@ -117,31 +117,29 @@ class Plugins:
 
     def code_of(self, names: Mapping[str, str]) -> str:
         """Return the setting `code` of a run, from the settings that name code of the user's; errors as in `find`."""
-        for setting, name in names.items():
-            if not name.endswith(".npz"):
-                self.find(setting, name)
         found = {key: one.version for setting, name in names.items() for key, one in self.versions(setting, name)}
         return "; ".join(f"{key}={version}" for key, version in sorted(found.items()))
 
     def versions(self, kind: str, name: str) -> list[tuple[str, CodeVersion]]:
-        """Return the file, package or given name that a name needs, with its version; none for an .npz or torch."""
-        if name in (given := self._given.get(kind, {})):
-            return [(name, _version_given(given[name]))]
-        place, separator, _ = name.rpartition(":")
-        if not separator:
-            if name.endswith(".npz"):
-                return []
-            raise UserError(f"{kind} {name!r} was given in Python: train these runs from there")
-        module = self._module(kind, place)
-        if place.endswith(".py"):
-            return [(Path(place).as_posix(), self._files[place].version)]
-        top = module.__name__.partition(".")[0]
-        if top in _OURS:
+        """Return the file, module, package or given name that a name needs, with its version; errors as in `find`.
+
+        None for an .npz file and for torch, whose versions are kept otherwise.
+        """
+        if (kind, name) not in self._versions:
+            self._versions[kind, name] = self._find_versions(kind, name)
+        return self._versions[kind, name]
+
+    def _find_versions(self, kind: str, name: str) -> list[tuple[str, CodeVersion]]:
+        if name.endswith(".npz"):
             return []
-        for distribution in packages_distributions().get(top, ()):
-            return [(distribution, CodeVersion(package_version(distribution) or "unknown"))]
-        source = _source_of(module)
-        return [(top, CodeVersion(_digest(source), source))]
+        found, place = self.find(kind, name), name.rpartition(":")[0]
+        if not place:
+            # The fingerprint of data tells what they are.
+            return [(given_key(kind, name), of_given(found) if callable(found) else CodeVersion("given"))]
+        if place.endswith(".py"):
+            return [(Path(place).as_posix(), of_sources(self._files[place].sources))]
+        known = of_module(self._module(kind, place))
+        return [] if known is None else [known]
 
     def where(self, kind: str, name: str) -> str:
         """Return where a name is defined, for messages: "mine.py, line 12"; the name itself where that is not known."""
@@ -163,43 +161,20 @@ class Plugins:
             if error.name is None or not f"{name}.".startswith(f"{error.name}."):
                 raise OwnCodeError.of(f"{kind} {name}", error) from None
             raise UserError(f"{kind} {name}: there is no module {error.name!r}; is its package installed?") from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise OwnCodeError.of(f"{kind} {name}", error) from None
 
     def _load_file(self, kind: str, name: str) -> ModuleType:
         known = self._files.get(name)
-        path = self._path_of(known) if known else self.path(name)
+        path = (_path_of(known) if known else self.path(name)).absolute()
         if path.stat().st_size > _MOST_BYTES:
             raise UserError(f"{kind} {path}: more than {_MOST_BYTES:,} bytes: no Python of yours")
-        folder = str(path.parent.absolute())
-        if folder not in sys.path:
-            sys.path.append(folder)
-        before = set(sys.modules)
-        module = _import_file(kind, path)
+        files = files_of(path, path.parent)
+        with _importing_from(path.parent, files):
+            module = _import_file(kind, path)
         if known is None:
-            beside = [_source_file(sys.modules[n]) for n in sorted(set(sys.modules) - before) if n != module.__name__]
-            texts = [
-                (file.relative_to(folder).as_posix(), file.read_text("utf-8"))
-                for file in beside
-                if file is not None and file.is_relative_to(folder) and not is_installed(file)
-            ]
-            self._files[name] = _File(path.absolute(), ((path.name, path.read_text("utf-8")), *texts))
+            self._files[name] = _File(path, {beside: read_source(file) for beside, file in files.items()})
         return module
-
-    @staticmethod
-    def _path_of(file: _File) -> Path:
-        """Return where the file is on this machine; where it is not, or another version of it, write it."""
-        try:
-            there = all((file.path.parent / name).read_text("utf-8") == text for name, text in file.sources)
-        except (OSError, UnicodeDecodeError):
-            there = False
-        if there:
-            return file.path
-        folder = Path(tempfile.mkdtemp(prefix="ncollapse-code-"))
-        for name, text in file.sources:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(text, "utf-8")
-        return folder / file.sources[0][0]
 
 
 def with_code(run: Callable[..., RunConfig], plugins: Plugins, settings: Mapping[str, Any]) -> RunConfig:
@@ -209,14 +184,87 @@ def with_code(run: Callable[..., RunConfig], plugins: Plugins, settings: Mapping
         for setting, names in NAMED.items()
         if isinstance(name := settings.get(setting), str) and name not in names and plugins.may_know(setting, name)
     }
-    return run({**settings, "code": plugins.code_of(own)} if own else {**settings, "code": ""})
+    return run({**settings, "code": plugins.code_of(own) if own else ""})
+
+
+def metric_name(name: str) -> str:
+    """Return the name that a metric has in the results: "margin" for "mine.py:margin"."""
+    return name.rpartition(":")[2].rpartition(".")[2]
+
+
+def kept_with_plugins(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Have a function whose last argument is `Plugins` compute each result once, as long as these live."""
+
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def kept(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        *key, plugins = bound.arguments.values()
+        assert isinstance(plugins, Plugins)
+        place = (function.__qualname__, *key)
+        if place not in plugins.found:
+            plugins.found[place] = function(*args, **kwargs)
+        found: _T = plugins.found[place]
+        return found
+
+    return kept
+
+
+def _path_of(file: _File) -> Path:
+    """Return where a file is on this machine; where it is not, or another version of it, write it."""
+    try:
+        there = all(read_source(file.path.parent / name) == text for name, text in file.sources.items())
+    except (OSError, UnicodeDecodeError):
+        there = False
+    if there:
+        return file.path
+    folder = Path(tempfile.mkdtemp(prefix="ncollapse-code-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    for name, text in file.sources.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, "utf-8")
+    return folder / next(iter(file.sources))
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path, files: Mapping[str, Path]) -> Iterator[None]:
+    """Have modules beside a file be imported from its folder, also where others of their names were imported before."""
+    for name, path in list(files.items())[1:]:
+        module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        before = getattr(sys.modules.get(module), "__file__", None)
+        if before is not None and not is_installed(Path(before)) and _differs(sys.modules[module], path):
+            del sys.modules[module]
+    with contextlib.suppress(ValueError):
+        sys.path.remove(str(folder))
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        sys.path.append(str(folder))  # functions may import later, and no module there hides one of a package
+    for name, path in list(files.items())[1:]:
+        module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        if module in sys.modules:
+            _IMPORTED[module] = str(path), read_source(path)
+
+
+#: Module beside a file of the user's -> its path and text when it was imported.
+_IMPORTED: dict[str, tuple[str, str]] = {}
+
+
+def _differs(module: ModuleType, path: Path) -> bool:
+    """Return whether a module that was imported is of another file, or the file has changed."""
+    known = _IMPORTED.get(module.__name__)
+    return str(module.__file__) != str(path) or (known is not None and known != (str(path), read_source(path)))
 
 
 def _import_file(kind: str, path: Path) -> ModuleType:
-    name = f"ncollapse_own_{_digest(str(path.absolute()))}_{path.stem}"
+    name = f"ncollapse_own_{digest(str(path))}_{path.stem}"
     try:
-        text = path.read_text("utf-8")
-        code = compile(text, str(path), "exec", dont_inherit=True)
+        code = compile(read_source(path), str(path), "exec", dont_inherit=True)
     except UnicodeDecodeError as error:
         raise UserError(f"{kind} {path}: Python is text in UTF-8, this is not: {error}") from None
     except SyntaxError as error:
@@ -229,42 +277,15 @@ def _import_file(kind: str, path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses and pickle look it up
     try:
         exec(code, module.__dict__)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise OwnCodeError.of(f"{kind} {path}", error) from None
     return module
 
 
 def _names(module: Any) -> str:
-    names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+    names = [name for name in dir(module) if not name.startswith("_") and callable(getattr(module, name, None))]
     return ", ".join(names[:20]) or "no functions or classes"
-
-
-def _version_given(value: Any) -> CodeVersion:
-    top = getattr(value, "__module__", "") or ""
-    for distribution in packages_distributions().get(top.partition(".")[0], ()):
-        return CodeVersion(f"{distribution}-{package_version(distribution)}")
-    source = _source_of(value)
-    return CodeVersion(_digest(source) if source else "unknown", source)
-
-
-def _source_of(value: Any) -> str:
-    value = getattr(value, "func", value)  # functools.partial
-    if not (inspect.isfunction(value) or inspect.isclass(value) or inspect.ismodule(value)):
-        value = type(value)
-    try:
-        return inspect.getsource(value)
-    except (OSError, TypeError):
-        return ""
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _source_file(module: Any) -> Path | None:
-    file = getattr(module, "__file__", None)
-    return Path(file) if isinstance(file, str) and file.endswith(".py") else None
 
 
 def _line_of(value: Any) -> str:

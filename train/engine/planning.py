@@ -20,7 +20,7 @@ from ncollapse.train.engine.throughput import DataFacts
 from ncollapse.train.errors import UserError
 from ncollapse.train.formatting import plain
 from ncollapse.train.grid import Grid
-from ncollapse.train.plugins import Plugins
+from ncollapse.train.plugins import Plugins, metric_name
 from ncollapse.train.results import schema
 from ncollapse.train.results.own_code import adopt_code
 from ncollapse.train.results.storage_errors import damaged
@@ -82,7 +82,7 @@ def metric_meanings(grid: Grid) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for full in grid.metrics:
-        name = full.rpartition(":")[2].rpartition(".")[2]
+        name = metric_name(full)
         if name in found:
             raise UserError(f"metric {full}: another metric is called {name} too; give one of them another name")
         text = (getattr(grid.plugins.find("metric", full), "__doc__", None) or "").strip().partition("\n")[0]

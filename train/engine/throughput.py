@@ -1,7 +1,6 @@
 """Measure how fast a stack trains, and estimate the memory that it takes."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from ncollapse.train.losses import make_loss
 from ncollapse.train.networks.architecture import Architecture, build
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.optimizers import TABLE
-from ncollapse.train.plugins import Plugins
+from ncollapse.train.plugins import Plugins, kept_with_plugins
 from ncollapse.train.training.stack import make_stack
 from ncollapse.train.training.step import Step, why_no_graph
 from ncollapse.train.training.updates import make_updates
@@ -156,7 +155,7 @@ def _step(
     return Step(stack, updates, data, key.augment, loss=make_loss(runs[0], plugins), why_no_graph=why)
 
 
-@functools.cache
+@kept_with_plugins
 def bytes_per_run(key: StackKey, facts: DataFacts, plugins: Plugins = _NO_PLUGINS) -> int:
     """Estimate the memory of a run in a stack: weights, gradients, states, activations, and features for NC4."""
     batch = min(key.batch_size, facts.samples)

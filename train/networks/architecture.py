@@ -1,7 +1,6 @@
 """What a model is built for, and the building: of models that come with ncollapse and of the user's."""
 
 import dataclasses
-import functools
 import inspect
 import json
 import random
@@ -20,7 +19,7 @@ from ncollapse.train.config import is_own
 from ncollapse.train.errors import OwnCodeError, UserError, out_of_memory
 from ncollapse.train.networks import models
 from ncollapse.train.networks.model_parts import Parts, find_parts
-from ncollapse.train.plugins import Plugins
+from ncollapse.train.plugins import Plugins, kept_with_plugins
 
 #: Arguments that a model of the user's gets where it takes them.
 _FACTS = ("channels", "size", "num_classes", "input_shape")
@@ -138,7 +137,7 @@ def build(architecture: Architecture, seed: int, plugins: Plugins) -> nn.Module:
     return model.train()
 
 
-@functools.cache
+@kept_with_plugins
 def parts_of(architecture: Architecture, plugins: Plugins) -> Parts:
     """Return the head and the blocks of a model.
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import pickle
 import random
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from ncollapse.train.networks.model_parts import Parts
 from ncollapse.train.networks.models import Classifier
 from ncollapse.train.networks.stacked_layers import ForwardContext
 from ncollapse.train.networks.whole_module import WholeModule
-from ncollapse.train.plugins import Plugins
+from ncollapse.train.plugins import Plugins, kept_with_plugins
 
 #: Two results are equal where they differ by the first share of their norm and the second of the norm of all results
 #: together, since rounding may be all that a gradient consists of; in float64, and in float32.
@@ -91,7 +90,7 @@ def _program(module: nn.Module, architecture: Architecture, parts: Parts, kind: 
     return WholeModule(module, parts, dims, vmapped=kind == "vmap", ours=not architecture.own)
 
 
-@functools.cache
+@kept_with_plugins
 def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> Form:
     """Decide how several runs of a model are computed, by a step of two models of different seeds.
 

@@ -22,7 +22,7 @@ from ncollapse.train.results.storage_errors import damaged
 from ncollapse.train.results.validation import read_json
 
 if TYPE_CHECKING:
-    from ncollapse.train.plugins import CodeVersion
+    from ncollapse.train.results.code_version import CodeVersion
     from ncollapse.train.results.writer import Store
 
 _PREFIX = "code "

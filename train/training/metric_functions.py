@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ncollapse.stats import ClassStats
 from ncollapse.train.errors import OwnCodeError, UserError, out_of_memory
-from ncollapse.train.plugins import Plugins
+from ncollapse.train.plugins import Plugins, metric_name
 
 #: What a metric can take beside the weight and the statistics, by name.
 _OF_SAMPLES = ("features", "logits", "labels")
@@ -54,7 +54,7 @@ class MetricFunctions:
         for name in names:
             function = plugins.find("metric", name)
             by_place, by_name = _takes(f"metric {name} ({plugins.where('metric', name)})", function)
-            functions[name.rpartition(":")[2]] = functools.partial(_call, function, by_place, by_name)
+            functions[metric_name(name)] = functools.partial(_call, function, by_place, by_name)
             needs.update({*_OF_SAMPLES}.intersection((*by_place, *by_name.values())))
         return MetricFunctions(functions, frozenset(needs))
 
