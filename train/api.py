@@ -16,10 +16,10 @@ from ncollapse.train.data.own import Data
 from ncollapse.train.engine.options import Options
 from ncollapse.train.engine.planning import adopted, device_of, load_keyed, loader
 from ncollapse.train.engine.trial import try_own
-from ncollapse.train.errors import InterruptError
+from ncollapse.train.errors import InterruptError, StoppedError, UserError
 from ncollapse.train.formatting import plain
 from ncollapse.train.grid import load_grid, make_grid
-from ncollapse.train.plugins import Plugins, with_code
+from ncollapse.train.plugins import Plugins, metric_name, with_code
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training.loop import Training
 
@@ -54,7 +54,7 @@ def train(
     *,
     optimizer: str | Callable[..., torch.optim.Optimizer] = "sgd",
     loss: str | Callable[..., torch.Tensor] = "cross_entropy",
-    metrics: Mapping[str, Callable[..., Any]] | Sequence[str] = (),
+    metrics: Mapping[str, Callable[..., Any]] | Sequence[str | Callable[..., Any]] = (),
     device: str | torch.device | None = None,
     data_dir: Path | str | None = None,
     download: bool = False,
@@ -72,7 +72,8 @@ def train(
             these and is called with `data_options`; or a name.
         optimizer: a `torch.optim.Optimizer` class, or a name.
         loss: a function (logits `[B, K]`, labels `[B]`) → `[B]`, or a name.
-        metrics: name → function of (weight, statistics) and, by name, features, logits, labels → a number.
+        metrics: name → function of (weight, statistics) and, by name, features, logits, labels → a number; or a list
+            of such functions, which have their names, and of FILE.py:NAME.
         device: by default the first GPU, else the CPU.
         data_dir, download: of the data sets of ncollapse, as on the command line.
         in_memory: False: data of your own are read while they are used.
@@ -92,12 +93,15 @@ def train(
         >>> result.history.plot("epoch", ["nc0", "nc1"], logy=True)
     """
     given: dict[str, dict[str, Any]] = {}
+    settings = _lists(settings)
     factory = _Copy(model) if isinstance(model, nn.Module) else model
     values = {"model": factory, "data": data, "optimizer": optimizer, "loss": loss}
     for setting, value in values.items():
         settings[setting] = value if isinstance(value, str) else _register(setting, value, given)
     named = _metrics(metrics, given)
     plugins = Plugins(given=given)
+    if len(names := {metric_name(name) for name in named}) < len(named):
+        raise UserError(f"metrics {', '.join(named)}: two have one name; the names are {', '.join(sorted(names))}")
     run = with_code(lambda found: make_run(found, "train"), plugins, settings)
     where = device_of(None if device is None else str(device), "local")
     where = torch.device("cuda", 0) if where.type == "cuda" and where.index is None else where
@@ -141,6 +145,8 @@ def _shown(training: Training, run: RunConfig, progress: bool) -> Any:
 class _Copy:
     """A factory that returns copies of a model."""
 
+    __slots__ = ("_model",)  # what it holds is not part of its version
+
     def __init__(self, model: nn.Module) -> None:
         self._model = model
 
@@ -157,10 +163,11 @@ def _register(setting: str, value: Any, given: dict[str, dict[str, Any]]) -> str
     return name
 
 
-def _metrics(metrics: Mapping[str, Any] | Sequence[str], given: dict[str, dict[str, Any]]) -> tuple[str, ...]:
+def _metrics(metrics: Mapping[str, Any] | Sequence[Any], given: dict[str, dict[str, Any]]) -> tuple[str, ...]:
     if isinstance(metrics, Mapping):
-        given["metric"] = {**given.get("metric", {}), **metrics}
-    return tuple(metrics)
+        given["metric"] = dict(metrics)
+        return tuple(metrics)
+    return tuple(one if isinstance(one, str) else _register("metric", one, given) for one in metrics)
 
 
 def sweep(
@@ -195,7 +202,7 @@ def sweep(
 
     Returns:
         The runs of the grid, in the columns of `load_runs`. A run that diverged, or whose code raised an error, is a
-        row with that status.
+        row with that status; those that `minutes` or a signal has left are pending.
 
     Raises:
         UserError: as on the command line.
@@ -231,7 +238,9 @@ def sweep(
     load = loader(grids, None if data_dir is None else Path(data_dir), download)
     on = device_of(None if device is None else str(device), found.engine)
     try:
-        train_all(grids, out, load, on, found, console)
+        train_all(grids, out, load, on, found, console, f"ncollapse.train.sweep(…, {str(out)!r})")
+    except StoppedError as error:
+        console.print(plain(f"ncollapse: {error}", "yellow"), soft_wrap=True)
     except InterruptError as error:
         raise KeyboardInterrupt(str(error)) from None
     runs = load_runs(out)

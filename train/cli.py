@@ -140,6 +140,8 @@ class Rerun(SourceOptions, Options, Selection):
     """The results folder."""
     where: str
     """Which of its runs, by status and settings: --where "status=diverged,hopeless lr>0.1"."""
+    code_dir: Path = Path()
+    """Folder of the files with code of your own."""
     changes: _Changes = dataclasses.field(default_factory=_Changes)  # type: ignore[valid-type]
     """Values that replace those of the runs."""
 
@@ -149,7 +151,7 @@ class Rerun(SourceOptions, Options, Selection):
         given = {name: list(values) for name, values in vars(self.changes).items() if values is not None}
         grid = train_again(
             self.folder, self.where, given, lambda grid: _train(grid, self.folder, self, self, console), self.metrics,
-            accept_changes=self.accept_changes,
+            accept_changes=self.accept_changes, code_dir=self.code_dir,
         )  # fmt: skip
         _report(self.folder, self, console)
         _check_lost(grid, self.folder)

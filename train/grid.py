@@ -202,15 +202,35 @@ def run_settings(source: str, given: dict[str, Any]) -> dict[str, Any]:
         with_run = ", ".join(name for name, text in presets().items() if "run" in tomllib.loads(text))
         raise UserError(f"{where} does not say what its single run is: it has no [run]; presets that do: {with_run}")
     shared = {key: value for key, value in tree.items() if key not in _TOP_LEVEL and not isinstance(value, list)}
+    for key in _OPTIONS.keys() & shared.keys():
+        shared[key] = _without_lists(shared[key])  # which are axes
     settings = _plain(table)
     optimizer = {"optimizer": RunConfig().optimizer, **shared, **settings, **given}["optimizer"]
     of_optimizer = table.get(optimizer, {}) if isinstance(optimizer, str) else {}
-    return {**shared, **settings, **of_optimizer, **given}
+    return _with_options({**shared, **settings, **of_optimizer, **given})
 
 
 def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a `[run]`, options included, without its tables for one optimizer."""
     return {key: value for key, value in table.items() if key in _OPTIONS or not isinstance(value, dict)}
+
+
+def _without_lists(options: Any) -> Any:
+    if not isinstance(options, dict):
+        return options
+    return {key: _without_lists(value) for key, value in options.items() if not isinstance(value, list)}
+
+
+def _with_options(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of one run, whose tables of options have those of its own model, data set, … alone."""
+    for key, setting in _OPTIONS.items():
+        if isinstance(options := settings.get(key), dict):
+            name = settings.get(setting, getattr(RunConfig(), setting))
+            shared = {option: value for option, value in options.items() if not isinstance(value, dict)}
+            own = options.get(name, {}) if isinstance(name, str) else {}
+            takes = isinstance(name, str) and takes_options(setting, name)
+            settings = {**settings, key: ({**shared, **own} if takes or shared == options else own)}
+    return settings
 
 
 def _read(source: str) -> tuple[dict[str, Any], str]:
@@ -249,12 +269,12 @@ def _check_run(table: Any, where: str) -> None:
     if not isinstance(table, dict):
         raise UserError(f"{where}: run = {short(table)}: it must be a table, begun with [run]")
     settings = _plain(table)
-    make_run(settings, f"{where}, [run]")
+    make_run(_with_options(settings), f"{where}, [run]")
     for name, of_optimizer in table.items():
         if isinstance(of_optimizer, dict) and name not in _OPTIONS:
             if name not in OPTIMIZERS and ":" not in name:
                 raise UserError(f"{where}, [run]: " + unknown("optimizer", name, OPTIMIZERS))
-            make_run({**settings, "optimizer": name, **of_optimizer}, f"{where}, [run.{name}]")
+            make_run(_with_options({**settings, "optimizer": name, **of_optimizer}), f"{where}, [run.{name}]")
 
 
 def _product(table: dict[str, Any], where: str, most: int, plugins: Plugins) -> list[RunConfig]:

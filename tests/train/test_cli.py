@@ -230,7 +230,7 @@ def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
     for command, options in {
         "run": [*place, *keeping, *settings, "--preset"],
         "sweep": [*place, *keeping, *engine, *choice, *settings, "--where", "--shard", "--dry-run"],
-        "rerun": [*source, *keeping, *engine, *choice, *settings, "--where"],
+        "rerun": [*source, *keeping, *engine, *choice, *settings, "--where", "--code-dir"],
         "merge": ["--out", "--keep-first"],
         "demo": [*place, *keeping, *engine, *choice],
         "status": ["--watch", "--json"],

@@ -94,7 +94,7 @@ PLUGINS = Plugins(given={"optimizer": OWN})
 
 def run_of(optimizer: str, **settings: Any) -> RunConfig:
     settings = {"model": "cnn", "width": 5, "lr": 0.01, "epochs": 3, "limit": 200, "eval_every": 1} | settings
-    code = "" if ":" in optimizer else f"{optimizer}=1"
+    code = "" if ":" in optimizer else f"optimizer {optimizer}=1"
     return RunConfig(optimizer=optimizer, code=code, **settings)
 
 

@@ -94,7 +94,7 @@ def test_the_exact_law_of_nc0_holds(name: str, optimizer: str, digits: Dataset) 
 
 @pytest.mark.parametrize("name", ["mse", "mse_rescaled", "mine"])
 def test_no_law_is_shown_for_other_losses(name: str, digits: Dataset) -> None:
-    settings = SETTINGS.get(name, {"loss": "mine", "code": "mine=1"})
+    settings = SETTINGS.get(name, {"loss": "mine", "code": "loss mine=1"})
     run = RunConfig(optimizer="sgdw", epochs=3, lr=0.3, weight_decay=0.05, eval_every=1, limit=600, **settings)
     measured, factor = nc0_of(run, digits, own("loss", mine=per_sample))
     row = pd.Series(run.as_dict() | {"nc0_start": measured[0], "train_samples": 600})
@@ -129,7 +129,7 @@ def test_a_loss_of_the_users_trains_as_ours(digits: Dataset) -> None:
         (own("loss", mine=per_sample), {}),
         (own("loss", mine=Squares), {"loss_options": {"power": 2.0}}),
     ):
-        theirs = results(plugins, loss="mine", code="mine=1", **settings)
+        theirs = results(plugins, loss="mine", code="loss mine=1", **settings)
         for one, other in zip(ours, theirs, strict=True):
             for name in ("train_loss", "val_loss", "nc1", "nc0"):
                 assert one[name] == pytest.approx(other[name], rel=1e-3)
@@ -195,7 +195,7 @@ def test_options_of_our_losses_are_checked(settings: dict[str, Any], message: st
 )  # fmt: skip
 def test_a_loss_that_cannot_train_is_refused(loss: Any, options: Any, message: str) -> None:
     with pytest.raises(UserError, match=rf"loss mine.*{message}"):
-        try_loss(RunConfig(loss="mine", loss_options=options, code="mine=1"), own("loss", mine=loss), 10)
+        try_loss(RunConfig(loss="mine", loss_options=options, code="loss mine=1"), own("loss", mine=loss), 10)
 
 
 def test_losses_that_can_train_are_taken() -> None:
@@ -204,7 +204,7 @@ def test_losses_that_can_train_are_taken() -> None:
         (nn.CrossEntropyLoss, {"reduction": "none"}),
         (Squares, {"power": 3.0}),
     ):
-        try_loss(RunConfig(loss="mine", loss_options=options, code="mine=1"), own("loss", mine=loss), 10)
+        try_loss(RunConfig(loss="mine", loss_options=options, code="loss mine=1"), own("loss", mine=loss), 10)
     for name in LOSSES:
         try_loss(RunConfig(loss=name), Plugins(), 10)
 
@@ -215,7 +215,7 @@ def test_an_error_in_training_is_that_of_the_loss(digits: Dataset) -> None:
             raise ValueError("in training")
         return per_sample(logits, labels)
 
-    run = RunConfig(loss="mine", code="mine=1", epochs=2, limit=200)
+    run = RunConfig(loss="mine", code="loss mine=1", epochs=2, limit=200)
     with pytest.raises(OwnCodeError, match=r"loss mine: test_losses.py, line \d+: ValueError: in training") as raised:
         list(Training([run], digits, CPU, plugins=own("loss", mine=fails)))
     assert raised.value.run == run.id

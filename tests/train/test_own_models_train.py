@@ -60,7 +60,7 @@ PLUGINS = Plugins(given={"model": {"mine": Mine, "drawing": Drawing, "failing": 
 
 def run_of(model: str = "mine", **settings: Any) -> RunConfig:
     base: dict[str, Any] = {"epochs": 3, "limit": 200, "lr": 0.05, "eval_every": 1}
-    return RunConfig(model=model, code=f"{model}=1", **(base | settings))
+    return RunConfig(model=model, code=f"model {model}=1", **(base | settings))
 
 
 def values_of(runs: list[RunConfig], data: Dataset, checkpoint: bytes | None = None) -> tuple[Training, list[Any]]:

@@ -89,7 +89,7 @@ def test_conditions() -> None:
 def test_conditions_on_code_of_the_users() -> None:
     wide = RunConfig(model="my models/wide.py:Net", model_options='{"depth": 3, "heads": [1, 2]}', code="x=1")
     deep = dataclasses.replace(wide, model_options='{"depth": 5}', optimizer="torch.optim:NAdam", coupling=None)
-    given = RunConfig(optimizer="mine", loss="mse", code="mine=abc")
+    given = RunConfig(optimizer="mine", loss="mse", code="optimizer mine=abc")
     grid = Grid("own", (wide, deep, given))
     for where, runs in (
         ("optimizer=torch.optim:NAdam", [deep]),
@@ -97,7 +97,7 @@ def test_conditions_on_code_of_the_users() -> None:
         ('model="my models/wide.py:Net"', [wide, deep]),
         ('model_options={"heads": [1, 2],  "depth":3}', [wide]),
         ('model_options={"depth": 5},{}', [deep, given]),
-        ("loss=mse optimizer=mine code='mine=abc'", [given]),
+        ("loss=mse optimizer=mine code='optimizer mine=abc'", [given]),
         ("optimizer!=mine coupling=none", [deep]),
     ):
         assert list(part_of(grid, where).runs) == runs, where

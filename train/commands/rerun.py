@@ -12,6 +12,7 @@ from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.plugins import Plugins, with_code
 from ncollapse.train.results.own_code import adopt_code
+from ncollapse.train.results.own_metrics import full_names
 from ncollapse.train.results.reader import load_meta, load_runs
 from ncollapse.train.results.schema import FINISHED, SETTINGS, STATUSES
 from ncollapse.train.results.writer import Store
@@ -60,7 +61,7 @@ def changed(runs: Sequence[RunConfig], settings: Mapping[str, Sequence[Any]], pl
 
 def train_again(
     folder: Path, where: str, settings: Mapping[str, Sequence[Any]], train: Callable[[Grid], object],
-    metrics: Sequence[str] = (), *, accept_changes: bool = False,
+    metrics: Sequence[str] = (), *, accept_changes: bool = False, code_dir: Path = Path(),
 ) -> Grid:  # fmt: skip
     """Train the runs of a folder that satisfy conditions, and return them.
 
@@ -69,15 +70,16 @@ def train_again(
 
     Args:
         train: trains the runs of a grid in the folder.
-        metrics: names of the user's metrics, which are measured too. Files of the user's are looked for in the current
-            folder.
+        metrics: names of metrics of the user's that are measured beside those that the folder has.
+        code_dir: where files of the user's are looked for, before the current folder.
         accept_changes: whether code of the user's that has changed counts as that of the runs.
 
     Raises:
         UserError: as in `chosen_runs` and `Store`; runs of a stack that is still to be trained.
     """
     chosen, meta = chosen_runs(folder, where), load_meta(folder)
-    plugins = Plugins()
+    plugins = Plugins(code_dir)
+    metrics = list(dict.fromkeys([*full_names(meta).values(), *metrics]))
     runs = changed(list(chosen), settings, plugins) if settings else list(chosen)
     grid = Grid(meta["grid"], tuple(runs), meta.get("description", ""), plugins=plugins, metrics=tuple(metrics))
     if not settings:

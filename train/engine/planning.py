@@ -1,8 +1,9 @@
 """What a sweep does before it trains: read the data, start the engine, plan the stacks of the runs that are left."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ from ncollapse.train.engine.options import Options
 from ncollapse.train.engine.stack_size import Plan, StackPolicy
 from ncollapse.train.engine.this_machine import ThisMachine
 from ncollapse.train.engine.throughput import DataFacts
-from ncollapse.train.errors import UserError
+from ncollapse.train.engine.trial import try_own
+from ncollapse.train.errors import NoResultsError, UserError
 from ncollapse.train.formatting import plain
 from ncollapse.train.grid import Grid
 from ncollapse.train.plugins import Plugins, metric_name
 from ncollapse.train.results import schema
 from ncollapse.train.results.own_code import adopt_code
+from ncollapse.train.results.own_metrics import check_full_names
+from ncollapse.train.results.reader import load_meta, query
+from ncollapse.train.results.schema import FINISHED
 from ncollapse.train.results.storage_errors import damaged
 from ncollapse.train.results.writer import Store
 
@@ -68,26 +73,82 @@ def adopted(grid: Grid, folder: Path, options: Options, console: Console) -> Gri
     Raises:
         UserError: the code has changed since the folder's runs were made, and `--accept-changes` was not given.
     """
+    if grid.metrics:
+        with contextlib.suppress(NoResultsError):
+            check_full_names(folder, load_meta(folder), metric_names(grid))
     runs, notes = adopt_code(grid.runs, grid.versions, folder, options.accept_changes)
     for note in notes:
         say(console, note)
     return dataclasses.replace(grid, runs=tuple(runs))
 
 
+def metric_names(grid: Grid) -> dict[str, str]:
+    """Return the user's metrics as the results have them: name -> full name.
+
+    Raises:
+        UserError: the same name twice.
+    """
+    found: dict[str, str] = {}
+    for full in grid.metrics:
+        if (other := found.setdefault(metric_name(full), full)) != full:
+            raise UserError(f"metrics {other} and {full}: both are called {metric_name(full)}; give one another name")
+    return found
+
+
 def metric_meanings(grid: Grid) -> dict[str, str]:
     """Return the user's metrics as the results have them: name -> the first line of its docstring, or its full name.
 
     Raises:
-        UserError: a name that a column of the results cannot have, or the same twice.
+        UserError: the same name twice.
     """
-    found: dict[str, str] = {}
-    for full in grid.metrics:
-        name = metric_name(full)
-        if name in found:
-            raise UserError(f"metric {full}: another metric is called {name} too; give one of them another name")
-        text = (getattr(grid.plugins.find("metric", full), "__doc__", None) or "").strip().partition("\n")[0]
-        found[name] = text or full
-    return found
+    found = {name: grid.plugins.find("metric", full) for name, full in metric_names(grid).items()}
+    full = metric_names(grid)
+    return {
+        name: (getattr(metric, "__doc__", None) or "").strip().partition("\n")[0] or full[name]
+        for name, metric in found.items()
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a sweep has read and tried before it trains.
+
+    Attributes:
+        loaded, facts: by `RunConfig.data_key`, data sets on the CPU, and what is known of them.
+        settings: what workers have to know.
+    """
+
+    loaded: dict[str, Dataset]
+    facts: dict[str, DataFacts]
+    settings: WorkerSettings
+
+
+def prepare(
+    left: Sequence[RunConfig], load_data: Callable[[str, torch.device], Dataset], options: Options, grid: Grid,
+    console: Console,
+) -> Prepared:  # fmt: skip
+    """Load the data of some runs, and try the code of the user's.
+
+    Raises:
+        UserError: data that cannot be loaded; code with which the runs cannot train.
+    """
+    prepared = Prepared(*load_all((run.data_key for run in left), load_data, options, grid, console))
+    try_own(left, prepared.loaded, grid.plugins, grid.metrics)
+    return prepared
+
+
+def unfinished(grid: Grid, folder: Path) -> list[RunConfig]:
+    """Return the runs of a grid that have not ended in a folder, which may be new; before it is opened.
+
+    Raises:
+        UserError: see `query`.
+    """
+    try:
+        runs = query(folder, "SELECT id, status FROM runs")
+    except NoResultsError:
+        return list(grid.runs)
+    ended = set(runs.id[runs.status.isin(FINISHED)])
+    return [run for run in grid.runs if run.id not in ended]
 
 
 def load_all(

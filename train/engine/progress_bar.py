@@ -63,7 +63,7 @@ class SweepProgress(Progress):
         new = {run: status for run, status in statuses.items() if run in self._shown}
         self._ended |= new
         self._counts.update(new.values())
-        lost = "".join(f", {n} {name}" for name in ("diverged", "hopeless") if (n := self._counts[name]))
+        lost = "".join(f", {n} {name}" for name in ("diverged", "hopeless", "failed") if (n := self._counts[name]))
         self.update(self._task, done=len(self._ended), lost=lost)
 
     def line(self) -> str:

@@ -16,15 +16,23 @@ from ncollapse.train.data.sets import Dataset
 from ncollapse.train.engine.grouping import StackKey
 from ncollapse.train.engine.messages import Engine, Failed, Finished, Message, Progress, Stopped
 from ncollapse.train.engine.options import Options
-from ncollapse.train.engine.planning import load_all, make_engine, metric_meanings, plan_stacks, say
+from ncollapse.train.engine.planning import (
+    Prepared,
+    make_engine,
+    metric_meanings,
+    metric_names,
+    plan_stacks,
+    prepare,
+    say,
+    unfinished,
+)
 from ncollapse.train.engine.progress_bar import MinuteLog, SweepProgress
 from ncollapse.train.engine.stopping import StopRequest
 from ncollapse.train.engine.throughput import DataFacts
-from ncollapse.train.engine.trial import try_own
 from ncollapse.train.errors import CheckpointError, DataError, InterruptError, StoppedError, UserError, out_of_memory
 from ncollapse.train.grid import Grid
 from ncollapse.train.results.checkpoint_file import read_checkpoint
-from ncollapse.train.results.own_code import record_code
+from ncollapse.train.results.own_code import record_code, record_metrics
 from ncollapse.train.results.provenance import describe_machine
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.tensorboard import Logs
@@ -35,13 +43,15 @@ from ncollapse.train.training.checkpoints import split_checkpoint
 ERRORS = "errors.log"
 #: Losses of a stack's process without a new checkpoint after which the stack is halved, and a single run is given up.
 _HALVED_AFTER, _GIVEN_UP_AFTER = 2, 3
+#: Runs in a row whose code failed that end a sweep: the next one would fail too.
+_FAILED = 20
 #: Unforeseen errors in a row that end a sweep: the next stack would fail too.
 _UNFORESEEN = 3
 
 
 def sweep(
     grid: Grid, out: Path, load_data: Callable[[str, torch.device], Dataset], device: torch.device,
-    options: Options, console: Console,
+    options: Options, console: Console, called: str = "",
 ) -> int:  # fmt: skip
     """Train every run of the grid that is not finished in `out`, and return their number.
 
@@ -51,6 +61,7 @@ def sweep(
         load_data: loads a data set by its name onto a device. Several workers of the local engine need one that can be
             pickled; with any other, `workers="auto"` trains in this process.
         device: "cpu" for all cores, "cuda" for all GPUs, or one GPU.
+        called: how it was called, for the record; by default the command line of this process.
 
     Raises:
         StoppedError: SIGTERM, SIGUSR1 or `options.minutes`; stacks in training have checkpoints.
@@ -60,23 +71,29 @@ def sweep(
             something, or an unforeseen error. Finished runs and checkpoints are kept.
     """
     request = StopRequest()
-    with (
-        request.listening(options.minutes),
-        Store(out, grid, lambda text: say(console, text), metric_meanings(grid)) as store,
-    ):
+    with request.listening(options.minutes), contextlib.ExitStack() as undo:
+        prepared = None
+        # Before anything is written: what a mistake in code has left there would be in the way of the mended code.
+        if (grid.versions or grid.metrics) and (left := unfinished(grid, out)):
+            try:
+                prepared = prepare(left, load_data, options, grid, console)
+            except KeyboardInterrupt:
+                raise (StoppedError if request.reason else InterruptError)("stopped before anything trained") from None
+        store = undo.enter_context(Store(out, grid, lambda text: say(console, text), metric_meanings(grid)))
         try:
-            return _sweep(store, load_data, device, options, console, request)
+            return _sweep(store, prepared, load_data, device, options, console, request, called)
         except KeyboardInterrupt:
             kind = StoppedError if request.reason else InterruptError
             raise kind(_stopped(store, request)) from None
 
 
 def _sweep(
-    store: Store, load_data: Callable[[str, torch.device], Dataset], device: torch.device, options: Options,
-    console: Console, request: StopRequest,
+    store: Store, prepared: Prepared | None, load_data: Callable[[str, torch.device], Dataset], device: torch.device,
+    options: Options, console: Console, request: StopRequest, called: str,
 ) -> int:  # fmt: skip
     grid, finished = store.grid, store.finished()
     record_code(store, grid.versions, options.accept_changes)
+    record_metrics(store, metric_names(grid))
     left = [run for run in grid.runs if run.id not in finished]
     others = store.before + store.added - len(grid.runs)
     if others or (store.before and store.added):
@@ -89,14 +106,14 @@ def _sweep(
         return 0
     with MinuteLog(console) as log:
         logs = Logs(store.folder) if options.tensorboard else None
-        loaded, facts, settings = load_all((run.data_key for run in left), load_data, options, grid, console)
+        ready = prepared or prepare(left, load_data, options, grid, console)
+        facts = ready.facts
         for name, of in facts.items():
             store.check_data(name, of.fingerprint)
-        try_own(left, loaded, grid.plugins, grid.metrics)
-        engine, workers = make_engine(options, device, settings, loaded, console)
+        engine, workers = make_engine(options, device, ready.settings, ready.loaded, console)
         try:
             plan_stacks(store, left, facts, options, engine, workers, console, grid.plugins)
-            command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+            command = called or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
             session = store.begin_session(command, describe_machine(engine.device))
             _Sweep(store, session, facts, console, logs, request, log).train(engine)
         finally:
@@ -127,6 +144,7 @@ class _Sweep:
         self._losses: Counter[int] = Counter()  # stack -> losses of its process or node since its last checkpoint
         self._given_up: list[tuple[Failed, list[RunConfig]]] = []
         self._unforeseen = 0  # errors in a row
+        self._failed = 0  # runs in a row
         self._no_data = ""  # why a worker could not read a data set
         # A stack that has begun may hold runs that are not of the grid.
         runs = dict.fromkeys([*store.grid.runs, *(run for stack in self._queue for run in stack.runs)])
@@ -188,7 +206,9 @@ class _Sweep:
         if isinstance(message, Evaluation):
             if self._logs is not None:
                 self._logs.evaluated(stack.runs, message, self._store.finished())
-            self._bar.end(self._store.record(stack, message))
+            ended = self._store.record(stack, message)
+            self._failed = 0 if ended else self._failed
+            self._bar.end(ended)
         elif isinstance(message, Progress):
             self._store.progress(stack, message.epoch)
             self._bar.advance_to(stack, message.epoch)
@@ -281,15 +301,25 @@ class _Sweep:
                 self._console,
                 f"{run.describe()} has failed: {failure.text}; its traceback is in failures/{run.id}.txt",
             )
+        self._failed += len(failed)
+        if self._failed >= _FAILED:
+            raise UserError(
+                f"{_FAILED} runs in a row have failed: {failure.text}. They are recorded, with their tracebacks in "
+                f"{self._store.folder / 'failures'}; all others are kept, and the same command goes on with them"
+            )
         others = [run for run in left if run not in failed]
         stack = self._stored(stack) if others else stack
         if not others:
             self._store.end(stack)
             return
         parts = [others] if failed else [[run] for run in others]
+        kept = self._divided(stack, parts)
+        if kept is None:
+            self._give_up(stack, Failed("memory", "there is no memory to divide its checkpoint"))
+            return
         if not failed:
             say(self._console, f"{failure.text}: the {len(left)} runs of stack {stack.id} go on one by one")
-        self._replace(stack, parts, self._divided(stack, parts) or [], [])
+        self._replace(stack, parts, kept, [])
 
     def _divided(
         self, stack: PlannedStack, parts: Sequence[Sequence[RunConfig]]

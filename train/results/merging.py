@@ -22,7 +22,7 @@ from ncollapse.train.results.checkpoint_file import file_name
 from ncollapse.train.results.columns import LAYER_METRICS, METRICS, OwnMetrics
 from ncollapse.train.results.inspection import checkpoint_problem
 from ncollapse.train.results.own_code import merged_code
-from ncollapse.train.results.own_metrics import metric_key, read_metrics
+from ncollapse.train.results.own_metrics import full_key, metric_key, read_metrics
 from ncollapse.train.results.ownership import LOCK
 from ncollapse.train.results.reader import read_meta
 from ncollapse.train.results.run_rows import run_files
@@ -168,7 +168,7 @@ def _merged_meta(sources: Sequence[_Source], name: str) -> dict[str, str]:
     meta = {"grid": name, "description": sources[0].meta.get("description", "")}
     for source in sources:
         for key, value in source.meta.items():
-            metric = metric_key(key)
+            metric = metric_key(key) or full_key(key)
             if not key.startswith("data ") and key != "engine" and metric is None:
                 continue
             if meta.setdefault(key, value) == value or key == "engine":

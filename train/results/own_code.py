@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ncollapse.train.config import RunConfig, short
 from ncollapse.train.errors import NoResultsError, UserError
 from ncollapse.train.formatting import visible
+from ncollapse.train.results.own_metrics import SOURCE
 from ncollapse.train.results.reader import load_meta
 from ncollapse.train.results.schema import FILE
 from ncollapse.train.results.storage_errors import damaged
@@ -160,6 +161,13 @@ def record_code(store: "Store", versions: Mapping[str, "CodeVersion"], accept: b
         kept = kept_code({_PREFIX + key: text}, store.folder)[key]
         if accept and not kept.knows(version.version):
             store.keep(_PREFIX + key, kept.accepting(version).as_json())
+
+
+def record_metrics(store: "Store", metrics: Mapping[str, str]) -> None:
+    """Keep in a folder which code its metrics are, name -> full name."""
+    for name, full in metrics.items():
+        if store.meta(SOURCE + name) is None:
+            store.keep(SOURCE + name, full)
 
 
 def merged_code(folders: Iterable[tuple[Path, Mapping[str, str]]]) -> dict[str, str]:

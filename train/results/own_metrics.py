@@ -7,7 +7,7 @@ of another version of ncollapse, and ignored.
 import contextlib
 import re
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ncollapse.train.config import short
@@ -17,6 +17,8 @@ from ncollapse.train.results.schema import FILE, stored_columns
 from ncollapse.train.results.storage_errors import damaged
 
 _PREFIX = "metric "
+#: Entries of `meta` that say which code of the user's a metric is: "mine.py:margin", or its name where it was given.
+SOURCE = "source of metric "
 _NAME = re.compile(r"[A-Za-z_][A-Za-z_0-9]{0,59}")
 #: What follows a metric's name where tables have its start and its change.
 _SUFFIXES = ("_start", "_change")
@@ -32,6 +34,27 @@ _MOST = 200
 def metric_key(key: object) -> str | None:
     """Return the metric that an entry of `meta` is about; None where it is about something else."""
     return key.removeprefix(_PREFIX) if isinstance(key, str) and key.startswith(_PREFIX) else None
+
+
+def full_key(key: str) -> str | None:
+    """Return the metric whose code an entry of `meta` names; None where it is about something else."""
+    return key.removeprefix(SOURCE) if key.startswith(SOURCE) else None
+
+
+def full_names(meta: Mapping[str, str]) -> dict[str, str]:
+    """Return the metrics that a folder has, name -> "mine.py:margin", or its name where it was given in Python."""
+    return {name: full for key, full in meta.items() if (name := full_key(key)) is not None}
+
+
+def check_full_names(folder: Path, meta: Mapping[str, str], metrics: Mapping[str, str]) -> None:
+    """Raise UserError where a folder has other metrics under the names of these, name -> full name."""
+    known = full_names(meta)
+    for name, full in metrics.items():
+        if known.get(name, full) != full:
+            raise UserError(
+                f"metric {full}: the runs of {folder} have {known[name]} in the column {name}; give one of them "
+                "another name, or choose another --out"
+            )
 
 
 def check_metric_names(names: Iterable[str]) -> None:

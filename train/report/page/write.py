@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import itertools
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import pandas as pd
 from rich.console import Console
 
 from ncollapse.train.errors import UserError
-from ncollapse.train.formatting import duration, number, percentage
+from ncollapse.train.formatting import duration, number, options_text, percentage
 from ncollapse.train.report.best import decay_view, main_view
 from ncollapse.train.report.inventory import runs_view, settings_view
 from ncollapse.train.report.looks import PAGE_COLOURS, Look, base_of, look_of, ordered, shown, with_variants
@@ -84,9 +85,12 @@ def _write_report(results: Results, selection: Selection, console: Console, out:
 
 
 def parts_of(results: Results, selection: Selection) -> list[Part]:
-    """Return the runs of each model, data set and loss."""
+    """Return the runs of each model, data set (with its options) and loss."""
     parts: dict[str, Part] = {}
-    for (model, data, loss), runs in results.runs.groupby(["model", "data", "loss"], sort=False):
+    for (model, of_data, options, loss), runs in results.runs.groupby(
+        ["model", "data", "data_options", "loss"], sort=False
+    ):
+        data = f"{of_data} {options_text(json.loads(options))}" if options else of_data
         more = "" if loss == USUAL_LOSS else f", {loss}"
         # These names come from the store and become part of paths.
         name = (
