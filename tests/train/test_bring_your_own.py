@@ -1,5 +1,6 @@
 """Sweeps with a model, data, an optimizer, a loss and a metric of the user's: from a file, and from Python."""
 
+import gc
 import re
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -279,3 +281,83 @@ def test_data_of_every_kind_train(folder: Path) -> None:
     of_file = swept()
     result = train("mlp", Data(x, y, x, y), epochs=1, progress=False)
     assert of_file.nc1.tolist() == result.history.nc1.tolist()[-1:]
+
+
+def test_a_mistake_that_the_trial_finds_leaves_nothing_behind(folder: Path, fails: Fails) -> None:
+    """Neither the code nor the data of the attempt are in the way of the mended ones."""
+    write("mine.py", MINE.replace("self.last(self", "self.hidden(self"))
+    fails(1)
+    write("mine.py", MINE.replace("torch.randn(48", "torch.rand(48"))
+    assert set(swept().status) == {"done"}
+
+
+def test_rerun_measures_what_the_folder_measures(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = swept("--metrics", "mine.py:spread")
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    again = ["rerun", str(folder / "out"), "--where", "status=done", "--device", "cpu", "--workers", "1"]
+    with pytest.raises(SystemExit):
+        cli.main(again)
+    cli.main([*again, "--code-dir", ".."])
+    assert load_runs(folder / "out").spread.tolist() == before.spread.tolist()
+
+
+def test_two_metrics_of_one_name_are_refused(folder: Path, fails: Fails) -> None:
+    write("other.py", "def spread(weight, statistics):\n    return 1.0\n")
+    assert "both are called spread" in fails(1, "--metrics", "mine.py:spread", "other.py:spread")
+    swept("--metrics", "mine.py:spread")
+    assert "have mine.py:spread in the column spread" in fails(1, "--seed", "0", "1", "--metrics", "other.py:spread")
+
+
+def test_a_dotted_name_of_a_metric_has_its_last_part(folder: Path) -> None:
+    write("mine.py", MINE + "\n    class Held:\n        margin = staticmethod(spread)\n")
+    assert swept("--metrics", "mine.py:Held.margin").margin.notna().all()
+
+
+def test_many_failures_in_a_row_end_a_sweep(folder: Path, fails: Fails) -> None:
+    write(
+        "grid.toml",
+        GRID + f'    optimizer = "mine.py:Steps"\n    lr = {[0.5] + [2.0 + i for i in range(40)]}\n    lr_drops = 0\n',
+    )
+    text = fails(1, "--epochs", "5")
+    assert "20 runs in a row have failed: optimizer mine.py:Steps: mine.py, line 25: ArithmeticError" in text
+    assert 20 <= (load_runs("out").status == "failed").sum() < 40  # one of them ends well
+
+
+def test_a_script_that_exits_is_an_error_of_its_own(folder: Path, fails: Fails) -> None:
+    write("mine.py", MINE + "\n    raise SystemExit(0)\n")
+    assert "SystemExit" in fails(1)
+
+
+def test_a_preset_takes_options_of_its_optimizer(folder: Path) -> None:
+    text = """
+        optimizer = ["torch.optim:NAdam", "adam"]
+        epochs = 1
+        [optimizer_options."torch.optim:NAdam"]
+        momentum_decay = [0.004, 0.008]
+        [run]
+        optimizer = "torch.optim:NAdam"
+        [run.optimizer_options]
+        betas = [0.8, 0.9]
+    """
+    write("one.toml", text)
+    cli.main(["run", "--preset", "one.toml", "--out", "one", "--device", "cpu"])
+    assert load_runs("one").optimizer_options.tolist() == ['{"betas": [0.8, 0.9]}']
+    cli.main(["run", "--preset", "one.toml", "--optimizer", "adam", "--optimizer-options", "", "--out", "two"])
+
+
+def test_what_was_given_can_be_forgotten() -> None:
+    """A notebook that trains again and again does not keep all its data."""
+    x, y = torch.randn(20, 3), torch.arange(20) % 2
+    data = Data(x, y, x, y)
+    gone = weakref.ref(data)
+    train(lambda num_classes: nn.Sequential(nn.Linear(3, num_classes)), data, epochs=1, progress=False)
+    del data
+    gc.collect()
+    assert gone() is None
+
+
+def test_numbers_of_numpy_and_lists_of_metrics_are_taken(folder: Path) -> None:
+    spread = Plugins(folder).find("metric", "mine.py:spread")
+    result = train("mlp", metrics=[spread], epochs=np.int64(1), lr=np.float64(0.1), progress=False)
+    assert result.history.spread.notna().all()
