@@ -156,7 +156,7 @@ def _own(run: RunConfig, plugins: Plugins) -> Loss:
         if isinstance(function, nn.Module):
             function.to(logits.device)
         try:
-            return function(logits, labels, **options)
+            return function(logits, labels.clone(), **options)  # it may change them in place
         except Exception as error:
             if out_of_memory(error):
                 raise

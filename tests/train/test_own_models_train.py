@@ -13,6 +13,8 @@ from ncollapse.train.config import RunConfig
 from ncollapse.train.data.dataset import Dataset
 from ncollapse.train.data.streamed import Streamed
 from ncollapse.train.errors import OwnCodeError, UserError
+from ncollapse.train.networks.architecture import Architecture, build
+from ncollapse.train.networks.model_trial import try_model
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training.loop import Training
@@ -161,3 +163,102 @@ def test_what_a_graph_holds_is_said_in_words(digits: Dataset) -> None:
     assert captured("", "") == "forward pass, backward pass and update"
     assert captured("SOAP cannot be captured", "") == "forward and backward pass: SOAP cannot be captured"
     assert captured("SOAP cannot be captured", "it draws random numbers") == "nothing: it draws random numbers"
+
+
+class InPlace(Mine):
+    """Changes its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x -= 0.1
+        x *= 0.9
+        return super().forward(x)
+
+
+class Bounded(Mine):
+    """Assigns other memory to a weight and to a buffer, as EEGNet bounds its norms."""
+
+    def __init__(self, channels: int, size: int, num_classes: int) -> None:
+        super().__init__(channels, size, num_classes)
+        self.register_buffer("centre", torch.zeros(channels, size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden.weight.data = torch.renorm(self.hidden.weight.data, 2, 0, 0.3)
+        if self.training:
+            self.centre.data = 0.5 * self.centre.data + 0.5 * x.mean(0)  # type: ignore[union-attr]
+        return super().forward(x - self.centre)  # type: ignore[operator]
+
+
+def plainly(model: Mine, run: RunConfig, data: Dataset, epochs: int) -> Mine:
+    """Train as a plain loop does, with an evaluation after each epoch."""
+    order, optimizer = torch.Generator().manual_seed(run.seed), torch.optim.SGD(model.parameters())
+    for epoch in range(epochs):
+        optimizer.param_groups[0]["lr"] = run.lr * run.lr_factor(epoch)
+        for batch in torch.randperm(run.limit or 0, generator=order).split(run.batch_size):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model.train()(data.train_x[batch]), data.train_y[batch]).backward()
+            optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "torch.optim:SGD"])
+@pytest.mark.parametrize("model", [InPlace, Bounded])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_that_works_in_place_trains_as_in_a_plain_loop(
+    model: type[Mine], optimizer: str, precision: str, digits: Dataset
+) -> None:
+    plugins = Plugins(given={"model": {"mine": model}})
+    run = run_of(optimizer=optimizer, precision=precision, momentum=0.0)
+    architecture = Architecture.of(run, digits)
+    copies = [tensor.clone() for tensor in (digits.train_x, digits.train_y, digits.val_x)]
+    try_model(architecture, plugins, digits.train_x[:8], digits.train_y[:8])
+    training = Training([run], digits, CPU, plugins=plugins)
+    list(training)
+    for tensor, copy in zip((digits.train_x, digits.train_y, digits.val_x), copies, strict=True):
+        assert torch.equal(tensor, copy)
+    built = build(architecture, run.seed, plugins)
+    assert isinstance(built, Mine)
+    plain = plainly(built, run, digits, run.epochs)
+    with torch.no_grad():
+        plain.eval()(digits.val_x.clone())  # the last evaluation bounds the weights once more
+    tolerance = 1e-4 if precision == "fp32" else 3e-2
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(training.stack.state_dict(0)[name], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("model", [InPlace, Bounded])
+def test_what_works_in_place_does_not_reach_other_runs(model: type[Mine], digits: Dataset) -> None:
+    plugins = Plugins(given={"model": {"mine": model}})
+    runs = [run_of(momentum=0.0, lr=lr, epochs=2) for lr in (0.05, 0.1)]
+    alone = []
+    for run in runs:
+        training = Training([run], digits, CPU, plugins=plugins)
+        list(training)
+        alone.append(training.stack.state_dict(0))
+    together = Training(runs, digits, CPU, plugins=plugins)
+    list(together)
+    for r, expected in enumerate(alone):
+        for name, value in together.stack.state_dict(r).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_metrics_and_losses_that_work_in_place_change_nothing_else(digits: Dataset) -> None:
+    def metric(weight: Tensor, statistics: Any) -> float:
+        weight -= weight.mean(0)
+        return float(weight.norm())
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        one_hot = nn.functional.one_hot(labels, 10)
+        labels.fill_(0)
+        return -(logits.log_softmax(-1) * one_hot).sum(-1)
+
+    plugins = Plugins(given={"metric": {"centred": metric}, "loss": {"mine": loss}})
+    labels = digits.train_y.clone(), digits.val_y.clone()
+    settings: dict[str, Any] = {"limit": 200, "epochs": 2, "eval_every": 1}
+    plain = Training([RunConfig(**settings)], digits, CPU)
+    own = Training(
+        [RunConfig(loss="mine", code="loss mine=1", **settings)], digits, CPU, plugins=plugins, metrics=["centred"]
+    )
+    list(plain), list(own)
+    assert torch.equal(digits.train_y, labels[0])
+    assert torch.equal(digits.val_y, labels[1])
+    torch.testing.assert_close(own.stack.weight, plain.stack.weight, rtol=1e-4, atol=1e-5)

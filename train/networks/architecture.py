@@ -156,7 +156,7 @@ def parts_in(model: nn.Module, architecture: Architecture, plugins: Plugins, sam
     a = architecture
     try:
         with seeded(0):
-            return find_parts(model, samples, a.num_classes, a.head)
+            return find_parts(model, samples.clone(), a.num_classes, a.head)
     except Exception as error:
         if out_of_memory(error):
             raise

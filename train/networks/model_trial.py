@@ -38,7 +38,7 @@ def try_model(architecture: Architecture, plugins: Plugins, batch_x: Tensor, bat
     if not trained:
         raise UserError(f"{what} has no parameter that is trained")
     with seeded(0), _blamed(a.model):
-        output = model(batch_x)
+        output = model(batch_x.clone())
     shape, found = (len(batch_x), a.num_classes), list(tensors_in(output))
     logits = logits_in(output, *shape)
     if not logits:

@@ -67,6 +67,11 @@ def same_attention() -> Iterator[None]:
             switch(value)
 
 
+def rounds_products(device: torch.device) -> bool:
+    """Return whether matrix products of float32 are rounded on a device, as tf32 has them."""
+    return device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 @contextmanager
 def exact_products() -> Iterator[None]:
     """Compute matrix products of float32 in full float32, whatever the precision."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ncollapse.samples import pooled
 from ncollapse.train.networks.model_parts import Parts
-from ncollapse.train.networks.precision import same_attention
+from ncollapse.train.networks.precision import rounds_products, same_attention
 from ncollapse.train.networks.stacked_layers import ForwardContext, channels_last, head
 
 
@@ -30,6 +30,7 @@ class WholeModule:
         self._head = module.get_submodule(parts.head)
         self._slots = _slots(module)
         self._put: Mapping[str, Tensor] = {}  # the tensors that are in the module's places for good
+        self._memory: Mapping[str, Tensor] = {}  # theirs
         self._blocks = {name: module.get_submodule(name) for name in parts.blocks}
 
     def __call__(self, samples: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
@@ -71,36 +72,48 @@ class WholeModule:
         if self._put is not tensors:
             for name, slots, key in self._slots:
                 slots[key] = tensors[name]
-            self._put = tensors
+            self._put, self._memory = tensors, _memory(tensors)
         if self.module.training != train:
             self.module.train(train)
         seen: dict[str, Tensor] = {}
         handle = self._head.register_forward_hook(partial(_record_call, seen), with_kwargs=True)
         try:
-            self.module(samples)
+            # In training a batch is gathered anew; in an evaluation it is the data set's memory.
+            self.module(samples if train else samples.clone())
         finally:
             handle.remove()
-        self._keep_assigned(tensors)
+        self._keep_assigned(tensors, self._memory)
         if "features" not in seen:
             raise ValueError(f"the head {self.parts.head} did not run")
-        return seen["features"], seen["logits"]
+        features, logits = seen["features"], seen["logits"]
+        if rounds_products(features.device):
+            weight, bias = self.parts.weight, self.parts.bias
+            of_head = head(
+                features.unsqueeze(0), tensors[weight].unsqueeze(0), tensors[bias].unsqueeze(0) if bias else None
+            )
+            logits = of_head.squeeze(0)
+        return features, logits
 
-    def _keep_assigned(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write buffers that the module has assigned anew into the tensors that hold them, and put these back."""
+    def _keep_assigned(self, tensors: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> None:
+        """Write what the module has assigned anew, a buffer or the `data` of a tensor, to where it is kept."""
         for name, slots, key in self._slots:
-            if (assigned := slots[key]) is not tensors[name]:
-                tensors[name].copy_(assigned)
-                slots[key] = tensors[name]
+            kept = tensors[name]
+            if (assigned := slots[key]) is not kept:
+                kept.copy_(assigned)
+                slots[key] = kept
+            if memory and kept.data_ptr() != memory[name].data_ptr():
+                memory[name].copy_(kept.data)
+                kept.data = memory[name]
 
     @contextmanager
-    def _holding(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    def _holding(self, tensors: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> Iterator[None]:
         """Put tensors into the module's places, as `torch.func.functional_call` does, which takes longer."""
         before = [slots[key] for _, slots, key in self._slots]
         try:
             for name, slots, key in self._slots:
                 slots[key] = tensors[name]
             yield
-            self._keep_assigned(tensors)
+            self._keep_assigned(tensors, memory)
         finally:
             for (_, slots, key), own in zip(self._slots, before, strict=True):
                 slots[key] = own
@@ -117,8 +130,10 @@ class WholeModule:
             stack.callback(self._head.register_forward_pre_hook(record, with_kwargs=True).remove)
             for name, block in blocks.items():
                 stack.callback(block.register_forward_hook(partial(_record_output, seen, f"block {name}")).remove)
-            stack.enter_context(self._holding(tensors))
-            self.module(samples)
+            # vmap has no memory of a single run's, and refuses an assignment to it.
+            stack.enter_context(self._holding(tensors, {} if self._vmapped else _memory(tensors)))
+            # A model may work in place on its input, which is the data set's, or of the next run too.
+            self.module(samples if self.channels_last else samples.clone())
         if "features" not in seen:
             raise ValueError(f"the head {self.parts.head} did not run")
         return seen["features"], *(seen[f"block {name}"] for name in blocks)
@@ -135,6 +150,11 @@ def _slots(module: nn.Module) -> list[tuple[str, dict[str, Any], str]]:
         for key, tensor in slots.items()
         if tensor is not None
     ]
+
+
+def _memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors in the same memory, which stay there when others are assigned to `data`."""
+    return {name: tensor.data for name, tensor in tensors.items()}
 
 
 def _record_input(seen: dict[str, Tensor], _: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:

@@ -85,7 +85,7 @@ def evaluate_stack(
             continue
         try:
             with seeded(device, run.seed, epoch):
-                own = metrics.compute(stack.weight[row], measurement.stats.of_run(row), kept.of_run(row))
+                own = metrics.compute(stack.weight[row].clone(), measurement.stats.of_run(row), kept.of_run(row))
         except OwnCodeError as error:
             error.run = run.id
             raise
