@@ -81,8 +81,12 @@ def blamed(error: BaseException) -> str:
         and not _is_of_package(frame.filename)
     ]
     place = f"{Path(mine[-1].filename).name}, line {mine[-1].lineno}: " if mine else ""
-    said = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{place}{type(error).__name__}: {said}".removesuffix(": ")
+    return f"{place}{type(error).__name__}: {first_line(error)}".removesuffix(": ")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says that is not blank; "" where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), "")
 
 
 def _is_of_package(file: str) -> bool:

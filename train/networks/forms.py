@@ -5,13 +5,14 @@ import dataclasses
 import pickle
 import random
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from ncollapse.train.errors import OwnCodeError, out_of_memory
+from ncollapse.train.errors import OwnCodeError, first_line, out_of_memory
 from ncollapse.train.networks.architecture import Architecture, build, parts_of, seeded
 from ncollapse.train.networks.layer_graph import LayerGraph, NoLayerGraphError
 from ncollapse.train.networks.model_parts import Parts
@@ -119,14 +120,19 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
     def alone(of: Sequence[nn.Module], samples: Tensor) -> list[_Results]:
         return [_results([model], _program(model, architecture, parts, "alone"), samples) for model in of]
 
+    if hooked := [name for name, m in first.named_modules() if m._backward_hooks or m._backward_pre_hooks]:
+        return Form("alone", f"{hooked[0] or architecture.model} has backward hooks")
     with seeded(0):
         before = _random_states()
         try:
-            alone([first], samples)
+            with _HooksSeen() as hooks:
+                alone([first], samples)
         except Exception as error:
             if out_of_memory(error):
                 raise
             raise OwnCodeError.of(f"model {architecture.model}", error) from error
+        if hooks.any:
+            return Form("alone", "it registers hooks on tensors")
         if _random_states() != before:
             return Form("alone", "it draws random numbers in training")
         if changed := [name for name, value in _plain_numbers(first).items() if numbers.get(name) != value]:
@@ -154,7 +160,7 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
         except Exception as error:  # whatever torch.fx and vmap make of a model
             if out_of_memory(error):
                 raise
-            said = next((line for line in str(error).splitlines() if line.strip()), "").partition(". ")[0]
+            said = first_line(error).partition(". ")[0]
             reasons.append(said if isinstance(error, NoLayerGraphError) else f"{type(error).__name__}: {said}")
             continue
         if not different:
@@ -219,6 +225,20 @@ def _plain_numbers(model: nn.Module) -> dict[str, object]:
         for key, value in vars(module).items()
         if isinstance(value, int | float | str) and key != "training"
     }
+
+
+class _HooksSeen(TorchFunctionMode):
+    """Notes whether hooks are registered on tensors: under vmap no gradient is seen, and a model may leave them out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.any = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.any |= func is Tensor.register_hook
+        return func(*args, **(kwargs or {}))
 
 
 def _random_states() -> bytes:

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ncollapse.train.errors import first_line
 from ncollapse.train.networks import layer_steps as steps
 from ncollapse.train.networks import stacked_layers as layers
 from ncollapse.train.networks.layer_steps import LayerStep
@@ -36,6 +38,7 @@ _BINARY: dict[Any, Callable[..., Tensor]] = {
     operator.mul: torch.mul, operator.imul: torch.mul, torch.mul: torch.mul, "mul": torch.mul, "mul_": torch.mul,
     operator.truediv: torch.div, operator.itruediv: torch.div, torch.div: torch.div, "div": torch.div,
 }  # fmt: skip
+_ASSIGNING = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 _REDUCTIONS: dict[Any, Callable[..., Tensor]] = {
     torch.mean: torch.mean,
     "mean": torch.mean,
@@ -44,6 +47,8 @@ _REDUCTIONS: dict[Any, Callable[..., Tensor]] = {
 }
 _NORMS: dict[type[nn.Module], Callable[..., Batch]] = {nn.GroupNorm: layers.group_norm, nn.LayerNorm: layers.layer_norm}
 _DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout)
+#: Functions and methods that change nothing: where nothing uses their value, they are left out.
+_OF_SHAPES = ("size", "dim", operator.getitem, getattr)
 #: Stands for the number of samples, and for the shape, in what a model computes of shapes.
 _SIZE, _SHAPE = object(), object()
 
@@ -66,6 +71,17 @@ class _Tracer(fx.Tracer):
         return out
 
 
+class _NothingInPlace(TorchDispatchMode):
+    """Refuses changes of tensors, which a graph of the samples' way through a model does not hold."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func._schema.is_mutable:
+            raise NoLayerGraphError(f"{func} changes a tensor outside of its layers")
+        return func(*args, **(kwargs or {}))
+
+
 class LayerGraph:
     """The forward pass of a model for R runs, layer by layer.
 
@@ -80,20 +96,30 @@ class LayerGraph:
 
     def __init__(self, model: nn.Module, parts: Parts) -> None:
         self.module, self.parts = model, parts
-        hooked = [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
-        if hooked:
+        if hooked := [name for name, module in model.named_modules() if _has_hooks(module)]:
             raise NoLayerGraphError(f"{hooked[0] or type(model).__name__} has hooks")
-        tracer = _Tracer()
+        tracer, traced = _Tracer(), copy.deepcopy(model)
+        memory = _addresses(traced)
         try:
-            # A copy, since tracing runs what is not computed of the samples, such as a count in a buffer.
-            graph = tracer.trace(copy.deepcopy(model), _defaults(model))
+            # A copy, since tracing runs what is not computed of the samples.
+            with _NothingInPlace():
+                graph = tracer.trace(traced, _defaults(model))
+        except NoLayerGraphError:
+            raise
         except Exception as error:  # whatever a model does with what stands for a tensor
-            raise NoLayerGraphError(f"torch.fx cannot trace it: {_first_line(error)}") from error
+            raise NoLayerGraphError(f"torch.fx cannot trace it: {first_line(error) or type(error).__name__}") from error
+        if _addresses(traced) != memory:
+            raise NoLayerGraphError("it assigns to its parameters or buffers")
         if missing := [name for name in parts.blocks if name not in tracer.outputs]:
             raise NoLayerGraphError(f"the output of {missing[0]} is not that of a layer")
         for node in reversed(graph.nodes):
             if node.op in ("call_function", "call_method") and not node.users:
+                # What no later step uses may check or change a tensor all the same.
+                if node.target not in _OF_SHAPES:
+                    raise _no_form(node)
                 graph.erase_node(node)
+        if changed := [n for n in graph.nodes if n.args and _in_place(n, model) and _used_after(n.args[0], n)]:
+            raise NoLayerGraphError(f"{changed[0].name} changes what is used once more")
         # A layer whose output is watched does not run as one with the next.
         watched = {tracer.outputs[name]: name for name in parts.blocks}
         self._plan, self._watching = _Plan(model, graph, parts, {}), _Plan(model, graph, parts, watched)
@@ -347,6 +373,29 @@ class _Plan:
         return name
 
 
+def _in_place(node: fx.Node, model: nn.Module) -> bool:
+    """Return whether a node changes its first argument."""
+    if node.op == "call_module":
+        return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        return str(node.target).endswith("_")
+    by_place = node.target in _POINTWISE_FUNCTIONS and any(arg is True for arg in node.args[1:])
+    return by_place or node.target in _ASSIGNING or bool(node.kwargs.get("inplace"))
+
+
+def _used_after(value: Any, node: fx.Node) -> bool:
+    return isinstance(value, fx.Node) and any(user > node for user in value.users)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    of_backward = module._backward_hooks or module._backward_pre_hooks
+    return bool(module._forward_hooks or module._forward_pre_hooks or of_backward)
+
+
+def _addresses(model: nn.Module) -> list[tuple[str, int]]:
+    return [(name, tensor.data_ptr()) for name, tensor in (*model.named_parameters(), *model.named_buffers())]
+
+
 def _halves(pool: nn.Module) -> bool:
     """Return whether this is 2 × 2 max pooling."""
     assert isinstance(pool, nn.MaxPool2d)
@@ -375,7 +424,3 @@ def _no_form(node: fx.Node) -> NoLayerGraphError:
 
 def _shown(args: Iterable[Any]) -> str:
     return f"(…, {', '.join(map(str, args))})" if args else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
