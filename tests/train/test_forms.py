@@ -71,6 +71,7 @@ def shaped(model: Middle, x: Tensor) -> Tensor:
     return x
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap computes clamp_ one by one
 @pytest.mark.parametrize(
     ("middle", "kind", "reason"),
     [
