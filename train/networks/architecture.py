@@ -104,8 +104,8 @@ def build(architecture: Architecture, seed: int, plugins: Plugins) -> nn.Module:
     were.
 
     Raises:
-        UserError: a model of the user's takes an argument that it was not given, lacks one that it was given, or is no
-            `nn.Module` in the processor's memory.
+        UserError: a model of the user's takes an argument that it was not given, lacks one that it was given, is no
+            `nn.Module` in the processor's memory, or has hooks on parameters.
         OwnCodeError: it raises an error.
     """
     a = architecture
@@ -128,11 +128,16 @@ def build(architecture: Architecture, seed: int, plugins: Plugins) -> nn.Module:
     if not isinstance(model, nn.Module):
         place = plugins.where("model", a.model)
         raise UserError(f"{what} ({place}) must return a torch.nn.Module; it returned a {type(model).__name__}")
+    what = f"{what} ({plugins.where('model', a.model)})"
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu":
             raise UserError(
-                f"{what} ({plugins.where('model', a.model)}) puts {name} on {tensor.device}: leave all tensors where "
-                "they are made; ncollapse moves them"
+                f"{what} puts {name} on {tensor.device}: leave all tensors where they are made; ncollapse moves them"
+            )
+        if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+            raise UserError(
+                f"{what} has a hook on {name}, which would not run: compute in forward what it does to the gradient, "
+                "as with weight * mask, or freeze with requires_grad_(False)"
             )
     return model.train()
 

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ncollapse.train.errors import OwnCodeError, first_line, out_of_memory
 from ncollapse.train.networks.architecture import Architecture, build, parts_of, seeded
+from ncollapse.train.networks.kept_state import attributes, changed
 from ncollapse.train.networks.layer_graph import LayerGraph, NoLayerGraphError
 from ncollapse.train.networks.model_parts import Parts
 from ncollapse.train.networks.models import Classifier
@@ -115,7 +116,7 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
         return Form("alone", "its tensors depend on the seed")
     generator = torch.Generator().manual_seed(0)
     samples = architecture.example(architecture.example_samples(), generator)
-    numbers = _plain_numbers(first)
+    before_steps = attributes(first)
 
     def alone(of: Sequence[nn.Module], samples: Tensor) -> list[_Results]:
         return [_results([model], _program(model, architecture, parts, "alone"), samples) for model in of]
@@ -135,8 +136,13 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
             return Form("alone", "it registers hooks on tensors")
         if _random_states() != before:
             return Form("alone", "it draws random numbers in training")
-        if changed := [name for name, value in _plain_numbers(first).items() if numbers.get(name) != value]:
-            return Form("alone", f"it changes {changed[0]}, which is no parameter or buffer")
+        after_one = attributes(first)
+        kept = changed(before_steps, {name: v for name, v in after_one.items() if not isinstance(v, Tensor)})
+        if not kept and any(isinstance(value, Tensor) for value in after_one.values()):
+            alone([first], samples)  # a tensor that is only stored is the same again
+            kept = changed(after_one, attributes(first))
+        if kept:
+            return Form("alone", f"it changes {kept[0]}, which is no parameter or buffer")
         try:
             # In float64 a deep network has no rounding that could be taken for a difference.
             compared, inputs = [copy.deepcopy(model).double() for model in models], _doubled(samples)
@@ -215,16 +221,6 @@ def _first_difference(found: _Results, expected: Sequence[_Results], bounds: tup
                 if ours.shape != theirs.shape or not bool((ours - theirs).norm() <= bound):
                     return f"{kind} ({name})"
     return ""
-
-
-def _plain_numbers(model: nn.Module) -> dict[str, object]:
-    """Return the attributes of all modules that are numbers or texts, such as a counter of steps."""
-    return {
-        f"{name}.{key}".lstrip("."): value
-        for name, module in model.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, int | float | str) and key != "training"
-    }
 
 
 class _HooksSeen(TorchFunctionMode):

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncollapse.heads import logits_in, tensors_in
 from ncollapse.train.errors import OwnCodeError, UserError, out_of_memory
 from ncollapse.train.networks.architecture import Architecture, build, parts_in, seeded
+from ncollapse.train.networks.kept_state import lost_on_resume, tensors_of
 from ncollapse.train.networks.stacked_layers import ForwardContext
 from ncollapse.train.networks.whole_module import WholeModule
 from ncollapse.train.plugins import Plugins
@@ -24,8 +25,9 @@ def try_model(architecture: Architecture, plugins: Plugins, batch_x: Tensor, bat
 
     Raises:
         UserError: as `build`; logits that are no `[B, K]` on the samples' device, no head that can be measured, a loss
-            or a gradient that is not finite, a parameter that is not float32 or gets no gradient. The message is one
-            sentence with file and line.
+            or a gradient that is not finite, a parameter that is not float32 or gets no gradient, a tensor that a
+            forward pass registers or gives another shape, other outputs than the head's in training, something that is
+            kept from step to step and is no parameter or buffer. The message is one sentence with file and line.
         OwnCodeError: the model raises an error.
     """
     a = architecture
@@ -37,6 +39,7 @@ def try_model(architecture: Architecture, plugins: Plugins, batch_x: Tensor, bat
             raise UserError(f"{what}: its parameter {name} is {parameter.dtype}; ncollapse trains float32")
     if not trained:
         raise UserError(f"{what} has no parameter that is trained")
+    registered = _shapes(model)
     with seeded(0), _blamed(a.model):
         output = model(batch_x.clone())
     shape, found = (len(batch_x), a.num_classes), list(tensors_in(output))
@@ -48,6 +51,10 @@ def try_model(architecture: Architecture, plugins: Plugins, batch_x: Tensor, bat
         )
     if logits[0].device != batch_x.device:
         raise UserError(f"{what} moves data to {logits[0].device}: leave it on the device of the samples")
+    for name, tensor_shape in _shapes(model).items():
+        if registered.get(name) != tensor_shape:
+            does = "gives another shape to" if name in registered else "registers"
+            raise UserError(f"{what}: its forward pass {does} {name}: register it in __init__, with its final shape")
     parts = parts_in(model, a, plugins, batch_x)
     tensors = {name: value.detach().unsqueeze(0) for name, value in (*model.named_parameters(), *model.named_buffers())}
     leaves = [tensors[name].requires_grad_() for name in trained]
@@ -66,6 +73,34 @@ def try_model(architecture: Architecture, plugins: Plugins, batch_x: Tensor, bat
             )
         if not bool(grad.isfinite().all()):
             raise UserError(f"{what}: the gradient of its parameter {name} is not finite in the first batch")
+    with _blamed(a.model):
+        _check_training_output(model, parts.head, batch_x, shape, what)
+        lost = lost_on_resume(build(a, 0, plugins), build(a, 0, plugins), batch_x, a.num_classes)
+    if lost is not None:
+        raise UserError(
+            f"{what} keeps {', '.join(lost) or 'something'} from step to step, which no checkpoint holds, so that an "
+            "interrupted run would be another one: make it a buffer, with register_buffer"
+        )
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors_of(model).items()}
+
+
+def _check_training_output(model: nn.Module, head: str, samples: Tensor, shape: tuple[int, int], what: str) -> None:
+    """Raise UserError where a model in training mode returns something else than the logits of its head."""
+    seen: list[Tensor] = []
+    # What comes after the head may work in place.
+    handle = model.get_submodule(head).register_forward_hook(lambda *call: seen.append(call[-1].detach().clone()))
+    try:
+        with seeded(0):
+            returned = logits_in(model.train()(samples.clone()), *shape)
+    finally:
+        handle.remove()
+    if len(seen) != 1:
+        raise UserError(f"{what} runs its head {head} {len(seen)} times in training mode; it must run once")
+    if not any(torch.allclose(tensor, seen[0], equal_nan=True) for tensor in returned):
+        raise UserError(f"{what}: in training mode too it must return the logits of its head {head}, without a scale")
 
 
 @contextmanager
