@@ -64,14 +64,20 @@ def tables(record: dict[str, Any]) -> str:
     lines = []
     for preset in PRESETS:
         names = ["optimizer", *(["loss"] if preset == "losses" else []), "decay in the gradient", "λ"]
-        names += ["NC0 (start 2.9)", "NC1", "NC2", "NC3", "train acc.", "val. acc."]
+        start = record["presets"][preset]["rows"][0]["nc0_start"]
+        names += [f"NC0 (start {span(start)})", "NC1", "NC2", "NC3", "train acc.", "val. acc."]
         lines += ["", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
         for row in record["presets"][preset]["rows"]:
             loss = row["loss"] + (f", smoothed {row['label_smoothing']:g}" if row["label_smoothing"] else "")
             cells = [row_of(row["optimizer"]).label, *([loss] if preset == "losses" else []), coupled(row)]
-            cells += [f"{row['weight_decay']:g}", span(row["nc0"])]
-            cells += [number(row[name]) for name in ("nc1", "nc2", "nc3")]
-            cells += ["–" if row[name] is None else f"{100 * row[name][0]:.1f} %" for name in METRICS[-2:]]
+            lost = {status: count for status, count in row["ended"].items() if status != "done"}
+            if lost:
+                told = ", ".join(f"{n} of {sum(row['ended'].values())} {status}" for status, n in lost.items())
+                cells += [f"{row['weight_decay']:g}", told, *["–"] * 5]
+            else:
+                cells += [f"{row['weight_decay']:g}", span(row["nc0"])]
+                cells += [number(row[name]) for name in ("nc1", "nc2", "nc3")]
+                cells += ["–" if row[name] is None else f"{100 * row[name][0]:.1f} %" for name in METRICS[-2:]]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
