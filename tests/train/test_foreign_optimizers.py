@@ -19,7 +19,7 @@ from ncollapse.train.networks.models import build
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training.checkpoints import OptimizerStates, read_state, write_state
-from ncollapse.train.training.foreign import check_optimizers, make_foreign
+from ncollapse.train.training.foreign import check_optimizers, load_exactly, make_foreign
 from ncollapse.train.training.loop import Training
 
 CPU = torch.device("cpu")
@@ -323,3 +323,44 @@ def test_a_checkpoint_with_states_of_other_shapes_is_refused(digits: Dataset) ->
         parts = (content[name] for name in ("epoch", "rows", "over", "seconds", "orders", "tensors"))
         with pytest.raises(CheckpointError):
             Training(runs, digits, CPU, checkpoint=write_state(runs, *parts, OptimizerStates(single=wrong)))
+
+
+class Shaken(torch.optim.SGD):
+    """SGD with noise from the generators of NumPy, which computes a second normal number ahead, and of Python."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for param in group["params"][:3]:
+                    param.add_(float(np.random.normal()) + random.gauss(0, 1), alpha=0.1 * group["lr"])
+
+
+def test_what_an_optimizer_draws_from_any_generator_does_not_depend_on_other_runs(digits: Dataset) -> None:
+    plugins = Plugins(given={"optimizer": {"shaken": Shaken}})
+    runs = [run_of("shaken", model="mlp", width=9, lr=lr, limit=150, epochs=2) for lr in (0.01, 0.02, 0.03)]
+
+    def weights(of: list[RunConfig]) -> list[dict[str, Any]]:
+        training = Training(of, digits, CPU, plugins=plugins)
+        list(training)
+        return [training.stack.state_dict(r) for r in range(len(of))]
+
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[union-attr]
+    together = weights(runs)
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[union-attr]
+    assert after == before
+    for run, ours in zip(runs, together, strict=True):
+        for name, value in weights([run])[0].items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loaded_learning_rate_is_where_the_former_one_was() -> None:
+    params = [nn.Parameter(torch.ones(2))]
+    saved = torch.optim.SGD(params, lr=torch.tensor(0.5)).state_dict()
+    optimizer = torch.optim.SGD(params)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.1, device="meta")
+    load_exactly(optimizer, saved)
+    assert optimizer.param_groups[0]["lr"].device.type == "meta"
+    optimizer = torch.optim.SGD(params, lr=torch.tensor(0.1))
+    load_exactly(optimizer, saved)
+    assert float(optimizer.param_groups[0]["lr"]) == 0.5

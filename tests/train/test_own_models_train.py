@@ -61,8 +61,8 @@ PLUGINS = Plugins(given={"model": {"mine": Mine, "drawing": Drawing, "failing": 
 
 
 def run_of(model: str = "mine", **settings: Any) -> RunConfig:
-    base: dict[str, Any] = {"epochs": 3, "limit": 200, "lr": 0.05, "eval_every": 1}
-    return RunConfig(model=model, code=f"model {model}=1", **(base | settings))
+    base: dict[str, Any] = {"epochs": 3, "limit": 200, "lr": 0.05, "eval_every": 1, "code": f"model {model}=1"}
+    return RunConfig(model=model, **(base | settings))
 
 
 def values_of(runs: list[RunConfig], data: Dataset, checkpoint: bytes | None = None) -> tuple[Training, list[Any]]:
@@ -190,7 +190,10 @@ class Bounded(Mine):
 
 def plainly(model: Mine, run: RunConfig, data: Dataset, epochs: int) -> Mine:
     """Train as a plain loop does, with an evaluation after each epoch."""
-    order, optimizer = torch.Generator().manual_seed(run.seed), torch.optim.SGD(model.parameters())
+    order, optimizer = (
+        torch.Generator().manual_seed(run.seed),
+        torch.optim.SGD(model.parameters(), weight_decay=run.weight_decay),
+    )
     for epoch in range(epochs):
         optimizer.param_groups[0]["lr"] = run.lr * run.lr_factor(epoch)
         for batch in torch.randperm(run.limit or 0, generator=order).split(run.batch_size):
@@ -262,3 +265,46 @@ def test_metrics_and_losses_that_work_in_place_change_nothing_else(digits: Datas
     assert torch.equal(digits.train_y, labels[0])
     assert torch.equal(digits.val_y, labels[1])
     torch.testing.assert_close(own.stack.weight, plain.stack.weight, rtol=1e-4, atol=1e-5)
+
+
+class Contracted(Mine):
+    """Its gradients are not contiguous, and two parameters get the same one."""
+
+    def __init__(self, channels: int, size: int, num_classes: int) -> None:
+        super().__init__(channels, size, num_classes)
+        self.w, self.p, self.q = (nn.Parameter(0.1 * torch.randn(n)) for n in ((16, 16), (16,), (16,)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x.flatten(1)).relu()
+        return self.head(torch.einsum("bi,oi->bo", h, self.w) + (self.p + self.q))
+
+
+class Decaying(torch.optim.Optimizer):
+    """Adds weight decay to the gradients, in place, which it views as vectors."""
+
+    def __init__(self, params: Any, lr: float = 0.1, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad.add_(param, alpha=group["weight_decay"])
+                param.view(-1).sub_(group["lr"] * param.grad.view(-1))
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, None], ids=str)
+def test_each_gradient_has_memory_of_its_own(runs: int, options: dict[str, bool] | None, digits: Dataset) -> None:
+    plugins = Plugins(given={"model": {"mine": Contracted}, "optimizer": {"decaying": Decaying}})
+    settings: dict[str, Any] = {"optimizer": "decaying", "code": "model mine=1; optimizer decaying=1"}
+    if options is not None:
+        settings = {"optimizer": "torch.optim:SGD", "optimizer_options": options}
+    run = run_of(momentum=0.0, weight_decay=0.1, **settings)
+    training = Training([run, dataclasses.replace(run, lr=0.1)][:runs], digits, CPU, plugins=plugins)
+    list(training)
+    model = build(Architecture.of(run, digits), run.seed, plugins)
+    assert isinstance(model, Mine)
+    plainly(model, run, digits, run.epochs)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(training.stack.state_dict(0)[name], value, rtol=1e-4, atol=1e-4)

@@ -3,14 +3,11 @@
 import dataclasses
 import inspect
 import json
-import random
 import re
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -20,6 +17,7 @@ from ncollapse.train.errors import OwnCodeError, UserError, out_of_memory
 from ncollapse.train.networks import models
 from ncollapse.train.networks.model_parts import Parts, find_parts
 from ncollapse.train.plugins import Plugins, kept_with_plugins
+from ncollapse.train.training.randomness import seeded_as_by_hand
 
 #: Arguments that a model of the user's gets where it takes them.
 _FACTS = ("channels", "size", "num_classes", "input_shape")
@@ -114,7 +112,7 @@ def build(architecture: Architecture, seed: int, plugins: Plugins) -> nn.Module:
     what = f"model {a.model}"
     factory = plugins.find("model", a.model)
     arguments = _arguments(a, factory, f"{what} ({plugins.where('model', a.model)})")
-    with seeded(seed):
+    with seeded_as_by_hand(seed):
         try:
             model = factory(**arguments)
             if isinstance(model, nn.Module) and any(map(is_lazy, (*model.parameters(), *model.buffers()))):
@@ -160,7 +158,7 @@ def parts_in(model: nn.Module, architecture: Architecture, plugins: Plugins, sam
     """Return the head and the blocks of a model that was built, found with these samples; errors as `parts_of`."""
     a = architecture
     try:
-        with seeded(0):
+        with seeded_as_by_hand(0):
             return find_parts(model, samples.clone(), a.num_classes, a.head)
     except Exception as error:
         if out_of_memory(error):
@@ -209,18 +207,3 @@ def _arguments(architecture: Architecture, factory: Any, what: str) -> dict[str,
             f"{', '.join(_FACTS)} that it takes"
         )
     return given
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch, NumPy and Python, and restore their states afterwards."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])

@@ -2,18 +2,15 @@
 
 import copy
 import dataclasses
-import pickle
-import random
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ncollapse.train.errors import OwnCodeError, first_line, out_of_memory
-from ncollapse.train.networks.architecture import Architecture, build, parts_of, seeded
+from ncollapse.train.networks.architecture import Architecture, build, parts_of
 from ncollapse.train.networks.kept_state import attributes, changed
 from ncollapse.train.networks.layer_graph import LayerGraph, NoLayerGraphError
 from ncollapse.train.networks.model_parts import Parts
@@ -21,7 +18,9 @@ from ncollapse.train.networks.models import Classifier
 from ncollapse.train.networks.stacked_layers import ForwardContext
 from ncollapse.train.networks.whole_module import WholeModule
 from ncollapse.train.plugins import Plugins, kept_with_plugins
+from ncollapse.train.training.randomness import random_bytes, seeded_as_by_hand
 
+_CPU = torch.device("cpu")
 #: Two results are equal where they differ by the first share of their norm and the second of the norm of all results
 #: together, since rounding may be all that a gradient consists of; in float64, and in float32.
 _BOUNDS, _BOUNDS_OF_FLOAT32 = (1e-6, 1e-9), (1e-3, 1e-5)
@@ -123,8 +122,8 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
 
     if hooked := [name for name, m in first.named_modules() if m._backward_hooks or m._backward_pre_hooks]:
         return Form("alone", f"{hooked[0] or architecture.model} has backward hooks")
-    with seeded(0):
-        before = _random_states()
+    with seeded_as_by_hand(0):
+        before = random_bytes(_CPU)
         try:
             with _HooksSeen() as hooks:
                 alone([first], samples)
@@ -134,7 +133,7 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
             raise OwnCodeError.of(f"model {architecture.model}", error) from error
         if hooks.any:
             return Form("alone", "it registers hooks on tensors")
-        if _random_states() != before:
+        if random_bytes(_CPU) != before:
             return Form("alone", "it draws random numbers in training")
         after_one = attributes(first)
         kept = changed(before_steps, {name: v for name, v in after_one.items() if not isinstance(v, Tensor)})
@@ -158,7 +157,7 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
         if kind == "layers" and not architecture.own:
             continue  # one run of a vit or densenet has the numbers of its module
         try:
-            with seeded(0):
+            with seeded_as_by_hand(0):
                 program = _program(compared[0], architecture, parts, kind)
                 different = _first_difference(_results(compared, program, inputs), expected, bounds)
                 if not different:  # it must also run in the precision of the runs
@@ -235,8 +234,3 @@ class _HooksSeen(TorchFunctionMode):
     ) -> Any:
         self.any |= func is Tensor.register_hook
         return func(*args, **(kwargs or {}))
-
-
-def _random_states() -> bytes:
-    """Return the states of the global generators of torch, Python and NumPy."""
-    return pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), np.random.get_state()))

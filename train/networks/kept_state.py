@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ncollapse.heads import logits_in
-from ncollapse.train.networks.architecture import seeded
+from ncollapse.train.training.randomness import seeded_as_by_hand
 
 
 def attributes(model: nn.Module) -> dict[str, object]:
@@ -71,5 +71,5 @@ def _set(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def _run(model: nn.Module, samples: Tensor, classes: int) -> list[Tensor]:
-    with seeded(0), torch.set_grad_enabled(model.training):
+    with seeded_as_by_hand(0), torch.set_grad_enabled(model.training):
         return logits_in(model(samples.clone()), len(samples), classes)

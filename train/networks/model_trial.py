@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 from ncollapse.heads import logits_in, tensors_in
 from ncollapse.train.errors import OwnCodeError, UserError, out_of_memory
-from ncollapse.train.networks.architecture import Architecture, build, parts_in, seeded
+from ncollapse.train.networks.architecture import Architecture, build, parts_in
 from ncollapse.train.networks.kept_state import lost_on_resume, tensors_of
 from ncollapse.train.networks.stacked_layers import ForwardContext
 from ncollapse.train.networks.whole_module import WholeModule
 from ncollapse.train.plugins import Plugins
+from ncollapse.train.training.randomness import seeded_as_by_hand
 
 
 def try_model(architecture: Architecture, plugins: Plugins, batch_x: Tensor, batch_y: Tensor) -> None:
@@ -40,7 +41,7 @@ def try_model(architecture: Architecture, plugins: Plugins, batch_x: Tensor, bat
     if not trained:
         raise UserError(f"{what} has no parameter that is trained")
     registered = _shapes(model)
-    with seeded(0), _blamed(a.model):
+    with seeded_as_by_hand(0), _blamed(a.model):
         output = model(batch_x.clone())
     shape, found = (len(batch_x), a.num_classes), list(tensors_in(output))
     logits = logits_in(output, *shape)
@@ -59,7 +60,7 @@ def try_model(architecture: Architecture, plugins: Plugins, batch_x: Tensor, bat
     tensors = {name: value.detach().unsqueeze(0) for name, value in (*model.named_parameters(), *model.named_buffers())}
     leaves = [tensors[name].requires_grad_() for name in trained]
     program = WholeModule(model, parts, len(a.input_shape), vmapped=False)
-    with seeded(0), _blamed(a.model):
+    with seeded_as_by_hand(0), _blamed(a.model):
         _, of_head = program(batch_x, ForwardContext(1, tensors, train=True))
         loss = F.cross_entropy(of_head[0], batch_y)
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -93,7 +94,7 @@ def _check_training_output(model: nn.Module, head: str, samples: Tensor, shape: 
     # What comes after the head may work in place.
     handle = model.get_submodule(head).register_forward_hook(lambda *call: seen.append(call[-1].detach().clone()))
     try:
-        with seeded(0):
+        with seeded_as_by_hand(0):
             returned = logits_in(model.train()(samples.clone()), *shape)
     finally:
         handle.remove()

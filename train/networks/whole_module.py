@@ -80,6 +80,11 @@ class WholeModule:
         try:
             # In training a batch is gathered anew; in an evaluation it is the data set's memory.
             self.module(samples if train else samples.clone())
+        except BaseException:
+            self._put = {}  # what it has assigned is no value of the run's
+            for name, memory in self._memory.items():
+                tensors[name].data = memory
+            raise
         finally:
             handle.remove()
         self._keep_assigned(tensors, self._memory)

@@ -245,7 +245,11 @@ def set_mode(optimizer: torch.optim.Optimizer, mode: str) -> bool:
 
 def load_exactly(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     """Load a `state_dict`, without the conversion of its tensors to the dtype of their parameter."""
+    before = [dict(group) for group in optimizer.param_groups]
     optimizer.load_state_dict(dict(saved))
+    for group, old in zip(optimizer.param_groups, before, strict=True):
+        # A CUDA graph reads a learning rate on the GPU, while a checkpoint is read on the CPU.
+        group.update({name: _placed(old.get(name), value) for name, value in group.items() if name != "params"})
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for index, param in enumerate(params):
         if index in saved["state"]:

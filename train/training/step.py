@@ -1,7 +1,7 @@
 """One training step of a stack: forward, loss gradient, backward, update; on a GPU replayed as a CUDA graph."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from ncollapse.train.losses import Loss, cross_entropy_loss
 from ncollapse.train.networks.architecture import Architecture
 from ncollapse.train.networks.forms import form_of
 from ncollapse.train.plugins import Plugins
+from ncollapse.train.training.graphs import record_graph, waits_for_gpu
 from ncollapse.train.training.stack import Stack
-from ncollapse.train.training.updates import Updates
+from ncollapse.train.training.updates import Updates, in_memory_of_their_own
 
 # Steps of a batch size before a CUDA graph is captured: in them libraries choose kernels and allocate workspaces.
 _WARM_UP = 3
@@ -28,7 +29,8 @@ class Step:
     """Train a stack on the batches that it is called with.
 
     On a CUDA device, from the fourth step of a batch size on, a step replays a CUDA graph: it then costs one launch,
-    whatever the number of layers. The graph holds the update too if the optimizers allow it, else they follow it.
+    whatever the number of layers. The graph holds the update too if the optimizers allow it, else they follow it. What
+    cannot be recorded is computed step by step.
 
     Args:
         loss: None: the cross-entropy.
@@ -75,12 +77,23 @@ class Step:
             self._updates.step()
             return
         self._steps[batch.shape] += 1
-        if self._steps[batch.shape] <= _WARM_UP:
+        if self._steps[batch.shape] < _WARM_UP:
             self._gradients(batch, views)
             self._updates.step()
             return
+        if self._steps[batch.shape] == _WARM_UP:
+            with waits_for_gpu() as lines:
+                self._gradients(batch, views)
+            self._updates.step()
+            if lines:
+                self._use_no_graphs(f"it waits for the GPU ({lines[0]})")
+            return
         if batch.shape not in self._replays:
-            self._replays[batch.shape] = self._capture(batch, views)
+            self._capture(batch, views)
+        if not self._graphs:
+            self._gradients(batch, views)
+            self._updates.step()
+            return
         self._replays[batch.shape](batch, views)
 
     def _gradients(self, batch: Tensor, views: Tensor | None) -> None:
@@ -109,7 +122,7 @@ class Step:
         """Compute the gradients of a run that its module computes; a parameter that this step has not used has none."""
         grads = torch.autograd.grad(logits, self._rows, logits_grad, allow_unused=True)
         if self._updates.takes_rows:
-            for row, grad in zip(self._rows, grads, strict=True):
+            for row, grad in zip(self._rows, in_memory_of_their_own(grads), strict=True):
                 row.grad = grad
         elif self._kept and all(grad is not None for grad in grads):
             torch._foreach_copy_(self._kept_rows, grads)
@@ -125,26 +138,45 @@ class Step:
                 param.grad = kept
             self._assigned = True
 
-    def _capture(self, batch: Tensor, views: Tensor | None) -> Callable[[Tensor, Tensor | None], None]:
-        static, graph = batch.clone(), torch.cuda.CUDAGraph()
+    def _use_no_graphs(self, reason: str) -> None:
+        self._graphs, self.captured = False, captured("", reason)
+        self._replays.clear()
+
+    def _capture(self, batch: Tensor, views: Tensor | None) -> None:
+        """Record steps on batches of this size; if only the update prevents it, without the update."""
+        static = batch.clone()
         static_views = None if views is None else views.clone()
-        with torch.cuda.graph(graph):  # records without running
+        with_update = self._update_in_graph
+
+        def work() -> None:
             self._gradients(static, static_views)
-            if self._update_in_graph:
+            if with_update:
                 self._updates.step()
-        grads = [param.grad for param in self._params]  # in the graph's memory: keep them as long as the graph
+
+        graph, reason = record_graph(work)
+        if graph is None and with_update:
+            self._update_in_graph, with_update, of_update = False, False, reason
+            graph, reason = record_graph(work)
+            self.captured = captured(of_update, "")
+        if graph is None:
+            self._use_no_graphs(reason)
+            return
+        replayed = graph
+        takers: Sequence[Tensor] = self._rows if self._updates.takes_rows else self._params
+        grads = [param.grad for param in takers]  # in the graph's memory: keep them as long as the graph
 
         def replay(batch: Tensor, views: Tensor | None) -> None:
             static.copy_(batch)
             if static_views is not None and views is not None:
                 static_views.copy_(views)
-            graph.replay()
-            if not self._update_in_graph:
-                for param, grad in zip(self._params, grads, strict=True):
-                    param.grad = grad  # graphs of other batch sizes have theirs
+            replayed.replay()
+            if not with_update:
+                for param, grad in zip(takers, grads, strict=True):
+                    # Graphs of other batch sizes have theirs; some optimizers keep the gradient.
+                    param.grad = grad.clone() if grad is not None and self._updates.takes_rows else grad
                 self._updates.step()
 
-        return replay
+        self._replays[batch.shape] = replay
 
 
 def why_no_graph(architecture: Architecture, precision: str, plugins: Plugins) -> str:

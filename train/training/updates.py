@@ -12,8 +12,24 @@ from ncollapse.train.optimizers import row_of
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.training.checkpoints import OptimizerStates
 from ncollapse.train.training.foreign import foreign_error, load_exactly, make_foreign, set_mode
-from ncollapse.train.training.randomness import seeded, set_torch_states, torch_states
+from ncollapse.train.training.randomness import Generators, forget_normal_number
 from ncollapse.train.training.stack import Stack, make_optimizer
+
+
+def in_memory_of_their_own(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return gradients as optimizers need them, which view them in other shapes and change them in place.
+
+    Autograd may give two parameters one tensor, such as those of a sum, and any layout.
+    """
+    found, seen = list[Tensor | None](), set[int]()
+    for grad in grads:
+        if grad is not None:
+            grad = grad.contiguous()
+            if (memory := grad.untyped_storage().data_ptr()) in seen:
+                grad = grad.clone()
+            seen.add(memory)
+        found.append(grad)
+    return found
 
 
 class Updates(abc.ABC):
@@ -138,7 +154,7 @@ class _Foreign(Updates):
         slow = sorted({row_of(run.optimizer).label for run, group in groups if not group.get("capturable")})
         self.why_no_graph = f"{', '.join(slow)} cannot be captured" if slow else ""
         self._updated = set(range(len(runs)))
-        self._random: list[tuple[Tensor, ...]] = []
+        self._random: list[Generators] = []
         self.begin_epoch(0)
 
     def begin_epoch(self, epoch: int) -> None:
@@ -152,10 +168,11 @@ class _Foreign(Updates):
                 else:
                     group["lr"] = lr * run.lr_factor(epoch)
             if len(self._runs) > 1:
-                with seeded(self._device, run.seed, epoch, 0):  # as the epoch of a run alone
-                    self._random.append(torch_states(self._device))
+                self._random.append(Generators.of(self._device, run.seed, epoch, 0))  # as the epoch of a run alone
 
     def step(self) -> None:
+        if len(self._runs) == 1:
+            forget_normal_number()  # as in a stack, so that the next ones are the same
         if self.takes_rows:
             for i in self._updated.copy():
                 self._step(i)
@@ -164,20 +181,20 @@ class _Foreign(Updates):
         # A graph cannot hold the states of generators: what is drawn in one depends on the other runs.
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         alone = len(self._runs) == 1 or capturing
-        before = () if alone else torch_states(self._device)
         for i in sorted(self._updated):
-            for param, grad in zip(self._params[i], grads[i], strict=True):
-                # Some optimizers keep the gradient, and a replayed graph writes the next one into the same memory.
-                grad = grad.clone() if grad.is_cuda else grad
-                param.grad = grad.to(param.dtype).contiguous()
-            if not alone:
-                # What a run draws is what it would draw alone.
-                set_torch_states(self._random[i], self._device)
-            self._step(i)
-            if not alone:
-                self._random[i] = torch_states(self._device)
-        if not alone:
-            set_torch_states(before, self._device)
+            # Some optimizers keep the gradient, and a replayed graph writes the next one into the same memory.
+            of_run = [grad.clone() if grad.is_cuda else grad for grad in grads[i]]
+            in_dtype = [grad.to(param.dtype) for param, grad in zip(self._params[i], of_run, strict=True)]
+            for param, grad in zip(self._params[i], in_memory_of_their_own(in_dtype), strict=True):
+                param.grad = grad
+            if alone:
+                self._step(i)
+                continue
+            before = self._random[i].take_turn()  # what a run draws is what it would draw alone
+            try:
+                self._step(i)
+            finally:
+                self._random[i] = before.take_turn()
         for name, copy in self._stack.copies.items():
             copy.data.copy_(self._stack.params[name].detach())
 
