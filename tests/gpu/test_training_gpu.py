@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
@@ -12,6 +13,7 @@ from ncollapse.train.networks.models import build
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.networks.stacked_layers import convolve
 from ncollapse.train.optimizers import PAPER_OPTIMIZERS
+from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training import step
 from ncollapse.train.training.loop import Training
@@ -25,15 +27,15 @@ def data_on(device: torch.device) -> Dataset:
 
 
 def trained(
-    runs: list[RunConfig], device: torch.device, checkpoint_at: int | None = None
+    runs: list[RunConfig], device: torch.device, checkpoint_at: int | None = None, plugins: Plugins | None = None
 ) -> tuple[Any, dict[str, Any]]:
-    training = Training(runs, data_on(device), device)
+    training = Training(runs, data_on(device), device, plugins=plugins)
     values: dict[str, Any] = {}
     for event in training:
         if isinstance(event, Evaluation):
             values = event.values
         elif event == checkpoint_at:
-            training = Training(runs, data_on(device), device, checkpoint=training.checkpoint())
+            training = Training(runs, data_on(device), device, checkpoint=training.checkpoint(), plugins=plugins)
             *_, last = (e for e in training if isinstance(e, Evaluation))
             return training, last.values
     return training, values
@@ -151,3 +153,79 @@ def test_other_optimizers_train_with_graphs_as_without(
     _, expected = trained(runs, device)
     for found in (values, resumed):
         assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=0.05)
+
+
+class Scaled(nn.Module):
+    """A parameter that no layer holds: a single run is computed by the module itself."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.hidden, self.head, self.scale = nn.Linear(64, 16), nn.Linear(16, num_classes), nn.Parameter(torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.hidden(x.flatten(1)) * self.scale).relu())
+
+
+class Waiting(Scaled):
+    """Makes a tensor of a number, for which the processor waits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * torch.tensor(0.5, device=x.device))
+
+
+class Recurrent(nn.Module):
+    """cuDNN moves its weights into memory of their own."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.cells, self.head = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cells(x[:, 0])[0][:, -1])
+
+
+def chosen(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy by a mask as index, for which the processor waits."""
+    return -logits.log_softmax(-1)[nn.functional.one_hot(labels, logits.shape[-1]).bool()]
+
+
+GIVEN: dict[str, Any] = {
+    "model": {"scaled": Scaled, "waiting": Waiting, "recurrent": Recurrent}, "loss": {"chosen": chosen},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:RNN module weights")
+@pytest.mark.parametrize("optimizer", ["sgd", "torch.optim:Adagrad", "torch.optim:AdamW"])
+@pytest.mark.parametrize(
+    ("settings", "holds"),
+    [
+        ({"model": "scaled"}, "forward"),
+        ({"model": "scaled", "loss": "chosen"}, "nothing: it waits for the GPU (test_training_gpu.py, line "),
+        ({"model": "waiting"}, "nothing: it waits for the GPU (test_training_gpu.py, line "),
+        ({"model": "recurrent"}, "nothing"),
+    ],
+    ids=["graph", "loss", "model", "lstm"],
+)
+def test_a_run_of_a_model_of_the_users_trains_as_on_the_cpu(
+    settings: dict[str, Any], holds: str, optimizer: str, device: torch.device
+) -> None:
+    """With a graph or without; a checkpoint continues, with the schedule of its learning rate."""
+    plugins = Plugins(given=GIVEN)
+    run = RunConfig(code=plugins.code_of(settings), optimizer=optimizer, lr=3e-3, epochs=9, eval_every=9, **settings)
+    training, values = trained([run], device, plugins=plugins)
+    assert training._step.captured.startswith(holds)
+    _, resumed = trained([run], device, checkpoint_at=4, plugins=plugins)
+    _, expected = trained([run], torch.device("cpu"), plugins=plugins)
+    for found in (values, resumed):
+        assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=0.02)
+
+
+def test_the_head_of_a_model_of_the_users_is_exact_in_tf32(device: torch.device) -> None:
+    plugins = Plugins(given=GIVEN)
+    run = RunConfig(model="scaled", precision="tf32", code=plugins.code_of({"model": "scaled"}), epochs=1)
+    training, _ = trained([run], device, plugins=plugins)
+    with torch.no_grad(), arithmetic("tf32"):
+        features, logits = training.stack(data_on(device).val_x, train=False)
+    tensors = {name: value[0].double() for name, value in training.stack.tensors().items()}
+    expected = features[0].double() @ tensors["head.weight"].T + tensors["head.bias"]
+    assert (logits[0].double() - expected).norm() <= 1e-6 * expected.norm()
