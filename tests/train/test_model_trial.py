@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from ncollapse.train.errors import UserError
-from ncollapse.train.networks.architecture import Architecture
+from ncollapse.train.networks.architecture import Architecture, build, parts_of
 from ncollapse.train.networks.forms import form_of
 from ncollapse.train.networks.model_trial import try_model
+from ncollapse.train.networks.whole_module import WholeModule
 from ncollapse.train.plugins import Plugins
+from ncollapse.train.training.stack import Stack, make_stack
 
 
 class Net(nn.Module):
@@ -139,6 +141,14 @@ class Storing(Net):
         return x.relu()
 
 
+class Activations(Net):
+    hidden_output: Tensor | None = None
+
+    def middle(self, x: Tensor) -> Tensor:
+        self.hidden_output = x.relu()
+        return self.hidden_output
+
+
 class Buffered(Net):
     centre: Tensor
 
@@ -156,7 +166,7 @@ GIVEN = {
     c.__name__: c
     for c in (
         Masked, Noting, Counting, Averaging, Last, Prepared, Own, Late, Growing, Tempered, TemperedInPlace, Storing,
-        Buffered,
+        Activations, Buffered,
     )
 }  # fmt: skip
 PLUGINS = Plugins(given={"model": GIVEN})
@@ -185,7 +195,7 @@ def test_models_that_would_train_with_other_numbers_are_refused(model: str, text
     assert "test_model_trial.py, line" in str(caught.value)
 
 
-@pytest.mark.parametrize("model", ["Storing", "Buffered"])
+@pytest.mark.parametrize("model", ["Storing", "Activations", "Buffered"])
 def test_what_is_stored_and_not_read_again_is_allowed(model: str) -> None:
     batch = BATCH[0].clone()
     try_model(Architecture(model, 4, (1, 8, 8)), PLUGINS, *BATCH)
@@ -195,3 +205,19 @@ def test_what_is_stored_and_not_read_again_is_allowed(model: str) -> None:
 def test_a_tensor_that_changes_from_step_to_step_is_not_shared_by_runs() -> None:
     form = form_of(Architecture("Averaging", 4, (1, 8, 8)), "fp32", PLUGINS)
     assert (form.kind, form.reason) == ("alone", "it changes centre, which is no parameter or buffer")
+
+
+def test_what_is_stored_prevents_no_form_and_no_copy() -> None:
+    architecture = Architecture("Activations", 4, (1, 8, 8))
+    assert form_of(architecture, "fp32", PLUGINS).kind == "layers"
+    stack = make_stack([build(architecture, 0, PLUGINS)], architecture, torch.device("cpu"), "fp32", PLUGINS)
+    alone = Stack.of([build(architecture, 0, PLUGINS)], torch.device("cpu"), _whole(architecture))
+    for one in (stack, alone):
+        one(BATCH[0], train=True)[1].sum().backward()
+        model = one.model(0)
+        assert all(param.grad is None for param in model.parameters())
+        torch.testing.assert_close(model.eval()(BATCH[0]), one(BATCH[0], train=False)[1][0])
+
+
+def _whole(architecture: Architecture) -> WholeModule:
+    return WholeModule(build(architecture, 0, PLUGINS), parts_of(architecture, PLUGINS), 3, vmapped=False)

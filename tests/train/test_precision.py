@@ -9,12 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from ncollapse import ufm
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset, load
+from ncollapse.train.networks import whole_module
+from ncollapse.train.networks.model_parts import Parts
 from ncollapse.train.networks.models import build
-from ncollapse.train.networks.precision import arithmetic, exact_products
+from ncollapse.train.networks.precision import arithmetic, exact_products, rounds_products
+from ncollapse.train.networks.whole_module import WholeModule
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.record import Evaluation
@@ -179,3 +183,24 @@ def test_2000_images_of_fashion_mnist_are_memorised(model: str, precision: str) 
     lrs = [run.lr * run.lr_factor(epoch) for epoch in range(run.epochs) for _ in range(16)]
     start, end = (event.values["nc0"][0] ** 0.5 for event in (events[0], events[-1]))
     assert end / start == pytest.approx(np.prod([1 - lr * run.weight_decay for lr in lrs]), rel=1e-3)
+
+
+def test_the_head_of_a_single_run_of_a_model_of_the_users_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where products are rounded, it is computed again, and gets the gradient."""
+
+    class Rounding(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 1.01 * super().forward(x)
+
+    module = nn.Sequential(nn.Linear(5, 6), Rounding(6, 3))
+    program = WholeModule(module, Parts("1", "1.weight", "1.bias", ()), 1, vmapped=False)
+    stack = Stack.of([module], torch.device("cpu"), program)
+    x = torch.randn(4, 5)
+    for rounds, factor in ((False, 1.01), (True, 1.0)):
+        monkeypatch.setattr(whole_module, "rounds_products", lambda _, rounds=rounds: rounds)
+        features, logits = stack(x, train=True)
+        weight, bias = stack.rows["1.weight"], stack.rows["1.bias"]
+        torch.testing.assert_close(logits[0], factor * (features[0] @ weight.T + bias))
+        (grad,) = torch.autograd.grad(logits.sum(), weight)
+        torch.testing.assert_close(grad, factor * features[0].sum(0).expand(3, 6))
+    assert not rounds_products(torch.device("cpu"))

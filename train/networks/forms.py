@@ -1,6 +1,5 @@
 """How the runs of a model are computed: layer by layer, under vmap, or one by one; decided by trying."""
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
@@ -11,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from ncollapse.train.errors import OwnCodeError, first_line, out_of_memory
 from ncollapse.train.networks.architecture import Architecture, build, parts_of
-from ncollapse.train.networks.kept_state import attributes, changed
+from ncollapse.train.networks.kept_state import attributes, changed, copy_of
 from ncollapse.train.networks.layer_graph import LayerGraph, NoLayerGraphError
 from ncollapse.train.networks.model_parts import Parts
 from ncollapse.train.networks.models import Classifier
@@ -144,7 +143,7 @@ def form_of(architecture: Architecture, precision: str, plugins: Plugins) -> For
             return Form("alone", f"it changes {kept[0]}, which is no parameter or buffer")
         try:
             # In float64 a deep network has no rounding that could be taken for a difference.
-            compared, inputs = [copy.deepcopy(model).double() for model in models], _doubled(samples)
+            compared, inputs = [copy_of(model).double() for model in models], _doubled(samples)
             expected, bounds = alone(compared, inputs), _BOUNDS
         except Exception as error:  # it makes float32 tensors of its own
             if out_of_memory(error):

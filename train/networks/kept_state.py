@@ -1,5 +1,6 @@
 """What a model keeps from step to step: a checkpoint holds its parameters and buffers, and nothing else."""
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -28,6 +29,15 @@ def _same(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
     return type(a) is type(b) and (a == b or (a != a and b != b))
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """Return a deep copy of a model, whose stored activations have no history, with which torch copies no tensor."""
+    for module in model.modules():
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                vars(module)[key] = value.detach()
+    return copy.deepcopy(model)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ncollapse.train.errors import first_line
 from ncollapse.train.networks import layer_steps as steps
 from ncollapse.train.networks import stacked_layers as layers
+from ncollapse.train.networks.kept_state import copy_of
 from ncollapse.train.networks.layer_steps import LayerStep
 from ncollapse.train.networks.model_parts import Parts
 from ncollapse.train.networks.stacked_layers import Batch, ForwardContext
@@ -98,7 +99,7 @@ class LayerGraph:
         self.module, self.parts = model, parts
         if hooked := [name for name, module in model.named_modules() if _has_hooks(module)]:
             raise NoLayerGraphError(f"{hooked[0] or type(model).__name__} has hooks")
-        tracer, traced = _Tracer(), copy.deepcopy(model)
+        tracer, traced = _Tracer(), copy_of(model)
         memory = _addresses(traced)
         try:
             # A copy, since tracing runs what is not computed of the samples.

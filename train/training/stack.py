@@ -1,6 +1,5 @@
 """R runs as one program: parameters stacked as `[R, …]`, one forward and one backward pass for all runs."""
 
-import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from ncollapse import optim
 from ncollapse.train.config import RunConfig
 from ncollapse.train.networks.architecture import Architecture
 from ncollapse.train.networks.forms import Program, built_in_program, make_program, stacked_tensors
+from ncollapse.train.networks.kept_state import copy_of
 from ncollapse.train.networks.models import Classifier
 from ncollapse.train.networks.stacked_layers import ForwardContext
 from ncollapse.train.networks.whole_module import WholeModule
@@ -117,7 +117,8 @@ class Stack:
 
     def model(self, run: int) -> nn.Module:
         """Return a model of its own, on the CPU, with the tensors of one run."""
-        model = copy.deepcopy(self._program.module)
+        model = copy_of(self._program.module).cpu()
+        model.zero_grad()  # a single run's module holds its parameters with their gradients
         model.load_state_dict(self.state_dict(run))
         return model
 
