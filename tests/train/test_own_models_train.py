@@ -308,3 +308,28 @@ def test_each_gradient_has_memory_of_its_own(runs: int, options: dict[str, bool]
     plainly(model, run, digits, run.epochs)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(training.stack.state_dict(0)[name], value, rtol=1e-4, atol=1e-4)
+
+
+class Tracking(Mine):
+    """Assigns a buffer that has a history, and reads it in evaluations alone."""
+
+    def __init__(self, channels: int, size: int, num_classes: int) -> None:
+        super().__init__(channels, size, num_classes)
+        self.register_buffer("centre", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.hidden(x.flatten(1))
+        if self.training:
+            self.centre = h.mean(0)
+        return self.head((h if self.training else h - self.centre).relu())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_a_buffer_keeps_no_history(runs: int, digits: Dataset) -> None:
+    plugins = Plugins(given={"model": {"mine": Tracking}})
+    run = run_of(epochs=1)
+    training = Training([run, dataclasses.replace(run, lr=0.1)][:runs], digits, CPU, plugins=plugins)
+    list(training)
+    centre = training.stack.buffers["centre"]
+    assert bool(centre.any(1).all())
+    assert not centre.requires_grad

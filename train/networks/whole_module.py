@@ -104,7 +104,7 @@ class WholeModule:
         for name, slots, key in self._slots:
             kept = tensors[name]
             if (assigned := slots[key]) is not kept:
-                kept.copy_(assigned)
+                kept.copy_(assigned.detach())
                 slots[key] = kept
             if memory and kept.data_ptr() != memory[name].data_ptr():
                 memory[name].copy_(kept.data)
