@@ -284,7 +284,8 @@ def _import_file(kind: str, path: Path) -> ModuleType:
 
 
 def _names(module: Any) -> str:
-    names = [name for name in dir(module) if not name.startswith("_") and callable(getattr(module, name, None))]
+    known = getattr(module, "__dict__", None) or dir(module)  # in the order of the file, where there is one
+    names = [name for name in known if not name.startswith("_") and callable(getattr(module, name, None))]
     return ", ".join(names[:20]) or "no functions or classes"
 
 

@@ -12,7 +12,7 @@ from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.engine.grouping import StackKey
 from ncollapse.train.engine.throughput import DataFacts, Rate
-from ncollapse.train.errors import CheckpointError, DataError, OwnCodeError, UserError, out_of_memory
+from ncollapse.train.errors import CheckpointError, DataError, OwnCodeError, UserError, first_line, out_of_memory
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.writer import PlannedStack
@@ -194,7 +194,7 @@ def failure(error: Exception) -> Failed:
         return Failed("own", str(error), error.log, error.run)
     if isinstance(error, UserError):
         return Failed("refused", str(error))
-    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    first = first_line(error)
     if out_of_memory(error):
         return Failed("memory", first or "out of memory")
     return Failed(

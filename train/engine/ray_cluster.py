@@ -28,7 +28,7 @@ from ncollapse.train.engine.messages import (
 from ncollapse.train.engine.ray_connect import ClusterHead, connect
 from ncollapse.train.engine.this_machine import keep_memory
 from ncollapse.train.engine.throughput import DataFacts, Rate, measure_rate, room_on
-from ncollapse.train.errors import DataError, UserError
+from ncollapse.train.errors import DataError, UserError, first_line
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.checkpoint_file import read_checkpoint
 from ncollapse.train.results.writer import PlannedStack
@@ -177,9 +177,9 @@ class Cluster(Engine):
         try:
             return self._ray.get(next(messages))
         except errors.OutOfMemoryError as error:  # Ray ended the process before the system would have
-            return Failed("memory", _first_line(error))
+            return Failed("memory", first_line(error) or type(error).__name__)
         except lost as error:
-            return Failed("lost", _first_line(error))
+            return Failed("lost", first_line(error) or type(error).__name__)
 
     def room(self, key: StackKey, facts: DataFacts) -> int | None:
         """See `Engine`; known once probes are there."""
@@ -319,7 +319,3 @@ def _data_set(reference: Any, device: torch.device) -> Dataset:
             for name, part in ray.get(reference).items()
         }
     return Dataset(**parts)
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

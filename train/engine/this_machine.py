@@ -203,13 +203,14 @@ def _pickled(settings: WorkerSettings) -> tuple[bytes, str]:
 def _without_main() -> Iterator[None]:
     """Start processes that do not import the user's script: it would run again there, and nothing needs it."""
     main = sys.modules["__main__"]
-    kept = {name: vars(main)[name] for name in ("__spec__", "__file__") if name in vars(main)}
-    main.__spec__ = None
-    vars(main).pop("__file__", None)
+    names = vars(main)
+    kept: dict[str, Any] = {name: names[name] for name in ("__spec__", "__file__") if name in names}
+    names |= {"__spec__": None}
+    names.pop("__file__", None)
     try:
         yield
     finally:
-        vars(main).update(kept)
+        names |= kept
 
 
 class _Trainer:

@@ -90,7 +90,7 @@ def parts_of(results: Results, selection: Selection) -> list[Part]:
     for (model, of_data, options, loss), runs in results.runs.groupby(
         ["model", "data", "data_options", "loss"], sort=False
     ):
-        data = f"{of_data} {options_text(json.loads(options))}" if options else of_data
+        data = f"{of_data} {options_text(json.loads(str(options)))}" if options else of_data
         more = "" if loss == USUAL_LOSS else f", {loss}"
         # These names come from the store and become part of paths.
         name = (
