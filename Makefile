@@ -27,6 +27,7 @@ bench: $(VENV)/.installed-dev  ## time the demo, sweeps, the optimizers and the 
 	$(BIN)/python -m bench.bench_optim --device cpu --seconds 8 --commit "$(COMMIT)"
 	$(BIN)/python -m bench.bench_stats --device cpu --commit "$(COMMIT)"
 	$(BIN)/python -m bench.bench_sweep --device cpu --commit "$(COMMIT)"
+	$(BIN)/python -m bench.bench_own --commit "$(COMMIT)"
 	$(BIN)/python -m bench.moment_accuracy --commit "$(COMMIT)"
 	$(BIN)/python -m bench.precision --commit "$(COMMIT)"
 	$(BIN)/python -m bench.bench_report --commit "$(COMMIT)"
@@ -45,9 +46,9 @@ format: $(VENV)/.installed-dev  ## put the code in the project's format
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the virtual environment and caches; results stay
-	rm -rf $(VENV) build kernels/*/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build kernels/*.so kernels/*/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/.installed: pyproject.toml constraints.txt kernels/_half.h $(wildcard kernels/*/_cpu.cpp)
+$(VENV)/.installed: pyproject.toml constraints.txt kernels/_half.h $(wildcard kernels/*.cpp kernels/*/*.cpp)
 	@echo "Setting up $(VENV): PyTorch alone is several GB, give it a minute or more."
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or later is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)
