@@ -177,24 +177,30 @@ class _Foreign(Updates):
             for i in self._updated.copy():
                 self._step(i)
             return
-        grads = list(zip(*(param.grad.unbind() for param in self._stack.params.values()), strict=True))  # type: ignore[union-attr]
+        params = self._stack.params.values()
+        # Some optimizers keep the gradient, and a replayed graph writes the next one into the same memory.
+        stacked = [param.grad.clone() if param.is_cuda and param.grad is not None else param.grad for param in params]
+        in_dtype = [None if grad is None else grad.to(param.dtype) for param, grad in zip(params, stacked, strict=True)]
+        grads = [None if grad is None else grad.unbind() for grad in in_memory_of_their_own(in_dtype)]
         # A graph cannot hold the states of generators: what is drawn in one depends on the other runs.
         capturing = self._device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         alone = len(self._runs) == 1 or capturing
-        for i in sorted(self._updated):
-            # Some optimizers keep the gradient, and a replayed graph writes the next one into the same memory.
-            of_run = [grad.clone() if grad.is_cuda else grad for grad in grads[i]]
-            in_dtype = [grad.to(param.dtype) for param, grad in zip(self._params[i], of_run, strict=True)]
-            for param, grad in zip(self._params[i], in_memory_of_their_own(in_dtype), strict=True):
-                param.grad = grad
-            if alone:
+        before, drawing = None, -1  # the generators before this step, and the run that draws from its own
+        try:
+            for i in sorted(self._updated):
+                for param, of_runs in zip(self._params[i], grads, strict=True):
+                    param.grad = None if of_runs is None else of_runs[i]
+                if not alone:  # what a run draws is what it would draw alone
+                    held = self._random[i].take_turn()
+                    if before is None:
+                        before = held
+                    else:
+                        self._random[drawing] = held
+                    drawing = i
                 self._step(i)
-                continue
-            before = self._random[i].take_turn()  # what a run draws is what it would draw alone
-            try:
-                self._step(i)
-            finally:
-                self._random[i] = before.take_turn()
+        finally:
+            if before is not None:
+                self._random[drawing] = before.take_turn()
         for name, copy in self._stack.copies.items():
             copy.data.copy_(self._stack.params[name].detach())
 
