@@ -102,6 +102,15 @@ def _nothing_else_touched(case: Path, own: Path) -> Iterator[None]:
     assert _snapshot(case, own) == before, "a file outside the folder has changed"
 
 
+@contextlib.contextmanager
+def _modules_forgotten() -> Iterator[None]:
+    """Forget the user's modules that were imported, and the folders in which they were looked for."""
+    with mock.patch.object(sys, "path", list(sys.path)):
+        yield
+    for name in [name for name in sys.modules if name.startswith("ncollapse_own_")]:
+        del sys.modules[name]
+
+
 def _said(act: Callable[[], object]) -> str:
     """Return "taken" or "refused"; anything but a UserError goes through."""
     try:
@@ -135,7 +144,7 @@ def grid(random: Random, case: Path) -> str:
     def one() -> None:
         with_code(lambda found: make_run(found, "run"), plugins_beside(str(path)), run_settings(str(path), {}))
 
-    with mock.patch.object(sys, "path", list(sys.path)), mock.patch.dict(sys.modules):
+    with _modules_forgotten():
         said = _said(act)
         _said(one)
     return said
@@ -206,7 +215,7 @@ def option(random: Random, case: Path) -> str:
     with (
         contextlib.chdir(case), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out),
         mock.patch.object(cli, "_train", _parsed), mock.patch.object(cli, "_report"), mock.patch("signal.signal"),
-        mock.patch.object(sys, "path", list(sys.path)), mock.patch.dict(sys.modules),
+        _modules_forgotten(),
     ):  # fmt: skip
         code: Any = 0
         try:
