@@ -8,7 +8,7 @@ result = train(mine.WideNet, mine.few_digits(), optimizer="adamw", lr=0.01, epoc
 print(result.history[["epoch", "train_accuracy", "nc0", "nc1"]])
 
 runs = sweep(
-    {"model": "wide", "data": "few", "optimizer": ["sgd", "normalized"], "lr": 0.02, "epochs": 30},
+    {"model": "wide", "data": "few", "optimizer": ["sgd", "normalized"], "lr": 0.05, "epochs": 60},
     out="results/mine-from-python",
     models={"wide": mine.WideNet},
     data={"few": mine.few_digits},

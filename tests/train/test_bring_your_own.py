@@ -120,7 +120,7 @@ def test_the_example_trains_from_the_command_line_and_from_python(
         assert name in page
     mine = Plugins(tmp_path)
     found = sweep(
-        {"model": "wide", "data": "few", "optimizer": ["sgd", "normalized"], "lr": [0.02], "epochs": np.int64(2)},
+        {"model": "wide", "data": "few", "optimizer": ["sgd", "normalized"], "lr": [0.05], "epochs": np.int64(2)},
         "python", models={"wide": mine.find("model", "mine.py:WideNet")},
         data={"few": mine.find("data", "mine.py:few_digits")},
         optimizers={"normalized": mine.find("optimizer", "mine.py:NormalizedSGD")},
