@@ -300,7 +300,9 @@ def _damage_store(folder: Path, random: Random) -> None:
         victim = random.choice([*folder.glob("checkpoints/*"), *folder.glob("weights/*")])
         victim.unlink() if random.random() < 0.2 else victim.write_bytes(damage(victim.read_bytes(), random))
     else:
-        with contextlib.closing(sqlite3.connect(file)) as connection, contextlib.suppress(sqlite3.Error), connection:
+        # Python cannot read every message with which SQLite refuses a damaged file.
+        refusals = contextlib.suppress(sqlite3.Error, UnicodeDecodeError)
+        with contextlib.closing(sqlite3.connect(file)) as connection, refusals, connection:
             connection.execute(_damaging_sql(random), (_sql_value(random),))
 
 
