@@ -16,10 +16,10 @@ from ncollapse.train.data.own import Data
 from ncollapse.train.engine.options import Options
 from ncollapse.train.engine.planning import adopted, device_of, load_keyed, loader
 from ncollapse.train.engine.trial import try_own
-from ncollapse.train.errors import InterruptError, StoppedError, UserError
+from ncollapse.train.errors import InterruptError, StoppedError
 from ncollapse.train.formatting import plain
 from ncollapse.train.grid import load_grid, make_grid
-from ncollapse.train.plugins import Plugins, metric_name, with_code
+from ncollapse.train.plugins import Plugins, metric_names, with_code
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training.loop import Training
 
@@ -100,9 +100,8 @@ def train(
         settings[setting] = value if isinstance(value, str) else _register(setting, value, given)
     named = _metrics(metrics, given)
     plugins = Plugins(given=given)
-    if len(names := {metric_name(name) for name in named}) < len(named):
-        raise UserError(f"metrics {', '.join(named)}: two have one name; the names are {', '.join(sorted(names))}")
-    run = with_code(lambda found: make_run(found, "train"), plugins, settings)
+    metric_names(named)  # raises where two have one name
+    run = make_run(with_code(settings, plugins), "train")
     where = device_of(None if device is None else str(device), "local")
     where = torch.device("cuda", 0) if where.type == "cuda" and where.index is None else where
     load = {"data_dir": None if data_dir is None else Path(data_dir), "download": download}

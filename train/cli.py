@@ -82,7 +82,7 @@ class Run(PlaceOptions, KeepOptions):
         given = {name: value for name, value in vars(self.settings).items() if value is not None}
         plugins = plugins_beside(self.preset)
         settings = given if self.preset is None else run_settings(self.preset, given)
-        run = with_code(lambda found: make_run(found, "run"), plugins, settings)
+        run = make_run(with_code(settings, plugins), "run")
         options = Options(**{f.name: getattr(self, f.name) for f in dataclasses.fields(KeepOptions)})
         grid = Grid(_name_of(run), (run,), plugins=plugins, metrics=self.metrics)
         grid, folder = _train(grid, self.out, self, options, console)

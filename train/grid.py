@@ -305,7 +305,7 @@ def _product(table: dict[str, Any], where: str, most: int, plugins: Plugins) -> 
             raise UserError(f"{where}: the grid has more than {_MOST_RUNS:,} runs; divide it into several")
         for combined in itertools.product(*texts):
             found = settings | dict(zip(texts_of, combined, strict=True))
-            runs.append(with_code(lambda settings: make_run(settings, where), plugins, found))
+            runs.append(make_run(with_code(found, plugins), where))
     return list(dict.fromkeys(runs)) if losses else runs
 
 

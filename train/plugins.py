@@ -15,12 +15,12 @@ import inspect
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
-from ncollapse.train.config import NAMED, RunConfig, given_key, is_own
+from ncollapse.train.config import NAMED, given_key, is_own
 from ncollapse.train.errors import OwnCodeError, UserError, is_installed
 from ncollapse.train.results.code_version import (
     CodeVersion,
@@ -177,19 +177,32 @@ class Plugins:
         return module
 
 
-def with_code(run: Callable[..., RunConfig], plugins: Plugins, settings: Mapping[str, Any]) -> RunConfig:
-    """Make a run of settings, with the versions of the user's code that they name."""
+def with_code(settings: Mapping[str, Any], plugins: Plugins) -> dict[str, Any]:
+    """Return the settings of a run with `code`: the versions of the user's code that they name."""
     own = {
         setting: name
         for setting, names in NAMED.items()
         if isinstance(name := settings.get(setting), str) and name not in names and plugins.may_know(setting, name)
     }
-    return run({**settings, "code": plugins.code_of(own) if own else ""})
+    return {**settings, "code": plugins.code_of(own) if own else ""}
 
 
 def metric_name(name: str) -> str:
     """Return the name that a metric has in the results: "margin" for "mine.py:margin"."""
     return name.rpartition(":")[2].rpartition(".")[2]
+
+
+def metric_names(metrics: Iterable[str]) -> dict[str, str]:
+    """Return metrics as the results have them: "margin" -> "mine.py:margin".
+
+    Raises:
+        UserError: two have one name.
+    """
+    found: dict[str, str] = {}
+    for full in metrics:
+        if (other := found.setdefault(metric_name(full), full)) != full:
+            raise UserError(f"metrics {other} and {full}: both are called {metric_name(full)}; give one another name")
+    return found
 
 
 def kept_with_plugins(function: Callable[_P, _T]) -> Callable[_P, _T]:

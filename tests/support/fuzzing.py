@@ -142,7 +142,7 @@ def grid(random: Random, case: Path) -> str:
             assert all(isinstance(run.lr_factor(epoch), float) for epoch in (0, run.epochs - 1))
 
     def one() -> None:
-        with_code(lambda found: make_run(found, "run"), plugins_beside(str(path)), run_settings(str(path), {}))
+        make_run(with_code(run_settings(str(path), {}), plugins_beside(str(path))), "run")
 
     with _modules_forgotten():
         said = _said(act)

@@ -361,3 +361,24 @@ def test_numbers_of_numpy_and_lists_of_metrics_are_taken(folder: Path) -> None:
     spread = Plugins(folder).find("metric", "mine.py:spread")
     result = train("mlp", metrics=[spread], epochs=np.int64(1), lr=np.float64(0.1), progress=False)
     assert result.history.spread.notna().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (("super().__init__()\n", "raise SystemExit(0)\n"), []),
+        (("return features.std()", "raise SystemExit(0)"), ["--metrics", "mine.py:spread"]),
+        (("return (logits", "raise SystemExit(0)\n    return (logits"), ["--loss", "mine.py:absolute"]),
+    ],
+)
+def test_code_that_ends_the_process_is_an_error_of_its_own(
+    folder: Path, fails: Fails, change: tuple[str, str], options: list[str]
+) -> None:
+    write("mine.py", textwrap.dedent(MINE).replace(*change, 1))
+    assert "SystemExit" in fails(1, *options)
+
+
+def test_an_optimizer_that_ends_the_process_is_a_failed_run(folder: Path, fails: Fails) -> None:
+    write("mine.py", MINE.replace('raise ArithmeticError("too long a step")', "raise SystemExit(0)"))
+    write("grid.toml", GRID + '    optimizer = "mine.py:Steps"\n    lr = [0.1, 2.0]\n    lr_drops = 0\n')
+    assert "1 failed" in fails(4, "--epochs", "5")

@@ -54,7 +54,7 @@ def changed(runs: Sequence[RunConfig], settings: Mapping[str, Sequence[Any]], pl
             kept |= {f"{name}_options": "" for name in NAMED if name in new}
             kept |= {"head": ""} if "model" in new else {}
             kept |= {"label_smoothing": 0.0} if "loss" in new else {}
-            run = with_code(lambda found: make_run(found, "rerun"), plugins, {**old.as_dict(), **kept, **new})
+            run = make_run(with_code({**old.as_dict(), **kept, **new}, plugins), "rerun")
             found[run] = None
     return list(found)
 

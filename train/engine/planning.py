@@ -22,7 +22,7 @@ from ncollapse.train.engine.trial import try_own
 from ncollapse.train.errors import NoResultsError, UserError
 from ncollapse.train.formatting import plain
 from ncollapse.train.grid import Grid
-from ncollapse.train.plugins import Plugins, metric_name
+from ncollapse.train.plugins import Plugins, metric_names
 from ncollapse.train.results import schema
 from ncollapse.train.results.own_code import adopt_code
 from ncollapse.train.results.own_metrics import check_full_names
@@ -75,38 +75,24 @@ def adopted(grid: Grid, folder: Path, options: Options, console: Console) -> Gri
     """
     if grid.metrics:
         with contextlib.suppress(NoResultsError):
-            check_full_names(folder, load_meta(folder), metric_names(grid))
+            check_full_names(folder, load_meta(folder), metric_names(grid.metrics))
     runs, notes = adopt_code(grid.runs, grid.versions, folder, options.accept_changes)
     for note in notes:
         say(console, note)
     return dataclasses.replace(grid, runs=tuple(runs))
 
 
-def metric_names(grid: Grid) -> dict[str, str]:
-    """Return the user's metrics as the results have them: name -> full name.
-
-    Raises:
-        UserError: the same name twice.
-    """
-    found: dict[str, str] = {}
-    for full in grid.metrics:
-        if (other := found.setdefault(metric_name(full), full)) != full:
-            raise UserError(f"metrics {other} and {full}: both are called {metric_name(full)}; give one another name")
-    return found
-
-
 def metric_meanings(grid: Grid) -> dict[str, str]:
     """Return the user's metrics as the results have them: name -> the first line of its docstring, or its full name.
 
     Raises:
-        UserError: the same name twice.
+        UserError: see `metric_names`.
     """
-    found = {name: grid.plugins.find("metric", full) for name, full in metric_names(grid).items()}
-    full = metric_names(grid)
-    return {
-        name: (getattr(metric, "__doc__", None) or "").strip().partition("\n")[0] or full[name]
-        for name, metric in found.items()
-    }
+    found = {}
+    for name, full in metric_names(grid.metrics).items():
+        text = getattr(grid.plugins.find("metric", full), "__doc__", None) or ""
+        found[name] = text.strip().partition("\n")[0] or full
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,12 +129,17 @@ def unfinished(grid: Grid, folder: Path) -> list[RunConfig]:
     Raises:
         UserError: see `query`.
     """
+    statuses, _ = held(folder)
+    return [run for run in grid.runs if statuses.get(run.id) not in FINISHED]
+
+
+def held(folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return id -> status of the runs in a folder, and what it says of itself; both empty for a new folder."""
     try:
         runs = query(folder, "SELECT id, status FROM runs")
+        return dict(zip(runs.id, runs.status, strict=True)), load_meta(folder)
     except NoResultsError:
-        return list(grid.runs)
-    ended = set(runs.id[runs.status.isin(FINISHED)])
-    return [run for run in grid.runs if run.id not in ended]
+        return {}, {}
 
 
 def load_all(

@@ -12,15 +12,14 @@ from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.engine.grouping import StackKey, group, make_stacks
 from ncollapse.train.engine.options import Options
-from ncollapse.train.engine.planning import load_all, make_engine
+from ncollapse.train.engine.planning import held, make_engine, prepare
 from ncollapse.train.engine.stack_size import Plan, StackPolicy
 from ncollapse.train.engine.throughput import DataFacts
-from ncollapse.train.errors import NoResultsError, UserError
+from ncollapse.train.errors import UserError
 from ncollapse.train.formatting import plain, rough_duration
 from ncollapse.train.grid import Grid
 from ncollapse.train.networks.architecture import Architecture, build, parts_of
 from ncollapse.train.results.columns import LAYER_METRICS, METRICS
-from ncollapse.train.results.reader import load_meta, query
 from ncollapse.train.results.schema import FINISHED
 from ncollapse.train.results.validation import read_json
 
@@ -39,7 +38,7 @@ def print_preview(
     Raises:
         UserError: data that cannot be loaded, or that are not those of the folder.
     """
-    statuses, meta = _held(out)
+    statuses, meta = held(out)
     finished = {run for run, status in statuses.items() if status in FINISHED}
     left = [run for run in grid.runs if run.id not in finished]
     new = sum(run.id not in statuses for run in left)
@@ -53,11 +52,12 @@ def print_preview(
         f"{len(left)} are to be trained, {new} of them new"
     )
     if left:
-        loaded, facts, settings = load_all((run.data_key for run in left), load_data, options, grid, console)
+        ready = prepare(left, load_data, options, grid, console)
+        facts = ready.facts
         for name, of in facts.items():
             if meta.get(f"data {name}", of.fingerprint) != of.fingerprint:
                 raise UserError(f"{out}: the data set {name} is not the one that its earlier runs were trained on")
-        engine, workers = make_engine(options, device, settings, loaded, console)
+        engine, workers = make_engine(options, device, ready.settings, ready.loaded, console)
         try:
             stored = read_json(meta.get("engine"))
             before = Plan.from_dict(stored) if isinstance(stored, dict) else None
@@ -86,15 +86,6 @@ def print_preview(
             size = sum(weights[StackKey.of(run)] for run in left)
             tell(f"The weights take about {_bytes(size)}")
     tell("Nothing was trained or written (--dry-run)")
-
-
-def _held(out: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Return id -> status of the runs in a folder, and what it says of itself; both empty for a new folder."""
-    try:
-        runs = query(out, "SELECT id, status FROM runs")
-        return dict(zip(runs.id, runs.status, strict=True)), load_meta(out)
-    except NoResultsError:
-        return {}, {}
 
 
 def _evaluations(run: RunConfig) -> int:

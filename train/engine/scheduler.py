@@ -20,7 +20,6 @@ from ncollapse.train.engine.planning import (
     Prepared,
     make_engine,
     metric_meanings,
-    metric_names,
     plan_stacks,
     prepare,
     say,
@@ -31,6 +30,7 @@ from ncollapse.train.engine.stopping import StopRequest
 from ncollapse.train.engine.throughput import DataFacts
 from ncollapse.train.errors import CheckpointError, DataError, InterruptError, StoppedError, UserError, out_of_memory
 from ncollapse.train.grid import Grid
+from ncollapse.train.plugins import metric_names
 from ncollapse.train.results.checkpoint_file import read_checkpoint
 from ncollapse.train.results.own_code import record_code, record_metrics
 from ncollapse.train.results.provenance import describe_machine
@@ -93,7 +93,7 @@ def _sweep(
 ) -> int:  # fmt: skip
     grid, finished = store.grid, store.finished()
     record_code(store, grid.versions, options.accept_changes)
-    record_metrics(store, metric_names(grid))
+    record_metrics(store, metric_names(grid.metrics))
     left = [run for run in grid.runs if run.id not in finished]
     others = store.before + store.added - len(grid.runs)
     if others or (store.before and store.added):

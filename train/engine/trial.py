@@ -9,6 +9,7 @@ from ncollapse.train.config import RunConfig
 from ncollapse.train.data.dataset import Dataset
 from ncollapse.train.data.streamed import Streamed
 from ncollapse.train.engine.grouping import group
+from ncollapse.train.errors import OwnCodeError
 from ncollapse.train.losses import try_loss
 from ncollapse.train.networks.architecture import Architecture
 from ncollapse.train.networks.model_trial import try_model
@@ -32,7 +33,13 @@ def try_own(
     Raises:
         UserError: what is wrong, with file and line where that is known.
     """
-    runs = list(runs)
+    try:
+        _try(list(runs), loaded, plugins, metrics)
+    except SystemExit as error:
+        raise OwnCodeError.of("your code", error) from None
+
+
+def _try(runs: list[RunConfig], loaded: Mapping[str, Dataset], plugins: Plugins, metrics: Iterable[str]) -> None:
     check_optimizers(runs, plugins)
     for data_key, alike in group(runs, lambda run: run.data_key).items():
         data = loaded[data_key]

@@ -13,8 +13,6 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution,
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ncollapse.train.errors import is_installed
 from ncollapse.train.results.provenance import package_version
 
@@ -171,6 +169,8 @@ def _described(value: Any, seen: dict[int, tuple[str, Any]], sources: list[str])
     if isinstance(value, types.ModuleType | types.BuiltinFunctionType):
         return f"{type(value).__name__} {value.__name__}"
     if hasattr(value, "__array__"):
+        import numpy as np
+
         array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
         content = np.ascontiguousarray(array).tobytes() if array.dtype != object else repr(array).encode()
         return f"array {array.dtype} {array.shape} {hashlib.sha256(content).hexdigest()}"

@@ -143,9 +143,11 @@ class Training:
         """
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             blamed, config = error, self.runs[0]
-            if not isinstance(error, UserError) and "model" in config.own and not out_of_memory(error):
+            if isinstance(error, SystemExit):  # only the user's code ends the process
+                blamed = OwnCodeError.of("your code", error)
+            elif not isinstance(error, UserError) and "model" in config.own and not out_of_memory(error):
                 blamed = OwnCodeError.of(f"model {config.model}", error)
             active = self._active()
             if isinstance(blamed, OwnCodeError) and not blamed.run and len(active) == 1:
