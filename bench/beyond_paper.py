@@ -16,9 +16,9 @@ from typing import Any
 import pandas as pd
 
 from bench.record import Record, recording
+from ncollapse.optimizer_table import row_of
 from ncollapse.train import sweep
 from ncollapse.train.grid import load_grid
-from ncollapse.train.optimizers import row_of
 
 NAME = "beyond-paper-cpu.json"
 PRESETS = ("optimizers", "losses")

@@ -18,8 +18,8 @@ import pydantic
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
+from ncollapse.optimizer_table import OPTIMIZERS, row_of
 from ncollapse.train.errors import UserError
-from ncollapse.train.optimizers import OPTIMIZERS, row_of
 
 MODELS = ("mlp", "cnn", "resnet9", "vgg9", "vit", "densenet")
 DATA_SETS = ("digits", "mnist", "fashion-mnist", "cifar10", "imagefolder")

@@ -48,6 +48,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ncollapse.optimizer_table import OPTIMIZERS
 from ncollapse.train.config import (
     GIVEN,
     NAMED,
@@ -60,7 +61,6 @@ from ncollapse.train.config import (
     unknown_key,
 )
 from ncollapse.train.errors import UserError
-from ncollapse.train.optimizers import OPTIMIZERS
 from ncollapse.train.plugins import Plugins, with_code
 from ncollapse.train.results.code_version import CodeVersion
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ncollapse.optimizer_table import PAPER_OPTIMIZERS
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.networks.models import build
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.networks.stacked_layers import convolve
-from ncollapse.train.optimizers import PAPER_OPTIMIZERS
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training import step

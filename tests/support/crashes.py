@@ -15,12 +15,12 @@ import torch
 from rich.console import Console
 
 from fork_server import fork_context
+from ncollapse.optimizer_table import PAPER_OPTIMIZERS
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset, load
 from ncollapse.train.engine.options import Options
 from ncollapse.train.engine.scheduler import sweep
 from ncollapse.train.grid import Grid
-from ncollapse.train.optimizers import PAPER_OPTIMIZERS
 from ncollapse.train.results import atomic_write as files
 from ncollapse.train.results import schema
 

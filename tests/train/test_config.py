@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from ncollapse.optimizer_table import OPTIMIZERS, PAPER_OPTIMIZERS
 from ncollapse.train.config import RunConfig, make_run
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import load_grid, presets, run_settings
-from ncollapse.train.optimizers import OPTIMIZERS, PAPER_OPTIMIZERS
 
 
 def test_the_id_depends_on_the_settings_alone() -> None:

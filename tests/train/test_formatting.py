@@ -10,18 +10,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from ncollapse.train.formatting import (
-    change,
-    duration,
-    number,
-    percentage,
-    plain,
-    rate,
-    rough_duration,
-    setting_value,
-    short_number,
-    superscript,
-)
+from ncollapse.formatting import change, number, percentage, setting_value, short_number, superscript
+from ncollapse.train.formatting import duration, plain, rate, rough_duration
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import torch
 from torch.nn import functional as F
 
 from ncollapse import ufm
+from ncollapse.optimizer_table import TABLE
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.dataset import Dataset
 from ncollapse.train.errors import CheckpointError, UserError
 from ncollapse.train.networks import architecture
 from ncollapse.train.networks.models import MODELS, build
-from ncollapse.train.optimizers import TABLE
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training import loop

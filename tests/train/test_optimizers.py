@@ -5,8 +5,8 @@ import inspect
 import pytest
 
 from ncollapse import optim
+from ncollapse.optimizer_table import FAMILY_COLOURS, PAPER_OPTIMIZERS, TABLE, OptimizerRow
 from ncollapse.train.config import RunConfig
-from ncollapse.train.optimizers import FAMILY_COLOURS, PAPER_OPTIMIZERS, TABLE, OptimizerRow
 
 ROWS = pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
 

@@ -13,11 +13,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from ncollapse.formatting import change, number
+from ncollapse.optimizer_table import LABELS, OPTIMIZERS
 from ncollapse.train.config import RunConfig
 from ncollapse.train.errors import UserError
-from ncollapse.train.formatting import change, number
 from ncollapse.train.grid import Grid
-from ncollapse.train.optimizers import LABELS, OPTIMIZERS
 from ncollapse.train.report.best import best_runs, main_table
 from ncollapse.train.report.page.write import parts_of, write_report
 from ncollapse.train.report.queries import read_results

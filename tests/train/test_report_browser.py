@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from ncollapse.train.formatting import number
+from ncollapse.formatting import number
 from ncollapse.train.report.best import main_table
 from ncollapse.train.report.page.write import parts_of, write_report
 from ncollapse.train.report.queries import read_results

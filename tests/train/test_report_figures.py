@@ -12,21 +12,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from ncollapse.train import load_layers
-from ncollapse.train.config import RunConfig
-from ncollapse.train.grid import Grid
-from ncollapse.train.optimizers import FAMILY_COLOURS, LABELS, OPTIMIZERS, TABLE
-from ncollapse.train.report.best import best_runs
-from ncollapse.train.report.epochs import nc0_over_epochs
-from ncollapse.train.report.heat_map import cells, heat_maps
-from ncollapse.train.report.looks import PAGE_COLOURS, look_of
-from ncollapse.train.report.page.inline_svg import inline
-from ncollapse.train.report.page.write import parts_of, write_report
-from ncollapse.train.report.prediction import predicted_nc0
-from ncollapse.train.report.queries import read_results
-from ncollapse.train.report.scatter import accuracy_against_collapse
-from ncollapse.train.report.selection import NC, Selection
-from ncollapse.train.report.style import (
+from ncollapse.optimizer_table import FAMILY_COLOURS, LABELS, OPTIMIZERS, TABLE
+from ncollapse.plot.looks import PAGE_COLOURS, look_of
+from ncollapse.plot.style import (
     Drawing,
     encode,
     line,
@@ -36,6 +24,18 @@ from ncollapse.train.report.style import (
     spans_decades,
     styled,
 )
+from ncollapse.train import load_layers
+from ncollapse.train.config import RunConfig
+from ncollapse.train.grid import Grid
+from ncollapse.train.report.best import best_runs
+from ncollapse.train.report.epochs import nc0_over_epochs
+from ncollapse.train.report.heat_map import cells, heat_maps
+from ncollapse.train.report.page.inline_svg import inline
+from ncollapse.train.report.page.write import parts_of, write_report
+from ncollapse.train.report.prediction import predicted_nc0
+from ncollapse.train.report.queries import read_results
+from ncollapse.train.report.scatter import accuracy_against_collapse
+from ncollapse.train.report.selection import NC, Selection
 
 ALL = Selection(threshold=0.0)
 
@@ -89,7 +89,7 @@ def test_the_pages_light_colours_are_the_figures() -> None:
 
 
 def test_a_colour_needs_no_matplotlib() -> None:
-    code = "from ncollapse.train.report.style import line; import sys; print('matplotlib' in sys.modules)"
+    code = "from ncollapse.plot.style import line; import sys; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

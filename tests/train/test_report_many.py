@@ -10,9 +10,10 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from ncollapse.plot import style
 from ncollapse.train.config import RunConfig
 from ncollapse.train.grid import Grid
-from ncollapse.train.report import coupling, heat_map, momentum, style
+from ncollapse.train.report import coupling, heat_map, momentum
 from ncollapse.train.report.heat_map import binned, cells
 from ncollapse.train.report.page.write import write_report
 from ncollapse.train.report.selection import Selection

@@ -8,17 +8,17 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from ncollapse.formatting import number
+from ncollapse.optimizer_table import FOREIGN_COLOURS
+from ncollapse.plot.looks import about_lines, choose_looks, look_of, ordered, shown, with_variants
+from ncollapse.plot.settings import described
+from ncollapse.plot.style import line, marker
 from ncollapse.train.config import RunConfig
-from ncollapse.train.formatting import number
-from ncollapse.train.optimizers import FOREIGN_COLOURS
 from ncollapse.train.report.best import nc0_by_decay
 from ncollapse.train.report.coupling import interpolations
-from ncollapse.train.report.looks import about_lines, choose_looks, look_of, ordered, shown, with_variants
 from ncollapse.train.report.page.write import parts_of, write_report
 from ncollapse.train.report.queries import read_results
 from ncollapse.train.report.selection import Selection
-from ncollapse.train.report.settings import described
-from ncollapse.train.report.style import line, marker
 from ncollapse.train.report.terminal import print_run
 from ncollapse.train.results.reader import load_runs
 from planted import plant, usual

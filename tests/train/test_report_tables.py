@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from ncollapse.plot.settings import alike, described, varying
 from ncollapse.train.config import RunConfig
 from ncollapse.train.report.coupling import interpolations
 from ncollapse.train.report.heat_map import cells
@@ -17,7 +18,6 @@ from ncollapse.train.report.momentum import at_equal_loss, momentum_steps
 from ncollapse.train.report.queries import Results, read_results
 from ncollapse.train.report.scatter import partial_collapse, rank_correlations
 from ncollapse.train.report.selection import Selection
-from ncollapse.train.report.settings import alike, described, varying
 from ncollapse.train.results.columns import METRICS, RUN_COLUMNS, dtypes
 from ncollapse.train.results.reader import load_metrics, load_runs
 from ncollapse.train.results.schema import FILE, create_tables

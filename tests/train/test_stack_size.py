@@ -9,12 +9,12 @@ import pytest
 from torch import nn
 
 from fake_engine import FakeEngine
+from ncollapse.optimizer_table import TABLE
 from ncollapse.train.config import RunConfig
 from ncollapse.train.engine import stack_size
 from ncollapse.train.engine.grouping import StackKey
 from ncollapse.train.engine.stack_size import Plan, StackPolicy
 from ncollapse.train.engine.throughput import DataFacts, Rate
-from ncollapse.train.optimizers import TABLE
 from ncollapse.train.plugins import Plugins
 
 DIGITS = DataFacts((1, 8, 8), 10, 1437, "")

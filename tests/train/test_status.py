@@ -18,12 +18,12 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
+from ncollapse.optimizer_table import PAPER_OPTIMIZERS
 from ncollapse.train import cli
 from ncollapse.train.commands.status import SweepStatus, print_status, read_status, watch_status
 from ncollapse.train.engine import messages as work
 from ncollapse.train.errors import InterruptError, UserError
 from ncollapse.train.grid import Grid
-from ncollapse.train.optimizers import PAPER_OPTIMIZERS
 from ncollapse.train.results.ownership import LOCK
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.results.schema import FILE

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from interrupts import interrupt_after
+from ncollapse.optimizer_table import PAPER_OPTIMIZERS
 from ncollapse.train.config import RunConfig
 from ncollapse.train.engine import this_machine
 from ncollapse.train.engine.grouping import StackKey, make_stacks
 from ncollapse.train.errors import InterruptError
 from ncollapse.train.grid import Grid, load_grid
-from ncollapse.train.optimizers import PAPER_OPTIMIZERS
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.reader import load_meta, load_metrics, load_runs, load_sessions
 from ncollapse.train.results.schema import FILE

@@ -18,15 +18,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from ncollapse.formatting import DASH, read_json
+from ncollapse.optimizer_table import in_table_order
 from ncollapse.train.config import MOST
 from ncollapse.train.engine.stack_size import Plan
-from ncollapse.train.formatting import DASH, plain, rate, rough_duration
-from ncollapse.train.optimizers import in_table_order
+from ncollapse.train.formatting import plain, rate, rough_duration
 from ncollapse.train.results.ownership import LOCK
 from ncollapse.train.results.reader import open_results, read_meta, read_sessions
 from ncollapse.train.results.schema import ENDED, FILE, FINISHED, STATUSES
 from ncollapse.train.results.storage_errors import damaged
-from ncollapse.train.results.validation import check_values, read_json, read_time
+from ncollapse.train.results.validation import check_values, read_time
 
 #: The runs with the stacks that they are in. SQLite sums them up: a large sweep has 100,000, and pandas starts slowly.
 _JOINED = "runs LEFT JOIN stacks ON stacks.id = runs.stack"

@@ -12,9 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+from ncollapse.optimizer_table import OPTIMIZERS, TABLE
 from ncollapse.train.engine.options import hide_default
 from ncollapse.train.errors import UserError
-from ncollapse.train.optimizers import OPTIMIZERS, TABLE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -100,7 +100,7 @@ def print_theory(setting: Setting, out: Path, console: Console) -> None:
     Raises:
         UserError: the folder cannot be written to.
     """
-    from ncollapse.train.report.style import encode
+    from ncollapse.plot.style import encode
     from ncollapse.train.report.theory import nc0_over_steps
     from ncollapse.train.results.atomic_write import write_whole
 

@@ -5,8 +5,8 @@ import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from ncollapse.optimizer_table import TABLE, row_of
 from ncollapse.train.config import RunConfig, is_own
-from ncollapse.train.optimizers import TABLE, row_of
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from ncollapse.formatting import read_json
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.engine.grouping import StackKey, group, make_stacks
@@ -21,7 +22,6 @@ from ncollapse.train.grid import Grid
 from ncollapse.train.networks.architecture import Architecture, build, parts_of
 from ncollapse.train.results.columns import LAYER_METRICS, METRICS
 from ncollapse.train.results.schema import FINISHED
-from ncollapse.train.results.validation import read_json
 
 #: An evaluation takes about as long as this share of an epoch: a forward pass over all data instead of three.
 _EVALUATION = 1 / 3

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ncollapse.optimizer_table import TABLE
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.augment import draw_views
 from ncollapse.train.data.dataset import Dataset
@@ -17,7 +18,6 @@ from ncollapse.train.limits import available_memory
 from ncollapse.train.losses import make_loss
 from ncollapse.train.networks.architecture import Architecture, build
 from ncollapse.train.networks.precision import arithmetic
-from ncollapse.train.optimizers import TABLE
 from ncollapse.train.plugins import Plugins, kept_with_plugins
 from ncollapse.train.training.stack import make_stack
 from ncollapse.train.training.step import Step, why_no_graph

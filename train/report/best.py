@@ -6,9 +6,9 @@ from typing import Any
 
 import pandas as pd
 
+from ncollapse.plot.settings import described, in_order, tried
 from ncollapse.train.report.prediction import predicted_nc0
 from ncollapse.train.report.selection import Selection
-from ncollapse.train.report.settings import described, in_order, tried
 from ncollapse.train.report.view import Cell, Column, View
 from ncollapse.train.results.schema import FINISHED
 

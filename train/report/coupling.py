@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ncollapse.train.optimizers import FAMILY
-from ncollapse.train.report import style
-from ncollapse.train.report.looks import look_of
+from ncollapse.optimizer_table import FAMILY
+from ncollapse.plot import style
+from ncollapse.plot.looks import look_of
+from ncollapse.plot.settings import alike, described, in_order
+from ncollapse.plot.style import GROUND, Drawing
 from ncollapse.train.report.selection import NC, Selection
-from ncollapse.train.report.settings import alike, described, in_order
-from ncollapse.train.report.style import GROUND, Drawing
 from ncollapse.train.report.view import Column, View
 
 #: The fewest couplings that show more than the two ends.

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from ncollapse.train.report import style
+from ncollapse.plot import style
 from ncollapse.train.report.view import Column, View
 
 #: The metrics that need no classifier, so that they exist for every block.

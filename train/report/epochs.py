@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from ncollapse.train.report import style
-from ncollapse.train.report.looks import about_lines, look_of
+from ncollapse.plot import style
+from ncollapse.plot.looks import about_lines, look_of
+from ncollapse.plot.style import GROUND
 from ncollapse.train.report.prediction import predicted_nc0
-from ncollapse.train.report.style import GROUND
 from ncollapse.train.results.columns import OwnMetrics
 
 #: Least distance between two labels at the ends of the lines, as a share of the axes' height.

@@ -5,12 +5,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ncollapse.train.formatting import short_number
-from ncollapse.train.report import style
-from ncollapse.train.report.looks import look_of
+from ncollapse.formatting import short_number
+from ncollapse.plot import style
+from ncollapse.plot.looks import look_of
+from ncollapse.plot.settings import in_order, tried
+from ncollapse.plot.style import GROUND, INK, ON_DARK, ON_LIGHT, QUIET
 from ncollapse.train.report.selection import NC, Selection
-from ncollapse.train.report.settings import in_order, tried
-from ncollapse.train.report.style import GROUND, INK, ON_DARK, ON_LIGHT, QUIET
 from ncollapse.train.results.schema import FINISHED
 
 #: Setting on the vertical axis -> its name in texts.

@@ -4,10 +4,10 @@ from typing import Any
 
 import pandas as pd
 
+from ncollapse.plot.settings import USUAL_LOSS, in_order, written
 from ncollapse.train.config import DESCRIPTIONS, FIELDS
 from ncollapse.train.formatting import duration
 from ncollapse.train.report.selection import Selection
-from ncollapse.train.report.settings import USUAL_LOSS, in_order, written
 from ncollapse.train.report.view import Cell, Column, View
 from ncollapse.train.results.schema import FINISHED
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from ncollapse.train.report import style
-from ncollapse.train.report.looks import about_lines
+from ncollapse.plot import style
+from ncollapse.plot.looks import about_lines
+from ncollapse.plot.settings import alike, described, in_order
 from ncollapse.train.report.queries import Results
 from ncollapse.train.report.selection import NC, Selection
-from ncollapse.train.report.settings import alike, described, in_order
 from ncollapse.train.report.view import Column, View
 
 #: Lines beyond which they are thin, with their median, and beyond which only the median and a band are drawn.

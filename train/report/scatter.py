@@ -5,11 +5,11 @@ from typing import Any
 
 import pandas as pd
 
-from ncollapse.train.report import style
-from ncollapse.train.report.looks import about_points
+from ncollapse.plot import style
+from ncollapse.plot.looks import about_points
+from ncollapse.plot.settings import described, in_order, tried
+from ncollapse.plot.style import Drawing
 from ncollapse.train.report.selection import NC, Selection
-from ncollapse.train.report.settings import described, in_order, tried
-from ncollapse.train.report.style import Drawing
 from ncollapse.train.report.view import Column, View
 
 #: Pairs of metrics that show partial collapse: horizontal, vertical.

@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ncollapse.train.formatting import number, plain
+from ncollapse.formatting import number
+from ncollapse.train.formatting import plain
 from ncollapse.train.report.prediction import predicted_nc0
 from ncollapse.train.report.view import Cell, View
 from ncollapse.train.results.columns import METRICS

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ncollapse.train.optimizers import TABLE
-from ncollapse.train.report import style
+from ncollapse.optimizer_table import TABLE
+from ncollapse.plot import style
 
 if TYPE_CHECKING:
     from ncollapse.ufm import Prediction

@@ -7,8 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from ncollapse.train import formatting
-from ncollapse.train.report.looks import look_of
+from ncollapse import formatting
+from ncollapse.plot.looks import look_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ncollapse.formatting import read_json
 from ncollapse.train.config import MOST, RunConfig, make_run, short
 from ncollapse.train.errors import CheckpointError, DamageError, UserError
 from ncollapse.train.results import schema
@@ -20,14 +21,13 @@ from ncollapse.train.results.validation import (
     check_tables,
     no_results,
     plan_problems,
-    read_json,
     run_digest,
     session_facts,
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Inspected:
     """A thing in a results folder, and what is wrong with it; empty where it is whole."""
 
     what: str
@@ -56,7 +56,7 @@ class StoredRun:
         return self.row["status"] in schema.FINISHED
 
 
-def inspect_folder(folder: Path) -> Iterator[Finding]:
+def inspect_folder(folder: Path) -> Iterator[Inspected]:
     """Yield what a results folder holds, and what is wrong with it.
 
     Raises:
@@ -68,7 +68,7 @@ def inspect_folder(folder: Path) -> Iterator[Finding]:
             yield from _inspect_database(connection, folder)
             yield from _inspect_files(connection, folder)
     except DamageError as error:
-        yield Finding(schema.FILE, str(error).partition(". `ncollapse check")[0])
+        yield Inspected(schema.FILE, str(error).partition(". `ncollapse check")[0])
 
 
 @contextlib.contextmanager
@@ -94,36 +94,36 @@ def open_damaged(folder: Path) -> Iterator[sqlite3.Connection]:
         raise cannot_read(folder / schema.FILE, error) from None
 
 
-def _inspect_database(connection: sqlite3.Connection, folder: Path) -> Iterator[Finding]:
+def _inspect_database(connection: sqlite3.Connection, folder: Path) -> Iterator[Inspected]:
     problems = [row[0] for row in _readable(connection.execute("PRAGMA integrity_check(5)"))]
-    yield Finding(schema.FILE, "" if problems == ["ok"] else "; ".join(map(str, problems)) or "its pages are damaged")
+    yield Inspected(schema.FILE, "" if problems == ["ok"] else "; ".join(map(str, problems)) or "its pages are damaged")
     with contextlib.suppress(sqlite3.DatabaseError):
         for problem in plan_problems(connection):
-            yield Finding("the plan", problem)
+            yield Inspected("the plan", problem)
     meta = dict(_readable(connection.execute("SELECT key, value FROM meta")))
     if not isinstance(meta.get("grid"), str):
-        yield Finding("the grid's name", "it is missing")
+        yield Inspected("the grid's name", "it is missing")
     if "engine" in meta and not isinstance(read_json(meta["engine"]), dict):
-        yield Finding("the plan", "it cannot be read")
+        yield Inspected("the plan", "it cannot be read")
     for row in read_rows(connection, "sessions"):
         try:
             session_facts(row, folder)
         except DamageError:
-            yield Finding(f"session {short(row['id'])}", "its command, time or versions cannot be read")
+            yield Inspected(f"session {short(row['id'])}", "its command, time or versions cannot be read")
     with contextlib.suppress(sqlite3.DatabaseError):
         for problem in readable_metrics(connection)[1]:
-            yield Finding("the metrics", problem)
+            yield Inspected("the metrics", problem)
     for key, text in meta.items():
         if code_key(key) and code_problem(text):
-            yield Finding(short(key), code_problem(text))
+            yield Inspected(short(key), code_problem(text))
     runs = list(read_runs(connection))
     for run in runs:
-        yield Finding(f"run {short(run.row['id'])}", run.problem)
+        yield Inspected(f"run {short(run.row['id'])}", run.problem)
     known = {run.row["id"] for run in runs}
     with contextlib.suppress(sqlite3.DatabaseError):
         strange = {run for (run,) in connection.execute("SELECT DISTINCT run FROM metrics")} - known
         if strange:
-            yield Finding("evaluations", f"those of {len(strange)} runs belong to no run that can be read")
+            yield Inspected("evaluations", f"those of {len(strange)} runs belong to no run that can be read")
 
 
 def read_rows(connection: sqlite3.Connection, table: str) -> Iterator[dict[str, Any]]:
@@ -204,21 +204,21 @@ def due_epochs(run: RunConfig, last: object) -> tuple[int, ...]:
     return tuple(sorted(due))
 
 
-def _inspect_files(connection: sqlite3.Connection, folder: Path) -> Iterator[Finding]:
+def _inspect_files(connection: sqlite3.Connection, folder: Path) -> Iterator[Inspected]:
     named = set()
     for row in read_rows(connection, "stacks"):
         epoch = row.get("checkpoint_epoch")
         if row.get("checkpoint") is None or type(epoch) is not int or row["checkpoint"] != file_name(row["id"], epoch):
             continue
         named.add(row["checkpoint"])
-        yield Finding(f"checkpoints/{row['checkpoint']}", checkpoint_problem(folder, row["checkpoint"], epoch))
+        yield Inspected(f"checkpoints/{row['checkpoint']}", checkpoint_problem(folder, row["checkpoint"], epoch))
     statuses = {run.row["id"]: run.row["status"] for run in read_runs(connection)}
     for path in sorted((folder / "failures").glob("*.txt")):
         strange = "" if path.stem in statuses else "it is of no run that can be read"
-        yield Finding(f"failures/{path.name}", strange or failure_problem(path))
+        yield Inspected(f"failures/{path.name}", strange or failure_problem(path))
     for path in sorted((folder / "weights").glob("*.pt")):
         strange = "" if path.stem in statuses else "it is of no run that can be read"
-        yield Finding(f"weights/{path.name}", strange or weights_problem(path))
+        yield Inspected(f"weights/{path.name}", strange or weights_problem(path))
 
 
 def checkpoint_problem(folder: Path, name: str, epoch: int) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ncollapse.formatting import read_json
 from ncollapse.train.config import RunConfig, short
 from ncollapse.train.errors import NoResultsError, UserError
 from ncollapse.train.formatting import visible
@@ -20,7 +21,6 @@ from ncollapse.train.results.own_metrics import SOURCE
 from ncollapse.train.results.reader import load_meta
 from ncollapse.train.results.schema import FILE
 from ncollapse.train.results.storage_errors import damaged
-from ncollapse.train.results.validation import read_json
 
 if TYPE_CHECKING:
     from ncollapse.train.results.code_version import CodeVersion

@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from ncollapse.formatting import read_json
 from ncollapse.train.config import MOST
 from ncollapse.train.errors import DamageError, UserError
 from ncollapse.train.results import schema
@@ -27,7 +28,7 @@ from ncollapse.train.results.own_code import readable_entries
 from ncollapse.train.results.own_metrics import metric_key, readable_metrics
 from ncollapse.train.results.run_rows import failure_file
 from ncollapse.train.results.storage_errors import cannot_write
-from ncollapse.train.results.validation import read_json, session_facts
+from ncollapse.train.results.validation import session_facts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,9 +15,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from ncollapse.formatting import setting_value
 from ncollapse.train.config import FIELDS
 from ncollapse.train.errors import NoResultsError, UserError
-from ncollapse.train.formatting import setting_value
 from ncollapse.train.results.columns import LAYER_METRICS, METRICS
 
 FILE = "runs.sqlite"

@@ -1,7 +1,6 @@
 """What a store may hold: its contents are checked when it is opened, since nothing read from disk is believed."""
 
 import hashlib
-import json
 import math
 import sqlite3
 import struct
@@ -10,10 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ncollapse.formatting import is_missing, read_json
+from ncollapse.optimizer_table import row_of
 from ncollapse.train.config import NAMED, make_run, short
 from ncollapse.train.errors import DamageError, NoResultsError, UserError
-from ncollapse.train.formatting import is_missing
-from ncollapse.train.optimizers import row_of
 from ncollapse.train.results import schema
 from ncollapse.train.results.checkpoint_file import file_name
 from ncollapse.train.results.columns import LAYER_METRICS, METRICS
@@ -129,14 +128,6 @@ def session_facts(row: Mapping[Any, Any], folder: Path) -> dict[str, Any]:
     if read_time(row["started"]) is None or not isinstance(row["command"], str):
         raise damaged(folder / schema.FILE, f"session {short(row['id'])} has no readable start")
     return {**facts, **{k: row[k] for k in ("id", "started", "command")}}
-
-
-def read_json(text: object) -> Any:
-    """Return what a JSON text holds; None where it is none."""
-    try:
-        return json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError):
-        return None
 
 
 def read_time(text: object) -> datetime | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from ncollapse.formatting import read_json
 from ncollapse.train.config import RunConfig, make_run
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
@@ -32,7 +33,7 @@ from ncollapse.train.results.run_rows import add_runs, failure_file, reset_runs
 from ncollapse.train.results.schema import ENDED, SETTINGS, quoted
 from ncollapse.train.results.storage_errors import damaged, user_errors
 from ncollapse.train.results.transactions import Database
-from ncollapse.train.results.validation import check_not_lost, check_plan, check_tables, read_json, run_digest
+from ncollapse.train.results.validation import check_not_lost, check_plan, check_tables, run_digest
 
 if TYPE_CHECKING:
     from ncollapse.train.results.record import Evaluation

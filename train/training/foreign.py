@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ncollapse.optimizer_table import row_of
 from ncollapse.train.config import FIELDS, RunConfig
 from ncollapse.train.errors import OwnCodeError, UserError, blamed, out_of_memory
-from ncollapse.train.optimizers import row_of
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.training.randomness import seeded
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ncollapse import optim
+from ncollapse.optimizer_table import TABLE
 from ncollapse.train.config import RunConfig
 from ncollapse.train.networks.architecture import Architecture
 from ncollapse.train.networks.forms import Program, built_in_program, make_program, stacked_tensors
@@ -15,7 +16,6 @@ from ncollapse.train.networks.kept_state import copy_of
 from ncollapse.train.networks.models import Classifier
 from ncollapse.train.networks.stacked_layers import ForwardContext
 from ncollapse.train.networks.whole_module import WholeModule
-from ncollapse.train.optimizers import TABLE
 from ncollapse.train.plugins import Plugins
 
 

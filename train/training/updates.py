@@ -6,9 +6,9 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 
+from ncollapse.optimizer_table import row_of
 from ncollapse.train.config import RunConfig
 from ncollapse.train.errors import out_of_memory
-from ncollapse.train.optimizers import row_of
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.training.checkpoints import OptimizerStates
 from ncollapse.train.training.foreign import foreign_error, load_exactly, make_foreign, set_mode

@@ -4,8 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from ncollapse.train.report.looks import PAGE_COLOURS
-from ncollapse.train.report.style import GRID, GROUND, INK, QUIET
+from ncollapse.plot.looks import PAGE_COLOURS
+from ncollapse.plot.style import GRID, GROUND, INK, QUIET
 
 #: Colour in the files -> the page's CSS variable, which differs between light and dark.
 _VARIABLES = {INK: "ink", QUIET: "quiet", GRID: "grid", GROUND: "card"}

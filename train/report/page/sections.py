@@ -8,13 +8,13 @@ from collections.abc import Iterable, Iterator
 
 import pandas as pd
 
-from ncollapse.train.formatting import percentage
+from ncollapse.formatting import percentage
+from ncollapse.plot.looks import look_of
+from ncollapse.plot.style import Drawing
 from ncollapse.train.report import coupling, depth, epochs, heat_map, momentum, scatter
 from ncollapse.train.report.best import best_runs, main_view
-from ncollapse.train.report.looks import look_of
 from ncollapse.train.report.queries import Results
 from ncollapse.train.report.selection import NC, Selection
-from ncollapse.train.report.style import Drawing
 from ncollapse.train.report.view import View
 from ncollapse.train.results.schema import FINISHED
 

@@ -11,17 +11,18 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
+from ncollapse.formatting import number, options_text, percentage
+from ncollapse.plot.looks import PAGE_COLOURS, Look, base_of, look_of, ordered, shown, with_variants
+from ncollapse.plot.settings import USUAL_LOSS, described
+from ncollapse.plot.style import encode
 from ncollapse.train.errors import UserError
-from ncollapse.train.formatting import duration, number, options_text, percentage
+from ncollapse.train.formatting import duration
 from ncollapse.train.report.best import decay_view, main_view
 from ncollapse.train.report.inventory import runs_view, settings_view
-from ncollapse.train.report.looks import PAGE_COLOURS, Look, base_of, look_of, ordered, shown, with_variants
 from ncollapse.train.report.page.inline_svg import inline
 from ncollapse.train.report.page.sections import Part, Section
 from ncollapse.train.report.queries import Results, read_results
 from ncollapse.train.report.selection import NC, Selection
-from ncollapse.train.report.settings import USUAL_LOSS, described
-from ncollapse.train.report.style import encode
 from ncollapse.train.report.terminal import print_across, print_down
 from ncollapse.train.results.schema import FINISHED
 

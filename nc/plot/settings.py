@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ncollapse.train.config import FIELDS
-from ncollapse.train.formatting import options_text, setting_value
-from ncollapse.train.optimizers import row_of
-from ncollapse.train.report.looks import ordered
-from ncollapse.train.results.validation import read_json
+from ncollapse.formatting import options_text, read_json, setting_value
+from ncollapse.optimizer_table import row_of
+from ncollapse.plot.looks import ordered
 
+#: Columns of runs that are neither settings nor metrics.
+_OUTCOMES = ("id", "position", "status", "stack", "session", "train_samples", "seconds", "diverged_epoch")
 #: The loss that titles and tables do not name.
 USUAL_LOSS = "cross_entropy"
 #: Settings that are written as symbols; all others by their names.
@@ -33,9 +33,19 @@ def tried(runs: pd.DataFrame) -> list[str]:
     return ordered(runs.optimizer)
 
 
+def setting_names(runs: pd.DataFrame) -> list[str]:
+    """Return the columns that hold settings: neither what a run came to, nor a metric, which has a `NAME_start`."""
+    known = set(runs.columns)
+    return [
+        str(name)
+        for name in runs.columns
+        if name not in _OUTCOMES and f"{name}_start" not in known and not str(name).endswith("_start")
+    ]
+
+
 def varying(runs: pd.DataFrame) -> list[str]:
     """Return the settings that have more than one value in these runs; a missing value counts as one."""
-    return [f.name for f in FIELDS if f.name in runs and runs[f.name].nunique(dropna=False) > 1]
+    return [name for name in setting_names(runs) if runs[name].nunique(dropna=False) > 1]
 
 
 def alike(runs: pd.DataFrame, ignore: Iterable[str]) -> "pd.Series[int]":

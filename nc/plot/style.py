@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ncollapse.train.formatting import superscript
-from ncollapse.train.report.looks import look_of
+from ncollapse.formatting import superscript
+from ncollapse.plot.looks import look_of
 
 if TYPE_CHECKING:
     import pandas as pd

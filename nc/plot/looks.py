@@ -13,9 +13,8 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ncollapse.train.formatting import options_text
-from ncollapse.train.optimizers import FAMILY_COLOURS, FOREIGN_COLOURS, LABELS, OPTIMIZERS, row_of
-from ncollapse.train.results.validation import read_json
+from ncollapse.formatting import options_text, read_json
+from ncollapse.optimizer_table import FAMILY_COLOURS, FOREIGN_COLOURS, LABELS, OPTIMIZERS, row_of
 
 if TYPE_CHECKING:
     import pandas as pd
