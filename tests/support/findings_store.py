@@ -1,4 +1,4 @@
-"""Results folders for the tests of the claims: many runs that never trained, each with the metrics that a test gives it.
+"""Results folders for the tests of the claims: runs that never trained, with the metrics that a test gives them.
 
 planted_runs(folder, {run: {"nc3": 0.2, "nc0": [1.8, 0.9, 0.1]} for run in product(optimizer=["sgd", "sgdw"])})
 """
@@ -17,7 +17,7 @@ from ncollapse.train.results.record import Ended, Evaluation
 from ncollapse.train.results.writer import Store
 
 #: What every run has before the first step, and at its end where a test says nothing else.
-START = {name: 1.0 for name in METRICS} | {"nc0": 1.8, "train_accuracy": 0.1, "val_accuracy": 0.1, "degenerate": 0.0}
+START = dict.fromkeys(METRICS, 1.0) | {"nc0": 1.8, "train_accuracy": 0.1, "val_accuracy": 0.1, "degenerate": 0.0}
 END = START | {"train_accuracy": 1.0, "val_accuracy": 0.98, "train_loss": 0.01, "nc4": 0.0}
 
 
