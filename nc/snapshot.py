@@ -102,7 +102,7 @@ class Snapshot:
         three = present.nonzero().flatten()[:3]
         planar = torch.zeros_like(usable)
         if len(three) == 3:
-            plane, planar = _in_plane(w[:, three], stats.means[:, three], features, labels, three)
+            plane, planar = in_plane(w[:, three], stats.means[:, three], features, labels, three)
             found |= plane
         arrays = {name: tensor.cpu().numpy() for name, tensor in found.items()}
         names, nothing = tuple(three.tolist()), {"corners": (0, 2), "rows": (0, 2), "samples": (0, 0, 2)}
@@ -174,10 +174,15 @@ class Snapshot:
         )  # fmt: skip
 
 
-def _in_plane(
-    w: Tensor, means: Tensor, features: Tensor, labels: Tensor, three: Tensor
+def in_plane(
+    w: Tensor, means: Tensor, features: Tensor, labels: Tensor, three: Tensor, most: int = MOST_SAMPLES
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Project on the plane of three class means `[R, 3, d]`, float64.
+
+    Args:
+        w: their rows of W, `[R, 3, d]`.
+        features, labels: `[R, m, d]` and `[m]`, of which the first `most` of each of the classes `three` `[3]` are
+            taken.
 
     Returns:
         `corners`, `rows` and `samples` `[R, …]`, and for each run whether its means span a plane, `[R]` bool.
@@ -193,7 +198,7 @@ def _in_plane(
     corners = arms @ axes
     unit = corners.norm(dim=-1).mean(-1)[:, None, None]
     rows = w @ axes
-    chosen = [(labels == k).nonzero().flatten()[:MOST_SAMPLES] for k in three]
+    chosen = [(labels == k).nonzero().flatten()[:most] for k in three]
     n = max(map(len, chosen))
     samples = means.new_full((len(means), 3, n, 2), torch.nan)
     for i, index in enumerate(chosen):
