@@ -1,0 +1,43 @@
+"""The claims, their findings in a results folder, and the table of these."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+
+import pandas as pd
+
+from ncollapse.train.findings.claim import Evidence, Finding
+from ncollapse.train.findings.evidence import evidence_of
+from ncollapse.train.report.queries import Results
+from ncollapse.train.report.selection import Selection
+from ncollapse.train.report.view import Column, View
+
+#: Number of a claim -> its test on the runs of one model, data set and loss.
+CLAIMS: dict[int, Callable[[Evidence], Finding]] = {}
+#: The title of the finding that needs no runs.
+THEORY = "Theory"
+
+
+def findings_of(results: Results, selection: Selection) -> list[tuple[str, list[Finding]]]:
+    """Return the findings of each model, data set and loss, in the order of the claims: title and findings."""
+    return [
+        (evidence.title, [test(evidence) for test in CLAIMS.values()]) for evidence in evidence_of(results, selection)
+    ]
+
+
+def findings_view(slug: str, findings: Sequence[Finding]) -> View:
+    """Show findings, a row per claim."""
+    rows = [
+        {
+            **{field.name: getattr(one, field.name) for field in dataclasses.fields(Finding)},
+            "verdict": one.verdict_text, "parts": json.dumps(one.as_dict()["parts"]), "runs": " ".join(one.runs),
+        }
+        for one in findings
+    ]  # fmt: skip
+    columns = (
+        Column.count("number", "claim"), Column.text("claim", "says"), Column.text("tested"),
+        Column.text("says", "the runs"), Column.text("verdict"), Column.text("lacks", "missing"),
+    )  # fmt: skip
+    names = [field.name for field in dataclasses.fields(Finding)]
+    frame = pd.DataFrame(rows, columns=[*names, "verdict"])
+    return View(f"findings-{slug}", "The claims of arXiv 2602.16642, as these runs have them.", columns, frame)
