@@ -15,6 +15,8 @@ Criterion = Literal["nc0", "nc1", "nc2", "nc3"]
 NC: tuple[str, ...] = get_args(Criterion)
 #: Below the highest training accuracy, where no run reaches the threshold: runs within a point of it are shown anyway.
 _SLACK = 0.01
+#: A shown accuracy is rounded down to this many parts of 1: 0.99896 must not look as if it reached 0.999.
+_PARTS = 10_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +45,22 @@ class Selection:
         """Return a selection that some of the runs pass, and what has to be said of it, empty where nothing has.
 
         Where none reaches the threshold, it is a point below the highest training accuracy of those that ended well.
+        Where none ended well, it stays.
         """
-        highest = runs.train_accuracy[runs.status == "done"].max()
-        if math.isnan(highest) or len(self.eligible(runs)):
+        highest = float(runs.train_accuracy[runs.status == "done"].max())
+        if math.isnan(highest) or highest >= self.threshold:
             return self, ""
-        note = f"missed {self.percent}: {percentage(highest)}, shown anyway"
-        return dataclasses.replace(self, threshold=max(float(highest) - _SLACK, 0.0)), note
+        return self.lowered(highest), self.missed(highest)
+
+    def lowered(self, highest: float) -> "Selection":
+        """Return the selection with a threshold a point below an accuracy that missed the threshold."""
+        return dataclasses.replace(self, threshold=max(_rounded_down(highest - _SLACK), 0.0))
+
+    def missed(self, accuracy: float) -> str:
+        """Say that a training accuracy below the threshold is shown anyway."""
+        return f"missed {self.percent}: {percentage(_rounded_down(accuracy))}, shown anyway"
+
+
+def _rounded_down(share: float) -> float:
+    # 0.9999 · 10,000 is 9998.999…: without the small number, a share would lose a part that it has.
+    return math.floor(share * _PARTS + 1e-6) / _PARTS

@@ -25,17 +25,17 @@ def print_across(console: Console, view: View, title: str, width: int = 6) -> No
         for row in shown:
             table.add_column(plain(row[0].text), justify="right", overflow="fold")
         for i, column in list(enumerate(view.columns))[1:]:
-            table.add_row(column.title, *(_two_lines(row[i]) for row in shown))
+            table.add_row(column.title, *(_lines(row[i]) for row in shown))
         console.print(table)
 
 
 def print_down(console: Console, view: View, title: str) -> None:
     """Print a table row by row."""
-    table = _empty_table(title)
+    table = _empty_table(title, view.caption)
     for column in view.columns:
         table.add_column(column.title, justify="left" if column.words else "right", overflow="fold")
     for row in view.rows():
-        table.add_row(*(plain(cell.text) for cell in row))
+        table.add_row(*map(_lines, row))
     console.print(table)
 
 
@@ -56,9 +56,10 @@ def print_run(folder: Path, run_id: str, console: Console) -> None:
     console.print(plain(f"{ended}, {run.seconds:.1f} s; results in {folder}"), soft_wrap=True)
 
 
-def _two_lines(cell: Cell) -> Text:
-    lines = [plain(cell.text), plain(cell.small, "dim")]
-    return Text("\n").join(line for line in lines if line)
+def _lines(cell: Cell) -> Text:
+    """Return the text of a cell and the smaller lines below it."""
+    text = plain(cell.text, "bold" if cell.best else "")
+    return Text("\n").join([text, *(plain(line, "dim") for line in cell.small.splitlines())])
 
 
 def _empty_table(title: str, caption: str | None = None) -> Table:

@@ -17,13 +17,17 @@ class Cell:
 
     text: str
     small: str = ""
-    """A second, smaller line below the text."""
+    """Smaller text below, a line or several."""
     value: float | None = None
     """The sort key, NaN last; None: sort by the text."""
     optimizer: str = ""
     """The optimizer whose line (colour, dashes) is drawn beside the text."""
     best: bool = False
-    """Whether the value is the smallest of a column that marks it."""
+    """Whether the value is the smallest of a column that marks it, by more than the seeds differ."""
+    spread: tuple[float, float] | None = None
+    """Smallest and largest value over several seeds."""
+    compared: bool = True
+    """Whether the value may be marked as the best of its column, and be what others are compared with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +54,30 @@ class Column:
 
     @classmethod
     def metric(cls, name: str, title: str = "", *, best: bool = False) -> "Column":
-        """Show a number, with its change in percent below it where the table has a column `NAME_change`."""
+        """Show a number; below it its change in percent and its range, where the table has them.
+
+        They are the columns `NAME_change`, `NAME_low` and `NAME_high`. Numbers are compared, unless the row has
+        `compared` = False.
+        """
 
         def cell(row: "pd.Series[Any]") -> Cell:
+            spread = _spread(row, name)
             change = formatting.change(row.get(f"{name}_change", math.nan))
-            return Cell(formatting.number(row[name]), change, float(row[name]))
+            small = "\n".join(filter(None, (change, _range(spread, formatting.number))))
+            compared = bool(row.get("compared", True))
+            return Cell(formatting.number(row[name]), small, float(row[name]), spread=spread, compared=compared)
 
         return cls(title or name.upper(), cell, best)
 
     @classmethod
     def share(cls, name: str, title: str) -> "Column":
-        """Show a share in [0, 1] in percent."""
-        return cls(title, lambda row: Cell(formatting.percentage(row[name]), value=float(row[name])))
+        """Show a share in [0, 1] in percent; below it its range, where the table has one."""
+
+        def cell(row: "pd.Series[Any]") -> Cell:
+            spread = _spread(row, name)
+            return Cell(formatting.percentage(row[name]), _range(spread, formatting.percentage), float(row[name]))
+
+        return cls(title, cell)
 
     @classmethod
     def count(cls, name: str, title: str = "") -> "Column":
@@ -91,8 +107,38 @@ class View:
         """Return the cells, row by row."""
         table = [[column.cell(row) for column in self.columns] for _, row in self.frame.iterrows()]
         for i, column in enumerate(self.columns):
-            numbers = [v for row in table if (v := row[i].value) is not None and not math.isnan(v)]
-            if column.best and len(numbers) > 1:
+            if column.best:
+                cells = [row[i] for row in table if row[i].compared and not formatting.is_missing(row[i].value)]
+                best = _smallest(cells)
                 for row in table:
-                    row[i] = dataclasses.replace(row[i], best=row[i].value == min(numbers))
+                    row[i] = dataclasses.replace(row[i], best=any(row[i] is cell for cell in best))
         return table
+
+
+def _smallest(cells: Sequence[Cell]) -> list[Cell]:
+    """Return the cells with the smallest value, none if the seeds of another one overlap theirs."""
+    if len(cells) < 2:
+        return []
+    best = min(cells, key=lambda cell: cell.value or 0.0)
+    same = [cell for cell in cells if cell.value == best.value]
+    if len(same) > 1 and any(cell.spread for cell in same):
+        return []
+    others = [cell for cell in cells if cell.value != best.value]
+    return same if all(_ends(best)[1] < _ends(cell)[0] for cell in others) else []
+
+
+def _ends(cell: Cell) -> tuple[float, float]:
+    """Return the range of a value; without several seeds, it is the value."""
+    return cell.spread or (cell.value or 0.0, cell.value or 0.0)
+
+
+def _spread(row: "pd.Series[Any]", name: str) -> tuple[float, float] | None:
+    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
+    return None if formatting.is_missing(low) or formatting.is_missing(high) else (float(low), float(high))
+
+
+def _range(spread: tuple[float, float] | None, written: Callable[[float], str]) -> str:
+    if spread is None:
+        return ""
+    low, high = map(written, spread)
+    return "" if low == high else f"{low} – {high}"
