@@ -136,7 +136,7 @@ class Snapshot:
         return struct.pack("<I", zlib.crc32(rest)) + rest
 
     @staticmethod
-    def from_bytes(content: bytes) -> "Snapshot":
+    def from_bytes(content: object) -> "Snapshot":
         """Return what `to_bytes` wrote, rounded as it says.
 
         Raises:
@@ -172,6 +172,19 @@ class Snapshot:
             classes, _symmetric(means, k), _symmetric(weight, k), product, singular_values, row_sum,
             tuple(three) if planar else (), at, rows, samples,
         )  # fmt: skip
+
+
+def samples_to_show(labels: Tensor) -> Tensor:
+    """Return the numbers of the samples that a snapshot shows, in order: 24 of each of the first three classes, `[m]`.
+
+    Args:
+        labels: of all samples, `[N]` in [0, K).
+
+    They are on the CPU, so that batches can be asked for theirs without a wait for a GPU.
+    """
+    labels = labels.cpu()
+    three = labels.bincount().nonzero().flatten()[:3]
+    return torch.cat([(labels == k).nonzero().flatten()[:MOST_SAMPLES] for k in three]).sort().values
 
 
 def in_plane(

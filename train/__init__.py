@@ -18,15 +18,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ncollapse.train.api import TrainResult, sweep, train
     from ncollapse.train.data.own import Data
-    from ncollapse.train.results.reader import iter_metrics, load_layers, load_metrics, load_runs
+    from ncollapse.train.results.reader import iter_metrics, load_geometry, load_layers, load_metrics, load_runs
 
 #: Name -> the module that it is loaded from on first use, so that `ncollapse --help` does not wait for pandas.
 _HOMES = {
     **dict.fromkeys(("TrainResult", "sweep", "train"), "api"),
     "Data": "data.own",
-    **dict.fromkeys(("iter_metrics", "load_layers", "load_metrics", "load_runs"), "results.reader"),
+    **dict.fromkeys(("iter_metrics", "load_geometry", "load_layers", "load_metrics", "load_runs"), "results.reader"),
 }
-__all__ = ["Data", "TrainResult", "iter_metrics", "load_layers", "load_metrics", "load_runs", "sweep", "train"]
+__all__ = [
+    "Data", "TrainResult", "iter_metrics", "load_geometry", "load_layers", "load_metrics", "load_runs", "sweep",
+    "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -120,6 +120,8 @@ def _inspect_database(connection: sqlite3.Connection, folder: Path) -> Iterator[
     for run in runs:
         yield Inspected(f"run {short(run.row['id'])}", run.problem)
     known = {run.row["id"] for run in runs}
+    for run_id, problem in _geometry_problems(connection):
+        yield Inspected(f"geometry of run {short(run_id)}", problem)
     with contextlib.suppress(sqlite3.DatabaseError):
         strange = {run for (run,) in connection.execute("SELECT DISTINCT run FROM metrics")} - known
         if strange:
@@ -194,6 +196,27 @@ def _evaluations(
     if epochs != due_epochs(config, last) or (row["status"] == "hopeless" and not epochs):
         return epochs, f"it is {row['status']}, but evaluations are missing"
     return epochs, "its numbers have changed since they were measured" if row["digest"] not in (None, digest) else ""
+
+
+def _geometry_problems(connection: sqlite3.Connection) -> Iterator[tuple[object, str]]:
+    """Yield the first thing that is wrong with the geometry of each run; its numbers do not depend on it."""
+    told: set[object] = set()
+    with contextlib.suppress(sqlite3.DatabaseError):  # which the check of all pages has told
+        for run, epoch, content in connection.execute("SELECT run, epoch, content FROM geometry"):
+            if run not in told and (problem := geometry_problem(content)):
+                told.add(run)
+                yield run, f"at epoch {short(epoch)}: {problem}"
+
+
+def geometry_problem(content: object) -> str:
+    """Return what is wrong with the bytes of a snapshot; empty where they are whole."""
+    from ncollapse.snapshot import Snapshot
+
+    try:
+        Snapshot.from_bytes(content)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def due_epochs(run: RunConfig, last: object) -> tuple[int, ...]:

@@ -84,6 +84,11 @@ class _Source:
         found = self.db.execute(f"SELECT {counts} FROM metrics WHERE run = ?", (run,)).fetchone()
         return {name for name, count in zip(self.own, found, strict=True) if count}
 
+    def shown(self, run: str) -> int:
+        """Return at how many epochs the geometry of a run was kept."""
+        count: int = self.db.execute("SELECT count(*) FROM geometry WHERE run = ?", (run,)).fetchone()[0]
+        return count
+
     def whole(self, stack: int) -> bool:
         """Return whether all runs of a stack are taken from here, so that it can go on."""
         return self._members.get(stack, set()) <= self.mine
@@ -200,8 +205,8 @@ def _divide(sources: Sequence[_Source], keep_first: bool) -> int:
             if what := _difference(run, ended[0], other):
                 differences.append(what)
                 break
-        if ended:  # the first of those with most metrics of the user's
-            best = ended[0] if keep_first else max(ended, key=lambda source: len(source.measured(run)))
+        if ended:  # the first of those with most metrics of the user's, and most of its geometry
+            best = ended[0] if keep_first else max(ended, key=lambda of: (len(of.measured(run)), of.shown(run)))
         else:
             best = max(having, key=lambda source: source.checkpoints.get(source.runs[run]["stack"], -1))
         best.mine.add(run)
@@ -307,7 +312,7 @@ def _copy_run(
         new = None  # it is planned anew
     values = {**row, "position": position, "status": row["status"] if ended else "pending", "stack": new}
     _insert(db, "runs", {**values, "session": sessions.get(row["session"]) if ended else None})
-    for table, names in _keys(source.own).items():
+    for table, names in {**_keys(source.own), "geometry": ("epoch", "content")}.items():
         sql = f"SELECT {quoted(names)} FROM {table} WHERE run = ?" + ("" if ended else f" AND epoch <= {last}")
         places = ", ".join("?" * (len(names) + 1))
         rows = ((row["id"], *found) for found in source.db.execute(sql, (row["id"],)))

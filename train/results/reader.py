@@ -1,8 +1,9 @@
 """Read a results folder as DataFrames: finished or not, also while a sweep writes to it, and also of older versions."""
 
 import contextlib
+import json
 import sqlite3
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from ncollapse.train.results.validation import (
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from ncollapse.snapshot import Snapshot
 
 
 def load_runs(folder: Path | str) -> "pd.DataFrame":
@@ -106,6 +109,41 @@ def iter_layers(folder: Path | str) -> Iterator["pd.DataFrame"]:
     with open_results(folder) as connection:
         rows = connection.execute("SELECT * FROM layers ORDER BY run, epoch, position")
         yield from blocks(rows, columns.LAYER_COLUMNS, Path(folder))
+
+
+def load_geometry(folder: Path | str, runs: Iterable[str] | None = None) -> "dict[str, dict[int, Snapshot]]":
+    """Load the geometry of runs: id -> epoch -> `Snapshot`, in the order of the epochs.
+
+    It is kept at the start, at the evaluated epochs nearest to each quarter of all, and at a run's end, unless its
+    weights are not finite. Folders of versions that kept none have none. Errors as in `load_runs`.
+
+    Args:
+        runs: their ids; None: all. Those without geometry are left out.
+    """
+    with open_results(folder) as connection:
+        return read_geometry(connection, Path(folder), runs)
+
+
+def read_geometry(
+    connection: sqlite3.Connection, folder: Path, runs: Iterable[str] | None = None
+) -> "dict[str, dict[int, Snapshot]]":
+    """Read what `load_geometry` loads, by a connection of `open_results`."""
+    from ncollapse.snapshot import Snapshot
+
+    of_runs = "" if runs is None else "WHERE run IN (SELECT value FROM json_each(?))"
+    rows = connection.execute(
+        f"SELECT run, epoch, content FROM geometry {of_runs} ORDER BY run, epoch",
+        () if runs is None else (json.dumps(list(runs)),),
+    )
+    found: dict[str, dict[int, Snapshot]] = {}
+    for run, epoch, content in rows:
+        if not isinstance(run, str) or type(epoch) is not int:
+            raise damaged(folder / schema.FILE, "the geometry of a run is of no run or epoch")
+        try:
+            found.setdefault(run, {})[epoch] = Snapshot.from_bytes(content)
+        except ValueError as error:
+            raise damaged(folder / schema.FILE, f"the geometry of run {run} at epoch {epoch}: {error}") from None
+    return found
 
 
 def load_own_metrics(folder: Path | str) -> columns.OwnMetrics:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from ncollapse.train.config import RunConfig
+
 #: Metric name -> one value per run.
 Values = dict[str, list[float]]
 
@@ -26,6 +28,7 @@ class Evaluation:
         ended: run -> how it ended; such runs are not trained further.
         weights: run -> the bytes that `torch.save` writes for {"config": settings, "state_dict": final weights}, for
             the runs that ended; empty unless requested.
+        snapshots: run -> the bytes of its `Snapshot`, at the epochs of `shown_epochs` and at its end.
     """
 
     epoch: int
@@ -34,3 +37,14 @@ class Evaluation:
     layers: dict[str, Values]
     ended: dict[int, Ended]
     weights: dict[int, bytes]
+    snapshots: dict[int, bytes] = dataclasses.field(default_factory=dict)
+
+
+def shown_epochs(run: RunConfig) -> tuple[int, ...]:
+    """Return the epochs at which the geometry of a run is kept: the evaluated ones nearest to each quarter of all."""
+    every, epochs, shown = run.eval_every, run.epochs, set()
+    for quarter in range(5):
+        before = epochs * quarter // 4 // every * every
+        # Of two that are equally near the earlier one.
+        shown.add(min((before, min(before + every, epochs)), key=lambda epoch: abs(4 * epoch - epochs * quarter)))
+    return tuple(sorted(shown))

@@ -46,7 +46,7 @@ def reset_runs(database: Database, folder: Path, runs: Iterable[str], finished: 
             f"{folder}: {len(held)} of these runs are in stacks that are still to be trained; continue the sweep first"
         )
     with database.transaction():
-        for table in ("metrics", "layers"):
+        for table in schema.MEASURED:
             database.connection.executemany(f"DELETE FROM {table} WHERE run = ?", names)
         database.connection.executemany(
             "UPDATE runs SET status = 'pending', stack = NULL, session = NULL, seconds = NULL, "

@@ -19,6 +19,7 @@ from ncollapse.train.results.inspection import (
     checkpoint_problem,
     due_epochs,
     failure_problem,
+    geometry_problem,
     open_damaged,
     read_rows,
     read_runs,
@@ -177,6 +178,13 @@ def _copy_run(
         )
         places = ", ".join("?" * len(columns))
         target.executemany(f"INSERT OR IGNORE INTO {table} ({schema.quoted(columns)}) VALUES ({places})", rows)
+    where = "run = ? AND typeof(epoch) = 'integer' AND epoch BETWEEN 0 AND ?"
+    with contextlib.suppress(sqlite3.DatabaseError):  # of what cannot be read, a run has no pictures
+        for epoch, content in source.execute(
+            f"SELECT epoch, content FROM geometry WHERE {where}", (run.row["id"], last)
+        ):
+            if not geometry_problem(content):
+                _insert(target, "geometry", {"run": run.row["id"], "epoch": epoch, "content": content})
 
 
 def _insert(target: sqlite3.Connection, table: str, values: dict[str, Any]) -> None:

@@ -1,13 +1,14 @@
 """The format of a results folder's database, and how it grows.
 
 Tables: `runs`, one row per run of the grid with its settings and status; `metrics`, one row per run and evaluated
-epoch; `layers`, the same per block, of runs with `layers` = "all"; `stacks`, the runs that train as one program, with
-their progress; `sessions`, one row per start of a sweep with command, versions, commit and device; `meta`.
+epoch; `layers`, the same per block, of runs with `layers` = "all"; `geometry`, the bytes of a `Snapshot` per run and
+epoch of `shown_epochs`; `stacks`, the runs that train as one program, with their progress; `sessions`, one row per
+start of a sweep with command, versions, commit and device; `meta`.
 
-A column can be added in any version: it has a default or may be NULL. A database that lacks it is completed when a
-sweep opens it, and read as if it were there. `SCHEMA_VERSION` rises only for changes that this cannot express. The
-columns of settings are those of `runs` without a declared type. `metrics` also has a column for each metric of the
-user's that `meta` names (`own_metrics`).
+A column can be added in any version: it has a default or may be NULL; a table too, which `LATER` names. A database
+that lacks it is completed when a sweep opens it, and read as if it were there; the table is then empty.
+`SCHEMA_VERSION` rises only for changes that this cannot express. The columns of settings are those of `runs` without a
+declared type. `metrics` also has a column for each metric of the user's that `meta` names (`own_metrics`).
 """
 
 import sqlite3
@@ -88,10 +89,21 @@ TABLES: dict[str, dict[str, str]] = {
         "layer": "TEXT NOT NULL",
         **dict.fromkeys(LAYER_METRICS, "REAL"),
     },
+    "geometry": {**_RUN, "content": "BLOB NOT NULL"},
 }
+#: The tables that not every database of this format has.
+LATER = ("geometry",)
+#: The tables of what was measured of runs: their rows come and go with those of `metrics`.
+MEASURED = ("metrics", "layers", "geometry")
 #: Without it every stack that begins would read all runs.
 _INDEXES = {"runs_by_stack": "runs (stack)"}
-_KEYS = {"metrics": "PRIMARY KEY (run, epoch)", "layers": "PRIMARY KEY (run, epoch, position)"}
+_KEYS = {
+    "metrics": "PRIMARY KEY (run, epoch)",
+    "layers": "PRIMARY KEY (run, epoch, position)",
+    "geometry": "PRIMARY KEY (run, epoch)",
+}
+#: Their rows lie in the order of the key; one of more than a kilobyte would take a page more there.
+_IN_ORDER = ("metrics", "layers")
 
 
 def connect(folder: Path, *, create: bool) -> sqlite3.Connection:
@@ -131,12 +143,15 @@ def tables_with(own: Collection[str]) -> dict[str, dict[str, str]]:
 def create_tables(connection: sqlite3.Connection, own: Collection[str] = ()) -> None:
     """Create all tables of an empty database, with the columns of these metrics of the user's."""
     for table, columns in tables_with(own).items():
-        parts = [f"{quoted([name])} {declaration}" for name, declaration in columns.items()]
-        key = _KEYS.get(table)
-        rows = ", ".join([*parts, key] if key else parts)
-        connection.execute(f"CREATE TABLE {table} ({rows})" + (" WITHOUT ROWID" if key else ""))
+        _create_table(connection, table, columns)
     create_indexes(connection)
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _create_table(connection: sqlite3.Connection, table: str, columns: dict[str, str]) -> None:
+    parts = [f"{quoted([name])} {declaration}" for name, declaration in columns.items()]
+    rows = ", ".join([*parts, _KEYS[table]] if table in _KEYS else parts)
+    connection.execute(f"CREATE TABLE {table} ({rows})" + (" WITHOUT ROWID" if table in _IN_ORDER else ""))
 
 
 def create_indexes(connection: sqlite3.Connection) -> None:
@@ -166,15 +181,18 @@ def check_version(connection: sqlite3.Connection, folder: Path) -> None:
 
 
 def add_missing_columns(connection: sqlite3.Connection, own: Collection[str] = ()) -> None:
-    """Add the columns that a database lacks: settings with their default; metrics, also those in `own`, as NULL."""
+    """Add what a database lacks: tables; settings with their default; metrics, also those in `own`, as NULL."""
     tables = tables_with(own)
     for table, missing in _missing_columns(connection, tables):
+        if len(missing) == len(tables[table]):
+            _create_table(connection, table, tables[table])
+            continue
         for name in missing:
             connection.execute(f"ALTER TABLE {table} ADD COLUMN {quoted([name])} {tables[table][name]}")
 
 
 def show_missing_columns(connection: sqlite3.Connection, own: Collection[str] = ()) -> None:
-    """Let the connection's queries see the columns that `add_missing_columns` would add; the file stays as it is."""
+    """Let the connection's queries see what `add_missing_columns` would add; the file stays as it is."""
     tables = tables_with(own)
     for table, missing in _missing_columns(connection, tables):
         columns = [
@@ -182,16 +200,17 @@ def show_missing_columns(connection: sqlite3.Connection, own: Collection[str] = 
             for name, declaration in tables[table].items()
         ]
         # A temporary view hides the table of its name. It names the columns, since a sweep may add them meanwhile.
-        connection.execute(f"CREATE TEMP VIEW {table} AS SELECT {', '.join(columns)} FROM main.{table}")
+        rows = f"FROM main.{table}" if len(missing) < len(columns) else "WHERE false"
+        connection.execute(f"CREATE TEMP VIEW {table} AS SELECT {', '.join(columns)} {rows}")
 
 
 def _missing_columns(connection: sqlite3.Connection, tables: dict[str, dict[str, str]]) -> list[tuple[str, list[str]]]:
-    """Return pairs of a table and those of its columns that the database lacks."""
+    """Return pairs of a table and those of its columns that the database lacks: all of one in `LATER`."""
     found = []
     for table, columns in tables.items():
         stored = stored_columns(connection, table)
         missing = [name for name in columns if name not in stored]
-        if stored and missing:
+        if missing and (stored or table in LATER):
             found.append((table, missing))
     return found
 

@@ -49,9 +49,9 @@ def no_results(folder: Path) -> UserError:
 
 
 def check_tables(connection: sqlite3.Connection, folder: Path) -> None:
-    """Raise DamageError unless the database has all tables and no views or triggers, which could do anything."""
+    """Raise DamageError unless the database has all tables but `LATER`, and no views or triggers: they do anything."""
     rows = connection.execute("SELECT type, name FROM main.sqlite_master").fetchall()
-    missing = schema.TABLES.keys() - {name for kind, name in rows if kind == "table"}
+    missing = schema.TABLES.keys() - {*schema.LATER, *(name for kind, name in rows if kind == "table")}
     if missing:
         raise damaged(folder / schema.FILE, f"it has no table {', '.join(sorted(missing))}")
     if strange := [name for kind, name in rows if kind in ("view", "trigger")]:

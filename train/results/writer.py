@@ -289,7 +289,7 @@ class Store:
         start, now = max(kept, 0), _now()
 
         def change() -> None:
-            for table in ("metrics", "layers"):
+            for table in schema.MEASURED:
                 where = f"run IN (SELECT id FROM runs WHERE {unfinished}) AND epoch > ?"
                 self._db.execute(f"DELETE FROM {table} WHERE {where}", (stack.id, kept))
             self._db.execute(
@@ -323,12 +323,14 @@ class Store:
             for n, _, run in new
             for position, (layer, values) in enumerate(evaluation.layers.items())
         ]
+        geometry = [(run, epoch, shown) for _, i, run in new if (shown := evaluation.snapshots.get(i)) is not None]
         self._progress[stack.id] = epoch
         progress = self._take_progress()
 
         def change() -> None:
             self._insert("metrics", ("run", "epoch", *names), rows)
             self._insert("layers", ("run", "epoch", "position", "layer", *LAYER_METRICS), layers)
+            self._insert("geometry", ("run", "epoch", "content"), geometry)
             ends = [(end.status, end.diverged_epoch, end.seconds, self._digest(run), run) for run, end in ended.items()]
             self._update("runs", "status = ?, diverged_epoch = ?, seconds = ?, digest = ?", ends)
             progress()

@@ -1,12 +1,13 @@
 """All metrics of a stack of runs: one pass over the training data and one over the validation data."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from ncollapse.measurement import Measurement, to_numbers
+from ncollapse.snapshot import Snapshot, samples_to_show
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.dataset import Dataset
 from ncollapse.train.errors import OwnCodeError, UserError
@@ -25,7 +26,8 @@ _BATCH = {"cpu": 256, "cuda": 1024}
 def evaluate_stack(
     stack: Stack, data: Dataset, *, layers: bool = False, keep_bytes: int = 2**30, loss: Loss | None = None,
     metrics: MetricFunctions | None = None, of_runs: Mapping[int, RunConfig] | None = None, epoch: int = 0,
-) -> tuple[Values, dict[str, Values]]:  # fmt: skip
+    show: Callable[[Values], Iterable[int]] = lambda values: (),
+) -> tuple[Values, dict[str, Values], dict[int, bytes]]:  # fmt: skip
     """Measure losses, accuracies, and NC0–NC4 on the training data in evaluation mode.
 
     Args:
@@ -37,9 +39,11 @@ def evaluate_stack(
         of_runs: place in the stack -> the run, of those for which they are computed; they are NaN for the others, and
             for runs that have diverged.
         epoch: from which, with the seed of a run, random numbers are drawn in the user's metrics.
+        show: takes the metrics and returns the places in the stack of the runs whose geometry is to be kept.
 
     Returns:
-        The metrics of each run; and block -> metrics of its output, in the order of the blocks, empty without `layers`.
+        The metrics of each run; block -> metrics of its output, in the order of the blocks, empty without `layers`;
+        and place in the stack -> the bytes of its `Snapshot`, of those to show that are finite.
 
     Raises:
         UserError: a metric of the user's needs more than `keep_bytes`.
@@ -50,15 +54,21 @@ def evaluate_stack(
     metrics, of_runs = metrics or MetricFunctions(), of_runs or {}
     measurement = Measurement(stack.weight, keep_bytes=keep_bytes, nan_policy="propagate")
     kept = _Kept(metrics, len(data.train_y), keep_bytes)
+    to_show = samples_to_show(data.train_y)
+    shown: list[Tensor] = []
 
     def add_all() -> Tensor:
         """Add the training data to the measurement; return the loss of each sample, `[R, N]`."""
         parts, begin = [], 0
+        shown.clear()
         for samples, labels in data.evaluation_batches("train", size, device):
             outputs: dict[str, Tensor] | None = {} if layers else None
             features, logits = stack(samples, train=False, outputs=outputs)
             measurement.add(features, logits, labels, outputs)
             kept.add(begin, {"features": features, "logits": logits, "labels": labels})
+            here = to_show[(to_show >= begin) & (to_show < begin + len(labels))] - begin
+            if len(here):
+                shown.append(features[:, here.to(device)])
             begin += len(labels)
             parts.append(loss.of_runs(logits, labels))
         return torch.cat(parts, 1)
@@ -91,7 +101,13 @@ def evaluate_stack(
             raise
         for name, value in own.items():
             found[name][row] = value
-    return found, {name: to_numbers(blocks[name]) for name in stack.blocks if name in blocks}
+    snapshots: dict[int, bytes] = {}
+    if rows := list(show(found)):
+        of_all = Snapshot.of_runs(
+            stack.weight, measurement.stats, torch.cat(shown, 1), data.train_y[to_show.to(data.train_y.device)]
+        )
+        snapshots = {row: snapshot.to_bytes() for row in rows if (snapshot := of_all[row]) is not None}
+    return found, {name: to_numbers(blocks[name]) for name in stack.blocks if name in blocks}, snapshots
 
 
 class _Kept:

@@ -19,7 +19,7 @@ from ncollapse.train.networks.architecture import Architecture, build
 from ncollapse.train.networks.models import DOWNSAMPLING, MIN_SIZE, SIZE_MULTIPLE
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.plugins import Plugins
-from ncollapse.train.results.record import Ended, Evaluation, Values
+from ncollapse.train.results.record import Ended, Evaluation, Values, shown_epochs
 from ncollapse.train.training.checkpoints import OptimizerStates, read_state, serialised, write_state
 from ncollapse.train.training.evaluate import evaluate_stack
 from ncollapse.train.training.metric_functions import MetricFunctions
@@ -85,6 +85,7 @@ class Training:
         self._stacked = list(range(len(runs)))  # index of each run in the stack
         self._ended: set[int] = set()  # runs that have ended; some may still be in the stack
         self._seconds = [0.0] * len(runs)
+        self._shown = [frozenset(shown_epochs(run)) for run in runs]
         seeds = {run.seed for run in runs}
         self._generators = {seed: torch.Generator().manual_seed(seed) for seed in sorted(seeds)}
         architecture = Architecture.of(config, data)
@@ -205,21 +206,20 @@ class Training:
         live = [position for position, i in enumerate(self._stacked) if i not in self._ended]
         due = {i: position for position, i in enumerate(self._stacked) if i not in self._ended and self._due(i)}
         self._updates.eval(live)
+
+        def show(values: Values) -> list[int]:
+            return [p for i, p in due.items() if self.epoch in self._shown[i] or self._status(i, p, values)]
+
         with arithmetic(first.precision), self._seeded(1):
-            values, layers = evaluate_stack(  # waits for the device
+            values, layers, snapshots = evaluate_stack(  # waits for the device
                 self.stack, self.data, layers=first.layers == "all", loss=self._loss, metrics=self._metrics,
-                of_runs={position: self.runs[i] for i, position in due.items()}, epoch=self.epoch,
+                of_runs={position: self.runs[i] for i, position in due.items()}, epoch=self.epoch, show=show,
             )  # fmt: skip
         self._add_seconds(started)
         ended = {}
         for i, position in due.items():
-            loss, epochs = values["train_loss"][position], self.runs[i].epochs
-            diverged = not math.isfinite(loss)
-            hopeless = loss >= self._hopeless_loss and self._hopeless_after * epochs <= self.epoch < epochs
-            if diverged or hopeless or self.epoch == epochs:
-                degenerate = values["degenerate"][position]
-                status = "diverged" if diverged else "hopeless" if hopeless else "degenerate" if degenerate else "done"
-                ended[i] = Ended(status, self.epoch if diverged else None, self._seconds[i])
+            if status := self._status(i, position, values):
+                ended[i] = Ended(status, self.epoch if status == "diverged" else None, self._seconds[i])
         weights = {}
         for i in ended if self._keep_weights else ():
             state = self.stack.state_dict(due[i])
@@ -232,7 +232,19 @@ class Training:
             return {name: [of_run[position] for position in due.values()] for name, of_run in values.items()}
 
         of_layers = {name: of_rows(of_layer) for name, of_layer in layers.items()}
-        return Evaluation(self.epoch, tuple(due), of_rows(values), of_layers, ended, weights)
+        shown = {i: snapshots[position] for i, position in due.items() if position in snapshots}
+        return Evaluation(self.epoch, tuple(due), of_rows(values), of_layers, ended, weights, shown)
+
+    def _status(self, i: int, position: int, values: Values) -> str:
+        """Return with which status a run ends at an evaluation; empty where it goes on."""
+        loss, epochs = values["train_loss"][position], self.runs[i].epochs
+        if not math.isfinite(loss):
+            return "diverged"
+        if loss >= self._hopeless_loss and self._hopeless_after * epochs <= self.epoch < epochs:
+            return "hopeless"
+        if self.epoch < epochs:
+            return ""
+        return "degenerate" if values["degenerate"][position] else "done"
 
     def _shrink(self) -> None:
         """Remove the runs that have ended from the stack, if few enough still train."""
