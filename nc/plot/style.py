@@ -79,6 +79,11 @@ class Drawing:
                 self.runs[group] = list(runs[kept])
                 axes.plot(*drawn, linestyle="", gid=group, **look)
 
+    def labelled(self) -> "Figure":
+        """Return the figure with its caption as its label, for `get_label`."""
+        self.figure.set_label(self.caption)
+        return self.figure
+
     @property
     def note(self) -> str:
         """A sentence on the points that are not drawn, for the caption; empty where all are."""

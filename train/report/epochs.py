@@ -6,8 +6,10 @@ import pandas as pd
 
 from ncollapse.plot import style
 from ncollapse.plot.looks import about_lines, look_of
+from ncollapse.plot.over_epochs import PHASES, curves_measured, draw_curves, draw_phase
 from ncollapse.plot.style import GROUND
 from ncollapse.train.report.prediction import predicted_nc0
+from ncollapse.train.report.selection import Selection
 from ncollapse.train.results.columns import OwnMetrics
 
 #: Least distance between two labels at the ends of the lines, as a share of the axes' height.
@@ -114,3 +116,19 @@ def own_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame, own:
     about = "; ".join(name if own[name] in ("", name) else f"{name}: {own[name]}" for name in names)
     caption = f"Metrics of your own over epochs of the same runs: {about}.{more} {about_lines(best.optimizer)}"
     return style.Drawing(f"own-{slug}", caption, figure)
+
+
+def metrics_over_epochs(slug: str, runs: pd.DataFrame, histories: pd.DataFrame, selection: Selection) -> style.Drawing:
+    """Draw NC0–NC4, training loss and training error over epochs, of all these runs: `ncollapse.plot.curves`."""
+    names = curves_measured(histories)
+    chosen = {"threshold": selection.threshold, "best_by": selection.best_by}
+    return draw_curves(f"curves-{slug}", runs, histories, names, **chosen)
+
+
+def phase_portrait(
+    slug: str, runs: pd.DataFrame, histories: pd.DataFrame, selection: Selection | None = None
+) -> style.Drawing:
+    """Draw NC1 against NC0 and against NC3 over epochs, of all these runs: `ncollapse.plot.phase`."""
+    selection = selection or Selection()
+    chosen = {"threshold": selection.threshold, "best_by": selection.best_by}
+    return draw_phase(f"phase-{slug}", runs, histories, PHASES, **chosen)
