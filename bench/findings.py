@@ -1,0 +1,139 @@
+"""The paper's claims on recorded experiments: what `ncollapse findings` says of a sweep.
+
+python -m bench.findings findings        trains the preset `findings`: bench/results/findings-cpu.json
+python -m bench.findings paper-digits    trains the paper's 648 settings on digits: bench/results/paper-digits-cpu.json
+python -m bench.findings findings-gpu --device cuda --data-dir DIR --folder DIR --minutes 8
+                                         trains ResNet9 on Fashion-MNIST: bench/results/findings-gpu.json
+python -m bench.findings --table         prints the README's table from findings-cpu.json, trains nothing
+python -m bench.findings --tables        prints the tables of docs/findings.md from both CPU records
+
+`--folder DIR` keeps the results folder, and the same command goes on in it: bring its runs.sqlite home from a machine
+that is lent. The record is written after each share of the runs; those of findings-gpu come in an order in which each
+adds to a verdict, some five minutes of an H100 each.
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.record import RESULTS, Record, recording
+from ncollapse.train import load_runs
+from ncollapse.train.findings.registry import findings_of
+from ncollapse.train.report.queries import read_results
+from ncollapse.train.report.selection import Selection
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A sweep: where it is recorded, its arguments, and the shares of its runs as conditions, in order."""
+
+    record: str
+    arguments: tuple[str, ...]
+    shares: tuple[str, ...] = ("",)
+
+
+_PAPER_DIGITS = "paper --model cnn mlp --data digits --precision fp32 --pad 0 --eval-every 1"
+EXPERIMENTS = {
+    "findings": Experiment("findings-cpu.json", ("findings",)),
+    "paper-digits": Experiment("paper-digits-cpu.json", tuple(_PAPER_DIGITS.split())),
+    "findings-gpu": Experiment(
+        "findings-gpu.json",
+        ("findings-gpu", "--stack", "1", "--workers", "1"),
+        (
+            "seed=0 weight_decay=5e-3 eval_every=5 optimizer=adam,adamw coupling=0,1",
+            "seed=0 weight_decay=5e-3 eval_every=5 optimizer=sgd,sgdw",
+            "seed=0 weight_decay=5e-4 eval_every=5 optimizer=sgd,sgdw,adam,adamw",
+            "seed=0 weight_decay=5e-3 eval_every=5 coupling>0 coupling<1",
+            "seed=0 weight_decay<1e-2 eval_every=5 optimizer=signum,signumw",
+            "seed=0 weight_decay>1e-2",
+            "seed=0 eval_every=1",
+            "seed=1 weight_decay<1e-2",
+            "seed=2 weight_decay<1e-2",
+            "",
+        ),
+    ),
+}
+
+
+def parts(folder: Path) -> list[dict[str, Any]]:
+    """What `ncollapse findings` says of a results folder, part by part; of the runs behind a claim their number."""
+    found = []
+    for title, findings in findings_of(read_results(folder), Selection()):
+        rows = [{**one.as_dict(), "runs": len(one.runs), "verdict_text": one.verdict_text} for one in findings]
+        for row in rows:
+            row.pop("command")  # it names the folder
+        found.append({"title": title, "findings": rows})
+    return found
+
+
+def table(part: dict[str, Any]) -> str:
+    """The findings of a part as a table of Markdown."""
+    lines = ["| claim | measured | verdict |", "| --- | --- | --- |"]
+    for row in part["findings"]:
+        lines.append(f"| {row['number']}. {row['claim']} | {row['says'] or row['lacks']} | {row['verdict_text']} |")
+    return "\n".join(lines)
+
+
+def tables(experiment: str) -> str:
+    """All parts of a recorded experiment as tables of Markdown."""
+    record = json.loads((RESULTS / EXPERIMENTS[experiment].record).read_text())
+    return "\n\n".join(f"{part['title']}:\n\n{table(part)}" for part in record["parts"])
+
+
+def train(experiment: Experiment, folder: Path, options: argparse.Namespace) -> None:
+    """Train an experiment into a folder, share by share, and record after each what the folder shows."""
+    arguments = ["sweep", *experiment.arguments]
+    command = f"ncollapse {shlex.join(arguments)}"
+    record = Record(options.out / experiment.record, command, options.device, options.commit)
+    started = time.perf_counter()
+    arguments += ["--out", str(folder), "--device", options.device]
+    arguments += ["--data-dir", str(options.data_dir)] if options.data_dir else []
+    for share in experiment.shares:
+        left = options.minutes - (time.perf_counter() - started) / 60
+        if left <= 0:
+            break
+        limits = ["--minutes", f"{left:.2f}", *(["--where", share] if share else [])]
+        status = subprocess.run([sys.executable, "-m", "ncollapse.train", *arguments, *limits], check=False).returncode
+        if status not in (0, 4, 75):  # 4: some runs have diverged; 75: the time is over
+            raise SystemExit(status)
+        runs = load_runs(folder)
+        record.data |= {
+            "runs": len(runs),
+            "statuses": runs.status.value_counts().to_dict(),
+            "seconds_of_command": round(time.perf_counter() - started),
+            "seconds_of_all_runs": round(float(runs.seconds.sum())),
+            "parts": parts(folder),
+        }
+        record.save()
+
+
+def main() -> None:
+    parser = recording(__doc__)
+    parser.add_argument("experiments", nargs="*", help=f"what to train: {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--folder", type=Path, help="of the results; by default one that is deleted")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--data-dir", type=Path, help="where Fashion-MNIST is")
+    parser.add_argument("--minutes", type=float, default=1e6, help="for each experiment; it goes on when called again")
+    parser.add_argument("--table", action="store_true", help="print the README's table")
+    parser.add_argument("--tables", action="store_true", help="print the documentation's tables")
+    options = parser.parse_args()
+    if unknown := set(options.experiments) - EXPERIMENTS.keys():
+        parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}")
+    if options.table:
+        print(table(json.loads((RESULTS / EXPERIMENTS["findings"].record).read_text())["parts"][0]))
+    if options.tables:
+        print("\n\n".join(tables(name) for name in ("findings", "paper-digits")))
+    for name in options.experiments:
+        with tempfile.TemporaryDirectory() as temporary:
+            train(EXPERIMENTS[name], options.folder or Path(temporary), options)
+
+
+if __name__ == "__main__":
+    main()
