@@ -1,0 +1,124 @@
+// What is chosen, shared by all charts, and kept in the URL's hash.
+const page = {}; // filled by `start.js`: columns, byName, ids, looks, curves, offsets
+const chosen = { mark: null, list: [] };
+let state = {};
+
+function fresh() {
+  const metrics = [...page.byName.values()].filter((column) => column.role === "metric").map((column) => column.name);
+  const pick = (...names) => names.find((name) => metrics.includes(name)) ?? metrics[0] ?? "";
+  const x = pick("nc0");
+  const y = pick("nc3", "nc2", "nc1");
+  const metric = page.curves.metrics.includes(x) ? x : page.curves.metrics[0] ?? "";
+  return {
+    ranges: {}, without: {}, fit: false, region: null, x, y, metric, logs: {}, sort: [pick("nc0"), true], axes: null, first: 0,
+  };
+}
+
+// The hash may be of another page, or typed: what does not fit is dropped.
+function readHash() {
+  state = fresh();
+  let given;
+  try { given = JSON.parse(decodeURIComponent(location.hash.slice(1))); } catch { return; }
+  if (given === null || typeof given !== "object") return;
+  const known = (name) => typeof name === "string" && page.byName.has(name);
+  const numbers = (list, length) => Array.isArray(list) && list.every(Number.isFinite) && (!length || list.length === length);
+  for (const [name, range] of Object.entries(given.ranges ?? {})) if (known(name) && numbers(range, 2)) state.ranges[name] = range;
+  for (const name of ["optimizer", "status"]) {
+    if (Array.isArray(given.without?.[name])) state.without[name] = given.without[name].filter((key) => typeof key === "string");
+  }
+  const { region } = given;
+  if (region && [region.x, region.y].every(isNumeric) && numbers(region.xs) && numbers(region.ys, region.xs.length) && region.xs.length > 2) {
+    state.region = { x: region.x, y: region.y, xs: region.xs, ys: region.ys };
+  }
+  for (const key of ["x", "y"]) if (isNumeric(given[key])) state[key] = given[key];
+  if (page.curves.metrics.includes(given.metric)) state.metric = given.metric;
+  for (const [name, value] of Object.entries(given.logs ?? {})) if (known(name)) state.logs[name] = value === true;
+  if (Array.isArray(given.sort) && known(given.sort[0])) state.sort = [given.sort[0], given.sort[1] === true];
+  if (Array.isArray(given.axes)) state.axes = given.axes.filter(known);
+  if (Number.isInteger(given.first) && given.first >= 0) state.first = given.first;
+  state.fit = given.fit === true;
+}
+
+function writeHash() {
+  const usual = fresh();
+  const changed = Object.entries(state).filter(([key, value]) => JSON.stringify(value) !== JSON.stringify(usual[key]));
+  const hash = changed.length ? `#${encodeURIComponent(JSON.stringify(Object.fromEntries(changed)))}` : " ";
+  try { history.replaceState(null, "", hash.trim() || location.pathname + location.search); } catch { /* not allowed here */ }
+}
+
+const isNumeric = (name) => typeof name === "string" && page.byName.has(name) && !page.byName.get(name).words;
+const isLog = (name) => state.logs[name] ?? page.byName.get(name)?.log ?? false;
+
+// Whether a point lies in a polygon; both in the data's own units.
+function inside(x, y, xs, ys) {
+  let within = false;
+  for (let i = 0, j = xs.length - 1; i < xs.length; j = i++) {
+    if (ys[i] > y !== ys[j] > y && x < ((xs[j] - xs[i]) * (y - ys[i])) / (ys[j] - ys[i]) + xs[i]) within = !within;
+  }
+  return within;
+}
+
+// Mark the runs that pass all filters.
+function choose() {
+  const tests = Object.entries(state.ranges).map(([name, [low, high]]) => {
+    const { at } = page.byName.get(name);
+    return (i) => at[i] >= low && at[i] <= high;
+  });
+  for (const [name, keys] of Object.entries(state.without)) {
+    const { values, keys: all } = page.byName.get(name);
+    const out = new Set(keys.map((key) => all.indexOf(key)));
+    if (keys.length) tests.push((i) => !out.has(values[i]));
+  }
+  const accuracy = page.byName.get("train_accuracy")?.values;
+  const { values: status, keys } = page.byName.get("status");
+  if (state.fit) tests.push((i) => keys[status[i]] === "done" && accuracy && accuracy[i] >= Math.fround(page.threshold));
+  if (state.region) {
+    // A straight edge on the screen is straight in logarithms, if the axis was logarithmic.
+    const { x, y, xs, ys } = state.region;
+    const [place, other] = [isLog(x) ? log : Number, isLog(y) ? log : Number];
+    const [px, py, vx, vy] = [xs.map(place), ys.map(place), page.byName.get(x).values, page.byName.get(y).values];
+    tests.push((i) => inside(place(vx[i]), other(vy[i]), px, py));
+  }
+  chosen.list = [];
+  chosen.mark = new Uint8Array(page.ids.length);
+  for (let i = 0; i < page.ids.length; i++) {
+    if (tests.every((passes) => passes(i))) { chosen.mark[i] = 1; chosen.list.push(i); }
+  }
+}
+
+// A colour of the page; while it is printed, that on light ground.
+function colour(name) {
+  const { style } = page.printing ? document.styleSheets[0].cssRules[0] : { style: getComputedStyle(document.documentElement) };
+  return style.getPropertyValue(`--${name}`).trim();
+}
+
+const lookOf = (i) => page.looks[page.byName.get("optimizer").values[i]];
+
+// What a tooltip says of a run: its settings, its metrics, its name.
+function describe(i) {
+  const settings = page.columns.filter((column) => column.role === "setting");
+  const metrics = page.columns.filter((column) => column.role === "metric").slice(0, 12);
+  const text = (column) => `${column.label} ${column.text(i)}`;
+  const [optimizer, ...others] = settings;
+  const status = page.byName.get("status").text(i);
+  return `${optimizer.text(i)}  ${others.map(text).join("  ")}\n${metrics.map(text).join("\n")}\n${status === "done" ? "" : `${status}; `}run ${page.ids[i]}`;
+}
+
+function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+function drawn(tag, attributes, text) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+// `kept` of the list, evenly spaced.
+function thinned(list, kept) {
+  if (list.length <= kept) return list;
+  return Array.from({ length: kept }, (_, i) => list[Math.round((i * (list.length - 1)) / (kept - 1))]);
+}
