@@ -82,7 +82,7 @@ def test_no_two_public_classes_share_a_name() -> None:
 @pytest.mark.parametrize(
     ("library", "homes"),
     [
-        ("matplotlib", ["collapse_panels.py", "style.py"]),
+        ("matplotlib", ["style.py"]),
         ("ray", ["ray_cluster.py", "ray_connect.py"]),
         ("tensorboard", ["tensorboard.py"]),
     ],

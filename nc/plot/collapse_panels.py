@@ -1,100 +1,140 @@
-"""Pictures of a result: the geometry of class means and classifier. They need matplotlib."""
+"""Pictures of the geometry of class means and classifier, of a result or of the snapshots of a run."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from ncollapse.result import NCResult
+from ncollapse.plot import style
+from ncollapse.plot.three_classes import LEGEND, draw_plane, evenly, extent, labelled
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from torch import Tensor
 
-_COLOURS = ("tab:blue", "tab:orange", "tab:green")
+    from ncollapse.result import NCResult
+    from ncollapse.snapshot import Snapshot
+
+#: Rows of panels, at most: the start, mid-way and the end.
+_MOST = 3
+#: Attribute of a snapshot -> title of its panel.
+_MATRICES = {"means": "Class means", "weight": "Rows of W", "product": "W Mᵀ"}
+_COLOURS = "RdBu_r"
 
 
 def geometry(
-    result: NCResult, features: Tensor | None = None, labels: Tensor | None = None, weight: Tensor | None = None,
-    *, classes: tuple[int, int, int] | None = None,
-) -> "Figure":  # fmt: skip
+    of: "NCResult | Snapshot | Mapping[int, Snapshot]", features: "Tensor | None" = None,
+    labels: "Tensor | None" = None, weight: "Tensor | None" = None, *, classes: tuple[int, int, int] | None = None,
+) -> "style.Figure":  # fmt: skip
     """Draw how near class means and classifier are to a simplex.
 
-    Five panels: the cosines of the centred class means, those of the rows of W, and W Mᵀ, each K × K; the singular
-    values of W, in a colour that tells how far their direction is that of the row sum 1 (at collapse only the last,
-    which is 0); and three classes in the plane of their means, in which a simplex is an equilateral triangle.
+    A row of five panels for each moment: the cosines of the centred class means, those of the rows of W, and W Mᵀ over
+    its largest absolute entry, each K × K; the singular values of W, the darker the more their direction is that of the
+    row sum 1 (at collapse only the last, which is 0); and three classes in the plane of their means, as `simplex` draws
+    them. Below a matrix stand mean and standard deviation off its diagonal: −1/(K − 1) and 0 for a simplex.
 
     Args:
-        result: of `measure`.
-        features, labels: `[N, d]` and `[N]` of the head's input, for the last panel; else it has the means alone.
-        weight: W `[K, d]`, whose rows the last panel then has too, scaled to the means.
-        classes: the three of the last panel; by default the first three with samples. With fewer it is left empty.
+        of: of `measure`; or a snapshot; or epoch → snapshot, as `ncollapse.train.load_geometry(folder)[run]` returns
+            them, of which the first, the middle and the last are drawn.
+        features, labels: of a result, `[N, d]` and `[N]` of the head's input, for the last panel; else it has the means
+            alone.
+        weight: of a result, W `[K, d]`, whose rows the last panel then has too.
+        classes: of a result, the three of the last panel; by default the first three with samples. With fewer it is
+            left empty.
 
     Returns:
         A matplotlib figure, which belongs to no window: `figure.savefig("geometry.png")`.
 
     Raises:
-        ValueError: a result without matrices, a class without samples, shapes that do not match.
+        ValueError: a result without matrices, a class without samples, shapes that do not match, no snapshots.
         ModuleNotFoundError: no matplotlib.
-    """
-    from matplotlib.figure import Figure
 
-    if not result.matrices:
-        raise ValueError("plot.geometry: the result has no matrices; `measure` keeps them")
-    figure = Figure(figsize=(15, 3.4), layout="constrained")
-    axes = figure.subplots(1, 5)
-    for panel, (name, title) in zip(
-        axes, (("means", "cosines of class means"), ("weight", "cosines of W"), ("product", "W Mᵀ")), strict=False
-    ):
-        matrix = result.matrices[name]
-        most = 1.0 if name != "product" else float(matrix.nan_to_num(0.0).abs().max()) or 1.0
-        image = panel.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-most, vmax=most)
-        panel.set(title=title, xlabel="class", ylabel="class")
-        figure.colorbar(image, ax=panel, shrink=0.7)
-    _spectrum(figure, axes[3], result)
-    _triangle(axes[4], result, features, labels, weight, classes)
+    Example:
+        >>> geometry(measure(model, loader, head="fc")).savefig("geometry.png")
+    """
+    from ncollapse.plot.result_snapshot import snapshot_of
+    from ncollapse.snapshot import Snapshot
+
+    if isinstance(of, Snapshot | Mapping):
+        if any(option is not None for option in (features, labels, weight, classes)):
+            raise ValueError("plot.geometry: features, labels, weight and classes are for a result of `measure`")
+        moments = evenly(labelled(of), _MOST)
+    else:
+        moments = [("", snapshot_of(of, features, labels, weight, classes))]
+    if not moments:
+        raise ValueError("plot.geometry: no snapshots")
+    with style.styled():
+        return _panels(moments)
+
+
+def _panels(moments: "list[tuple[str, Snapshot]]") -> "style.Figure":
+    left, right, bottom, top = (0.62 if moments[0][0] else 0.3), 0.06, 0.7, 0.3
+    side, gap, below = 1.42, 0.3, 0.42
+    rows = len(moments)
+    size = (left + right + 5 * side + 4 * gap, top + bottom + rows * side + (rows - 1) * below)
+    figure, grid = style.panels(rows, 5, size, margins=(left, right, bottom, top), gaps=(gap, below))
+    planes = [snapshot for _, snapshot in moments if snapshot.three]
+    half = extent(planes) if planes else 0.0
+    for axes, (label, snapshot) in zip(grid, moments, strict=True):
+        for panel, name in zip(axes, _MATRICES, strict=False):
+            draw_matrix(panel, getattr(snapshot, name))
+        draw_spectrum(axes[3], snapshot)
+        if snapshot.three:
+            draw_plane(axes[4], snapshot, half)
+        else:
+            axes[4].set_axis_off()
+        axes[0].set_ylabel(label, fontweight="bold", labelpad=4)
+    for panel, title in zip(grid[0], (*_MATRICES.values(), "Singular values", "Three classes"), strict=True):
+        if panel.axison:
+            panel.set_title(title)
+    colour_bar(figure, (left, 0.26), 3 * side + 2 * gap)
+    if planes:
+        at = (left + 4 * (side + gap)) / size[0], 0.12 / size[1]
+        figure.text(*at, LEGEND.replace("   →", "\n→"), color=style.QUIET, fontsize=8)
+    note = "filled: direction of 1\nhollow: orthogonal to 1"
+    figure.text((left + 3 * (side + gap)) / size[0], 0.12 / size[1], note, color=style.QUIET, fontsize=8)
     return figure
 
 
-def _spectrum(figure: "Figure", panel: "Axes", result: NCResult) -> None:
-    values, share = (result.matrices[name].numpy() for name in ("singular_values", "row_sum"))
-    points = panel.scatter(range(1, len(values) + 1), values, c=share, cmap="viridis", vmin=0, vmax=1)
-    panel.set(title="singular values of W", xlabel="index", ylabel="σ", ylim=(0, None))
-    figure.colorbar(points, ax=panel, shrink=0.7, label="|cos(u, 1)|")
+def draw_matrix(panel: "style.Axes", matrix: "np.ndarray[Any, np.dtype[np.float64]]") -> None:
+    """Draw a matrix `[k, k]` with entries in [−1, 1]; those that are NaN are left empty."""
+    k = len(matrix)
+    # "none" keeps one pixel an entry in SVG, with hard edges at any size.
+    panel.imshow(np.ma.masked_invalid(matrix), cmap=_COLOURS, vmin=-1, vmax=1, interpolation="none", aspect="equal")
+    panel.grid(False)
+    places = sorted({0, (k - 1) // 2, k - 1})
+    panel.set(xticks=places, yticks=places)
+    panel.tick_params(length=0, labelsize=8, pad=2)
+    for spine in panel.spines.values():
+        spine.set(visible=True, color=style.GRID)
+    beside = matrix[~np.eye(k, dtype=bool)]
+    beside = beside[np.isfinite(beside)]
+    text = f"off diag. {beside.mean():.2f} ± {beside.std():.2f}".replace("-", "−") if beside.size else "undefined"
+    panel.set_xlabel(text, fontsize=8, labelpad=1.5, color=style.QUIET)
 
 
-def _triangle(
-    panel: "Axes", result: NCResult, features: Tensor | None, labels: Tensor | None, weight: Tensor | None,
-    classes: tuple[int, int, int] | None,
-) -> None:  # fmt: skip
-    """Project onto the plane of three class means, with their centre as the origin."""
-    means = result.means
-    present = (~means.isnan().any(-1)).nonzero().flatten().tolist()
-    chosen = list(classes) if classes is not None else present[:3]
-    if missing := [k for k in chosen if k not in present]:
-        raise ValueError(f"plot.geometry: no samples of class {', '.join(map(str, missing))}")
-    if (features is None) != (labels is None) or (features is not None and features.shape[-1] != means.shape[-1]):
-        raise ValueError(f"plot.geometry: features [N, {means.shape[-1]}] need labels [N], and labels features")
-    if weight is not None and weight.shape != means.shape:
-        raise ValueError(f"plot.geometry: weight must be {tuple(means.shape)}; got {tuple(weight.shape)}")
-    if len(set(chosen)) < 3:
-        panel.set_axis_off()
-        return
-    three = means[chosen]
-    centre = three.mean(0)
-    # The two directions of the plane; the third singular value is rounding error, since the rows sum to zero.
-    plane = torch.linalg.svd(three - centre, full_matrices=False).Vh[:2]
-    corners = (three - centre) @ plane.mT
-    drawn: dict[str, Any] = {"edgecolors": "black", "zorder": 3}
-    for k, colour, corner in zip(chosen, _COLOURS, corners, strict=True):
-        if features is not None and labels is not None:
-            samples = (features[labels == k].detach().cpu().double() - centre) @ plane.mT
-            panel.scatter(samples[:, 0].numpy(), samples[:, 1].numpy(), s=4, color=colour, alpha=0.4, linewidths=0)
-        panel.scatter(float(corner[0]), float(corner[1]), s=60, color=colour, label=f"class {k}", **drawn)
-    if weight is not None:
-        rows = weight[chosen].detach().cpu().double() @ plane.mT
-        rows = rows * (corners.norm() / rows.norm())
-        for row, colour in zip(rows.numpy(), _COLOURS, strict=True):
-            panel.annotate("", row, (0, 0), arrowprops={"arrowstyle": "->", "color": colour})
-    panel.set(title="three classes", aspect="equal")
-    panel.legend(fontsize="small")
+def draw_spectrum(panel: "style.Axes", snapshot: "Snapshot") -> None:
+    """Draw singular values, filled by the squared cosine of their direction with 1."""
+    values, share = snapshot.singular_values, np.nan_to_num(snapshot.row_sum).clip(0, 1) ** 2
+    index = np.arange(1, len(values) + 1)
+    panel.scatter(index, values, s=22, facecolors=style.GROUND, edgecolors="none", zorder=2)
+    panel.scatter(index, values, s=22, color=style.INK, alpha=share, linewidths=0, zorder=3)
+    panel.scatter(index, values, s=22, facecolors="none", edgecolors=style.INK, linewidths=0.8, zorder=4)
+    largest = float(np.nanmax(values, initial=0.0)) or 1.0
+    panel.set(xlim=(0.2, len(values) + 0.8), ylim=(-0.06 * largest, 1.1 * largest), xlabel="index")
+    panel.set_xticks(sorted({1, (len(values) + 1) // 2, len(values)}))
+    panel.tick_params(length=0, labelsize=8, pad=2)
+    panel.xaxis.label.set(fontsize=8, color=style.QUIET)
+    panel.xaxis.labelpad = 1.5
+    panel.locator_params(axis="y", nbins=5)
+
+
+def colour_bar(figure: "style.Figure", at: tuple[float, float], length: float) -> None:
+    """Draw the colours of `draw_matrix`, from the place `at`; lengths are in inches."""
+    width, height = figure.get_size_inches()
+    bar = figure.add_axes((at[0] / width, at[1] / height, length / width, 0.08 / height))
+    bar.imshow(np.linspace(-1, 1, 256)[None], cmap=_COLOURS, aspect="auto", extent=(-1, 1, 0, 1))
+    bar.grid(False)
+    bar.set(yticks=[], xticks=[-1, -0.5, 0, 0.5, 1])
+    bar.tick_params(length=0, labelsize=8, pad=2)
+    for spine in bar.spines.values():
+        spine.set_visible(False)
