@@ -12,6 +12,12 @@ from ncollapse.train.results.columns import METRICS
 ENOUGH = 8
 #: Of the sign test.
 LEVEL = 0.05
+#: How `ratio_below_one` tests and decides, for the description of a claim.
+RULE = (
+    "median ratio {ratio} over settings (of each, the median of its seeds), 95 % interval by bootstrap over settings "
+    "and seeds, exact sign test over settings. Holds: below 1 in more than half of the settings with p < 0.05, and the "
+    f"interval below 1; fails: the opposite, or neither with {ENOUGH} settings."
+)
 
 
 def pairs_of(runs: pd.DataFrame, setting: str, low: float, high: float) -> pd.DataFrame:

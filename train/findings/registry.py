@@ -7,13 +7,26 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from ncollapse.train.findings.claim import Evidence, Finding
+from ncollapse.train.findings.coupled_pairs import coupled_collapse_further
 from ncollapse.train.findings.evidence import evidence_of
+from ncollapse.train.findings.interpolation import smooth_interpolation
+from ncollapse.train.findings.larger_decay import larger_decay_does_not_help
+from ncollapse.train.findings.momentum_pairs import more_momentum
+from ncollapse.train.findings.recursion import exact_recursion
+from ncollapse.train.findings.row_sums import row_sum_by_decay
 from ncollapse.train.report.queries import Results
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.report.view import Column, View
 
 #: Number of a claim -> its test on the runs of one model, data set and loss.
-CLAIMS: dict[int, Callable[[Evidence], Finding]] = {}
+CLAIMS: dict[int, Callable[[Evidence], Finding]] = {
+    1: exact_recursion,
+    2: row_sum_by_decay,
+    3: coupled_collapse_further,
+    4: larger_decay_does_not_help,
+    5: smooth_interpolation,
+    6: more_momentum,
+}
 #: The title of the finding that needs no runs.
 THEORY = "Theory"
 
