@@ -1,0 +1,91 @@
+"""Claim 8: partial collapse, NC1 and NC2 without NC3."""
+
+import pandas as pd
+
+from ncollapse.formatting import number
+from ncollapse.plot.looks import look_of, ordered
+from ncollapse.plot.settings import alike
+from ncollapse.train.findings.claim import Comparison, Evidence, Finding, Verdict
+from ncollapse.train.findings.lacking import between, lack
+from ncollapse.train.findings.pairs import ENOUGH
+from ncollapse.train.findings.statistics import share_of
+
+_BEST, _WORSE = 0.25, 0.5
+_CLAIM = "Collapse can be partial: NC1 and NC2 are among the best while NC0 grows and NC3 fails."
+_TESTED = (
+    "Of the settings that fit the training data, medians over seeds: those with NC1 and NC2 both in the best quarter, "
+    "NC0 above its start and NC3 in the worse half. Holds where there is one; fails where there is none among "
+    f"{ENOUGH} settings whose NC0 grew."
+)
+
+
+def partial_collapse_claim(evidence: Evidence) -> Finding:
+    """Look for settings whose features collapse while NC0 grows and the classifier does not align."""
+    fit = evidence.fit.assign(setting=alike(evidence.fit, ["seed"]))
+    settings = _medians(fit)
+    grew = settings[settings.nc0 > settings.nc0_start]
+    bounds = {"nc1": settings.nc1.quantile(_BEST), "nc2": settings.nc2.quantile(_BEST)}
+    worse = settings.nc3.median()
+    partial = grew[(grew.nc1 <= bounds["nc1"]) & (grew.nc2 <= bounds["nc2"]) & (grew.nc3 > worse)]
+    verdict: Verdict = "not enough"
+    if len(settings) >= ENOUGH:
+        verdict = "holds" if len(partial) else "fails" if len(grew) >= ENOUGH else "not enough"
+    share = share_of(len(partial), len(grew))
+    more = {
+        "settings": float(len(settings)), "NC1 of the best quarter": bounds["nc1"],
+        "NC2 of the best quarter": bounds["nc2"], "NC3 of the better half": worse,
+    }  # fmt: skip
+    part = Comparison(
+        "partial collapse among settings whose NC0 grew", "share", share.value, verdict, len(grew), "settings",
+        share.low, share.high, more,
+    )  # fmt: skip
+    lacks, command = "", ""
+    if verdict == "not enough":
+        lacks, command = _lacks(evidence, len(settings), len(grew))
+    shown = partial if len(partial) else grew
+    ids = tuple(fit.id[fit.setting.isin(shown.index)].astype(str))
+    return Finding(
+        8, _CLAIM, _TESTED, _says(settings, grew, partial, bounds, worse), (part,), ids, lacks, command,
+    )  # fmt: skip
+
+
+def _medians(fit: pd.DataFrame) -> pd.DataFrame:
+    """Return the medians over seeds, a row per setting, of those where NC0–NC3 are known."""
+    metrics = ["nc0", "nc0_start", "nc1", "nc2", "nc3"]
+    groups = fit.dropna(subset=metrics).groupby("setting")
+    return groups[metrics].median().assign(optimizer=groups.optimizer.first())
+
+
+def _lacks(evidence: Evidence, settings: int, grew: int) -> tuple[str, str]:
+    if settings < ENOUGH:
+        what = f"{settings} settings that fit the training data, of {ENOUGH}"
+        return lack(evidence, what, "", {"lr": between(evidence.runs.lr), "weight_decay": [5e-4, 5e-3]})
+    what = f"NC0 grew in {grew} settings that fit the training data, of {ENOUGH}"
+    decoupled = [name for name in ("adamw", "signumw") if (evidence.runs.optimizer == name).any()]
+    if decoupled:
+        return lack(evidence, what, f"optimizer={decoupled[0]}", {"weight_decay": [5e-4, 5e-3, 5e-2]})
+    if (evidence.runs.optimizer == "adam").any():
+        return lack(evidence, what, "optimizer=adam", {"optimizer": ["adamw"]})
+    return lack(evidence, what, "", {"optimizer": ["adamw"], "lr": [1e-3, 3e-3]})
+
+
+def _says(
+    settings: pd.DataFrame, grew: pd.DataFrame, partial: pd.DataFrame, bounds: dict[str, float], worse: float
+) -> str:
+    if partial.empty:
+        if settings.empty:
+            return "no run with NC0–NC3 fits the training data"
+        return f"none of {len(settings)} settings; NC0 grew in {len(grew)}"
+    counts = partial.optimizer.value_counts()
+    which = ", ".join(f"{_label(name)} {counts[name]}" for name in ordered(partial.optimizer))
+    best = partial.loc[partial.nc3.idxmax()]
+    return (
+        f"{len(partial)} of {len(settings)} settings ({which}); the clearest: {_label(best.optimizer)}, "
+        f"NC1 {number(best.nc1)} (quarter: {number(bounds['nc1'])}), NC2 {number(best.nc2)} "
+        f"({number(bounds['nc2'])}), NC3 {number(best.nc3)} (half: {number(worse)}), "
+        f"NC0 × {number(best.nc0 / best.nc0_start)}"
+    )
+
+
+def _label(optimizer: str) -> str:
+    return look_of(optimizer).label
