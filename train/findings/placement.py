@@ -14,14 +14,14 @@ from ncollapse.train.findings.pairs import ENOUGH, pairs_of
 from ncollapse.train.findings.statistics import interval, median_of, resampled_medians
 
 _METRICS = ("nc0", "nc2", "nc3")
-#: Effects below this are the rounding of float32: SGD without momentum is the same update in both forms.
+#: Effects below this are the rounding of float32.
 _LEAST = 1e-6
 #: Learning rates for a family that a folder lacks.
 _USUAL_LR = {"sgd": 0.1, "adam": 1e-3}
 _CLAIM = "SGD hardly cares where the decay stands, Adam does."
 _TESTED = (
-    "Pairs that differ in the coupling only, at decays that SGD and Adam share, if any: the effect on a metric is "
-    "|ln(coupled/decoupled)|. "
+    "Pairs that differ in the coupling only, with momentum (without, SGD and SGDW are one update), at decays that SGD "
+    "and Adam share, if any: the effect on a metric is |ln(coupled/decoupled)|. "
     "The number is Adam's median effect divided by SGD's. Holds where its interval is above 1; fails where it is below "
     f"1, or includes 1 with {ENOUGH} settings of each."
 )
@@ -30,7 +30,7 @@ _TESTED = (
 def decay_placement(evidence: Evidence) -> Finding:
     """Compare the effect of the coupling on Adam with that on SGD, over pairs of runs that fit the training data."""
     pairs = pairs_of(evidence.fit, "coupling", 0.0, 1.0)
-    pairs = pairs[pairs.family.isin(["sgd", "adam"])]
+    pairs = pairs[pairs.family.isin(["sgd", "adam"]) & (pairs.momentum > 0)]
     shared = set.intersection(*(set(pairs.weight_decay[pairs.family == family]) for family in ("sgd", "adam")))
     pairs = pairs[pairs.weight_decay.isin(shared)] if shared else pairs
     matched = _at_equal_pull(evidence.fit)
@@ -98,11 +98,10 @@ def _says(parts: tuple[Comparison, ...]) -> str:
     known = [(metric.upper(), part) for metric, part in zip(_METRICS, parts, strict=True) if not math.isnan(part.value)]
     if not known:
         return "no pairs of both SGD and Adam"
+    ratios = ", ".join(f"{metric} {part.text}" for metric, part in known)
     name, last = known[-1]
-    return (
-        f"Adam's effect over SGD's: {', '.join(f'{metric} {part.text}' for metric, part in known)}; {name} changes by a "
-        f"factor of {number(last.more['Adam: factor'])} against {number(last.more['SGD: factor'])}"
-    )
+    factors = " against ".join(number(last.more[f"{label}: factor"]) for label in ("Adam", "SGD"))
+    return f"Adam's effect over SGD's: {ratios}; {name} changes by a factor of {factors}"
 
 
 def _lacks(evidence: Evidence, pairs: pd.DataFrame, parts: tuple[Comparison, ...]) -> tuple[str, str]:
