@@ -29,7 +29,7 @@ from ncollapse.train.config import RunConfig
 from ncollapse.train.grid import Grid
 from ncollapse.train.report.best import best_runs
 from ncollapse.train.report.epochs import nc0_over_epochs
-from ncollapse.train.report.heat_map import cells, heat_maps
+from ncollapse.train.report.final_cells import cells, heat_maps
 from ncollapse.train.report.page.inline_svg import inline
 from ncollapse.train.report.page.write import parts_of, write_report
 from ncollapse.train.report.prediction import predicted_nc0

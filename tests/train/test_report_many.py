@@ -10,11 +10,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from ncollapse.plot import style
+from ncollapse.plot import heat_cells, style
 from ncollapse.train.config import RunConfig
 from ncollapse.train.grid import Grid
-from ncollapse.train.report import coupling, heat_map, momentum
-from ncollapse.train.report.heat_map import binned, cells
+from ncollapse.train.report import coupling, momentum
+from ncollapse.train.report.final_cells import binned, cells
 from ncollapse.train.report.page.write import write_report
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.results.columns import METRICS
@@ -54,7 +54,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_values_that_are_too_many_share_rows(searched: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = load_runs(searched)
-    monkeypatch.setattr(heat_map, "_MOST_VALUES", 10)
+    monkeypatch.setattr(heat_cells, "_MOST_VALUES", 10)
     shown, note = binned(runs, "lr")
     assert "up to 5 neighbouring ones share a row or a column" in note
     for _, group in shown.groupby("optimizer"):
@@ -108,7 +108,7 @@ def test_the_page_says_what_is_binned_and_describes_only_the_runs_that_it_shows(
     searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few: list[tuple[Any, str, int]] = [
-        (heat_map, "_MOST_VALUES", 10), (style, "_MOST_POINTS", 100), (style, "_FIELDS", 5),
+        (heat_cells, "_MOST_VALUES", 10), (style, "_MOST_POINTS", 100), (style, "_FIELDS", 5),
         (momentum, "_MOST_LINES", 50), (momentum, "_MANY_LINES", 20), (coupling, "_MOST_LINES", 50),
         (coupling, "_MOST_SHARES", 5),
     ]  # fmt: skip

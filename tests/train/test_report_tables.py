@@ -12,7 +12,7 @@ import pytest
 from ncollapse.plot.settings import alike, described, varying
 from ncollapse.train.config import RunConfig
 from ncollapse.train.report.coupling import interpolations
-from ncollapse.train.report.heat_map import cells
+from ncollapse.train.report.final_cells import cells
 from ncollapse.train.report.inventory import what_was_run
 from ncollapse.train.report.momentum import at_equal_loss, momentum_steps
 from ncollapse.train.report.queries import Results, read_results
