@@ -32,7 +32,7 @@ Augment = Literal["none", "flip", "crop", "flip-crop"]
 Layers = Literal["head", "all"]
 #: Bounds far beyond any use: what a file says must not become a number that PyTorch or SQLite cannot hold.
 MOST = 2**31 - 1
-_MOST_DROPS, _MOST_EPOCHS, _MOST_WIDTH = 1_000, 1_000_000, 16_384
+_MOST_DROPS, _MOST_EPOCHS, _MOST_WIDTH, _MOST_PAD = 1_000, 1_000_000, 16_384, 1_024
 
 _LONGEST_NAME, _LONGEST_OPTIONS = 300, 2_000
 #: Names of the user's code: a file or module and a name within it, an .npz file, or a name given in Python.
@@ -168,6 +168,9 @@ class RunConfig:
     """Seed of the initial weights and the order of the samples."""
     limit: Count | None = None
     """Train on the first LIMIT samples only."""
+    pad: Annotated[int, Field(ge=0, le=_MOST_PAD)] = 0
+    """Pixels of black border added on every side of the images before they are standardised, by the mean and standard
+    deviation of the padded images: 2 makes 28 × 28 to 32 × 32."""
     precision: Precision = "fp32"
     """fp32; tf32: matrix products round their factors, on GPUs that have TF32; bf16: activations and matrix products in
     bfloat16; weights, their updates and the last layer in float32."""
@@ -209,8 +212,8 @@ class RunConfig:
 
     @property
     def data_key(self) -> str:
-        """The data set with its options: what loads it, and what runs must share to train together."""
-        return f"{self.data} {self.data_options}".rstrip()
+        """The data set with options and border: what loads it, and what runs must share to train together."""
+        return f"{self.data} {self.data_options}".rstrip() + (f" padded by {self.pad}" if self.pad else "")
 
     @functools.cached_property
     def versions(self) -> dict[str, str]:
@@ -299,10 +302,16 @@ def _explain(error: Any) -> str:
     return f"{key} = {short(error['input'])}: {message[0].lower()}{message[1:]}"
 
 
-def split_data_key(key: str) -> tuple[str, str]:
-    """Return the data set and its options of a `RunConfig.data_key`."""
-    name, brace, rest = key.partition(" {")
-    return name, brace.strip() + rest
+def split_data_key(key: str) -> tuple[str, str, int]:
+    """Return the data set, its options and its `pad` of a `RunConfig.data_key`."""
+    raw = unpadded(key)
+    name, brace, rest = raw.partition(" {")
+    return name, brace.strip() + rest, int(key[len(raw) :].rpartition(" ")[2] or 0)
+
+
+def unpadded(key: str) -> str:
+    """Return a `RunConfig.data_key` without its border: what is read, which is the same with each."""
+    return re.sub(r" padded by [0-9]+\Z", "", key)  # neither names nor options end so
 
 
 def short(value: object) -> str:

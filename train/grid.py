@@ -33,6 +33,10 @@ Model, data, optimizer and loss may be the user's own (`plugins.py`); their opti
     [optimizer_options."pytorch_optimizer:SOAP"]
     precondition_frequency = [1, 10]  # an axis of the runs with this optimizer
 
+The border of images may be a table of data sets, the others of which have none:
+
+    pad = {mnist = 2, fashion-mnist = 2}
+
 Nothing of a file is believed: its size and depth and the number of its runs are bounded, every table and key is known,
 every value has exactly the type of its setting, and the name can be that of a folder.
 """
@@ -50,6 +54,7 @@ from typing import Any
 
 from ncollapse.optimizer_table import OPTIMIZERS
 from ncollapse.train.config import (
+    DATA_SETS,
     GIVEN,
     NAMED,
     RunConfig,
@@ -207,7 +212,7 @@ def run_settings(source: str, given: dict[str, Any]) -> dict[str, Any]:
     settings = _plain(table)
     optimizer = {"optimizer": RunConfig().optimizer, **shared, **settings, **given}["optimizer"]
     of_optimizer = table.get(optimizer, {}) if isinstance(optimizer, str) else {}
-    return _with_options({**shared, **settings, **of_optimizer, **given})
+    return _with_border(_with_options({**shared, **settings, **of_optimizer, **given}))
 
 
 def _plain(table: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,6 +236,15 @@ def _with_options(settings: dict[str, Any]) -> dict[str, Any]:
             takes = isinstance(name, str) and takes_options(setting, name)
             settings = {**settings, key: ({**shared, **own} if takes or shared == options else own)}
     return settings
+
+
+def _with_border(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings of one run, whose `pad`, if it is a table of data sets, is that of its own."""
+    of_sets = settings.get("pad")
+    if not isinstance(of_sets, dict):
+        return settings
+    name = settings.get("data", RunConfig().data)
+    return {**settings, "pad": of_sets.get(name, 0) if isinstance(name, str) else 0}
 
 
 def _read(source: str) -> tuple[dict[str, Any], str]:
@@ -287,6 +301,10 @@ def _product(table: dict[str, Any], where: str, most: int, plugins: Plugins) -> 
     empty = [key for key, values in axes.items() if not values]
     if empty:
         raise UserError(f"{where}: {', '.join(empty)} has no values; give at least one or leave the key out")
+    if isinstance(borders := table.get("pad"), dict):
+        known = [*DATA_SETS, *(name for name in axes.get("data", ()) if isinstance(name, str))]
+        for name in borders.keys() - known:
+            raise UserError(f"{where}, pad: " + unknown("data set", name, known))
     names = {setting: axes.get(setting, [getattr(RunConfig(), setting)]) for setting in NAMED}
     texts_of = {key: _by_name(key, given, names[_OPTIONS[key]], f"{where}, [{key}]") for key, given in options.items()}
     runs: list[RunConfig] = []
@@ -295,7 +313,7 @@ def _product(table: dict[str, Any], where: str, most: int, plugins: Plugins) -> 
         raise UserError(f"{where}: the grid has more than {_MOST_RUNS:,} runs; divide it into several")
     losses = len(axes.get("loss", [None])) > 1
     for values in itertools.product(*axes.values()):
-        settings = dict(zip(axes, values, strict=True))
+        settings = _with_border(dict(zip(axes, values, strict=True)))
         if losses and settings["loss"] != "cross_entropy":
             settings.pop("label_smoothing", None)  # an axis of the cross-entropy alone
         chosen = {key: str(settings.get(_OPTIONS[key], names[_OPTIONS[key]][0])) for key in texts_of}

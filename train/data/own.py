@@ -5,11 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from ncollapse.train.data.arrays import samples_of
 from ncollapse.train.data.dataset import Dataset
 from ncollapse.train.data.labels import check_labels
 from ncollapse.train.errors import UserError
+from ncollapse.train.limits import available_memory
+
+#: Bytes per value of padded images: as bytes, in float32, and standardised.
+_BYTES = 9
 
 
 class Data:
@@ -49,13 +55,19 @@ class Data:
         if self.x.dtype != self.x_test.dtype:
             raise UserError(f"x has values of the type {self.x.dtype}, x_test of {self.x_test.dtype}; give both alike")
 
-    def dataset(self, device: torch.device, what: str) -> Dataset:
+    def dataset(self, device: torch.device, what: str, pad: int = 0) -> Dataset:
         """Return what the network takes, on a device.
 
+        Args:
+            pad: pixels of black border that images of bytes get on every side, before they are standardised. Mean and
+                standard deviation are those of the padded images, as in scripts with torchvision's `Pad`, `ToTensor`
+                and a `Normalize` of what these give. The fingerprint is that of the images without it.
+
         Raises:
-            UserError: bytes with a constant channel; the message begins with `what`.
+            UserError: bytes with a constant channel, a border for other samples than images of bytes, or one with which
+                they do not fit in memory; the message begins with `what`.
         """
-        train_x, val_x = self.x, self.x_test
+        train_x, val_x = (_padded(x, pad, what) if pad else x for x in (self.x, self.x_test))
         if train_x.dtype == torch.uint8:
             axes = (0, *range(2, train_x.dim())) if train_x.dim() > 2 else (0, 1)
             mean = train_x.double().mean(axes, keepdim=True)
@@ -79,3 +91,20 @@ class Data:
         if len(self.classes) > 1 + int(self.y.max()):  # the labels do not tell how many there are
             digest.update(str(len(self.classes)).encode())
         return digest.hexdigest()[:16]
+
+
+def _padded(x: Tensor, pad: int, what: str) -> Tensor:
+    """Return images with a black border."""
+    if x.dim() != 4 or x.dtype != torch.uint8:
+        hint = "; pad them yourself, with the value that black has in them" if x.dim() == 4 else ""
+        raise UserError(
+            f"{what}: pad = {pad} is a black border of images [C, H, W] of bytes; samples are {list(x.shape[1:])} of "
+            f"{x.dtype}{hint}"
+        )
+    samples, channels, height, width = x.shape
+    needed, free = samples * channels * (height + 2 * pad) * (width + 2 * pad) * _BYTES, available_memory()
+    if needed > free:
+        raise UserError(
+            f"{what}: {samples:,} images with pad = {pad} need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        )
+    return F.pad(x, (pad,) * 4)

@@ -75,7 +75,7 @@ def _corrupt(files: dict[Path, str]) -> str:
 
 def load(
     name: str, device: torch.device, *, data_dir: Path | None, download: bool, options: str = "",
-    plugins: Plugins | None = None, in_memory: bool = True,
+    plugins: Plugins | None = None, in_memory: bool = True, pad: int = 0,
 ) -> Dataset:  # fmt: skip
     """Load one of `DATA_SETS`, or data of the user's, onto a device.
 
@@ -85,6 +85,7 @@ def load(
         options: arguments of data of the user's, as JSON.
         plugins: the user's code.
         in_memory: False: stream data of the user's, see `Streamed`.
+        pad: of images in memory, see `Data.dataset`.
 
     Raises:
         UserError: data that is missing, corrupt or unreadable, images of different sizes or with a constant channel;
@@ -93,7 +94,14 @@ def load(
     """
     if is_own("data", name):
         found, what = find_own(name, options, plugins or Plugins(), in_memory=in_memory)
-        return found.to(device) if isinstance(found, Streamed) else found.dataset(device, what)
+        if not isinstance(found, Streamed):
+            return found.dataset(device, what, pad)
+        if pad:
+            raise UserError(
+                f"{what}: pad = {pad} needs data in memory; of streamed data the transform does it, as "
+                f"torchvision.transforms.Pad({pad})"
+            )
+        return found.to(device)
     if not in_memory:
         raise UserError(f"data set {name} is read into memory; in_memory = false goes with data of your own")
     folder = data_folder(data_dir)
@@ -107,7 +115,7 @@ def load(
         data = Data(*raw)
     except UserError as error:
         raise UserError(f"data set {name}: {error}") from None
-    return data.dataset(device, f"data set {name}")
+    return data.dataset(device, f"data set {name}", pad)
 
 
 #: Images, labels, those of the validation, and the names of the classes, as `Data` takes them.

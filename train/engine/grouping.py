@@ -19,7 +19,7 @@ class StackKey:
     """The settings that all runs of a stack have in common; they may differ in all others."""
 
     model: str
-    data: str  # with its options: `RunConfig.data_key`
+    data: str  # with its options and its border: `RunConfig.data_key`
     limit: int | None
     batch_size: int
     width: int | None = None

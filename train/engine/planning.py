@@ -56,8 +56,8 @@ def device_of(name: str | None, engine: str) -> torch.device:
 
 def load_keyed(key: str, device: torch.device, **options: Any) -> Dataset:
     """Load a data set by its `RunConfig.data_key`; see `data.sets.load`."""
-    name, own = split_data_key(key)
-    return load(name, device, options=own, **options)
+    name, own, pad = split_data_key(key)
+    return load(name, device, options=own, pad=pad, **options)
 
 
 def loader(grid: Grid, data_dir: Path | None, download: bool) -> Callable[[str, torch.device], Dataset]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from ncollapse.formatting import read_json
-from ncollapse.train.config import RunConfig
+from ncollapse.train.config import RunConfig, unpadded
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.engine.grouping import StackKey, group, make_stacks
 from ncollapse.train.engine.options import Options
@@ -21,12 +21,13 @@ from ncollapse.train.formatting import plain, rough_duration
 from ncollapse.train.grid import Grid
 from ncollapse.train.networks.architecture import Architecture, build, parts_of
 from ncollapse.train.results.columns import LAYER_METRICS, METRICS
+from ncollapse.train.results.record import shown_epochs
 from ncollapse.train.results.schema import FINISHED
 
 #: An evaluation takes about as long as this share of an epoch: a forward pass over all data instead of three.
 _EVALUATION = 1 / 3
-#: Bytes of a run's row, and of a row of metrics beside its numbers.
-_RUN_BYTES, _ROW_BYTES = 700, 30
+#: Bytes of a run's row, of a row of metrics beside its numbers, and of a row of geometry, which has a fourth of a page.
+_RUN_BYTES, _ROW_BYTES, _GEOMETRY_BYTES = 700, 30, 1024
 
 
 def print_preview(
@@ -55,7 +56,7 @@ def print_preview(
         ready = prepare(left, load_data, options, grid, console)
         facts = ready.facts
         for name, of in facts.items():
-            if meta.get(f"data {name}", of.fingerprint) != of.fingerprint:
+            if meta.get(f"data {unpadded(name)}", of.fingerprint) != of.fingerprint:
                 raise UserError(f"{out}: the data set {name} is not the one that its earlier runs were trained on")
         engine, workers = make_engine(options, device, ready.settings, ready.loaded, console)
         try:
@@ -102,7 +103,7 @@ def _row_bytes(run: RunConfig, blocks: int) -> int:
     row = _ROW_BYTES + 8 * len(METRICS)
     if run.layers == "all":
         row += blocks * (_ROW_BYTES + 8 * len(LAYER_METRICS))
-    return _RUN_BYTES + _evaluations(run) * row
+    return _RUN_BYTES + _evaluations(run) * row + len(shown_epochs(run)) * _GEOMETRY_BYTES
 
 
 def _weight_bytes(network: nn.Module) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ncollapse.train.config import RunConfig
+from ncollapse.train.config import RunConfig, unpadded
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.engine.grouping import StackKey
 from ncollapse.train.engine.messages import Engine, Failed, Finished, Message, Progress, Stopped
@@ -109,7 +109,7 @@ def _sweep(
         ready = prepared or prepare(left, load_data, options, grid, console)
         facts = ready.facts
         for name, of in facts.items():
-            store.check_data(name, of.fingerprint)
+            store.check_data(unpadded(name), of.fingerprint)
         engine, workers = make_engine(options, device, ready.settings, ready.loaded, console)
         try:
             plan_stacks(store, left, facts, options, engine, workers, console, grid.plugins)
