@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ncollapse import ufm
 from ncollapse.optimizer_table import row_of
 from ncollapse.train.config import FIELDS, RunConfig, is_own, make_run
 from ncollapse.train.losses import sums_to_zero
@@ -34,9 +33,14 @@ def predicted_nc0(row: "pd.Series[Any]") -> NDArray[np.float64] | None:
 
 @functools.lru_cache(maxsize=64)  # a table and a figure ask for the same runs
 def _factor(config: RunConfig, samples: int) -> NDArray[np.float64]:
-    steps = config.steps_per_epoch(samples)
-    lrs = [config.lr * config.lr_factor(epoch) for epoch in range(config.epochs) for _ in range(steps)]
-    factor = ufm.row_sum_factor(
-        lrs, momentum=config.momentum, weight_decay=config.weight_decay, coupling=config.decay_coupling
-    )
-    return factor[::steps]
+    β, λ, c = config.momentum, config.weight_decay, config.decay_coupling
+    steps, state, factors = config.steps_per_epoch(samples), np.array([1.0, 0.0]), [1.0]
+    powers: dict[float, NDArray[np.float64]] = {}
+    for epoch in range(config.epochs):
+        # Within an epoch η stays: a step of `ufm.row_sum_factor` is a matrix on (s, v), and an epoch its power.
+        η = config.lr * config.lr_factor(epoch)
+        if η not in powers:
+            powers[η] = np.linalg.matrix_power(np.array([[1 - η * λ, -η * β], [c * λ, β]]), steps)
+        state = powers[η] @ state
+        factors.append(float(state[0]))
+    return np.array(factors)
