@@ -81,7 +81,7 @@ def _compared(
         str(run): {epoch: snapshot for epoch, snapshot in of_run.items() if usable(snapshot)}
         for run, of_run in snapshots.items()
     }
-    rows = best[best.id.map(lambda run: bool(found.get(run)))]
+    rows = best[best.id.isin([run for run, of_run in found.items() if of_run])]
     extremes = pd.concat([rows[rows.optimizer == name].head(1) for name in _EXTREMES])
     decays = pd.concat([rows[rows.coupling > 0].head(1), rows[rows.coupling == 0].head(1)])
     pair = next((two for two in (extremes, decays) if len(two) == 2), rows.head(2))
