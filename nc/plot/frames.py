@@ -1,7 +1,7 @@
 """The runs and epochs that a figure is drawn from: what is missing is named or filled in, seeds are grouped."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -9,6 +9,10 @@ import pandas as pd
 from ncollapse.optimizer_table import row_of
 from ncollapse.plot.looks import with_variants
 from ncollapse.plot.settings import alike, in_order
+
+#: Below the highest training accuracy of an optimizer, where none of its settings reaches the threshold.
+_SLACK = 0.01
+_UNFINISHED = ("pending", "running")
 
 
 def complete(figure: str, runs: pd.DataFrame, needs: Sequence[str] = ()) -> pd.DataFrame:
@@ -54,6 +58,11 @@ def reached(runs: pd.DataFrame, threshold: float) -> "pd.Series[bool]":
     return done & (runs.train_accuracy >= threshold) if "train_accuracy" in runs else done
 
 
+def ended(runs: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs that have ended, well or not."""
+    return runs[~runs.status.isin(_UNFINISHED)]
+
+
 def by_seed(runs: pd.DataFrame) -> "pd.Series[int]":
     """Number the settings from 0: runs that differ only in the seed share one.
 
@@ -74,6 +83,8 @@ def over_seeds(frame: pd.DataFrame, keys: Sequence[str], names: Sequence[str]) -
     and NAME_high, the smallest and the largest; seeds, the number of rows. What is not finite does not count.
     """
     frame = frame.assign(**{name: frame[name].astype(float).replace([np.inf, -np.inf], np.nan) for name in names})
+    if not frame.duplicated(list(keys)).any():
+        return frame.assign(seeds=1, **{f"{name}_{end}": frame[name] for name in names for end in ("low", "high")})
     groups = frame.groupby(list(keys), sort=False, dropna=False)
     rows = frame.drop_duplicates(list(keys)).copy()
     for how, suffix in (("median", ""), ("min", "_low"), ("max", "_high")):
@@ -82,13 +93,37 @@ def over_seeds(frame: pd.DataFrame, keys: Sequence[str], names: Sequence[str]) -
     return rows.assign(seeds=groups.size().to_numpy())
 
 
+def best_of_each(runs: pd.DataFrame, threshold: float, best_by: str) -> tuple[list[str], bool]:
+    """Return the ids of the runs of each optimizer's best setting, and whether all of them reached the threshold.
+
+    A setting reaches the training accuracy that more than half of its seeds reach. Of those that reach the threshold,
+    the best one has the smallest median of the final metric `best_by`; where none of an optimizer does, those within a
+    point of its highest training accuracy count.
+    """
+    runs = ended(runs)
+    if best_by not in runs:
+        return [], True
+    value = runs[best_by].astype(float).replace([np.inf, -np.inf], np.nan)
+    accuracy = runs.train_accuracy.astype(float) if "train_accuracy" in runs else pd.Series(1.0, runs.index)
+    accuracy = accuracy.where(runs.status == "done").fillna(-1.0)
+    setting = by_seed(runs)
+    level = setting.map(accuracy.groupby(setting).quantile(0.5, interpolation="lower"))
+    highest = level.groupby(runs.optimizer).transform("max")
+    least = (highest - _SLACK).clip(lower=0).where(highest < threshold, threshold)
+    counts = (level >= least) & (accuracy >= least) & value.notna()
+    medians = value[counts].groupby([runs.optimizer[counts], setting[counts]]).median()
+    chosen = [number for _, number in medians.groupby(level=0).idxmin()]
+    best = counts & setting.isin(chosen)
+    return list(runs["id"][best]), bool((level[best] >= threshold).all())
+
+
 @dataclasses.dataclass(frozen=True)
 class SeedLines:
     """Metrics over epochs, a line per setting."""
 
     settings: pd.DataFrame
-    """A row per setting, in the order of the table of optimizers: setting, the columns of its first run, seeds, reached
-    (whether one of its seeds did), best (of its optimizer)."""
+    """A row per setting, in the order of the table of optimizers: setting, the columns of its first run, seeds, best
+    (whether it is the best of its optimizer)."""
     values: pd.DataFrame
     """A row per setting and epoch, as `over_seeds` returns it."""
 
@@ -97,39 +132,34 @@ class SeedLines:
         first, last = np.searchsorted(self.values.setting, (setting, setting + 1))
         return self.values.iloc[first:last]
 
+    def of_best(self) -> pd.DataFrame:
+        """Return the epochs of the best settings."""
+        return self.values[self.values.setting.isin(self.settings.setting[self.settings.best])]
+
     def sample(self, most: int) -> pd.DataFrame:
-        """Return at most so many settings, evenly spread over all, and the best ones among them."""
+        """Return at most so many settings, evenly spread over all, and the best ones beside them."""
         if len(self.settings) <= most:
             return self.settings
-        at = np.linspace(0, len(self.settings) - 1, most).round().astype(int)
         chosen = np.zeros(len(self.settings), dtype=bool)
-        chosen[at] = True
+        chosen[np.linspace(0, len(self.settings) - 1, most).round().astype(int)] = True
         return self.settings[chosen | self.settings.best]
 
 
-def seed_lines(
-    runs: pd.DataFrame, epochs: pd.DataFrame, names: Sequence[str], *, threshold: float, best_by: str
-) -> SeedLines:
-    """Group runs by their settings, and choose the best setting of each optimizer.
-
-    That is the one with the smallest final `best_by`, the median over its seeds that reached the threshold.
+def seed_lines(runs: pd.DataFrame, epochs: pd.DataFrame, names: Sequence[str], best: Collection[str]) -> SeedLines:
+    """Group runs by their settings.
 
     Args:
         runs: as `complete` returns them.
         epochs: rows of `run`, `epoch` and the metrics `names`.
+        best: ids of the runs of the best settings.
     """
-    runs = runs.assign(setting=by_seed(runs), reached=reached(runs, threshold))
+    runs = runs.assign(setting=by_seed(runs))
     own = epochs[epochs.run.isin(runs["id"])]
     setting = own.run.astype(object).map(runs.set_index(runs["id"].astype(object)).setting)
     own = own.assign(setting=setting.astype(int)).sort_values(["setting", "epoch"], kind="stable")
-    values = over_seeds(own, ["setting", "epoch"], names)
-    settings = in_order(runs.drop_duplicates("setting").drop(columns="reached"))
-    by_setting = runs.groupby("setting")
+    settings = in_order(runs.drop_duplicates("setting"))
     settings = settings.assign(
-        seeds=settings.setting.map(by_setting.size()), reached=settings.setting.map(by_setting.reached.any())
+        seeds=settings.setting.map(runs.groupby("setting").size()),
+        best=settings.setting.isin(runs.setting[runs["id"].isin(set(best))]),
     )
-    final = runs[runs.reached & np.isfinite(runs[best_by])] if best_by in runs else runs.iloc[:0]
-    best = settings.setting.map(final.groupby("setting")[best_by].median() if len(final) else {}).astype(float)
-    winners = best.dropna().groupby(settings.optimizer).idxmin()
-    settings = settings.assign(best=settings.index.isin(winners), final=best)
-    return SeedLines(in_order(settings.sort_values("final", kind="stable")), values)
+    return SeedLines(settings, over_seeds(own, ["setting", "epoch"], names))

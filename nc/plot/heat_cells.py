@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from ncollapse.plot.frames import by_seed, over_seeds, reached
+from ncollapse.plot.frames import by_seed, ended, over_seeds, reached
 from ncollapse.plot.settings import in_order
 
 #: Setting on the vertical axis -> its name in texts.
@@ -12,7 +12,6 @@ AXES = {"lr": "learning rate", "momentum": "momentum β"}
 SHOWN = ("nc0", "nc1", "nc2", "nc3")
 #: Values of a setting that a map tells apart, and rows of all maps together; neighbouring values share a row beyond.
 _MOST_VALUES, _MOST_ROWS = 25, 150
-_UNFINISHED = ("pending", "running")
 
 
 def cells_of(runs: pd.DataFrame, axis: str, threshold: float) -> pd.DataFrame:
@@ -27,7 +26,7 @@ def cells_of(runs: pd.DataFrame, axis: str, threshold: float) -> pd.DataFrame:
         seeds (of a setting, at most); NC0–NC3 where they are measured, each with its range over the seeds as NAME_low
         and NAME_high.
     """
-    runs = runs[~runs.status.isin(_UNFINISHED)]
+    runs = ended(runs)
     done = runs.status == "done"
     counts = runs.assign(done=done, reached=reached(runs, threshold), setting=by_seed(runs))
     counts["missed"] = ~counts.reached

@@ -22,7 +22,7 @@ _NUMBERED_ROWS = 18
 #: Inches: height of a cell with and without a number; gap below an optimizer with and without labels.
 _CELL, _BARE, _GAP, _NARROW = 0.25, 0.17, 0.3, 0.1
 #: Inches: above and below a column of maps, for its colour bar and for what the axes are; around and between columns.
-_ABOVE, _BELOW, _RIGHT, _BETWEEN = 0.62, 0.35, 0.1, 0.2
+_ABOVE, _BELOW, _RIGHT, _BETWEEN = 0.62, 0.35, 0.2, 0.2
 #: Inches: width of a map with and without numbers; left margin, for the optimizers' names.
 _WIDE, _SLIM, _LEFT = 2.95, 1.75, 1.25
 #: Characters of a name that it has room for, and inches for each more.
@@ -81,7 +81,8 @@ def draw_heat_map(name: str, cells: pd.DataFrame, axis: str, threshold: str, not
     """
     blocks = [_Block(optimizer, cells[cells.optimizer == optimizer], axis) for optimizer in tried(cells)]
     metrics = [metric for metric in SHOWN if metric in cells and cells[metric].notna().any()] or ["nc0"]
-    numbered = _numbered(blocks, cells, metrics)
+    digits = _digits(blocks, cells[metrics].to_numpy())
+    numbered = digits > 0
     cell = _CELL if numbered else _BARE
     bottom = 0.0  # of the current block; in cells, decreasing from the top down
     for block, below in zip(blocks, [*blocks[1:], None], strict=True):
@@ -95,21 +96,21 @@ def draw_heat_map(name: str, cells: pd.DataFrame, axis: str, threshold: str, not
     wide = _WIDE if numbered else _SLIM
     size = (
         margin + columns * wide + (columns - 1) * _BETWEEN + _RIGHT,
-        rows * (-bottom * cell - _GAP) + rows * _ABOVE + (rows - 1) * _BETWEEN + _BELOW + 0.3 * (rows - 1),
+        rows * (-bottom * cell - _GAP + _ABOVE) + (rows - 1) * _BETWEEN + _BELOW,
     )
     with style.styled():
         figure, grid = style.panels(
             rows, columns, size, margins=(margin, _RIGHT, _BELOW, _ABOVE),
-            gaps=(_BETWEEN, _ABOVE + _BETWEEN + 0.3), sharey=True,
+            gaps=(_BETWEEN, _ABOVE + _BETWEEN), sharey=True,
         )  # fmt: skip
         for axes, metric in zip(grid.flat, metrics, strict=False):
             limits = _limits(cells[metric], cells.settings_reached > 0)
             axes.set_xlim(0, 1)
             axes.set_ylim(bottom + _GAP / cell, 0)
             for block in blocks:
-                mesh = block.draw(axes, metric, limits, 72 * wide, numbered=numbered)
+                mesh = block.draw(axes, metric, limits, 72 * wide, digits)
             dots = np.concatenate([block.dots() for block in blocks], axis=1)
-            axes.plot(*dots, ".", ms=3.5, color=ON_DARK, zorder=4)
+            axes.plot(*dots, "o", ms=2.6, mfc=ON_DARK, mec=ON_LIGHT, mew=0.4, zorder=4)
             axes.tick_params(length=0, labelcolor=INK, labelsize=_TEXT, labelbottom=False)
             axes.grid(False)
             for spine in axes.spines.values():
@@ -153,17 +154,21 @@ def _caption(cells: pd.DataFrame, axis: str, threshold: str, *, numbered: bool) 
     )
     return (
         f"Final metrics over weight decay λ (horizontal) and {AXES[axis]} (vertical), for each optimizer; darker is "
-        f"closer to collapse. {smallest} Hatched: none reached it; {all_of} is shown. Dot: some of the cell's runs missed "
-        f"it. Empty: no run ended well; all diverged, degenerated, were hopeless or failed.{left_out}"
+        f"closer to collapse. {smallest} Hatched: none reached it; {all_of} is shown. Dot: some of the cell's runs "
+        f"missed it. Empty: no run ended well; all diverged, degenerated, were hopeless or failed.{left_out}"
     )
 
 
-def _numbered(blocks: "list[_Block]", cells: pd.DataFrame, metrics: list[str]) -> bool:
-    """Return whether every number can be read in its cell."""
+def _digits(blocks: "list[_Block]", values: "np.ndarray[Any, np.dtype[Any]]") -> int:
+    """Return the significant digits of the numbers in cells, 3 or 2; 0 where they could not be read in all of them."""
     if sum(len(block.rows) for block in blocks) > _NUMBERED_ROWS:
-        return False
-    longest = max(len(short_number(value)) for metric in metrics for value in cells[metric])
-    return all(72 * _WIDE / len(block.decays) >= _LETTER * (longest + 0.5) for block in blocks)
+        return 0
+    narrowest = 72 * _WIDE / max(len(block.decays) for block in blocks)
+    for digits in (3, 2):
+        longest = max((len(short_number(value, digits)) for value in values.flat), default=0)
+        if _LETTER * (longest + 1.5) <= narrowest:
+            return digits
+    return 0
 
 
 def _limits(values: "pd.Series[float]", counted: "pd.Series[bool]") -> dict[str, Any]:
@@ -209,11 +214,12 @@ class _Block:
         self.bottom = 0.0
         self.labelled = True  # whether the weight decays are written below
 
-    def draw(self, axes: "Axes", metric: str, limits: dict[str, Any], wide: float, *, numbered: bool) -> Any:
+    def draw(self, axes: "Axes", metric: str, limits: dict[str, Any], wide: float, digits: int) -> Any:
         """Draw colours, hatches, numbers and labels; return the mesh, which the colour bar needs.
 
         Args:
             wide: width of the map, in points.
+            digits: of the numbers in cells; 0 for none.
         """
         edges = np.linspace(0, 1, len(self.decays) + 1), self.bottom + np.arange(len(self.rows) + 1)
         values = np.ma.masked_invalid(self._table(self.cells[metric]))
@@ -225,14 +231,14 @@ class _Block:
         if missed.count():
             axes.pcolor(*edges, missed, hatch="////", facecolor="none", edgecolor=ON_DARK, linewidth=0)
         x, y = (self.column + 0.5) / len(self.decays), self.bottom + self.row + 0.5
-        for at_x, at_y, value, behind in zip(x, y, self.cells[metric], hatched, strict=True) if numbered else ():
+        for at_x, at_y, value, behind in zip(x, y, self.cells[metric], hatched, strict=True) if digits else ():
             if np.isfinite(value):
                 cell = mesh.cmap(mesh.norm(max(value, limits["vmin"])))
                 colour = ON_LIGHT if 0.21 * cell[0] + 0.72 * cell[1] + 0.07 * cell[2] > 0.45 else ON_DARK
                 # The hatch ends before the number.
                 box = {"facecolor": cell, "edgecolor": "none", "pad": 1.2} if behind else None
                 centred: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": _TEXT, "color": colour}
-                axes.text(at_x, at_y, short_number(value), bbox=box, zorder=3, **centred)
+                axes.text(at_x, at_y, short_number(value, digits), bbox=box, zorder=3, **centred)
         if self.labelled:
             texts = [short_number(decay, 3) for decay in self.decays]
             room = wide / len(texts) / _LETTER - 0.8
@@ -245,7 +251,7 @@ class _Block:
     def dots(self) -> "np.ndarray[Any, np.dtype[np.float64]]":
         """Return the positions of the dots in cells of which only some runs reached the threshold, `[2, n]`."""
         some = ((self.cells.settings_reached > 0) & (self.cells.missed > 0)).to_numpy()
-        return np.stack([(self.column + 0.94) / len(self.decays), self.bottom + self.row + 0.84])[:, some]
+        return np.stack([(self.column + 0.92) / len(self.decays), self.bottom + self.row + 0.8])[:, some]
 
     def _table(self, values: "pd.Series[float]") -> "np.ndarray[Any, np.dtype[np.float64]]":
         """Return the values as `[rows, decays]`, NaN where there is no cell."""

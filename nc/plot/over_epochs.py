@@ -1,13 +1,14 @@
-"""Metrics over epochs, and one metric against another over epochs: all settings thin, the best of an optimizer thick."""
+"""Metrics over epochs, and one metric against another: all settings thin, the best one of each optimizer thick."""
 
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from ncollapse.plot import style
-from ncollapse.plot.frames import SeedLines, complete, require, seed_lines
+from ncollapse.plot.frames import SeedLines, best_of_each, complete, require, seed_lines
 from ncollapse.plot.looks import about_lines, look_of, shown
 from ncollapse.plot.style import GROUND, INK, QUIET, Drawing
 
@@ -30,11 +31,14 @@ _PERCENT = ("train_error", "nc4", "val_accuracy", "train_accuracy")
 _MOST_LINES, _MOST_PATHS = 200, 40
 #: Runs whose last values are marked, each a link of the page to its run.
 _MOST_ENDS = 150
+#: Share of the values that an axis shows at least.
+_USUAL = 0.99
 #: Drops of the learning rate beyond which they would hide the lines.
 _MOST_DROPS = 10
 _IN_A_ROW = 3
+_CUT = " Axes leave out a few values that lie far above the others."
 _THIN: dict[str, Any] = {"lw": 0.6, "alpha": 0.45, "zorder": 2}
-_THICK: dict[str, Any] = {"lw": 2.0, "zorder": 3}
+_THICK: dict[str, Any] = {"lw": 1.7, "zorder": 3}
 _BAND: dict[str, Any] = {"alpha": 0.18, "linewidth": 0, "zorder": 2.5}
 
 
@@ -78,7 +82,7 @@ def curves(
     if not names:
         raise ValueError(f"plot.curves: epochs has none of the columns {', '.join(CURVES)}; name others in metrics")
     with shown(runs.optimizer):
-        return draw_curves("curves", runs, epochs, names, threshold=threshold, best_by=best_by).labelled()
+        return draw_curves("curves", runs, epochs, names, _chosen(runs, threshold, best_by)).labelled()
 
 
 def phase(
@@ -106,7 +110,25 @@ def phase(
     """
     runs, epochs = _checked("phase", runs, epochs, [name for pair in pairs for name in pair])
     with shown(runs.optimizer):
-        return draw_phase("phase", runs, epochs, pairs, threshold=threshold, best_by=best_by).labelled()
+        return draw_phase("phase", runs, epochs, pairs, _chosen(runs, threshold, best_by)).labelled()
+
+
+@dataclasses.dataclass(frozen=True)
+class Thick:
+    """Which runs are drawn thick, and what they are, as the end of a sentence."""
+
+    runs: Collection[str]
+    about: str
+
+
+def _chosen(runs: pd.DataFrame, threshold: float, best_by: str) -> Thick:
+    best, reached_it = best_of_each(runs, threshold, best_by)
+    about = f"each optimizer's setting with the smallest final {best_by.upper()}"
+    if "train_accuracy" in runs:
+        about += f" of those that reached {100 * threshold:g} % training accuracy"
+        if not reached_it:
+            about += ", or, where none did, of those within a point of its highest"
+    return Thick(best, about)
 
 
 def _checked(
@@ -125,25 +147,23 @@ def curves_measured(epochs: pd.DataFrame) -> list[str]:
     return [name for name in CURVES if name in there]
 
 
-def draw_curves(
-    name: str, runs: pd.DataFrame, epochs: pd.DataFrame, metrics: Sequence[str], *, threshold: float, best_by: str
-) -> Drawing:
+def draw_curves(name: str, runs: pd.DataFrame, epochs: pd.DataFrame, metrics: Sequence[str], thick: Thick) -> Drawing:
     """Draw what `curves` returns, with its caption; runs have the columns of `complete`."""
     if "train_accuracy" in epochs:
         epochs = epochs.assign(train_error=1 - epochs.train_accuracy)
     measured = list(dict.fromkeys([*metrics, *(["train_accuracy"] if "train_accuracy" in epochs else [])]))
-    lines = seed_lines(runs, epochs, measured, threshold=threshold, best_by=best_by)
+    lines = seed_lines(runs, epochs, measured, thick.runs)
     drops, about_drops = _drops(runs)
     columns = min(len(metrics), _IN_A_ROW)
     rows = -(-len(metrics) // columns)
     with style.styled():
         size = max(4.8, 2.8 * columns), 0.6 + 2.35 * rows
-        figure, grid = style.panels(rows, columns, size, gaps=(0.5, 0.62), margins=(0.55, 0.15, 0.5, 0.3))
+        figure, grid = style.panels(rows, columns, size, gaps=(0.5, 0.45), margins=(0.55, 0.15, 0.5, 0.3))
         drawing = Drawing(name, "", figure)
-        ringed = False
+        ringed = cut = False
         for axes, metric in zip(grid.flat, metrics, strict=False):
             factor = 100 if metric in _PERCENT else 1
-            _scale(axes, "y", factor * lines.values[metric])
+            cut |= _scale(axes, "y", lines, metric, factor)
             for drop in drops:
                 axes.axvline(drop, color=QUIET, lw=0.8, ls=(0, (1, 2)), zorder=1)
             _thin_lines(axes, lines, "epoch", metric, 1, factor)
@@ -151,6 +171,7 @@ def draw_curves(
                 ringed |= _thick_curve(axes, lines, setting, metric, factor)
             _link_ends(drawing, axes, runs, epochs, "epoch", metric, 1, factor)
             axes.set_title(_TITLES.get(metric, metric.upper() if metric.startswith("nc") else metric))
+        for axes in grid.flat[max(len(metrics) - columns, 0) : len(metrics)]:  # the lowest of each column
             axes.set_xlabel("epoch")
         for axes in grid.flat[len(metrics) :]:
             axes.set_axis_off()
@@ -158,26 +179,23 @@ def draw_curves(
     about = "Metrics over epochs, measured on the training data."
     ring = " Rings: the first evaluated epoch at which all training data is classified correctly." if ringed else ""
     zero = " A line that leaves a logarithmic axis at the bottom goes to 0." if _touches_zero(lines, metrics) else ""
-    drawing.caption = (
-        f"{about} {_about(lines, runs, threshold, best_by)}{about_drops}{ring}{zero}{_about_ends(drawing)}"
-    )
+    drawing.caption = f"{about} {_about(lines, thick)}{about_drops}{ring}{zero}{_CUT * cut}{_about_ends(drawing)}"
     return drawing
 
 
 def draw_phase(
-    name: str, runs: pd.DataFrame, epochs: pd.DataFrame, pairs: Sequence[tuple[str, str]], *, threshold: float,
-    best_by: str,
-) -> Drawing:  # fmt: skip
+    name: str, runs: pd.DataFrame, epochs: pd.DataFrame, pairs: Sequence[tuple[str, str]], thick: Thick
+) -> Drawing:
     """Draw what `phase` returns, with its caption; runs have the columns of `complete`."""
     names = list(dict.fromkeys(name for pair in pairs for name in pair))
-    lines = seed_lines(runs, epochs, names, threshold=threshold, best_by=best_by)
+    lines = seed_lines(runs, epochs, names, thick.runs)
     with style.styled():
         size = max(4.8, 4.2 * len(pairs)), 4.3
         figure, grid = style.panels(1, len(pairs), size, gaps=(0.65, 0), margins=(0.65, 0.15, 0.5, 0.1))
-        drawing = Drawing(name, "", figure)
+        drawing, cut = Drawing(name, "", figure), False
         for axes, (x, y) in zip(grid[0], pairs, strict=True):
-            _scale(axes, "x", lines.values[x], always=True)
-            _scale(axes, "y", lines.values[y], always=True)
+            cut |= _scale(axes, "x", lines, x, always=True)
+            cut |= _scale(axes, "y", lines, y, always=True)
             _thin_lines(axes, lines, x, y, 1, 1)
             for _, setting in lines.settings[lines.settings.best].iterrows():
                 _thick_path(axes, lines.of(setting.setting), setting, x, y)
@@ -187,24 +205,38 @@ def draw_phase(
         _legend(figure, grid[0, 0], lines, ring="start", disc="end")
     against = " and ".join(f"{y.upper()} against {x.upper()}" for x, y in pairs)
     drawing.caption = (
-        f"{against} over epochs: towards the lower left is collapse. {_about(lines, runs, threshold, best_by)} "
+        f"{against} over epochs: towards the lower left is collapse. {_about(lines, thick)} "
         f"A ring is the start of a thick line, a disc its end. Values that are 0 cannot be drawn on these "
-        f"axes.{_about_ends(drawing)}"
+        f"axes.{_CUT * cut}{_about_ends(drawing)}"
     )
     return drawing
 
 
-def _scale(axes: "Axes", which: str, values: "pd.Series[float]", *, always: bool = False) -> None:
-    """Choose the scale of an axis, and its range, so that a line to 0 does not stretch a logarithmic one."""
-    finite = values[np.isfinite(values)]
-    positive = finite[finite > 0]
-    if len(positive) and always:
+def _scale(axes: "Axes", which: str, lines: SeedLines, metric: str, factor: float = 1, *, always: bool = False) -> bool:
+    """Choose scale and range of an axis; return whether it ends below a few values that lie far above the others.
+
+    Features that are about to vanish have an NC1 of a million for an epoch: the axis would show nothing else.
+    """
+    values, best = (factor * frame[metric].dropna() for frame in (lines.values, lines.of_best()))
+    if values.empty:
+        axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", va="center", color=QUIET)
+        return False
+    usual = max(float(values.quantile(_USUAL)), float(best.max()) if len(best) else 0.0)
+    shown_values = values[values <= usual]
+    positive = shown_values[shown_values > 0]
+    if always and len(positive):
         getattr(axes, f"set_{which}scale")("log")
         style.ticks(getattr(axes, f"{which}axis"), float(positive.min()), float(positive.max()))
     elif not always:
-        style.scale(axes, which, finite)
-    if finite.empty:
-        axes.text(0.5, 0.5, "no finite value", transform=axes.transAxes, ha="center", va="center", color=QUIET)
+        style.scale(axes, which, shown_values)
+    logarithmic = getattr(axes, f"get_{which}scale")() == "log"
+    low = float((positive if logarithmic else shown_values).min())
+    top = usual * 2 if logarithmic else low + 1.15 * (usual - low)
+    if values.max() <= (5 * top if logarithmic else low + 2 * (top - low)) or not top > low:
+        return False
+    bottom = low / 2 if logarithmic else low - 0.05 * (top - low)
+    getattr(axes, f"set_{which}lim")(bottom, top)
+    return True
 
 
 def _thin_lines(axes: "Axes", lines: SeedLines, x: str, y: str, x_factor: float, y_factor: float) -> None:
@@ -282,7 +314,7 @@ def _drops(runs: pd.DataFrame) -> tuple[list[int], str]:
     return found, " Dotted vertical lines: the learning rate drops."
 
 
-def _about(lines: SeedLines, runs: pd.DataFrame, threshold: float, best_by: str) -> str:
+def _about(lines: SeedLines, thick: Thick) -> str:
     """Say what lines are, for a caption."""
     settings = lines.settings
     drawn = len(lines.sample(_MOST_LINES))
@@ -291,12 +323,8 @@ def _about(lines: SeedLines, runs: pd.DataFrame, threshold: float, best_by: str)
     if drawn < len(settings):
         text += f"; {drawn:,} of {len(settings):,} are drawn, evenly chosen, and {len(settings) - drawn:,} left out"
     if settings.best.any():
-        of = f" of those that reached {100 * threshold:g} % training accuracy" if "train_accuracy" in runs else ""
-        text += f". Thick: each optimizer's setting with the smallest final {best_by.upper()}{of}"
-        text += ", with a band over the range of its seeds" if several else ""
-    elif best_by in runs:
-        text += f". None is thick: no run reached {100 * threshold:g} % training accuracy"
-    return f"{text}. {about_lines(runs.optimizer)}"
+        text += f". Thick: {thick.about}" + ", with a band over the range of its seeds" * several
+    return f"{text}. {about_lines(settings.optimizer)}"
 
 
 def _about_ends(drawing: Drawing) -> str:

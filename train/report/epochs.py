@@ -6,8 +6,9 @@ import pandas as pd
 
 from ncollapse.plot import style
 from ncollapse.plot.looks import about_lines, look_of
-from ncollapse.plot.over_epochs import PHASES, curves_measured, draw_curves, draw_phase
+from ncollapse.plot.over_epochs import PHASES, Thick, curves_measured, draw_curves, draw_phase
 from ncollapse.plot.style import GROUND
+from ncollapse.train.report.best import best_settings
 from ncollapse.train.report.prediction import predicted_nc0
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.results.columns import OwnMetrics
@@ -121,14 +122,15 @@ def own_over_epochs(slug: str, best: pd.DataFrame, histories: pd.DataFrame, own:
 def metrics_over_epochs(slug: str, runs: pd.DataFrame, histories: pd.DataFrame, selection: Selection) -> style.Drawing:
     """Draw NC0–NC4, training loss and training error over epochs, of all these runs: `ncollapse.plot.curves`."""
     names = curves_measured(histories)
-    chosen = {"threshold": selection.threshold, "best_by": selection.best_by}
-    return draw_curves(f"curves-{slug}", runs, histories, names, **chosen)
+    return draw_curves(f"curves-{slug}", runs, histories, names, _thick(runs, selection))
 
 
 def phase_portrait(
     slug: str, runs: pd.DataFrame, histories: pd.DataFrame, selection: Selection | None = None
 ) -> style.Drawing:
     """Draw NC1 against NC0 and against NC3 over epochs, of all these runs: `ncollapse.plot.phase`."""
-    selection = selection or Selection()
-    chosen = {"threshold": selection.threshold, "best_by": selection.best_by}
-    return draw_phase(f"phase-{slug}", runs, histories, PHASES, **chosen)
+    return draw_phase(f"phase-{slug}", runs, histories, PHASES, _thick(runs, selection or Selection()))
+
+
+def _thick(runs: pd.DataFrame, selection: Selection) -> Thick:
+    return Thick(best_settings(runs, selection).id, "the best setting of each optimizer")
