@@ -24,8 +24,8 @@ def partial_collapse_claim(evidence: Evidence) -> Finding:
     fit = evidence.fit.assign(setting=alike(evidence.fit, ["seed"]))
     settings = _medians(fit)
     grew = settings[settings.nc0 > settings.nc0_start]
-    bounds = {"nc1": settings.nc1.quantile(_BEST), "nc2": settings.nc2.quantile(_BEST)}
-    worse = settings.nc3.median()
+    bounds = {name: float(settings[name].quantile(_BEST)) for name in ("nc1", "nc2")}
+    worse = float(settings.nc3.median())
     partial = grew[(grew.nc1 <= bounds["nc1"]) & (grew.nc2 <= bounds["nc2"]) & (grew.nc3 > worse)]
     verdict: Verdict = "not enough"
     if len(settings) >= ENOUGH:
@@ -78,7 +78,7 @@ def _says(
         return f"none of {len(settings)} settings; NC0 grew in {len(grew)}"
     counts = partial.optimizer.value_counts()
     which = ", ".join(f"{_label(name)} {counts[name]}" for name in ordered(partial.optimizer))
-    best = partial.loc[partial.nc3.idxmax()]
+    best = partial.iloc[int(partial.nc3.argmax())]
     return (
         f"{len(partial)} of {len(settings)} settings ({which}); the clearest: {_label(best.optimizer)}, "
         f"NC1 {number(best.nc1)} (quarter: {number(bounds['nc1'])}), NC2 {number(best.nc2)} "
