@@ -195,6 +195,29 @@ class Report(Selection):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Findings:
+    """Test the paper's claims on the runs of a results folder, finished or not: number, interval and verdict of each."""
+
+    folder: conf.Positional[Path]
+    """The results folder."""
+    threshold: float = Selection.threshold
+    """Training accuracy that a run must reach to count, in [0, 1]."""
+    claim: Annotated[int | None, hide_default] = None
+    """Show how one claim is tested, with all its comparisons: findings results/paper --claim 3."""
+    json: bool = False
+    """Print all numbers and the ids of the runs as JSON: findings results/paper --json."""
+
+    def main(self, console: Console) -> None:
+        from ncollapse.train.commands.findings import findings_json, print_findings
+
+        selection = Selection(threshold=self.threshold)
+        if self.json:
+            print(findings_json(self.folder, selection))
+        else:
+            print_findings(self.folder, selection, console, self.claim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
     """Show the progress of a sweep, from another terminal while it runs or after it has stopped."""
 
@@ -297,7 +320,7 @@ def main(args: list[str] | None = None) -> None:
     console = Console()
     try:
         command = tyro.cli(
-            Demo | Run | Sweep | Rerun | Status | Report | Merge | Export | Check | Theory | Doctor,
+            Demo | Run | Sweep | Rerun | Status | Findings | Report | Merge | Export | Check | Theory | Doctor,
             prog="ncollapse",
             description="Which optimizers drive a classifier into neural collapse, and why.",
             args=args,

@@ -44,7 +44,7 @@ def smooth_interpolation(evidence: Evidence) -> Finding:
         5, "From decoupled to coupled, NC0, NC2 and NC3 fall smoothly, and validation accuracy stays.",
         f"Lines of runs that differ in the coupled share only, {_SHARES} shares or more that fit the training data "
         f"({evidence.selection.percent}). Holds: Spearman correlation of metric and share, median over settings, at "
-        f"most {_FALLS:g} with an interval below 0, and the largest step between neighbours at most {_STEP:.0%} of the "
+        f"most {_FALLS:g} with an interval below 0, and the largest step between neighbours at most {100 * _STEP:g} % of the "
         f"range (in the logarithm); validation accuracy ranges over at most {100 * _STAYS:g} points. Fails: otherwise.",
         _says(parts), tuple(parts), tuple(lines.id), lacks, command,
     )  # fmt: skip
@@ -107,9 +107,10 @@ def _lacks(evidence: Evidence, runs: pd.DataFrame) -> tuple[str, str]:
     what = f"no runs that differ in the coupled share only, with {_SHARES} shares that fit the training data"
     shares = {"coupling": [0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0]}
     of_adam = runs[runs.family == "adam"]
+    waits = evidence.runs.coupling.nunique() >= _SHARES
     if not len(of_adam):
         other = {"optimizer": ["adam"], "lr": [1e-3], "momentum": [0.9], "weight_decay": [5e-4, 5e-3]}
-        return lack(evidence, what, settings=other | shares)
+        return lack(evidence, what, settings=other | shares, waits=waits)
     one = of_adam.sort_values("nc3").iloc[0]
     where = f"optimizer={one.optimizer} lr={float(one.lr)!r} momentum={float(one.momentum)!r}"
-    return lack(evidence, what, f"{where} weight_decay={float(one.weight_decay)!r}", shares)
+    return lack(evidence, what, f"{where} weight_decay={float(one.weight_decay)!r}", shares, waits=waits)

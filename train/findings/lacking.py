@@ -17,7 +17,12 @@ _PARTS = ("model", "data", "data_options", "loss")
 
 
 def lack(
-    evidence: Evidence, what: str, where: str = "", settings: Mapping[str, Sequence[object]] | None = None
+    evidence: Evidence,
+    what: str,
+    where: str = "",
+    settings: Mapping[str, Sequence[object]] | None = None,
+    *,
+    waits: bool = True,
 ) -> tuple[str, str]:
     """Return what is missing as a sentence, and the command that adds it.
 
@@ -27,11 +32,12 @@ def lack(
     Args:
         what: what is missing, for instance "no AdamW".
         where: conditions on the runs whose settings are taken, as `ncollapse rerun --where` has them.
-        settings: those that replace theirs: name -> values.
+        settings: those that replace theirs: name -> values; by default two more seeds.
+        waits: whether runs that are still to be trained may add it.
     """
     folder, runs = str(evidence.results.folder), evidence.runs
     left = int((~runs.status.isin(FINISHED)).sum())
-    if left:
+    if left and waits:
         return f"{what}; {left:,} runs are still to be trained", _command(folder, "status=pending", {})
     conditions = " ".join(filter(None, [part_conditions(evidence), where])) or "status=done,diverged,hopeless"
     return what, _command(folder, conditions, settings or {"seed": other_seeds(runs)})

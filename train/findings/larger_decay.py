@@ -53,7 +53,8 @@ def larger_decay_does_not_help(evidence: Evidence) -> Finding:
             where = f"optimizer={other.name} weight_decay={float(mine.weight_decay.max())!r}"
             lacking.append(lack(evidence, what, where, {"weight_decay": [needed]}))
     if not lacking and fit.seed.nunique() == 1:
-        lacking.append(lack(evidence, f"a second seed: without one, ratios within {_ALIKE:g} decide nothing"))
+        what = f"a second seed: without one, ratios within {_ALIKE:g} decide nothing"
+        lacking.append(lack(evidence, what, waits=evidence.runs.seed.nunique() > 1))
     forms, of_coupled = (
         " and ".join(row_of(name).label for name in names) for names in (map(decoupled, _COUPLED), _COUPLED)
     )

@@ -6,14 +6,19 @@ from collections.abc import Callable, Sequence
 
 import pandas as pd
 
+from ncollapse.train.findings.accuracy import nc4_redundant, no_proxy
+from ncollapse.train.findings.best_alignment import strongest_alignment
 from ncollapse.train.findings.claim import Evidence, Finding
 from ncollapse.train.findings.coupled_pairs import coupled_collapse_further
 from ncollapse.train.findings.evidence import evidence_of
 from ncollapse.train.findings.interpolation import smooth_interpolation
 from ncollapse.train.findings.larger_decay import larger_decay_does_not_help
 from ncollapse.train.findings.momentum_pairs import more_momentum
+from ncollapse.train.findings.partial import partial_collapse_claim
+from ncollapse.train.findings.placement import decay_placement
 from ncollapse.train.findings.recursion import exact_recursion
 from ncollapse.train.findings.row_sums import row_sum_by_decay
+from ncollapse.train.findings.theory_claim import theorems
 from ncollapse.train.report.queries import Results
 from ncollapse.train.report.selection import Selection
 from ncollapse.train.report.view import Column, View
@@ -26,16 +31,31 @@ CLAIMS: dict[int, Callable[[Evidence], Finding]] = {
     4: larger_decay_does_not_help,
     5: smooth_interpolation,
     6: more_momentum,
+    7: decay_placement,
+    8: partial_collapse_claim,
+    9: nc4_redundant,
+    10: no_proxy,
+    11: strongest_alignment,
 }
 #: The title of the finding that needs no runs.
 THEORY = "Theory"
 
 
 def findings_of(results: Results, selection: Selection) -> list[tuple[str, list[Finding]]]:
-    """Return the findings of each model, data set and loss, in the order of the claims: title and findings."""
-    return [
+    """Return title and findings of each model, data set and loss, in the order of the claims; the theory comes last.
+
+    The theory is simulated once in a process, in half a second; all else takes seconds for thousands of runs.
+    """
+    of_runs = [
         (evidence.title, [test(evidence) for test in CLAIMS.values()]) for evidence in evidence_of(results, selection)
     ]
+    return [*of_runs, (THEORY, [theorems()])]
+
+
+def as_json(found: Sequence[tuple[str, Sequence[Finding]]]) -> str:
+    """Return the findings as JSON: title of a part -> its findings, with all numbers and the ids of their runs."""
+    content = {title: [finding.as_dict() for finding in findings] for title, findings in found}
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def findings_view(slug: str, findings: Sequence[Finding]) -> View:

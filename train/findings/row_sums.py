@@ -34,7 +34,7 @@ def row_sum_by_decay(evidence: Evidence) -> Finding:
         2, "Coupled weight decay lets NC0 vanish, decoupled decay keeps it above its start.",
         f"Of the runs that fit the training data ({evidence.selection.percent}), at every decay above 0, {_FEWEST} "
         f"settings or more, each the median of its seeds. Holds: NC0 ends below its start ({', '.join(falling)}) or "
-        f"above it ({', '.join(keeping)}) in at least {_SHARE:.0%} of them; fails: otherwise. SGDW is not counted: its "
+        f"above it ({', '.join(keeping)}) in at least {100 * _SHARE:g} % of them; fails: otherwise. SGDW is not counted: its "
         "NC0 falls by Theorem 3.2, see claim 1.",
         _says(parts), tuple(parts), tuple(behind), lacks, command,
     )  # fmt: skip
