@@ -203,7 +203,9 @@ def _geometry_problems(connection: sqlite3.Connection) -> Iterator[tuple[object,
     told: set[object] = set()
     with contextlib.suppress(sqlite3.DatabaseError):  # which the check of all pages has told
         for run, epoch, content in connection.execute("SELECT run, epoch, content FROM geometry"):
-            if run not in told and (problem := geometry_problem(content)):
+            placed = isinstance(run, str) and type(epoch) is int
+            problem = geometry_problem(content) if placed else "it is of no run or epoch"
+            if problem and run not in told:
                 told.add(run)
                 yield run, f"at epoch {short(epoch)}: {problem}"
 
