@@ -6,7 +6,7 @@ import pandas as pd
 
 from ncollapse.optimizer_table import PAPER_OPTIMIZERS, row_of
 from ncollapse.train.findings.claim import Comparison, Evidence, Finding
-from ncollapse.train.findings.lacking import between, lack
+from ncollapse.train.findings.lacking import lack, more_settings
 from ncollapse.train.findings.pairs import ENOUGH, RULE, pairs_of, ratio_below_one
 
 #: Metric -> whether the claim is of it.
@@ -68,10 +68,5 @@ def _lacks(evidence: Evidence, pairs: pd.DataFrame, missing: list[str]) -> tuple
         if len(there) == 1:  # the partners of what is there
             (other,) = set(both) - set(there)
             return lack(evidence, what, f"optimizer={there[0]} weight_decay>0", {"optimizer": [other]})
-        if there:
-            mine = runs[runs.optimizer.isin(both)]
-            return lack(evidence, what, f"optimizer={','.join(both)} weight_decay>0", {"lr": between(mine.lr)})
-    return lack(evidence, what, settings={
-        "optimizer": [missing[0], decoupled(missing[0])], "lr": [3e-4, 1e-3, 3e-3], "momentum": [0.7, 0.9],
-        "weight_decay": [5e-4, 5e-3],
-    })  # fmt: skip
+    present = next((name for name in missing if (runs.optimizer == name).any()), missing[0])
+    return more_settings(evidence, what, [present, decoupled(present)])

@@ -44,8 +44,9 @@ def smooth_interpolation(evidence: Evidence) -> Finding:
         5, "From decoupled to coupled, NC0, NC2 and NC3 fall smoothly, and validation accuracy stays.",
         f"Lines of runs that differ in the coupled share only, {_SHARES} shares or more that fit the training data "
         f"({evidence.selection.percent}). Holds: Spearman correlation of metric and share, median over settings, at "
-        f"most {_FALLS:g} with an interval below 0, and the largest step between neighbours at most {100 * _STEP:g} % of the "
-        f"range (in the logarithm); validation accuracy ranges over at most {100 * _STAYS:g} points. Fails: otherwise.",
+        f"most {_FALLS:g} with an interval below 0, and the largest step between neighbours at most {100 * _STEP:g} % "
+        f"of the range (in the logarithm); validation accuracy ranges over at most {100 * _STAYS:g} points. Fails: "
+        "otherwise.",
         _says(parts), tuple(parts), tuple(lines.id), lacks, command,
     )  # fmt: skip
 

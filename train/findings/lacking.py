@@ -8,6 +8,7 @@ import pandas as pd
 
 from ncollapse.formatting import number
 from ncollapse.train.findings.claim import Evidence
+from ncollapse.train.grid import run_settings
 from ncollapse.train.results.schema import FINISHED
 
 #: Texts that a condition takes without quotes.
@@ -39,7 +40,7 @@ def lack(
     left = int((~runs.status.isin(FINISHED)).sum())
     if left and waits:
         return f"{what}; {left:,} runs are still to be trained", _command(folder, "status=pending", {})
-    conditions = " ".join(filter(None, [part_conditions(evidence), where])) or "status=done,diverged,hopeless"
+    conditions = " ".join(filter(None, [part_conditions(evidence), where])) or "status!=pending"
     return what, _command(folder, conditions, settings or {"seed": other_seeds(runs)})
 
 
@@ -53,6 +54,23 @@ def part_conditions(evidence: Evidence) -> str:
 def other_seeds(runs: pd.DataFrame, count: int = 2) -> list[int]:
     """Return the next seeds that no run has."""
     return [int(runs.seed.max()) + i for i in range(1, count + 1)]
+
+
+def more_settings(evidence: Evidence, what: str, optimizers: Sequence[str]) -> tuple[str, str]:
+    """Return what is missing, and the command that adds settings of optimizers of one family.
+
+    Where the folder has runs of one of these with decay, they are trained with two more learning rates; where it has
+    none, at learning rates around that of the paper's preset.
+    """
+    runs = evidence.runs[(evidence.runs.weight_decay > 0) & evidence.runs.optimizer.isin(optimizers)]
+    if len(runs):
+        where = f"optimizer={','.join(dict.fromkeys(runs.optimizer))} weight_decay>0"
+        return lack(evidence, what, where, {"lr": between(runs.lr)})
+    lr = float(run_settings("paper", {"optimizer": optimizers[0]})["lr"])
+    settings: dict[str, Sequence[object]] = {
+        "optimizer": optimizers, "lr": [lr, 3 * lr], "momentum": [0.7, 0.9], "weight_decay": [5e-4, 5e-3, 5e-2],
+    }  # fmt: skip
+    return lack(evidence, what, settings=settings)
 
 
 def between(values: "pd.Series[float]") -> list[float]:

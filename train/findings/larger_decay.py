@@ -11,7 +11,7 @@ from ncollapse.optimizer_table import PAPER_OPTIMIZERS, row_of
 from ncollapse.train.findings.claim import Comparison, Evidence, Finding, Verdict
 from ncollapse.train.findings.coupled_pairs import decoupled, said_by_metric
 from ncollapse.train.findings.evidence import of_paper
-from ncollapse.train.findings.lacking import lack
+from ncollapse.train.findings.lacking import lack, more_settings
 from ncollapse.train.findings.statistics import Floats, grouped, interval, medians, resampled_medians
 from ncollapse.train.results.schema import FINISHED
 
@@ -44,10 +44,8 @@ def larger_decay_does_not_help(evidence: Evidence) -> Finding:
             needed = max(needed, decay)
         if not len(coupled) or not len(mine):
             empty = [one.label for one, runs in ((row, coupled), (other, mine)) if not len(runs)]
-            lacking.append(lack(evidence, f"no run of {' or '.join(empty)} that fits the training data", settings={
-                "optimizer": [row.name, other.name], "lr": [3e-4, 1e-3], "momentum": [0.9],
-                "weight_decay": [5e-4, 5e-3, 5e-2],
-            }))  # fmt: skip
+            what = f"no run of {' or '.join(empty)} with decay that fits the training data"
+            lacking.append(more_settings(evidence, what, [row.name, other.name]))
         elif not decays.max() >= needed:
             what = f"{other.label} with a decay of {number(needed)}, {_LARGER} × that of the best {row.label}"
             where = f"optimizer={other.name} weight_decay={float(mine.weight_decay.max())!r}"

@@ -10,7 +10,7 @@ from ncollapse.plot.settings import alike
 from ncollapse.train.findings.claim import Evidence, Finding
 from ncollapse.train.findings.coupled_pairs import said_by_metric
 from ncollapse.train.findings.evidence import of_paper
-from ncollapse.train.findings.lacking import lack
+from ncollapse.train.findings.lacking import lack, more_settings
 from ncollapse.train.findings.pairs import RULE, ratio_below_one
 from ncollapse.train.report.momentum import at_equal_loss
 from ncollapse.train.report.selection import NC
@@ -72,16 +72,13 @@ def _lacks(evidence: Evidence, missing: list[str], left_out: int) -> tuple[str, 
     if not missing:
         return (why, "") if not sparse else lack(evidence, why, "status=done", {"momentum": [_LOW, _HIGH], **every})
     labels = ", ".join(row_of(name).label for name in missing)
-    what = "; ".join(
-        filter(None, [f"settings with a pair of runs of momentum 0.7 and 0.9 that both fit: {labels}", why])
-    )
-    mine = [
-        name for name in PAPER_OPTIMIZERS
-        if row_of(name).family in {row_of(one).family for one in missing} and (runs.optimizer == name).any()
-    ]  # fmt: skip
-    if mine:
-        return lack(evidence, what, f"optimizer={','.join(mine)}", {"momentum": [_LOW, _HIGH], **every})
-    return lack(evidence, what, settings={
-        "optimizer": [missing[0]], "lr": [3e-4, 1e-3, 3e-3], "momentum": [_LOW, _HIGH], "weight_decay": [5e-4, 5e-3],
-        **every,
-    })  # fmt: skip
+    what = f"settings with a pair of runs of momentum {_LOW:g} and {_HIGH:g} that both fit: {labels}"
+    what += f"; {why}" if why else ""
+    names = [name for name in PAPER_OPTIMIZERS if row_of(name).family == row_of(missing[0]).family]
+    mine = runs[runs.optimizer.isin(names)]
+    if {_LOW, _HIGH} <= set(mine.momentum) and not sparse:
+        return more_settings(evidence, what, names)
+    if len(mine):
+        where = f"optimizer={','.join(dict.fromkeys(mine.optimizer))}"
+        return lack(evidence, what, where, {"momentum": [_LOW, _HIGH], **every})
+    return more_settings(evidence, what, names)

@@ -35,10 +35,10 @@ def exact_recursion(evidence: Evidence) -> Finding:
     lacks, command = ("", "") if parts else _lacks(evidence)
     return Finding(
         1, "NC0 of SGD and SGDW follows the exact recursion of the row sum, in any network.",
-        f"At every evaluated epoch, ‖s‖ = √NC0 differs from the prediction by at most √floor + {100 * _SAME:g} %. The floor, "
-        "16·T·u²/3·‖W‖² after T steps, u = 2⁻²⁴, is what rounding the weights to float32 makes of NC0: below it both "
-        f"are zero. The number is the largest relative deviation of NC0 where the prediction is {_ABOVE:,.0f} floors "
-        "or more.",
+        f"At every evaluated epoch, ‖s‖ = √NC0 differs from the prediction by at most √floor + {100 * _SAME:g} %. "
+        "The floor, 16·T·u²/3·‖W‖² after T steps, u = 2⁻²⁴, is what rounding the weights to float32 makes of NC0: "
+        "below it both are zero. The number is the largest relative deviation of NC0 where the prediction is "
+        f"{_ABOVE:,.0f} floors or more.",
         _says(parts), tuple(parts), tuple(found), lacks, command,
     )  # fmt: skip
 

@@ -6,7 +6,7 @@ from ncollapse.formatting import number
 from ncollapse.optimizer_table import PAPER_OPTIMIZERS, row_of
 from ncollapse.train.findings.claim import Comparison, Evidence, Finding, Verdict
 from ncollapse.train.findings.evidence import of_paper
-from ncollapse.train.findings.lacking import lack
+from ncollapse.train.findings.lacking import more_settings
 from ncollapse.train.findings.statistics import grouped, medians, share_of
 
 #: Share of the settings that must go as the claim says, and the fewest settings that decide.
@@ -34,8 +34,8 @@ def row_sum_by_decay(evidence: Evidence) -> Finding:
         2, "Coupled weight decay lets NC0 vanish, decoupled decay keeps it above its start.",
         f"Of the runs that fit the training data ({evidence.selection.percent}), at every decay above 0, {_FEWEST} "
         f"settings or more, each the median of its seeds. Holds: NC0 ends below its start ({', '.join(falling)}) or "
-        f"above it ({', '.join(keeping)}) in at least {100 * _SHARE:g} % of them; fails: otherwise. SGDW is not counted: its "
-        "NC0 falls by Theorem 3.2, see claim 1.",
+        f"above it ({', '.join(keeping)}) in at least {100 * _SHARE:g} % of them; fails: otherwise. SGDW is not "
+        "counted: its NC0 falls by Theorem 3.2, see claim 1.",
         _says(parts), tuple(parts), tuple(behind), lacks, command,
     )  # fmt: skip
 
@@ -71,6 +71,4 @@ def _says(parts: list[Comparison]) -> str:
 def _lacks(evidence: Evidence, missing: list[str]) -> tuple[str, str]:
     labels = ", ".join(row_of(name).label for name in missing)
     what = f"{_FEWEST} settings with one decay above 0 that fit the training data: {labels}"
-    return lack(evidence, what, settings={
-        "optimizer": missing, "lr": [3e-4, 1e-3, 3e-3], "momentum": [0.9], "weight_decay": [5e-4, 5e-3, 5e-2],
-    })  # fmt: skip
+    return more_settings(evidence, what, missing[:1])
