@@ -8,13 +8,23 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from ncollapse.train.results.columns import LAYER_COLUMNS, OwnMetrics, epoch_columns
 from ncollapse.train.results.own_metrics import read_metrics
-from ncollapse.train.results.reader import open_results, query, read_meta, read_runs, read_sessions
+from ncollapse.train.results.reader import (
+    load_geometry,
+    open_results,
+    query,
+    read_meta,
+    read_runs,
+    read_sessions,
+)
+
+if TYPE_CHECKING:
+    from ncollapse.snapshot import Snapshot
 
 #: The values of a parameter that is a list in JSON: the ids of 100,000 runs are too long for the text of a query.
 _LISTED = "SELECT value FROM json_each(?)"
@@ -44,6 +54,10 @@ class Results:
             "ORDER BY run, position"
         )
         return query(self.folder, sql, LAYER_COLUMNS, (json.dumps(list(runs)),))
+
+    def snapshots(self, runs: Iterable[str]) -> "dict[str, dict[int, Snapshot]]":
+        """Return the geometry that is kept of these runs, as `load_geometry` does: run -> epoch -> snapshot."""
+        return load_geometry(self.folder, runs)
 
     def lowest_loss(self, runs: Iterable[str]) -> "pd.Series[float]":
         """Return the smallest training loss over the evaluated epochs, indexed by run."""

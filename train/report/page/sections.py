@@ -1,18 +1,18 @@
 """The sections of the report on the runs of one model, data set and loss. Each has figures and tables, or says why not.
 
-What a section computes, its tables' columns and its figures stand in one file, for instance `report/heat_map.py`.
+What a section computes, its tables' columns and its figures stand in one file, for instance `report/final_cells.py`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 
 import pandas as pd
 
-from ncollapse.formatting import percentage
 from ncollapse.plot.looks import look_of
 from ncollapse.plot.style import Drawing
-from ncollapse.train.report import coupling, depth, epochs, heat_map, momentum, scatter
-from ncollapse.train.report.best import best_runs, main_view
+from ncollapse.train.report import collapse, coupling, depth, epochs, final_cells, momentum, scatter
+from ncollapse.train.report.best import best_runs, best_settings, main_view
 from ncollapse.train.report.queries import Results
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.view import View
@@ -20,6 +20,8 @@ from ncollapse.train.results.schema import FINISHED
 
 #: Rows beyond which a table is only a file, which the page links to.
 LONG = 60
+#: Runs beyond which the figures of all runs read the epochs of some only: a row takes 0.2 kB.
+_MOST_HISTORIES = 4_000
 
 
 @dataclasses.dataclass
@@ -33,6 +35,8 @@ class Section:
     """Why a table or a figure is missing or incomplete, a sentence each."""
     tables: list[View] = dataclasses.field(default_factory=list)
     drawings: list[Drawing] = dataclasses.field(default_factory=list)
+    fragments: list[str] = dataclasses.field(default_factory=list)
+    """Elements of the page, in HTML, that are neither a table nor a figure."""
     files: list[tuple[str, pd.DataFrame]] = dataclasses.field(default_factory=list)
     """Name and content of tables that are written, but are too long for the page."""
 
@@ -57,7 +61,10 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """The runs of one model, data set and loss, and their sections."""
+    """The runs of one model, data set and loss, and their sections.
+
+    `selection` is what was asked for. The sections use `shown`, which some of the runs pass, and `note` says so once.
+    """
 
     title: str
     slug: str
@@ -66,10 +73,31 @@ class Part:
     results: Results
     selection: Selection
 
+    @functools.cached_property
+    def shown(self) -> Selection:
+        """The selection that the sections use: a lower threshold where no run reached that of `selection`."""
+        return self.selection.relaxed(self.runs)[0]
+
+    @functools.cached_property
+    def best(self) -> View:
+        """The table of the best settings, for the terminal and the page."""
+        return main_view(self.slug, self.runs, self.selection, self.results.metrics)
+
+    @property
+    def note(self) -> str:
+        """What has to be said where the threshold is lower than it was asked for; else empty."""
+        _, missed = self.selection.relaxed(self.runs)
+        return missed and (
+            f"No run reached {self.selection.percent} training accuracy: {missed}. Where a section speaks of runs that "
+            f"reached a threshold, it is {self.shown.percent} (--threshold sets another)."
+        )
+
     def sections(self) -> Iterator[Section]:
         """Yield the sections in order; each is made when it is asked for."""
         yield self._best()
+        yield self._geometry()
         yield self._over_epochs()
+        yield self._every_run()
         yield self._heat_maps()
         yield self._coupling()
         yield self._momentum()
@@ -80,8 +108,8 @@ class Part:
             yield self._layers()
 
     def _best(self) -> Section:
-        view = main_view(self.slug, self.runs, self.selection, self.results.metrics)
-        section = Section("best", "Best run of each optimizer", tables=[view])
+        view = self.best
+        section = Section("best", "Best setting of each optimizer", tables=[view])
         finished = self.runs.status.isin(FINISHED)
         if not finished.all():
             section.without(f"{int((~finished).sum())} of {len(self.runs)} runs are not finished yet.")
@@ -93,14 +121,34 @@ class Part:
         change = view.frame.set_index("optimizer").nc0_change
         for verb, names in (("fell", change.index[change < 0]), ("did not fall", change.index[change >= 0])):
             if len(names):
-                section.text += f"NC0 {verb} in the best run of {', '.join(look_of(name).label for name in names)}. "
+                section.text += (
+                    f"NC0 {verb} in the best setting of {', '.join(look_of(name).label for name in names)}. "
+                )
         return section.note_undefined(self.runs[finished], (*NC, "nc4"))
 
-    def _over_epochs(self) -> Section:
-        section = Section("epochs", "NC0–NC3 over epochs", self._best_text())
+    def _geometry(self) -> Section:
+        section = Section("geometry", "Geometry of the last layer", self._best_text("as in the table above"))
         best = best_runs(self.runs, self.selection)
         if best.empty:
-            return section.without(self._none_reached())
+            return section.without(self._none())
+        snapshots = self.results.snapshots(best.id)
+        if not snapshots:
+            return section.without(
+                "The results folder holds no geometry of these runs: a version of ncollapse recorded them that did not "
+                "keep it. Runs that are trained from now on have it; the command at the end of this page, with another "
+                "folder as --out, trains these again."
+            )
+        if missing := [look_of(run.optimizer).label for _, run in best.iterrows() if not snapshots.get(run.id)]:
+            section.without(f"The results folder holds no geometry of the best run of {', '.join(missing)}.")
+        section.fragments.append(collapse.simplex_slider(self.slug, best, snapshots))
+        section.drawings += collapse.collapse_drawings(self.slug, best, snapshots)
+        return section
+
+    def _over_epochs(self) -> Section:
+        section = Section("epochs", "NC0–NC3 over epochs", self._best_text("as in the table above"))
+        best = best_runs(self.runs, self.selection)
+        if best.empty:
+            return section.without(self._none())
         histories = self.results.histories(best.id)
         section.drawings.append(epochs.nc0_over_epochs(self.slug, best, histories))
         if shown := _present(histories, ("nc1", "nc2", "nc3")):
@@ -110,18 +158,36 @@ class Part:
             section.drawings.append(epochs.own_over_epochs(self.slug, best, histories, measured))
         return section.note_undefined(histories, ("nc1", "nc2", "nc3"))
 
+    def _every_run(self) -> Section:
+        section = Section("curves", "Every run over epochs")
+        ended = self.runs[self.runs.status.isin(FINISHED)]
+        if len(ended) > _MOST_HISTORIES:
+            every = -(-len(ended) // _MOST_HISTORIES)
+            kept = ended.index[::every].union(best_settings(self.runs, self.selection).index)
+            section.without(
+                f"Of {len(ended):,} runs, every {every}th and the best are read for these figures: {len(kept):,}."
+            )
+            ended = ended.loc[kept]
+        histories = self.results.histories(ended.id)
+        if histories.empty or not _present(histories, ("nc0", "nc1", "nc2", "nc3", "nc4", "train_loss")):
+            return section.without("No run has ended yet." if ended.empty else "The runs have no evaluated epochs.")
+        section.drawings.append(epochs.metrics_over_epochs(self.slug, ended, histories, self.shown))
+        if len(_present(histories, ("nc0", "nc1"))) == 2:
+            section.drawings.append(epochs.phase_portrait(self.slug, ended, histories, self.shown))
+        return section
+
     def _heat_maps(self) -> Section:
         section = Section("heat", "Final metrics over weight decay, learning rate and momentum")
         ended = self.runs[self.runs.status.isin(FINISHED)]
-        several = ended.groupby("optimizer")[["weight_decay", *heat_map.AXES]].nunique().max() > 1
-        for axis, label in heat_map.AXES.items():
+        several = ended.groupby("optimizer")[["weight_decay", *final_cells.AXES]].nunique().max() > 1
+        for axis, label in final_cells.AXES.items():
             if several[axis] or (axis == "lr" and several.weight_decay):
-                frame = heat_map.cells(ended, axis, self.selection)
+                frame = final_cells.cells(ended, axis, self.shown)
                 section.files.append((f"heat-{axis}-{self.slug}", frame))
-                runs, note = heat_map.binned(ended, axis)
-                shown = heat_map.cells(runs, axis, self.selection) if note else frame
+                runs, note = final_cells.binned(ended, axis)
+                shown = final_cells.cells(runs, axis, self.shown) if note else frame
                 if _present(shown, NC):
-                    section.drawings.append(heat_map.heat_maps(self.slug, shown, axis, self.selection.percent, note))
+                    section.drawings.append(final_cells.heat_maps(self.slug, shown, axis, self.shown.percent, note))
             elif several.any():
                 section.without(f"No optimizer has finished runs with more than one {label}.")
         if ended.empty:
@@ -132,7 +198,7 @@ class Part:
 
     def _coupling(self) -> Section:
         section = Section("coupling", "From decoupled to coupled weight decay")
-        runs = coupling.interpolations(self.runs, self.selection)
+        runs = coupling.interpolations(self.runs, self.shown)
         shown = _present(runs, (*NC, "val_accuracy"))
         if not shown:
             return section.without(
@@ -145,11 +211,11 @@ class Part:
 
     def _momentum(self) -> Section:
         section = Section("momentum", "Momentum at equal training loss")
-        readings = momentum.at_equal_loss(self.runs, self.results, self.selection)
+        readings = momentum.at_equal_loss(self.runs, self.results, self.shown)
         shown = _present(readings, NC)
         if not shown:
             return section.without(
-                f"No two runs that reached {self.selection.percent} training accuracy differ only in momentum."
+                f"No two runs that reached {self.shown.percent} training accuracy differ only in momentum."
             )
         section.text = (
             "Does momentum help collapse beyond making training faster? This compares runs that differ only in "
@@ -168,14 +234,14 @@ class Part:
 
     def _accuracy(self) -> Section:
         section = Section("accuracy", "Validation accuracy against collapse")
-        eligible = self.selection.eligible(self.runs)
+        eligible = self.shown.eligible(self.runs)
         if len(eligible) < 3:
-            return section.without(f"Fewer than three runs reached {self.selection.percent} training accuracy.")
+            return section.without(f"Fewer than three runs reached {self.shown.percent} training accuracy.")
         if eligible.val_accuracy.isna().all():
             return section.without("The runs have no validation accuracy.")
         if shown := _present(eligible.dropna(subset=["val_accuracy"]), NC):
-            section.drawings.append(scatter.accuracy_against_collapse(self.slug, self.runs, self.selection, shown))
-            section.add(scatter.correlations_view(self.slug, self.runs, self.selection))
+            section.drawings.append(scatter.accuracy_against_collapse(self.slug, self.runs, self.shown, shown))
+            section.add(scatter.correlations_view(self.slug, self.runs, self.shown))
         return section.note_undefined(eligible, NC)
 
     def _partial(self) -> Section:
@@ -184,35 +250,34 @@ class Part:
         if done.empty:
             section.without("No run has ended well yet.")
         if shown := [pair for pair in scatter.PARTIAL if len(_present(done, pair)) == 2]:
-            section.drawings.append(scatter.metric_pairs(self.slug, self.runs, self.selection, shown))
-        frame = scatter.partial_collapse(self.runs, self.selection)
+            section.drawings.append(scatter.metric_pairs(self.slug, self.runs, self.shown, shown))
+        frame = scatter.partial_collapse(self.runs, self.shown)
         if frame.nc1.notna().any():
             section.add(scatter.partial_view(self.slug, frame))
         return section.note_undefined(done, (*NC, "nc4"))
 
     def _layers(self) -> Section:
-        section = Section("layers", "Collapse through the layers", self._best_text())
+        section = Section("layers", "Collapse through the layers", self._best_text("whose layers were measured"))
         best = best_runs(self.runs[self.runs.layers == "all"], self.selection)
         blocks = self.results.last_layers(best.id)
         if blocks.empty:
-            return section.without(self._none_reached())
+            return section.without(self._none())
         rows = depth.blocks_at_the_end(best, blocks)
         if _present(rows, depth.BLOCK_METRICS):
             section.drawings.append(depth.metrics_over_depth(self.slug, best, rows))
         section.add(depth.blocks_view(self.slug, rows))
         return section.note_undefined(rows, depth.BLOCK_METRICS)
 
-    def _best_text(self) -> str:
-        by, threshold = self.selection.best_by.upper(), self.selection.percent
-        return (
-            f"The best run of each optimizer: the one with the smallest {by} of those that reached {threshold} "
-            "training accuracy."
-        )
+    def _best_text(self, which: str) -> str:
+        seeds = "; of several seeds, the one in the middle" if self.runs.seed.nunique() > 1 else ""
+        return f"The best run of each optimizer {which}{seeds}."
 
-    def _none_reached(self) -> str:
-        highest = self.runs.train_accuracy[self.runs.status == "done"].max()
-        closest = "no run has ended well yet" if pd.isna(highest) else f"the highest is {percentage(highest)}"
-        return f"No run reached {self.selection.percent} training accuracy: {closest}. --threshold sets another."
+    def _none(self) -> str:
+        if not (self.runs.status == "done").any():
+            return "No run has ended well yet."
+        return (
+            f"{self.selection.best_by.upper()}, by which the best run is chosen, is undefined in the runs that count."
+        )
 
 
 def _present(frame: pd.DataFrame, names: Iterable[str]) -> list[str]:

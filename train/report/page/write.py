@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,11 +17,15 @@ from ncollapse.plot.looks import PAGE_COLOURS, Look, base_of, look_of, ordered, 
 from ncollapse.plot.settings import USUAL_LOSS, described
 from ncollapse.plot.style import encode
 from ncollapse.train.errors import UserError
-from ncollapse.train.formatting import duration
-from ncollapse.train.report.best import decay_view, main_view
+from ncollapse.train.findings.registry import findings_view
+from ncollapse.train.formatting import duration, plain
+from ncollapse.train.report.best import decay_view
+from ncollapse.train.report.collapse import SLIDER_SCRIPT
+from ncollapse.train.report.explorer.page import write_explorer
 from ncollapse.train.report.inventory import runs_view, settings_view
 from ncollapse.train.report.page.inline_svg import inline
 from ncollapse.train.report.page.sections import Part, Section
+from ncollapse.train.report.page.verdicts import Verdicts, as_json, verdicts_of
 from ncollapse.train.report.queries import Results, read_results
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.terminal import print_across, print_down
@@ -47,7 +52,7 @@ class Picture:
 
 
 def write_report(folder: Path, selection: Selection, console: Console, out: Path | None = None) -> Path:
-    """Print the tables, write `figures/`, `tables/` and `report.html`; return the page's path.
+    """Print the tables; write `figures/`, `tables/`, findings.json, report.html and explore.html; return the page.
 
     Args:
         out: the folder that is written to, made if missing; by default the results folder itself.
@@ -64,9 +69,15 @@ def write_report(folder: Path, selection: Selection, console: Console, out: Path
 def _write_report(results: Results, selection: Selection, console: Console, out: Path) -> Path:
     parts = parts_of(results, selection)
     for part in parts:
-        print_across(console, main_view(part.slug, part.runs, selection, results.metrics), part.title)
+        print_across(console, part.best, part.title)
         if part.runs.groupby("optimizer").coupling.nunique().max() > 1:
-            print_down(console, decay_view(part.slug, part.runs, selection), "NC0 by weight decay and coupling")
+            print_down(console, decay_view(part.slug, part.runs, part.shown), "NC0 by weight decay and coupling")
+        if part.note:
+            console.print(plain(part.note), soft_wrap=True)
+    verdicts = verdicts_of(results, selection, {part.title: part.slug for part in parts})
+    for one in verdicts:
+        command = f"ncollapse findings {shlex.quote(str(results.folder))}"
+        console.print(plain(f"{one.title}: {one.text}: {command}"), soft_wrap=True)
     path = out / "report.html"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -76,7 +87,8 @@ def _write_report(results: Results, selection: Selection, console: Console, out:
             (out / kind).mkdir(exist_ok=True)
         numbers: dict[str, int] = {}
         drawn = [(part, [(section, draw(out, section, numbers)) for section in part.sections()]) for part in parts]
-        _write(path, render(out, results, selection, drawn, numbers).encode())
+        _write(path, render(out, results, selection, drawn, numbers, verdicts).encode())
+        write_explorer(results, selection, out / "explore.html")
     except OSError as error:
         raise UserError(
             f"cannot write the report to {out.resolve()}: {error}; the results themselves are kept, and --out DIR "
@@ -149,8 +161,9 @@ def _write(path: Path, content: bytes) -> None:
 def render(
     folder: Path, results: Results, selection: Selection,
     drawn: Sequence[tuple[Part, Sequence[tuple[Section, Sequence[Picture]]]]], numbers: Mapping[str, int],
+    verdicts: Sequence[Verdicts],
 ) -> str:  # fmt: skip
-    """Return the page; also write the tables of what was run into `folder`.
+    """Return the page; also write the tables of what was run, and the findings, into `folder`.
 
     Args:
         numbers: of the runs whose points are on the page, as `draw` gives them.
@@ -165,9 +178,13 @@ def render(
     # An optimizer with several options has several names in the report, but not among the settings.
     settings = runs.assign(optimizer=runs.optimizer.map(base_of))
     inventory = [runs_view(runs, selection), settings_view(settings)]
-    for view in inventory:
+    for view in (*inventory, *(findings_view(one.slug, one.findings) for one in verdicts)):
         _write_csv(folder, view.name, view.frame)
+    _write(folder / "findings.json", as_json(verdicts).encode())
+    sliders = any(section.fragments for _, sections in drawn for section, _ in sections)
+    environment.filters["number"] = number
     return environment.get_template("page.html.j2").render(
+        verdicts=verdicts, slider_script=SLIDER_SCRIPT if sliders else "",
         name=results.meta.get("grid", results.folder.name), description=results.meta.get("description", ""),
         parts=drawn, inventory=inventory, sessions=results.sessions,
         runs=list(_tooltips(runs, numbers, list(results.metrics))),

@@ -1,0 +1,66 @@
+"""What the claims' tests found in the runs of the report, for the page, its files and the terminal."""
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from ncollapse.train.findings.claim import Finding, Verdict
+from ncollapse.train.findings.registry import findings_of
+from ncollapse.train.report.queries import Results
+from ncollapse.train.report.selection import Selection
+
+#: Verdict -> its mark on the page, the verb for one claim, and for several.
+_WORDS: dict[Verdict, tuple[str, str, str]] = {
+    "holds": ("✓", "holds", "hold"),
+    "fails": ("✗", "fails", "fail"),
+    "not enough": ("?", "lacks runs", "lack runs"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdicts:
+    """The findings in the runs of one model, data set and loss, or those that need none; `slug` names their files."""
+
+    title: str
+    slug: str
+    findings: Sequence[Finding]
+
+    @property
+    def text(self) -> str:
+        """How many claims hold, fail, and lack runs."""
+        counts = Counter(finding.verdict for finding in self.findings)
+        parts = [
+            f"{counts[verdict]} {words[1 if counts[verdict] == 1 else 2]}"
+            for verdict, words in _WORDS.items()
+            if counts[verdict]
+        ]
+        first, *others = parts or ["0 hold"]
+        number, _, verb = first.partition(" ")
+        return ", ".join([f"{number} {'claim' if number == '1' else 'claims'} {verb}", *others])
+
+    @staticmethod
+    def mark(finding: Finding) -> str:
+        """The sign of a verdict, so that it does not depend on colours."""
+        return _WORDS[finding.verdict][0]
+
+
+def verdicts_of(results: Results, selection: Selection, slugs: Mapping[str, str]) -> list[Verdicts]:
+    """Return what the claims' tests find, for each part of the report and for the theory.
+
+    Args:
+        slugs: title of a part -> its slug.
+    """
+    found = findings_of(results, selection)
+    return [Verdicts(title, slugs.get(title) or _slug(title), findings) for title, findings in found if findings]
+
+
+def _slug(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def as_json(verdicts: Sequence[Verdicts]) -> str:
+    """Return the content of findings.json: title of a part -> its findings."""
+    found = {one.title: [finding.as_dict() for finding in one.findings] for one in verdicts}
+    return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
