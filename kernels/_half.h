@@ -5,13 +5,14 @@
 #include <cstdint>
 #include <cstring>
 
+#include "_compiler.h"
+
 // Compile a function for each of these instruction sets; the loader chooses one.
 #if defined(__x86_64__) && defined(__linux__)
 #define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define CLONES
 #endif
-#define INLINE static inline __attribute__((always_inline))
 
 enum Type { F32, F64, BF16, F16 };  // DTYPE_CODES of operators.py
 

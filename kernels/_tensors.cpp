@@ -10,6 +10,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "_compiler.h"
+
 namespace {
 
 // A tensor's kind, in words: a header (dtype, device, number of dimensions), the bytes that it spans, then sizes and
@@ -109,11 +111,11 @@ inline void fetch(const std::vector<PyObject *> &objects, size_t i, std::initial
   const auto impl = [&](size_t k) -> const char *const * {
     return k < objects.size() && known(objects[k]) ? *static_cast<const char *const **>(handle_of(objects[k])) : nullptr;
   };
-  if (i + 20 < objects.size()) __builtin_prefetch(handle_of(objects[i + 20]));
+  if (i + 20 < objects.size()) prefetch(handle_of(objects[i + 20]));
   if (const auto *at = impl(i + 10))
-    for (int word = 0; word < 32; word += 8) __builtin_prefetch(at + word);
+    for (int word = 0; word < 32; word += 8) prefetch(at + word);
   if (const auto *at = impl(i + 4))
-    for (const int word : words) __builtin_prefetch(at[word]), __builtin_prefetch(at[word] + 64);
+    for (const int word : words) prefetch(at[word]), prefetch(at[word] + 64);
 }
 
 void take(PyObject *list, std::vector<PyObject *> &objects) {

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: Dtypes of the update kernels, with the numbers by which C++ knows them (`_half.h`).
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+#: The build does not end for them, so that the package installs on every machine.
+_NOT_BUILT = "ncollapse was built without its C++ kernels (no compiler, or one that failed: `pip install -v` tells)"
 _ONE_THREAD = 65536  # with fewer elements, waking a second thread costs more than it saves
 
 # `torch.library.custom_op` would add a Python wrapper that takes longer than a small batch or model.
@@ -49,10 +52,15 @@ def compile_time_constant(function: Function) -> Function:
 def why_no_kernel(device: torch.device, extension: str = "") -> str | None:
     """The reason why no kernel runs on this device; None if one does. On a CPU the compiled `extension` has them."""
     if device.type == "cpu":
-        return None if _found(extension) else "the package was installed without a C++ compiler"
+        return None if _found(extension) else _NOT_BUILT
     if device.type != "cuda":
         return f"there is no kernel for {device.type} tensors"
     return None if _found("triton") else "Triton is not installed"
+
+
+def uses_threads(extension: str) -> bool:
+    """Whether a compiled extension was built with OpenMP; else it uses one thread."""
+    return bool(import_module(extension).has_openmp)
 
 
 @compile_time_constant

@@ -4,7 +4,6 @@
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <memory>
@@ -116,7 +115,11 @@ template <class X, class R> INLINE void map_rows(const Batch &b, const Rows &row
 constexpr int64_t SAMPLES = 32;
 constexpr double FAR = 2.5;
 
-int bit_length(int64_t n) { return n ? 64 - __builtin_clzll(static_cast<unsigned long long>(n)) : 0; }
+int bit_length(int64_t n) {
+  int bits = 0;
+  for (; n; n >>= 1) ++bits;
+  return bits;
+}
 
 // A class's samples before the batch, and its rows in the batch, in their order.
 struct Class {
@@ -446,4 +449,8 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nullpt
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__cpu() {
+  PyObject *made = PyModule_Create(&module);
+  if (made && PyModule_AddIntConstant(made, "has_openmp", HAS_OPENMP)) Py_CLEAR(made);
+  return made;
+}

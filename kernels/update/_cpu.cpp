@@ -4,7 +4,6 @@
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
@@ -119,7 +118,7 @@ INLINE void span(const Row &row, const Scalars<R> &scalars, int64_t start, int64
 
 INLINE void fetch(const Row &row) {
   for (const int64_t address : {row.param, row.grad, row.first, row.second, row.step})
-    __builtin_prefetch(reinterpret_cast<const void *>(address));
+    prefetch(reinterpret_cast<const void *>(address));
 }
 
 // Returns false, and changes nothing, if the row's rule is unknown. A row without a gradient is left as it is.
@@ -236,4 +235,8 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_cpu", nullptr, 0, methods, nullpt
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__cpu() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__cpu() {
+  PyObject *made = PyModule_Create(&module);
+  if (made && PyModule_AddIntConstant(made, "has_openmp", HAS_OPENMP)) Py_CLEAR(made);
+  return made;
+}

@@ -3,3 +3,5 @@ def update(
     norms: int, add: bool, runs: int, param: int, grad: int, threads: int,
 ) -> None: ...  # fmt: skip
 def layout() -> dict[str, int]: ...
+
+has_openmp: int

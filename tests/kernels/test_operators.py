@@ -30,7 +30,8 @@ def test_an_operator_runs_and_has_a_fake() -> None:
 def test_why_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert operators.why_no_kernel(torch.device("cpu"), "torch") is None
     reason = operators.why_no_kernel(torch.device("cpu"), "module_that_is_not_there")
-    assert reason == "the package was installed without a C++ compiler"
+    assert reason is not None
+    assert reason.startswith("ncollapse was built without its C++ kernels")
     assert operators.why_no_kernel(torch.device("meta")) == "there is no kernel for meta tensors"
     monkeypatch.setattr(operators, "_found", lambda module: False)
     assert operators.why_no_kernel(torch.device("cuda")) == "Triton is not installed"

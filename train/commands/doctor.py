@@ -33,15 +33,17 @@ def inspect_machine(data_dir: Path | None) -> Iterator[tuple[str, str]]:
     else:
         yield "GPU", "none that torch can use; runs train on the processor"
     yield "Triton", package_version("triton") or "not installed"
-    kernels: list[tuple[str, Callable[[torch.device], str | None], str]] = [
-        ("optimizers", update.why_no_kernel, "a fused kernel, one launch a step"),
-        ("metrics", class_stats.why_no_kernel, "fused kernels, one read of the features"),
+    kernels: list[tuple[str, Callable[[torch.device], str | None], str, str]] = [
+        ("optimizers", update.why_no_kernel, "a fused kernel, one launch a step", update.cpu.EXTENSION),
+        ("metrics", class_stats.why_no_kernel, "fused kernels, one read of the features", class_stats.cpu.EXTENSION),
     ]
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         if kind == "cuda":
-            kernels.append(("batch norm", operators.why_no_kernel, "fused with ReLU and pooling"))
-        for part, why_not, fused in kernels:
+            kernels.append(("batch norm", operators.why_no_kernel, "fused with ReLU and pooling", ""))
+        for part, why_not, fused, extension in kernels:
             reason = why_not(torch.device(kind))
+            if reason is None and kind == "cpu" and not operators.uses_threads(extension):
+                fused += "; built without OpenMP: one thread"
             yield f"{part} on {kind}", fused if reason is None else f"plain PyTorch, slowly: {reason}"
     yield "data folder", str(data_folder(data_dir).resolve())
     for name in DATA_SETS:
