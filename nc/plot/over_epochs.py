@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 CURVES = ("nc0", "nc1", "nc2", "nc3", "nc4", "train_loss", "train_error")
 #: Pairs that `phase` draws: horizontal, vertical.
 PHASES = (("nc0", "nc1"), ("nc3", "nc1"))
-_TITLES = {"train_loss": "training loss", "train_error": "training error, %", "nc4": "NC4, %"}
-_TITLES |= {
-    "val_loss": "validation loss",
-    "val_accuracy": "validation accuracy, %",
-    "train_accuracy": "training accuracy, %",
-}
-_PERCENT = ("train_error", "nc4", "val_accuracy", "train_accuracy")
 #: Thin lines beyond which a sample of them is drawn, and beyond which they are pixels in the SVG file too.
 _MOST_LINES, _MOST_PATHS = 200, 40
 #: Runs whose last values are marked, each a link of the page to its run.
@@ -158,11 +151,11 @@ def draw_curves(name: str, runs: pd.DataFrame, epochs: pd.DataFrame, metrics: Se
     rows = -(-len(metrics) // columns)
     with style.styled():
         size = max(4.8, 2.8 * columns), 0.6 + 2.35 * rows
-        figure, grid = style.panels(rows, columns, size, gaps=(0.5, 0.45), margins=(0.55, 0.15, 0.5, 0.3))
+        figure, grid = style.panels(rows, columns, size, gaps=(0.5, 0.5), margins=(0.55, 0.15, 0.5, 0.3))
         drawing = Drawing(name, "", figure)
         ringed = cut = False
         for axes, metric in zip(grid.flat, metrics, strict=False):
-            factor = 100 if metric in _PERCENT else 1
+            factor = style.factor_of(metric)
             cut |= _scale(axes, "y", lines, metric, factor)
             for drop in drops:
                 axes.axvline(drop, color=QUIET, lw=0.8, ls=(0, (1, 2)), zorder=1)
@@ -170,7 +163,7 @@ def draw_curves(name: str, runs: pd.DataFrame, epochs: pd.DataFrame, metrics: Se
             for _, setting in lines.settings[lines.settings.best].iterrows():
                 ringed |= _thick_curve(axes, lines, setting, metric, factor)
             _link_ends(drawing, axes, runs, epochs, "epoch", metric, 1, factor)
-            axes.set_title(_TITLES.get(metric, metric.upper() if metric.startswith("nc") else metric))
+            axes.set_title(style.title_of(metric))
         for axes in grid.flat[max(len(metrics) - columns, 0) : len(metrics)]:  # the lowest of each column
             axes.set_xlabel("epoch")
         for axes in grid.flat[len(metrics) :]:
@@ -194,16 +187,17 @@ def draw_phase(
         figure, grid = style.panels(1, len(pairs), size, gaps=(0.65, 0), margins=(0.65, 0.15, 0.5, 0.1))
         drawing, cut = Drawing(name, "", figure), False
         for axes, (x, y) in zip(grid[0], pairs, strict=True):
-            cut |= _scale(axes, "x", lines, x, always=True)
-            cut |= _scale(axes, "y", lines, y, always=True)
-            _thin_lines(axes, lines, x, y, 1, 1)
+            factors = style.factor_of(x), style.factor_of(y)
+            cut |= _scale(axes, "x", lines, x, factors[0], always=True)
+            cut |= _scale(axes, "y", lines, y, factors[1], always=True)
+            _thin_lines(axes, lines, x, y, *factors)
             for _, setting in lines.settings[lines.settings.best].iterrows():
-                _thick_path(axes, lines.of(setting.setting), setting, x, y)
-            _link_ends(drawing, axes, runs, epochs, x, y, 1, 1)
-            axes.set_xlabel(x.upper())
-            axes.set_ylabel(y.upper())
+                _thick_path(axes, lines.of(setting.setting), setting, x, y, factors)
+            _link_ends(drawing, axes, runs, epochs, x, y, *factors)
+            axes.set_xlabel(style.title_of(x))
+            axes.set_ylabel(style.title_of(y))
         _legend(figure, grid[0, 0], lines, ring="start", disc="end")
-    against = " and ".join(f"{y.upper()} against {x.upper()}" for x, y in pairs)
+    against = " and ".join(f"{style.title_of(y)} against {style.title_of(x)}" for x, y in pairs)
     drawing.caption = (
         f"{against} over epochs: towards the lower left is collapse. {_about(lines, thick)} "
         f"A ring is the start of a thick line, a disc its end. Values that are 0 cannot be drawn on these "
@@ -269,9 +263,12 @@ def _thick_curve(axes: "Axes", lines: SeedLines, setting: "pd.Series[Any]", metr
     return True
 
 
-def _thick_path(axes: "Axes", found: pd.DataFrame, setting: "pd.Series[Any]", x: str, y: str) -> None:
+def _thick_path(
+    axes: "Axes", found: pd.DataFrame, setting: "pd.Series[Any]", x: str, y: str, factors: tuple[float, float]
+) -> None:
     look = style.line(setting.optimizer, setting.coupling)
     drawn = found[(found[[x, y]] > 0).all(axis=1)]
+    drawn = drawn[[x, y]] * np.asarray(factors)
     axes.plot(drawn[x], drawn[y], **look, **_THICK)
     for end, face in ((drawn.head(1), GROUND), (drawn.tail(1), look["color"])):
         axes.plot(end[x], end[y], "o", ms=6, mfc=face, mec=look["color"], mew=1.5, zorder=4)

@@ -1,5 +1,6 @@
 """What distinguishes runs: the order of optimizers, which settings vary, which runs differ in one, text for a run."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +13,8 @@ from ncollapse.plot.looks import ordered
 
 #: Columns of runs that are neither settings nor metrics.
 _OUTCOMES = ("id", "position", "status", "stack", "session", "train_samples", "seconds", "diverged_epoch")
+#: Names of metrics, also in a frame of a few columns, which lacks their starts.
+_METRIC = re.compile(r"nc[0-4](_\w+)?|(train|val)_(loss|accuracy|error)|weight_norm|feature_norm|degenerate")
 #: The loss that titles and tables do not name.
 USUAL_LOSS = "cross_entropy"
 #: Settings that are written as symbols; all others by their names.
@@ -39,7 +42,10 @@ def setting_names(runs: pd.DataFrame) -> list[str]:
     return [
         str(name)
         for name in runs.columns
-        if name not in _OUTCOMES and f"{name}_start" not in known and not str(name).endswith("_start")
+        if name not in _OUTCOMES
+        and f"{name}_start" not in known
+        and not str(name).endswith("_start")
+        and not _METRIC.fullmatch(str(name))
     ]
 
 
@@ -60,13 +66,15 @@ def described(runs: pd.DataFrame, ignore: Iterable[str] = ()) -> "pd.Series[str]
     The line has the learning rate, momentum and weight decay, the other settings that vary in `runs`, and the coupling
     where it is not the optimizer's default.
     """
-    names = [*_ALWAYS, *(name for name in varying(runs) if name not in (*_ALWAYS, *_IN_TITLES, "coupling"))]
+    others = [name for name in varying(runs) if name not in (*_ALWAYS, *_IN_TITLES, "coupling")]
+    names = [*(name for name in _ALWAYS if name in runs), *others]
     parts = [_texts(runs[name], SYMBOLS.get(name, name)) for name in names if name not in ignore]
-    if "coupling" not in ignore:
+    if "coupling" not in ignore and "coupling" in runs:
         defaults = {name: row_of(name).coupling for name in runs.optimizer.unique()}
         usual = (runs.coupling == runs.optimizer.map(defaults).astype(float)) | runs.coupling.isna()
         parts.append(np.where(usual, "", _texts(runs.coupling, SYMBOLS["coupling"])).astype(object))
-    return pd.Series([" ".join(filter(None, texts)) for texts in zip(*parts, strict=True)], runs.index, dtype=object)
+    texts = zip(*parts, strict=True) if parts else [()] * len(runs)
+    return pd.Series([" ".join(filter(None, line)) for line in texts], runs.index, dtype=object)
 
 
 def _texts(column: "pd.Series[Any]", name: str) -> "np.ndarray[Any, Any]":

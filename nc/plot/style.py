@@ -195,6 +195,24 @@ def marker(optimizer: str, coupling: float, *, reached: bool) -> dict[str, Any]:
     return shape | {"mec": colour, "mfc": colour if reached else GROUND, "mew": 0.8, "alpha": 0.75 if reached else 0.6}
 
 
+#: Metrics that are shares, whose axes are in percent.
+PERCENT = ("train_error", "train_accuracy", "val_accuracy", "nc4")
+_TITLES = {
+    "train_loss": "training loss", "val_loss": "validation loss", "train_error": "training error, %", "nc4": "NC4, %",
+    "train_accuracy": "training accuracy, %", "val_accuracy": "validation accuracy, %",
+}  # fmt: skip
+
+
+def title_of(metric: str) -> str:
+    """Return how a panel or an axis names a metric; one of the user's by its name."""
+    return _TITLES.get(metric, metric.upper() if metric in ("nc0", "nc1", "nc2", "nc3") else metric)
+
+
+def factor_of(metric: str) -> int:
+    """Return what the values of a metric are multiplied by for its axis."""
+    return 100 if metric in PERCENT else 1
+
+
 def spans_decades(values: Any) -> bool:
     """Return whether values need a logarithmic axis: the positive ones span a factor of more than 30."""
     positive = _positive(values)

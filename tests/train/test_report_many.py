@@ -10,10 +10,9 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from ncollapse.plot import heat_cells, style
+from ncollapse.plot import coupling_lines, heat_cells, momentum_lines, style
 from ncollapse.train.config import RunConfig
 from ncollapse.train.grid import Grid
-from ncollapse.train.report import coupling, momentum
 from ncollapse.train.report.final_cells import binned, cells
 from ncollapse.train.report.page.write import write_report
 from ncollapse.train.report.selection import Selection
@@ -109,8 +108,8 @@ def test_the_page_says_what_is_binned_and_describes_only_the_runs_that_it_shows(
 ) -> None:
     few: list[tuple[Any, str, int]] = [
         (heat_cells, "_MOST_VALUES", 10), (style, "_MOST_POINTS", 100), (style, "_FIELDS", 5),
-        (momentum, "_MOST_LINES", 50), (momentum, "_MANY_LINES", 20), (coupling, "_MOST_LINES", 50),
-        (coupling, "_MOST_SHARES", 5),
+        (momentum_lines, "_MOST_LINES", 50), (momentum_lines, "_MANY_LINES", 20), (coupling_lines, "_MOST_LINES", 50),
+        (coupling_lines, "_MOST_SHARES", 5),
     ]  # fmt: skip
     for module, name, value in few:
         monkeypatch.setattr(module, name, value)
