@@ -6,35 +6,39 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ncollapse.plot import style
-from ncollapse.plot.three_classes import LEGEND, draw_plane, evenly, extent, labelled
+from ncollapse.plot.three_classes import LEGEND, draw_plane, extent, labelled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ncollapse.plot.three_classes import Snapshots
     from ncollapse.result import NCResult
     from ncollapse.snapshot import Snapshot
 
-#: Rows of panels, at most: the start, mid-way and the end.
+#: Epochs, at most: the start, mid-way and the end.
 _MOST = 3
+#: Letters of a label that fit beside a row.
+_LONGEST = 18
 #: Attribute of a snapshot -> title of its panel.
 _MATRICES = {"means": "Class means", "weight": "Rows of W", "product": "W Mᵀ"}
 _COLOURS = "RdBu_r"
 
 
 def geometry(
-    of: "NCResult | Snapshot | Mapping[int, Snapshot]", features: "Tensor | None" = None,
+    of: "NCResult | Snapshots", features: "Tensor | None" = None,
     labels: "Tensor | None" = None, weight: "Tensor | None" = None, *, classes: tuple[int, int, int] | None = None,
 ) -> "style.Figure":  # fmt: skip
     """Draw how near class means and classifier are to a simplex.
 
-    A row of five panels for each moment: the cosines of the centred class means, those of the rows of W, and W Mᵀ over
-    its largest absolute entry, each K × K; the singular values of W, the darker the more their direction is that of the
-    row sum 1 (at collapse only the last, which is 0); and three classes in the plane of their means, as `simplex` draws
-    them. Below a matrix stand mean and standard deviation off its diagonal: −1/(K − 1) and 0 for a simplex.
+    A row of five panels for each snapshot: the cosines of the centred class means, those of the rows of W, and W Mᵀ
+    over its largest absolute entry, each K × K; the singular values of W, the darker the more their direction is that
+    of the row sum 1 (at collapse only the last, which is 0); and three classes in the plane of their means, as
+    `simplex` draws them. Below a matrix stand mean and standard deviation off its diagonal: −1/(K − 1) and 0 for a
+    simplex.
 
     Args:
         of: of `measure`; or a snapshot; or epoch → snapshot, as `ncollapse.train.load_geometry(folder)[run]` returns
-            them, of which the first, the middle and the last are drawn.
+            them, of which the first, the middle and the last are drawn; or label → snapshot, to compare runs.
         features, labels: of a result, `[N, d]` and `[N]` of the head's input, for the last panel; else it has the means
             alone.
         weight: of a result, W `[K, d]`, whose rows the last panel then has too.
@@ -57,24 +61,24 @@ def geometry(
     if isinstance(of, Snapshot | Mapping):
         if any(option is not None for option in (features, labels, weight, classes)):
             raise ValueError("plot.geometry: features, labels, weight and classes are for a result of `measure`")
-        moments = evenly(labelled(of), _MOST)
+        rows = labelled(of, _MOST)
     else:
-        moments = [("", snapshot_of(of, features, labels, weight, classes))]
-    if not moments:
+        rows = [("", snapshot_of(of, features, labels, weight, classes))]
+    if not rows:
         raise ValueError("plot.geometry: no snapshots")
     with style.styled():
-        return _panels(moments)
+        return _panels(rows)
 
 
-def _panels(moments: "list[tuple[str, Snapshot]]") -> "style.Figure":
-    left, right, bottom, top = (0.62 if moments[0][0] else 0.3), 0.06, 0.7, 0.3
+def _panels(rows: "list[tuple[str, Snapshot]]") -> "style.Figure":
+    left, right, bottom, top = (0.62 if rows[0][0] else 0.3), 0.06, 0.7, 0.3
     side, gap, below = 1.42, 0.3, 0.42
-    rows = len(moments)
-    size = (left + right + 5 * side + 4 * gap, top + bottom + rows * side + (rows - 1) * below)
-    figure, grid = style.panels(rows, 5, size, margins=(left, right, bottom, top), gaps=(gap, below))
-    planes = [snapshot for _, snapshot in moments if snapshot.three]
+    count = len(rows)
+    size = (left + right + 5 * side + 4 * gap, top + bottom + count * side + (count - 1) * below)
+    figure, grid = style.panels(count, 5, size, margins=(left, right, bottom, top), gaps=(gap, below))
+    planes = [snapshot for _, snapshot in rows if snapshot.three]
     half = extent(planes) if planes else 0.0
-    for axes, (label, snapshot) in zip(grid, moments, strict=True):
+    for axes, (label, snapshot) in zip(grid, rows, strict=True):
         for panel, name in zip(axes, _MATRICES, strict=False):
             draw_matrix(panel, getattr(snapshot, name))
         draw_spectrum(axes[3], snapshot)
@@ -82,7 +86,9 @@ def _panels(moments: "list[tuple[str, Snapshot]]") -> "style.Figure":
             draw_plane(axes[4], snapshot, half)
         else:
             axes[4].set_axis_off()
-        axes[0].set_ylabel(label, fontweight="bold", labelpad=4)
+        axes[0].set_ylabel(
+            label if len(label) <= _LONGEST else f"{label[: _LONGEST - 1]}…", fontweight="bold", labelpad=4
+        )
     for panel, title in zip(grid[0], (*_MATRICES.values(), "Singular values", "Three classes"), strict=True):
         if panel.axison:
             panel.set_title(title)

@@ -14,6 +14,9 @@ from ncollapse.plot.looks import PAGE_COLOURS
 if TYPE_CHECKING:
     from ncollapse.snapshot import Snapshot
 
+    #: What `geometry` and `simplex` draw.
+    Snapshots = Mapping[int, Snapshot] | Mapping[str, Snapshot] | Snapshot
+
 #: Of the three classes: CSS variables of the page, whose colours no optimizer of ncollapse's has.
 CLASS_COLOURS = ("other1", "other5", "other3")
 #: The class means of a simplex `[3, 2]`, in the units of `Snapshot.corners`.
@@ -26,16 +29,16 @@ _MOST = 5
 _NEAREST, _FARTHEST = 1.4, 2.0
 
 
-def simplex(snapshots: "Mapping[int, Snapshot] | Snapshot") -> "style.Figure":
-    """Draw three classes in the plane of their means, a picture an epoch, up to five side by side.
+def simplex(snapshots: "Snapshots") -> "style.Figure":
+    """Draw three classes in the plane of their means, up to five epochs side by side.
 
     Small points are samples, large ones class means, arrows rows of W. All are in units of the mean distance of the
     class means from their centre, the origin; the rows of W are divided by their own mean length. The thin triangle is
     the simplex: at collapse the samples, means and arrows of a class meet at its corner.
 
     Args:
-        snapshots: epoch → snapshot, as `ncollapse.train.load_geometry(folder)[run]` returns them; or one. Of more than
-            five those at even distances are drawn; those without three classes are left out.
+        snapshots: epoch → snapshot, as `ncollapse.train.load_geometry(folder)[run]` returns them, of which five at even
+            distances are drawn; or label → snapshot, to compare runs; or one. Those without three classes are left out.
 
     Returns:
         A matplotlib figure, which belongs to no window: `figure.savefig("simplex.png")`.
@@ -48,11 +51,9 @@ def simplex(snapshots: "Mapping[int, Snapshot] | Snapshot") -> "style.Figure":
         >>> run = load_runs("results").query("optimizer == 'sgd'").id.iloc[0]
         >>> simplex(load_geometry("results")[run]).savefig("simplex.png")
     """
-    named = labelled(snapshots)
-    shown = [(label, snapshot) for label, snapshot in named if snapshot.three]
+    shown = labelled(snapshots, _MOST, planar=True)
     if not shown:
         raise ValueError("plot.simplex: no snapshot has three classes with samples whose means span a plane")
-    shown = evenly(shown, _MOST)
     half = extent([snapshot for _, snapshot in shown])
     with style.styled():
         side, right = 1.8, 0.05
@@ -72,11 +73,19 @@ def simplex(snapshots: "Mapping[int, Snapshot] | Snapshot") -> "style.Figure":
 LEGEND = "· samples   ● class means   → rows of W   △ simplex"
 
 
-def labelled(snapshots: "Mapping[int, Snapshot] | Snapshot") -> "list[tuple[str, Snapshot]]":
-    """Return a label and a snapshot for each, by epoch; a single one has an empty label."""
+def labelled(snapshots: "Snapshots", most: int, *, planar: bool = False) -> "list[tuple[str, Snapshot]]":
+    """Return a label and a snapshot for each that is drawn; a single one has an empty label.
+
+    Args:
+        most: of more epochs those at even distances are drawn.
+        planar: whether those without three classes are left out.
+    """
     if not isinstance(snapshots, Mapping):
-        return [("", snapshots)]
-    return [(f"epoch {epoch}", snapshots[epoch]) for epoch in sorted(snapshots)]
+        snapshots = {"": snapshots}
+    usable = {key: snapshot for key, snapshot in snapshots.items() if snapshot.three or not planar}
+    epochs = evenly(sorted(key for key in usable if isinstance(key, int)), most)
+    named = [key for key in usable if isinstance(key, str)]
+    return [(f"epoch {key}", usable[key]) for key in epochs] + [(key, usable[key]) for key in named]
 
 
 def evenly(items: list[Any], most: int) -> list[Any]:

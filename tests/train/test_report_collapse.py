@@ -77,8 +77,21 @@ def test_a_coupled_run_stands_beside_a_decoupled_one(optimizers: tuple[str, ...]
     snapshots = {name: {0: snapshot_of(3, 0.1)} for name in optimizers}
     assert runs_of(simplex_slider("a", best, snapshots)) == expected
     drawings = collapse_drawings("a", best, snapshots)
-    assert [drawing.caption.split(",")[0] for drawing in drawings] == expected
-    assert [drawing.name for drawing in drawings] == ["geometry-1-a", "geometry-2-a"][: len(expected)]
+    assert [drawing.caption.split(",")[0] for drawing in drawings[: len(expected)]] == expected
+    names = ["geometry-1-a", "geometry-2-a"][: len(expected)] + ["geometry-ends-a"] * (len(optimizers) > 2)
+    assert [drawing.name for drawing in drawings] == names
+
+
+def test_the_ends_of_all_optimizers() -> None:
+    names = [f"mine.py:{'Optimizer' * 6}{i}" for i in range(12)]  # their labels are cut, so that they are the same
+    best = best_of(*names)
+    snapshots = {name: {0: snapshot_of(2, 1.0), 9: snapshot_of(2, 0.1)} for name in names}
+    *_, ends = collapse_drawings("a", best, snapshots)
+    assert "The first 10 of 12 optimizers are shown." in ends.caption
+    images = [axes.images[0].get_array() for axes in ends.figure.axes if axes.images]
+    for name, image in zip(names[:10], images[1::3], strict=False):
+        np.testing.assert_array_equal(image, snapshots[name][9].weight)
+    assert len(images) == 31
 
 
 def test_runs_without_snapshots_are_left_out() -> None:

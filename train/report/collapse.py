@@ -14,42 +14,61 @@ from ncollapse.plot.three_classes import CENTRE, CLASS_COLOURS, TRIANGLE, evenly
 from ncollapse.snapshot import Snapshot
 
 #: Run -> epoch -> snapshot, as `load_geometry` returns them.
-Snapshots = Mapping[str, Mapping[int, Snapshot]]
+SnapshotsOfRuns = Mapping[str, Mapping[int, Snapshot]]
 
 #: Those that are shown where both are there: the paper's extremes.
 _EXTREMES = ("sgd", "adamw")
+#: Optimizers in the figure of the ends, at most.
+_MOST_ENDS = 10
 #: Steps of the slider, at most.
 _STEPS = 5
 #: Side of a picture in its own units; length and half the width of the head of an arrow.
 _SIDE, _HEAD, _WIDE = 300, 13.0, 4.5
 
 
-def collapse_drawings(slug: str, best: pd.DataFrame, snapshots: Snapshots) -> list[Drawing]:
-    """Draw `geometry` of one run with coupled and one with decoupled decay, at the start, mid-way and the end.
+def collapse_drawings(slug: str, best: pd.DataFrame, snapshots: SnapshotsOfRuns) -> list[Drawing]:
+    """Draw `geometry` of one run with coupled and one with decoupled decay over epochs, and of all runs at their end.
 
     Args:
         slug: of the runs' part of the report; the end of the drawings' names.
         best: a row an optimizer, as `best_runs` returns them.
         snapshots: of these runs. Of those that have both, SGD and AdamW are drawn, else the first optimizer with
-            coupled and the first with decoupled decay, else the first two; there is no drawing without a snapshot.
+            coupled and the first with decoupled decay, else the first two; the ends are drawn where there are more.
+            There is no drawing without a snapshot.
     """
     drawings = []
-    for place, (label, settings, of_run) in enumerate(_compared(best, snapshots, lambda snapshot: True), 1):
-        last = of_run[max(of_run)]
-        k = len(last.means)
-        kept = f" Of {last.classes:,} classes the first {k} are shown." if k < last.classes else ""
-        caption = (
-            f"{label}, {settings}: cosines of the centred class means, cosines of the rows of W, W Mᵀ over its "
-            "largest absolute entry, singular values of W, and three classes in the plane of their means. Below each "
-            "matrix: mean and standard deviation off its diagonal; a simplex has "
-            f"{-1 / (last.classes - 1):.2f} ± 0 there. A singular value is filled by the squared cosine of its "
-            f"direction with 1: collapse needs the filled one, which is what NC0 measures, to vanish.{kept}"
-        ).replace(" -", " −")
+    runs = _usable(best, snapshots, lambda snapshot: True)
+    for place, (label, settings, of_run) in enumerate(_compared(runs), 1):
+        caption = f"{label}, {settings}, at the start, mid-way and at the end. {_about(of_run[max(of_run)])}"
         drawings.append(Drawing(f"geometry-{place}-{slug}", caption, geometry(of_run)))
+    if len(runs) > len(drawings):
+        shown = runs[:_MOST_ENDS]
+        ends: dict[str, Snapshot] = {}
+        for _, run in shown.iterrows():
+            label = look_of(str(run.optimizer)).label
+            # Labels that are cut may be the same.
+            ends[label if label not in ends else str(run.optimizer)] = run.snapshots[max(run.snapshots)]
+        more = f" The first {_MOST_ENDS} of {len(runs)} optimizers are shown." if len(runs) > _MOST_ENDS else ""
+        about = _about(next(iter(ends.values())))
+        caption = f"The end of the best run of each optimizer.{more} {about}"
+        drawings.append(Drawing(f"geometry-ends-{slug}", caption, geometry(ends)))
     return drawings
 
 
-def simplex_slider(slug: str, best: pd.DataFrame, snapshots: Snapshots) -> str:
+def _about(snapshot: Snapshot) -> str:
+    """Say what the panels of `geometry` show."""
+    k = len(snapshot.means)
+    kept = f" Of {snapshot.classes:,} classes the first {k} are shown." if k < snapshot.classes else ""
+    return (
+        "Cosines of the centred class means, cosines of the rows of W, W Mᵀ over its largest absolute entry, singular "
+        "values of W, and three classes in the plane of their means. Below each matrix: mean and standard deviation "
+        f"off its diagonal; a simplex has −{1 / (snapshot.classes - 1):.2f} ± 0 there. A singular value is filled by "
+        "the squared cosine of its direction with 1: collapse needs the filled one, which is what NC0 measures, to "
+        f"vanish.{kept}"
+    )
+
+
+def simplex_slider(slug: str, best: pd.DataFrame, snapshots: SnapshotsOfRuns) -> str:
     """Return HTML that shows three classes in the plane of their means, and a slider over up to five epochs.
 
     The runs are chosen as by `collapse_drawings`, of those with snapshots of three classes; it is empty without any.
@@ -57,7 +76,7 @@ def simplex_slider(slug: str, best: pd.DataFrame, snapshots: Snapshots) -> str:
     """
     import jinja2
 
-    runs = _compared(best, snapshots, lambda snapshot: bool(snapshot.three))
+    runs = _compared(_usable(best, snapshots, lambda snapshot: bool(snapshot.three)))
     if not runs:
         return ""
     epochs = evenly(sorted({epoch for _, _, of_run in runs for epoch in of_run}), _STEPS)
@@ -73,24 +92,23 @@ def simplex_slider(slug: str, best: pd.DataFrame, snapshots: Snapshots) -> str:
     return template.render(slug=slug, epochs=epochs, runs=shown, side=_SIDE, triangle=triangle, style=_STYLE)
 
 
-def _compared(
-    best: pd.DataFrame, snapshots: Snapshots, usable: Callable[[Snapshot], bool]
-) -> list[tuple[str, str, dict[int, Snapshot]]]:
-    """Return label, settings and usable snapshots of the runs that are shown, at most two."""
+def _usable(best: pd.DataFrame, snapshots: SnapshotsOfRuns, usable: Callable[[Snapshot], bool]) -> pd.DataFrame:
+    """Return the runs with usable snapshots, with these as the column `snapshots`, and their `settings` as text."""
     found = {
         str(run): {epoch: snapshot for epoch, snapshot in of_run.items() if usable(snapshot)}
         for run, of_run in snapshots.items()
     }
-    rows = best[best.id.isin([run for run, of_run in found.items() if of_run])]
-    extremes = pd.concat([rows[rows.optimizer == name].head(1) for name in _EXTREMES])
-    decays = pd.concat([rows[rows.coupling > 0].head(1), rows[rows.coupling == 0].head(1)])
-    pair = next((two for two in (extremes, decays) if len(two) == 2), rows.head(2))
-    if pair.empty:
-        return []
-    settings = described(best)
-    return [
-        (look_of(str(run.optimizer)).label, settings[index], found[run["id"]]) for index, run in pair.iterrows()
-    ]  # fmt: skip
+    rows = best.assign(settings=described(best))
+    rows = rows[rows.id.isin([run for run, of_run in found.items() if of_run])]
+    return rows.assign(snapshots=[found[run] for run in rows.id])
+
+
+def _compared(runs: pd.DataFrame) -> list[tuple[str, str, dict[int, Snapshot]]]:
+    """Return label, settings and snapshots of the runs that are shown over epochs, at most two of these."""
+    extremes = pd.concat([runs[runs.optimizer == name].head(1) for name in _EXTREMES])
+    decays = pd.concat([runs[runs.coupling > 0].head(1), runs[runs.coupling == 0].head(1)])
+    pair = next((two for two in (extremes, decays) if len(two) == 2), runs.head(2))
+    return [(look_of(str(run.optimizer)).label, run.settings, run.snapshots) for _, run in pair.iterrows()]
 
 
 def _at(of_run: Mapping[int, Snapshot], epoch: int) -> int:
