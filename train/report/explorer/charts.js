@@ -1,14 +1,14 @@
 // The charts that Plotly draws: one column against another, and a metric over epochs.
 const MOST_CURVES = 300;
 const SVG_POINTS = 8000; // beyond, points are drawn by WebGL
-const DRAG = ["select2d", "lasso2d", "pan2d", "zoom2d", "zoomIn2d", "zoomOut2d", "autoScale2d", "resetScale2d", "toImage"];
+const CHOOSE = ["select2d", "lasso2d"];
+const VIEW = ["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"];
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;"); // Plotly reads a little HTML
 
 function layout(x, y) {
   const axis = ({ label, log: isLogarithmic, ...more }) => ({
     title: { text: plain(short(label, 60)), standoff: 8 }, type: isLogarithmic ? "log" : "linear", automargin: true,
-    gridcolor: colour("grid"), linecolor: colour("quiet"), zeroline: false, exponentformat: "power",
-    dtick: isLogarithmic === "decades" ? 1 : undefined, ...more,
+    gridcolor: colour("grid"), linecolor: colour("quiet"), zeroline: false, exponentformat: "power", ...more,
   });
   return {
     xaxis: axis(x), yaxis: axis(y), paper_bgcolor: "transparent", plot_bgcolor: "transparent", showlegend: false,
@@ -17,9 +17,9 @@ function layout(x, y) {
   };
 }
 
-const config = () => ({
+const config = (...buttons) => ({
   responsive: true, displaylogo: false, displayModeBar: true, doubleClick: "reset+autosize",
-  modeBarButtons: [DRAG], toImageButtonOptions: { format: "svg", filename: "ncollapse" },
+  modeBarButtons: [buttons], toImageButtonOptions: { format: "svg", filename: "ncollapse" },
 });
 
 function drawScatter() {
@@ -39,13 +39,13 @@ function drawScatter() {
   }
   const shown = (column) => (i) => isLog(column.name) ? column.values[i] > 0 && column.values[i] < Infinity : Number.isFinite(column.values[i]);
   const missing = chosen.list.filter((i) => !shown(x)(i) || !shown(y)(i)).length;
-  document.getElementById("scatter-note").textContent = missing ? `${missing.toLocaleString("en")} chosen runs have no point: a value is missing, infinite or, on a logarithmic axis, not positive.` : "";
+  document.getElementById("scatter-note").textContent = missing ? `${counted(missing, "chosen run has", "chosen runs have")} no point: a value is missing, infinite or, on a logarithmic axis, not positive.` : "";
   const { region } = state;
   const shape = region && region.x === x.name && region.y === y.name ? [outline(region)] : [];
   return Plotly.react("scatter", traces, {
     ...layout({ label: x.label, log: isLog(x.name) }, { label: y.label, log: isLog(y.name) }),
     dragmode: page.dragmode ?? "select", shapes: shape, selections: [], uirevision: `${x.name} ${isLog(x.name)} ${y.name} ${isLog(y.name)}`, selectionrevision: Math.random(),
-  }, config());
+  }, config(...CHOOSE, ...VIEW));
 }
 
 // The region as a shape of the layout.
@@ -87,8 +87,8 @@ function drawCurves() {
   if (!values) { note.textContent = "No curves: no run was evaluated, or the page had no room for them."; return null; }
   const with_ = chosen.list.filter((i) => page.count[i] > 0);
   const runs = thinned(with_, MOST_CURVES);
-  note.textContent = runs.length < with_.length ? `${runs.length} of ${with_.length.toLocaleString("en")} chosen runs are drawn, evenly spaced; choose fewer to see each.`
-    : with_.length < chosen.list.length ? `${(chosen.list.length - with_.length).toLocaleString("en")} chosen runs have no curve.` : "";
+  note.textContent = runs.length < with_.length ? `${runs.length} of ${grouped(with_.length)} chosen runs are drawn, evenly spaced; choose fewer to see each.`
+    : with_.length < chosen.list.length ? `${counted(chosen.list.length - with_.length, "chosen run has", "chosen runs have")} no curve.` : "";
   const traces = page.looks.map((look, k) => {
     const own = runs.filter((i) => page.byName.get("optimizer").values[i] === k);
     const [x, y, customdata] = [[], [], []];
@@ -104,7 +104,7 @@ function drawCurves() {
   traces.push({ type: "scatter", mode: "lines", x: [], y: [], hoverinfo: "skip", line: { color: colour("ink"), width: 3 } });
   return Plotly.react("curves", traces, {
     ...layout({ label: "epoch", log: false }, { label: page.byName.get(name).label, log: curveLog() }), dragmode: "zoom", uirevision: `${name} ${curveLog()}`,
-  }, config());
+  }, config(...VIEW));
 }
 
 // Curves may span decades where the ends of the runs do not.

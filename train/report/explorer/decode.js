@@ -23,21 +23,24 @@ function unpack(bytes) {
 }
 
 // As `ncollapse.formatting.number` writes numbers.
-function number(value, digits = 3) {
+function number(value) {
   if (Number.isNaN(value)) return "–";
   if (!Number.isFinite(value)) return value > 0 ? "inf" : "-inf";
-  if (value === 0 || (Math.abs(value) >= 1e-3 && Math.abs(value) < 1e4)) return String(Number(value.toPrecision(digits)));
-  return value.toExponential(digits - 1).replace(/e([+-])(\d)$/, "e$10$2");
+  const usual = value === 0 || (Math.abs(value) >= 1e-3 && Math.abs(value) < 1e4);
+  const [digits, exponent] = (usual ? value.toPrecision(3) : value.toExponential(2)).split("e");
+  return (usual ? String(Number(digits)) : digits) + (exponent ? `e${exponent.replace(/^([+-])(\d)$/, "$10$2")}` : "");
 }
 
 const power10 = (exponent) => Math.abs(exponent) < 4 ? String(Number((10 ** exponent).toPrecision(6))) : `1e${exponent}`;
 const setting = (value) => Number.isNaN(value) ? "–" : String(Number(value.toPrecision(6)));
 const percentage = (share) => Number.isNaN(share) ? "–" : `${(100 * share).toFixed(2)} %`;
 const isShare = (name) => name === "train_accuracy" || name === "val_accuracy";
+const grouped = (count) => count.toLocaleString("en");
+const counted = (count, one, several) => `${grouped(count)} ${count === 1 ? one : several}`;
 const log = (value) => value > 0 ? Math.log10(value) : NaN;
 
 // Whether positive values span decades, so that an axis of them is logarithmic.
-function spans(values, factor = 30) {
+function spans(values, factor = 10) {
   let [low, high] = [Infinity, 0];
   for (const value of values) {
     if (value < 0) return false;
@@ -79,6 +82,7 @@ function makeColumn(column, arrays) {
     used.add(kind);
     return own[kind][1];
   });
+  const [least, most] = [low, high];
   const finite = [...different].filter((value) => Number.isFinite(place(value)));
   const few = column.role === "setting" && different.size < 12;
   const ticks = few ? finite.sort((a, b) => a - b).map((value) => ({ at: place(value), text: setting(value) }))
@@ -87,7 +91,7 @@ function makeColumn(column, arrays) {
   const pad = 0.03 * span;
   const text = column.role === "setting" ? setting : isShare(column.name) ? percentage : number;
   return {
-    ...column, values, at, ticks, log: isLog, text: (i) => text(values[i]),
+    ...column, values, at, ticks, least, most, log: isLog, text: (i) => text(values[i]),
     low: Math.min(low, ...ticks.map((t) => t.at)) - pad, high: Math.max(high, ...ticks.map((t) => t.at)) + pad,
   };
 }
@@ -100,7 +104,7 @@ function roundTicks(low, high, isLog) {
   if (isLog) step = Math.max(1, Math.round(step));
   const ticks = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + 1e-9 * step; i++) {
-    ticks.push({ at: i * step, text: isLog ? power10(i * step) : number(i * step) });
+    ticks.push({ at: i * step, text: isLog ? power10(i * step) : setting(i * step) });
   }
   return ticks;
 }

@@ -53,7 +53,7 @@ class Pack:
 
 def compressed(content: bytes) -> str:
     """Return the content as base64 of gzip, the same each time."""
-    return base64.b64encode(gzip.compress(content, 9, mtime=0)).decode()
+    return base64.b64encode(gzip.compress(content, 6, mtime=0)).decode()
 
 
 def rounded(values: Array, bits: int) -> Array:
@@ -81,11 +81,14 @@ def add_words(pack: Pack, name: str, values: "pd.Series[Any]") -> list[str]:
     return [str(text) for text in texts]
 
 
-def add_curves(pack: Pack, results: Results, metrics: Sequence[str], most: int) -> list[str]:
-    """Add metrics over the epochs, at most `most` numbers; return the metrics, and note in the header what is left out.
+def packed_curves(results: Results, metrics: Sequence[str], most: int) -> Pack:
+    """Return metrics over the epochs, at most `most` numbers.
 
-    The arrays: `count`, the number of epochs of each run; `epoch`, and `curve NAME` for each metric, run after run.
+    The arrays: `count`, the number of epochs of each run; `epoch`, and `curve NAME` for each metric, run after run. The
+    header has the metrics, the number of runs with a curve, of runs that were evaluated (`of`), and of evaluations that
+    a run has at most; 0 if none is left out.
     """
+    pack = Pack()
     ids = list(results.runs.id)
     counts = query(results.folder, "SELECT run, COUNT(*) AS n FROM metrics GROUP BY run").set_index("run").n
     evaluated = np.array([int(counts.get(run, 0)) for run in ids])
@@ -100,8 +103,8 @@ def add_curves(pack: Pack, results: Results, metrics: Sequence[str], most: int) 
         epoch = frame.epoch.to_numpy()
         rows = frame.groupby("run", sort=False).indices
         for i in places:
-            at = rows.get(ids[i], np.zeros(0, dtype=int))
-            at = at[evenly(len(at), kept)]
+            found = np.asarray(rows.get(ids[i], ()), dtype=int)
+            at = found[evenly(len(found), kept)]
             number[i] = len(at)
             epochs.append(epoch[at].astype(np.uint32))
             for name, column in zip(names, values[at].T, strict=True):
@@ -110,11 +113,11 @@ def add_curves(pack: Pack, results: Results, metrics: Sequence[str], most: int) 
     pack.add("epoch", np.concatenate(epochs or [np.zeros(0, dtype=np.uint32)]))
     for name, parts in curves.items():
         pack.add(f"curve {name}", np.concatenate(parts or [np.zeros(0, dtype=np.float32)]))
-    pack.header["curves"] = {
+    pack.header |= {
         "metrics": names, "runs": len(chosen), "of": int((evaluated > 0).sum()),
         "epochs": kept if evaluated.max(initial=0) > kept else 0,
     }  # fmt: skip
-    return names
+    return pack
 
 
 def _plan(evaluated: Array, metrics: list[str], most: int) -> tuple[int, list[str], list[int]]:

@@ -1,6 +1,7 @@
 """`write_explorer`: `explore.html`, on which all runs can be brushed, compared and sorted; it needs no network."""
 
 import dataclasses
+import functools
 import importlib.resources
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +13,23 @@ import pandas as pd
 from ncollapse.formatting import options_text, read_json
 from ncollapse.plot.looks import PAGE_COLOURS, look_of, ordered, shown, with_variants
 from ncollapse.plot.settings import SYMBOLS, varying
-from ncollapse.train.report.explorer.packing import Pack, add_curves, add_ends, add_words, compressed, evenly
+from ncollapse.train.report.explorer.packing import (
+    Pack,
+    add_ends,
+    add_words,
+    compressed,
+    evenly,
+    packed_curves,
+)
 from ncollapse.train.report.queries import Results
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.schema import FINISHED
 
-#: Bytes of a page, and the runs and the numbers of their ends and of their curves that it holds, at most.
-_LARGEST = 8_000_000
-_MOST_RUNS, _MOST_ENDS, _MOST_NUMBERS = 100_000, 1_200_000, 1_700_000
+#: Bytes of a page, and the runs and the numbers of their ends that it holds, at most.
+_LARGEST, _MOST_RUNS, _MOST_ENDS = 8_000_000, 100_000, 1_200_000
+#: Bytes of the page that a number of a curve takes, about.
+_PER_NUMBER = 2.6
 #: Of the metrics, those that stand first; the last ones are left out where there are too many runs.
 _FIRST = (*NC, "nc4", "train_loss", "train_accuracy", "val_loss", "val_accuracy")
 #: The scripts, in the order of the page; each names what it uses of those before it.
@@ -36,48 +45,31 @@ def write_explorer(results: Results, selection: Selection, path: Path) -> None:
     """
     runs = with_variants(results.runs)
     measured = runs[runs.status.isin(FINISHED) | runs[list(METRICS)].notna().any(axis=1)]
-    kept = measured.iloc[evenly(len(measured), _MOST_RUNS)].reset_index(drop=True)
-    results = dataclasses.replace(results, runs=kept)
     notes = []
     if waiting := len(runs) - len(measured):
         notes.append(f"{waiting:,} of {len(runs):,} runs have no evaluation yet and are not shown.")
-    if len(kept) < len(measured):
-        notes.append(f"{len(kept):,} of {len(measured):,} runs are shown, evenly spaced in the order of the grid.")
-    with shown(kept.optimizer.unique()):
-        most = _MOST_NUMBERS
-        while True:
-            content = _page(results, selection, notes, most).encode()
-            if len(content) <= _LARGEST or not most:
-                break
-            most = most // 2 if most > 1_000 else 0
+    most = min(_MOST_RUNS, len(measured))
+    while True:
+        kept = dataclasses.replace(results, runs=measured.iloc[evenly(len(measured), most)].reset_index(drop=True))
+        with shown(kept.runs.optimizer.unique()):
+            page = _page(kept, selection, notes, len(measured))
+        if page or most <= 1:
+            break
+        most //= 2
     if path.is_symlink():  # which would lead out of the folder
         path.unlink()
-    path.write_bytes(content)
+    path.write_bytes(page)
 
 
-def _page(results: Results, selection: Selection, notes: list[str], most: int) -> str:
-    """Return the page with at most `most` numbers of curves."""
+def _page(results: Results, selection: Selection, notes: list[str], measured: int) -> bytes:
+    """Return the page; empty if it is too large without any curve."""
     import jinja2
     from markupsafe import Markup
 
-    pack, more = _packed(results, selection, most)
-    here = Path(__file__).parent
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        loader=jinja2.FileSystemLoader([here, here.parent / "page"]),
-    )  # fmt: skip
-    plotly = importlib.resources.files("plotly").joinpath("package_data", "plotly.min.js").read_bytes()
-    return environment.get_template("explore.html.j2").render(
-        name=results.meta.get("grid", results.folder.name), description=results.meta.get("description", ""),
-        total=len(results.runs), notes=[*notes, *more], families=PAGE_COLOURS, lines={}, threshold=selection.percent,
-        scripts=[Markup((here / f"{name}.js").read_text("utf-8")) for name in _SCRIPTS],
-        data=pack.text(), plotly=compressed(plotly),
-    )  # fmt: skip
-
-
-def _packed(results: Results, selection: Selection, most: int) -> tuple[Pack, list[str]]:
-    """Return what the page shows, and sentences on what is left out."""
-    runs, pack, notes = results.runs, Pack(), []
+    runs, notes = results.runs, list(notes)
+    if len(runs) < measured:
+        notes.append(f"{len(runs):,} of {measured:,} runs are shown, evenly spaced in the order of the grid.")
+    pack = Pack()
     names = [name for name in _metrics(results) if runs[name].notna().any()]
     metrics = names[: max(len(_FIRST), _MOST_ENDS // max(len(runs), 1))]
     if len(metrics) < len(names):
@@ -87,15 +79,42 @@ def _packed(results: Results, selection: Selection, most: int) -> tuple[Pack, li
         "looks": [_look(name) for name in ordered(runs.optimizer)],
     }  # fmt: skip
     add_ends(pack, runs, metrics)
-    add_curves(pack, results, metrics, most)
-    curves = pack.header["curves"]
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader([here, here.parent / "page"]),
+    )  # fmt: skip
+    content: dict[str, Any] = {
+        "name": results.meta.get("grid", results.folder.name), "description": results.meta.get("description", ""),
+        "total": len(runs), "families": PAGE_COLOURS, "lines": {}, "threshold": selection.percent,
+        "scripts": [Markup((here / f"{name}.js").read_text("utf-8")) for name in _SCRIPTS],
+        "data": pack.text(), "plotly": _plotly(),
+    }  # fmt: skip
+    template = environment.get_template("explore.html.j2")
+    room = _LARGEST - 1_000 - len(template.render(content, notes=notes, curves="").encode())
+    if room < 0:
+        return b""
+    most = int(room / _PER_NUMBER)
+    while len(curves := (pack := packed_curves(results, metrics, most)).text()) > room:
+        most = most * 3 // 4
+    notes += _left_out(pack.header, len(metrics))
+    return template.render(content, notes=notes, curves=curves).encode()
+
+
+@functools.cache
+def _plotly() -> str:
+    """Return Plotly's script, compressed. Its Python, which takes long to import, is not needed."""
+    return compressed(importlib.resources.files("plotly").joinpath("package_data", "plotly.min.js").read_bytes())
+
+
+def _left_out(curves: dict[str, Any], metrics: int) -> Iterator[str]:
+    """Yield sentences on what the curves leave out, by the header of `packed_curves`."""
     if curves["runs"] < curves["of"]:
-        notes.append(f"{curves['runs']:,} of {curves['of']:,} runs have curves on this page.")
+        yield f"{curves['runs']:,} of {curves['of']:,} runs have curves on this page."
     if curves["runs"] and curves["epochs"]:
-        notes.append(f"Curves have at most {curves['epochs']} evaluations of a run, evenly spaced; more are stored.")
-    if curves["runs"] and len(curves["metrics"]) < len(metrics):
-        notes.append(f"{len(curves['metrics'])} of {len(metrics)} metrics have curves.")
-    return pack, notes
+        yield f"Curves have at most {curves['epochs']} evaluations of a run, evenly spaced; the results have all."
+    if curves["runs"] and len(curves["metrics"]) < metrics:
+        yield f"{len(curves['metrics'])} of {metrics} metrics have curves."
 
 
 def _metrics(results: Results) -> list[str]:
@@ -129,8 +148,10 @@ def _columns(pack: Pack, results: Results, metrics: list[str]) -> Iterator[dict[
     texts = add_words(pack, "status", runs.status)
     yield {"name": "status", "label": "status", "role": "status", "words": texts, "keys": texts}
     for name in metrics:
-        label = name if name in results.metrics else name.replace("nc", "NC", 1).replace("_", " ")
-        yield {"name": name, "label": label, "role": "metric", "about": {**METRICS, **results.metrics}[name]}
+        own = name in results.metrics
+        label = name if own else name.replace("nc", "NC", 1).replace("_", " ")
+        about = results.metrics[name] if own else METRICS[name]
+        yield {"name": name, "label": label, "role": "metric", "about": about, "own": own}
 
 
 def _look(name: str) -> dict[str, str]:

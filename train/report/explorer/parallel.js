@@ -34,15 +34,15 @@ const parallel = {
     const context = this.context(0);
     const others = thinned(page.all.filter((i) => !chosen.mark[i]), MOST_LINES / 2);
     const lines = thinned(chosen.list, MOST_LINES);
-    context.globalAlpha = Math.min(0.6, Math.max(0.06, 40 / others.length));
+    context.globalAlpha = Math.min(0.8, Math.max(0.06, 60 / others.length));
     context.lineWidth = 1;
-    for (const i of others) this.line(context, i, colour("grid"));
+    for (const i of others) this.line(context, i, colour("line"));
     const colours = new Map(page.looks.map((look) => [look.family, colour(look.family)]));
     context.globalAlpha = Math.min(0.8, Math.max(0.1, 6 / Math.sqrt(lines.length)));
     context.lineWidth = 1.2;
     for (const i of lines) this.line(context, i, colours.get(lookOf(i).family));
     const left = chosen.list.length - lines.length;
-    document.getElementById("parallel-note").textContent = left > 0 ? `${lines.length.toLocaleString("en")} of ${chosen.list.length.toLocaleString("en")} chosen runs are drawn, evenly spaced.` : "";
+    document.getElementById("parallel-note").textContent = left > 0 ? `${grouped(lines.length)} of ${grouped(chosen.list.length)} chosen runs are drawn, evenly spaced.` : "";
   },
 
   // Draw the run that the pointer is on over all others.
@@ -149,5 +149,8 @@ function rangeText(column, [low, high]) {
     return column.ticks.filter((tick) => tick.at >= low && tick.at <= high).map((tick) => tick.text).join(", ") || "none";
   }
   const text = (at) => isShare(column.name) ? percentage(at) : number(column.log ? 10 ** at : at);
-  return `${text(low)} to ${text(high)}`;
+  const numbers = low <= column.least ? `up to ${text(Math.min(high, column.most))}` : high >= column.most ? `from ${text(low)}`
+    : `${text(low)} to ${text(high)}`;
+  const special = column.ticks.filter(({ at }) => (at < column.least || at > column.most) && at >= low && at <= high).map((tick) => tick.text);
+  return [...(high < column.least || low > column.most ? [] : [numbers]), ...special].join(", ") || "none";
 }

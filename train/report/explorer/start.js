@@ -1,12 +1,12 @@
 // Everything together: controls, what a change redraws, and the start.
-let soon = 0;
+let soon;
 
 // Show a change of the state; while a pointer is dragged, only what is quick.
 function changed({ quick = false } = {}) {
   choose();
   showBar();
-  cancelAnimationFrame(soon);
-  soon = requestAnimationFrame(() => {
+  clearTimeout(soon);
+  soon = setTimeout(() => {
     parallel.draw();
     if (quick) return;
     drawScatter();
@@ -18,7 +18,7 @@ function changed({ quick = false } = {}) {
 }
 
 function showBar() {
-  const [m, n] = [page.ids.length, chosen.list.length].map((count) => count.toLocaleString("en"));
+  const [m, n] = [page.ids.length, chosen.list.length].map(grouped);
   document.getElementById("count").textContent = `${n} of ${m} ${page.ids.length === 1 ? "run" : "runs"} chosen`;
   const chips = [];
   const chip = (text, drop) => {
@@ -81,7 +81,7 @@ function makeControls() {
     const counts = new Array(words.length).fill(0);
     for (const code of values) counts[code] += 1;
     keys.forEach((key, k) => {
-      const [label, input] = tick(`${words[k]} (${counts[k].toLocaleString("en")})`, true, (checked) => {
+      const [label, input] = tick(`${words[k]} (${grouped(counts[k])})`, true, (checked) => {
         const without = new Set(state.without[name]);
         if (checked) without.delete(key); else without.add(key);
         state.without[name] = [...without];
@@ -115,7 +115,7 @@ async function copyIds() {
   const said = document.getElementById("copied");
   try {
     await navigator.clipboard.writeText(text);
-    said.textContent = `${chosen.list.length.toLocaleString("en")} ids copied`;
+    said.textContent = `${grouped(chosen.list.length)} ids copied`;
   } catch { // not allowed here: they can be copied by hand
     const area = element("textarea", { value: text, readOnly: true, rows: 2, cols: 14, ariaLabel: "Ids of the chosen runs" });
     said.replaceChildren(area);
@@ -143,6 +143,8 @@ function focusOn(i) {
 
 async function start() {
   const header = unpack(await inflate("data"));
+  page.curves = unpack(await inflate("curve-data"));
+  Object.assign(header.arrays, page.curves.arrays);
   Object.assign(page, header);
   page.columns = header.columns.map((column) => makeColumn(column, header.arrays));
   page.byName = new Map(page.columns.map((column) => [column.name, column]));

@@ -76,7 +76,7 @@ function choose() {
     // A straight edge on the screen is straight in logarithms, if the axis was logarithmic.
     const { x, y, xs, ys } = state.region;
     const [place, other] = [isLog(x) ? log : Number, isLog(y) ? log : Number];
-    const [px, py, vx, vy] = [xs.map(place), ys.map(place), page.byName.get(x).values, page.byName.get(y).values];
+    const [px, py, vx, vy] = [xs.map(place), ys.map(other), page.byName.get(x).values, page.byName.get(y).values];
     tests.push((i) => inside(place(vx[i]), other(vy[i]), px, py));
   }
   chosen.list = [];

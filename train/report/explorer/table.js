@@ -45,7 +45,7 @@ function drawTable() {
   const shown = order.slice(state.first, state.first + ROWS);
   document.querySelector("#runs tbody").replaceChildren(...shown.map((i) => row(i, columns)));
   const last = state.first + shown.length;
-  document.getElementById("place").textContent = order.length ? `${(state.first + 1).toLocaleString("en")}–${last.toLocaleString("en")} of ${order.length.toLocaleString("en")}` : "no runs chosen";
+  document.getElementById("place").textContent = order.length ? `${grouped(state.first + 1)}–${grouped(last)} of ${grouped(order.length)}` : "no runs chosen";
   document.getElementById("back").disabled = state.first === 0;
   document.getElementById("on").disabled = last >= order.length;
 }
@@ -55,8 +55,9 @@ function row(i, columns) {
   for (const column of columns) {
     const cell = element("td", { className: column.words ? "words" : "" });
     if (column.name === "optimizer") cell.append(glyph(lookOf(i)));
-    if (SPARKS.includes(column.name)) cell.append(spark(i, column.name));
-    cell.append(column.text(i));
+    if (SPARKS.includes(column.name)) {
+      cell.append(spark(i, column.name), element("span", { className: "value", textContent: column.text(i) }));
+    } else cell.append(column.text(i));
     if (column.words) cell.title = column.text(i);
     made.append(cell);
   }
@@ -69,7 +70,7 @@ function row(i, columns) {
 function spark(i, name) {
   const svg = drawn("svg", { class: "spark", viewBox: "0 0 70 22", "aria-hidden": "true", style: `--stroke: var(--${lookOf(i).family})` });
   const values = page.arrays[`curve ${name}`]?.subarray(page.offsets[i], page.offsets[i] + page.count[i]) ?? [];
-  const place = spans(values, 10) ? log : Number;
+  const place = spans(values) ? log : Number;
   const epochs = page.arrays.epoch;
   const points = [...values].map((value, k) => [epochs[page.offsets[i] + k], place(value)]).filter(([, y]) => Number.isFinite(y));
   if (points.length < 2) return svg;
