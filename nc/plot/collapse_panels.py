@@ -123,7 +123,8 @@ def draw_spectrum(panel: "style.Axes", snapshot: "Snapshot") -> None:
     values, share = snapshot.singular_values, np.nan_to_num(snapshot.row_sum).clip(0, 1) ** 2
     index = np.arange(1, len(values) + 1)
     panel.scatter(index, values, s=22, facecolors=style.GROUND, edgecolors="none", zorder=2)
-    panel.scatter(index, values, s=22, color=style.INK, alpha=share, linewidths=0, zorder=3)
+    filled = [(style.INK, float(part)) for part in share]
+    panel.scatter(index, values, s=22, facecolors=filled, linewidths=0, zorder=3)
     panel.scatter(index, values, s=22, facecolors="none", edgecolors=style.INK, linewidths=0.8, zorder=4)
     largest = float(np.nanmax(values, initial=0.0)) or 1.0
     panel.set(xlim=(0.2, len(values) + 0.8), ylim=(-0.06 * largest, 1.1 * largest), xlabel="index")

@@ -70,7 +70,7 @@ def simplex(snapshots: "Snapshots") -> "style.Figure":
 
 
 #: What the signs in the pictures are.
-LEGEND = "· samples   ● class means   → rows of W   △ simplex"
+LEGEND = "· samples   ● means   → rows of W   △ simplex"
 
 
 def labelled(snapshots: "Snapshots", most: int, *, planar: bool = False) -> "list[tuple[str, Snapshot]]":
@@ -124,4 +124,5 @@ def draw_plane(axes: "style.Axes", snapshot: "Snapshot", half: float) -> None:
                 "shrinkB": 0, "mutation_scale": 8}, zorder=3,
             )  # fmt: skip
         axes.plot(*corner, "o", color=colour, markersize=6, markeredgecolor=style.INK, markeredgewidth=0.8, zorder=4)
-        axes.text(*(CENTRE + 0.9 * half * outward), str(k), ha="center", va="center", fontsize=8, color=style.INK)
+        x, y = CENTRE + 0.9 * half * outward
+        axes.text(x, y, str(k), ha="center", va="center", fontsize=8, color=style.INK)

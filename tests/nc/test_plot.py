@@ -69,7 +69,7 @@ def test_the_panels_of_a_result(k: int) -> None:
         np.testing.assert_array_equal(panels[title].images[0].get_array(), expected)
     filled = panels["Singular values"].collections[1]
     np.testing.assert_allclose(filled.get_offsets()[:, 1], result.matrices["singular_values"])
-    np.testing.assert_allclose(filled.get_alpha(), result.matrices["row_sum"] ** 2)
+    np.testing.assert_allclose(filled.get_facecolor()[:, 3], result.matrices["row_sum"] ** 2)
     if k == 2:
         assert "Three classes" not in panels
     else:

@@ -54,7 +54,7 @@ def best_of(*optimizers: str, **settings: str) -> pd.DataFrame:
             } | settings
             for name in optimizers
         ]
-    )  # fmt: skip
+    ).astype({"coupling": float})  # fmt: skip
 
 
 def runs_of(fragment: str) -> list[str]:

@@ -1,6 +1,7 @@
 """How the last layer comes to collapse: geometry over epochs of a run with coupled and one with decoupled decay."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,21 @@ _STEPS = 5
 _SIDE, _HEAD, _WIDE = 300, 13.0, 4.5
 
 
+@dataclass(frozen=True)
+class _Shown:
+    """An optimizer's best run: label and settings as text, and its usable snapshots by epoch, at least one."""
+
+    optimizer: str
+    coupling: float
+    label: str
+    settings: str
+    snapshots: dict[int, Snapshot]
+
+    @property
+    def last(self) -> Snapshot:
+        return self.snapshots[max(self.snapshots)]
+
+
 def collapse_drawings(slug: str, best: pd.DataFrame, snapshots: SnapshotsOfRuns) -> list[Drawing]:
     """Draw `geometry` of one run with coupled and one with decoupled decay over epochs, and of all runs at their end.
 
@@ -38,19 +54,16 @@ def collapse_drawings(slug: str, best: pd.DataFrame, snapshots: SnapshotsOfRuns)
     """
     drawings = []
     runs = _usable(best, snapshots, lambda snapshot: True)
-    for place, (label, settings, of_run) in enumerate(_compared(runs), 1):
-        caption = f"{label}, {settings}, at the start, mid-way and at the end. {_about(of_run[max(of_run)])}"
-        drawings.append(Drawing(f"geometry-{place}-{slug}", caption, geometry(of_run)))
+    for place, run in enumerate(_compared(runs), 1):
+        caption = f"{run.label}, {run.settings}, at the start, mid-way and at the end. {_about(run.last)}"
+        drawings.append(Drawing(f"geometry-{place}-{slug}", caption, geometry(run.snapshots)))
     if len(runs) > len(drawings):
-        shown = runs[:_MOST_ENDS]
         ends: dict[str, Snapshot] = {}
-        for _, run in shown.iterrows():
-            label = look_of(str(run.optimizer)).label
+        for run in runs[:_MOST_ENDS]:
             # Labels that are cut may be the same.
-            ends[label if label not in ends else str(run.optimizer)] = run.snapshots[max(run.snapshots)]
+            ends[run.optimizer if run.label in ends else run.label] = run.last
         more = f" The first {_MOST_ENDS} of {len(runs)} optimizers are shown." if len(runs) > _MOST_ENDS else ""
-        about = _about(next(iter(ends.values())))
-        caption = f"The end of the best run of each optimizer.{more} {about}"
+        caption = f"The end of the best run of each optimizer.{more} {_about(runs[0].last)}"
         drawings.append(Drawing(f"geometry-ends-{slug}", caption, geometry(ends)))
     return drawings
 
@@ -79,36 +92,34 @@ def simplex_slider(slug: str, best: pd.DataFrame, snapshots: SnapshotsOfRuns) ->
     runs = _compared(_usable(best, snapshots, lambda snapshot: bool(snapshot.three)))
     if not runs:
         return ""
-    epochs = evenly(sorted({epoch for _, _, of_run in runs for epoch in of_run}), _STEPS)
+    epochs = evenly(sorted({epoch for run in runs for epoch in run.snapshots}), _STEPS)
     # A run that ended early, or has no snapshot yet, shows the one that is nearest in time.
-    moments = [[_at(of_run, epoch) for epoch in epochs] for _, _, of_run in runs]
-    half = extent([of_run[epoch] for (_, _, of_run), steps in zip(runs, moments, strict=True) for epoch in steps])
+    moments = [[_at(run.snapshots, epoch) for epoch in epochs] for run in runs]
+    half = extent([run.snapshots[epoch] for run, steps in zip(runs, moments, strict=True) for epoch in steps])
     shown = [
-        (label, settings, [_picture(epoch, of_run[epoch], half) for epoch in steps])
-        for (label, settings, of_run), steps in zip(runs, moments, strict=True)
+        (run.label, run.settings, [_picture(epoch, run.snapshots[epoch], half) for epoch in steps])
+        for run, steps in zip(runs, moments, strict=True)
     ]
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_FRAGMENT)
     triangle = _closed(_placed(TRIANGLE, half))
     return template.render(slug=slug, epochs=epochs, runs=shown, side=_SIDE, triangle=triangle, style=_STYLE)
 
 
-def _usable(best: pd.DataFrame, snapshots: SnapshotsOfRuns, usable: Callable[[Snapshot], bool]) -> pd.DataFrame:
-    """Return the runs with usable snapshots, with these as the column `snapshots`, and their `settings` as text."""
-    found = {
-        str(run): {epoch: snapshot for epoch, snapshot in of_run.items() if usable(snapshot)}
-        for run, of_run in snapshots.items()
-    }
-    rows = best.assign(settings=described(best))
-    rows = rows[rows.id.isin([run for run, of_run in found.items() if of_run])]
-    return rows.assign(snapshots=[found[run] for run in rows.id])
+def _usable(best: pd.DataFrame, snapshots: SnapshotsOfRuns, usable: Callable[[Snapshot], bool]) -> list[_Shown]:
+    """Return the runs that have usable snapshots, in their order."""
+    found = []
+    for (_, run), settings in zip(best.iterrows(), described(best), strict=True):
+        kept = {epoch: snapshot for epoch, snapshot in snapshots.get(run["id"], {}).items() if usable(snapshot)}
+        if kept:
+            found.append(_Shown(run.optimizer, run.coupling, look_of(run.optimizer).label, settings, kept))
+    return found
 
 
-def _compared(runs: pd.DataFrame) -> list[tuple[str, str, dict[int, Snapshot]]]:
-    """Return label, settings and snapshots of the runs that are shown over epochs, at most two of these."""
-    extremes = pd.concat([runs[runs.optimizer == name].head(1) for name in _EXTREMES])
-    decays = pd.concat([runs[runs.coupling > 0].head(1), runs[runs.coupling == 0].head(1)])
-    pair = next((two for two in (extremes, decays) if len(two) == 2), runs.head(2))
-    return [(look_of(str(run.optimizer)).label, run.settings, run.snapshots) for _, run in pair.iterrows()]
+def _compared(runs: list[_Shown]) -> list[_Shown]:
+    """Return the runs that are shown over epochs, at most two."""
+    extremes = [run for name in _EXTREMES for run in runs if run.optimizer == name]
+    decays = [run for run in runs if run.coupling > 0][:1] + [run for run in runs if run.coupling == 0][:1]
+    return next((pair for pair in (extremes, decays) if len(pair) == 2), runs[:2])
 
 
 def _at(of_run: Mapping[int, Snapshot], epoch: int) -> int:
