@@ -83,8 +83,8 @@ def labelled(snapshots: "Snapshots", most: int, *, planar: bool = False) -> "lis
     if not isinstance(snapshots, Mapping):
         snapshots = {"": snapshots}
     usable = {key: snapshot for key, snapshot in snapshots.items() if snapshot.three or not planar}
-    epochs = evenly(sorted(key for key in usable if isinstance(key, int)), most)
     named = [key for key in usable if isinstance(key, str)]
+    epochs = evenly(sorted(key for key in usable if not isinstance(key, str)), most)
     return [(f"epoch {key}", usable[key]) for key in epochs] + [(key, usable[key]) for key in named]
 
 

@@ -162,6 +162,16 @@ def test_three_classes_over_epochs() -> None:
     png(simplex(snapshot_of(3)))
 
 
+def test_runs_are_compared_by_label() -> None:
+    snapshots = {name: snapshot_of(4) for name in ("z", "a", "an optimizer of one's own", "b", "c", "d")}
+    figure = plot.geometry(snapshots)
+    labels = [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()]
+    assert labels == ["z", "a", "an optimizer of o…", "b", "c", "d"]
+    assert [axes.get_title(loc="left") for axes in simplex(snapshots).axes] == list(snapshots)
+    (axes,) = simplex({np.int64(3): snapshots["a"]}).axes
+    assert axes.get_title(loc="left") == "epoch 3"
+
+
 def test_samples_that_are_missing_or_far_away() -> None:
     snapshot = snapshot_of(3)
     samples = snapshot.samples.copy()
