@@ -6,9 +6,9 @@ const VIEW = ["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d", "toIma
 const plain = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;"); // Plotly reads a little HTML
 
 function layout(x, y) {
-  const axis = ({ label, log: isLogarithmic, ...more }) => ({
+  const axis = ({ label, log: isLogarithmic }) => ({
     title: { text: plain(short(label, 60)), standoff: 8 }, type: isLogarithmic ? "log" : "linear", automargin: true,
-    gridcolor: colour("grid"), linecolor: colour("quiet"), zeroline: false, exponentformat: "power", ...more,
+    gridcolor: colour("grid"), linecolor: colour("quiet"), zeroline: false, exponentformat: "power",
   });
   return {
     xaxis: axis(x), yaxis: axis(y), paper_bgcolor: "transparent", plot_bgcolor: "transparent", showlegend: false,
@@ -43,7 +43,7 @@ function drawScatter() {
   const { region } = state;
   const shape = region && region.x === x.name && region.y === y.name ? [outline(region)] : [];
   return Plotly.react("scatter", traces, {
-    ...layout({ label: x.label, log: isLog(x.name) }, { label: y.label, log: isLog(y.name) }),
+    ...layout({ ...x, log: isLog(x.name) }, { ...y, log: isLog(y.name) }),
     dragmode: page.dragmode ?? "select", shapes: shape, selections: [], uirevision: `${x.name} ${isLog(x.name)} ${y.name} ${isLog(y.name)}`, selectionrevision: Math.random(),
   }, config(...CHOOSE, ...VIEW));
 }
@@ -61,7 +61,10 @@ function listenToScatter() {
     const { x, y } = event.range ?? event.lassoPoints;
     const box = event.range !== undefined;
     const [xs, ys] = box ? [[x[0], x[1], x[1], x[0]], [y[0], y[0], y[1], y[1]]] : [x, y];
-    state.region = { x: state.x, y: state.y, xs: xs.map(brief), ys: ys.map(brief) };
+    const corners = thinned([...xs.keys()], 60); // of a lasso with hundreds: the address holds them
+    state.region = {
+      x: state.x, y: state.y, xs: corners.map((k) => brief(xs[k])), ys: corners.map((k) => brief(ys[k])), logs: [isLog(state.x), isLog(state.y)],
+    };
     changed();
   });
   chart.on("plotly_deselect", () => { state.region = null; changed(); });

@@ -55,7 +55,7 @@ function makeColumn(column, arrays) {
     const codes = arrays[`words ${column.name}`];
     const ticks = column.words.map((text, i) => ({ at: -i, text: text || "–" }));
     return {
-      ...column, values: codes, at: Float64Array.from(codes, (code) => -code), ticks, log: false,
+      ...column, values: codes, at: Float64Array.from(codes, (code) => -code), ticks, log: false, discrete: true,
       low: 0.5 - Math.max(ticks.length, 2), high: ticks.length > 1 ? 0.5 : 1, text: (i) => column.words[codes[i]] || "–",
     };
   }
@@ -91,7 +91,7 @@ function makeColumn(column, arrays) {
   const pad = 0.03 * span;
   const text = column.role === "setting" ? setting : isShare(column.name) ? percentage : number;
   return {
-    ...column, values, at, ticks, least, most, log: isLog, text: (i) => text(values[i]),
+    ...column, values, at, ticks, least, most, log: isLog, discrete: few, text: (i) => text(values[i]),
     low: Math.min(low, ...ticks.map((t) => t.at)) - pad, high: Math.max(high, ...ticks.map((t) => t.at)) + pad,
   };
 }

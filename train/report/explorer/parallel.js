@@ -64,11 +64,14 @@ const parallel = {
   line(context, i, stroke) {
     context.strokeStyle = stroke;
     context.beginPath();
-    this.columns.forEach((column, k) => context.lineTo(this.x(k), this.y(column, column.at[i])));
+    // Where many runs share a value, their lines are spread a little, as otherwise all but the last are hidden.
+    const spread = page.ids.length > 50 ? 12 * (((i * 0.618034) % 1) - 0.5) : 0;
+    this.columns.forEach((column, k) => context.lineTo(this.x(k), this.y(column, column.at[i]) + (column.discrete ? spread : 0)));
     context.stroke();
   },
 
   drawAxes(svg) {
+    svg.setAttribute("viewBox", `0 0 ${this.width} ${this.height}`); // it shrinks with the lines on paper
     const active = [...svg.children].indexOf(document.activeElement);
     svg.replaceChildren(...this.columns.map((column, k) => this.axis(column, k)));
     if (active >= 0) svg.children[active]?.focus({ preventScroll: true });

@@ -28,7 +28,7 @@ function readHash() {
   }
   const { region } = given;
   if (region && [region.x, region.y].every(isNumeric) && numbers(region.xs) && numbers(region.ys, region.xs.length) && region.xs.length > 2) {
-    state.region = { x: region.x, y: region.y, xs: region.xs, ys: region.ys };
+    state.region = { x: region.x, y: region.y, xs: region.xs, ys: region.ys, logs: [region.logs?.[0] === true, region.logs?.[1] === true] };
   }
   for (const key of ["x", "y"]) if (isNumeric(given[key])) state[key] = given[key];
   if (page.curves.metrics.includes(given.metric)) state.metric = given.metric;
@@ -73,9 +73,9 @@ function choose() {
   const { values: status, keys } = page.byName.get("status");
   if (state.fit) tests.push((i) => keys[status[i]] === "done" && accuracy && accuracy[i] >= Math.fround(page.threshold));
   if (state.region) {
-    // A straight edge on the screen is straight in logarithms, if the axis was logarithmic.
-    const { x, y, xs, ys } = state.region;
-    const [place, other] = [isLog(x) ? log : Number, isLog(y) ? log : Number];
+    // A straight edge on the screen is straight in logarithms, if the axis was logarithmic when it was drawn.
+    const { x, y, xs, ys, logs } = state.region;
+    const [place, other] = logs.map((logarithmic) => logarithmic ? log : Number);
     const [px, py, vx, vy] = [xs.map(place), ys.map(other), page.byName.get(x).values, page.byName.get(y).values];
     tests.push((i) => inside(place(vx[i]), other(vy[i]), px, py));
   }
