@@ -13,7 +13,7 @@ from ncollapse.plot.settings import alike, described, in_order
 from ncollapse.plot.style import GROUND, Drawing
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from ncollapse.plot.style import Figure
 
 #: The fewest couplings that show more than the two ends.
 SHARES = 3

@@ -49,7 +49,9 @@ def require(figure: str, name: str, frame: pd.DataFrame, columns: Sequence[str])
         ValueError: it lacks some, which the message names.
     """
     if missing := [column for column in columns if column not in frame]:
-        raise ValueError(f"plot.{figure}: {name} has no column {', '.join(missing)}; it has {', '.join(frame)}")
+        raise ValueError(
+            f"plot.{figure}: {name} has no column {', '.join(missing)}; it has {', '.join(map(str, frame))}"
+        )
 
 
 def reached(runs: pd.DataFrame, threshold: float) -> "pd.Series[bool]":

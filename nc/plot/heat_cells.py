@@ -50,7 +50,7 @@ def _smallest(runs: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """Return the smallest median over seeds of each metric, with the range over the seeds of that setting."""
     names = [name for name in SHOWN if name in runs]
     settings = over_seeds(runs, [*keys, "setting"], names).reset_index(drop=True)
-    found = {}
+    found: dict[str, pd.Series[float]] = {}
     for name in names:
         ranked = settings.dropna(subset=[name]).sort_values(name, kind="stable")
         chosen = ranked.drop_duplicates(keys).set_index(keys)

@@ -14,8 +14,7 @@ from ncollapse.plot.settings import tried
 from ncollapse.plot.style import GROUND, INK, ON_DARK, ON_LIGHT, QUIET, Drawing
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from ncollapse.plot.style import Axes, Figure
 
 #: Rows of cells of all optimizers beyond which cells have no numbers: the figure would be longer than a page.
 _NUMBERED_ROWS = 18
@@ -61,7 +60,9 @@ def heat_map(runs: pd.DataFrame, axis: str = "lr", *, threshold: float = 0.999) 
         raise ValueError(f"plot.heat_map: axis must be one of {', '.join(AXES)}; got {axis!r}")
     runs = complete("heat_map", runs, ("weight_decay", axis))
     if not set(SHOWN) & set(runs):
-        raise ValueError(f"plot.heat_map: runs has none of the columns {', '.join(SHOWN)}; it has {', '.join(runs)}")
+        raise ValueError(
+            f"plot.heat_map: runs has none of the columns {', '.join(SHOWN)}; it has {', '.join(map(str, runs))}"
+        )
     few, note = binned(runs.dropna(subset=["weight_decay", axis]), axis)
     cells = cells_of(few, axis, threshold)
     if cells.empty:

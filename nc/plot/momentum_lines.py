@@ -13,7 +13,7 @@ from ncollapse.plot.settings import alike, described, in_order
 from ncollapse.plot.style import Drawing
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from ncollapse.plot.style import Figure
 
 #: The metrics that are read at equal loss.
 READ = ("nc0", "nc1", "nc2", "nc3")

@@ -13,8 +13,7 @@ from ncollapse.plot.looks import about_lines, look_of, shown
 from ncollapse.plot.style import GROUND, INK, QUIET, Drawing
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from ncollapse.plot.style import Axes, Figure
 
 #: What `curves` draws, where it is measured.
 CURVES = ("nc0", "nc1", "nc2", "nc3", "nc4", "train_loss", "train_error")
@@ -281,8 +280,9 @@ def _link_ends(
     """Draw the last finite value of every run as a point that the page links to it; of few runs only."""
     if len(runs) > _MOST_ENDS:
         return
-    found = epochs[epochs.run.isin(runs["id"]) & np.isfinite(epochs[[x, y]].astype(float)).all(axis=1)]
-    last = found.sort_values("epoch").drop_duplicates("run", keep="last").set_index("run")
+    found = epochs[epochs.run.isin(runs["id"])]
+    finite = np.isfinite(found[[x, y]].to_numpy(dtype=float)).all(axis=1)
+    last = found[finite].sort_values("epoch").drop_duplicates("run", keep="last").set_index("run")
     ended = runs[runs["id"].isin(last.index)]
     groups = [
         (
@@ -337,7 +337,7 @@ def _legend(
 ) -> None:
     used = lines.settings.assign(coupled=lines.settings.coupling > 0).drop_duplicates(["optimizer", "coupled"])
     style.legend_entries(axes, zip(used.optimizer, used.coupling, strict=True))
-    mark = {"ls": "", "marker": "o", "ms": 6, "mec": INK, "mew": 1.5}
+    mark: dict[str, Any] = {"ls": "", "marker": "o", "ms": 6, "mec": INK, "mew": 1.5}
     for label, face in ((ring, GROUND), (disc, INK)):
         if label:
             axes.plot([], [], label=label, mfc=face, **mark)

@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from ncollapse.optimizer_table import LABELS, OPTIMIZERS, TABLE
+from ncollapse.plot.step_lines import Trajectory, nc0_over_steps
 from ncollapse.train.commands.theory import Setting, print_theory, trajectories
 from ncollapse.train.errors import UserError
-from ncollapse.train.report.theory import Trajectory, nc0_over_steps
 
 SMALL = Setting(classes=4, dim=5, steps=120, lr=0.1, weight_decay=0.1)
 

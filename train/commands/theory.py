@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from ncollapse.train.report.theory import Trajectory
+    from ncollapse.plot.step_lines import Trajectory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def trajectories(setting: Setting) -> "list[Trajectory]":
     import torch
 
     from ncollapse import ufm
-    from ncollapse.train.report.theory import Trajectory
+    from ncollapse.plot.step_lines import Trajectory
 
     shared: dict[str, Any] = {"lr": setting.lrs, "steps": setting.steps, "momentum": setting.momentum}
     shared |= {"weight_decay": setting.weight_decay}
@@ -100,8 +100,8 @@ def print_theory(setting: Setting, out: Path, console: Console) -> None:
     Raises:
         UserError: the folder cannot be written to.
     """
+    from ncollapse.plot.step_lines import nc0_over_steps
     from ncollapse.plot.style import encode
-    from ncollapse.train.report.theory import nc0_over_steps
     from ncollapse.train.results.atomic_write import write_whole
 
     found = trajectories(setting)

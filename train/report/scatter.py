@@ -1,36 +1,30 @@
 """Scatter plots, each point a run, and their tables: validation accuracy over the metrics, and partial collapse."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import pandas as pd
 
-from ncollapse.plot import style
-from ncollapse.plot.looks import about_points
+from ncollapse.plot.frames import by_seed, over_seeds
+from ncollapse.plot.scatter_panels import PARTIAL, draw_accuracy, draw_pairs
 from ncollapse.plot.settings import described, in_order, tried
 from ncollapse.plot.style import Drawing
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.view import Column, View
 
-#: Pairs of metrics that show partial collapse: horizontal, vertical.
-PARTIAL = (("nc1", "nc0"), ("nc2", "nc3"), ("train_accuracy", "nc4"))
-_CAPTIONS = {
-    "nc0": "NC0 over NC1: features can collapse (NC1 small) while NC0 does not.",
-    "nc3": "NC3 over NC2: class means can form a simplex (NC2 small) while the classifier does not align with them.",
-    "nc4": "NC4, the share of samples not classified as their nearest class mean, over training accuracy.",
-}
-#: Runs beyond which points are smaller.
-_MANY_POINTS = 300
-_START_COLOUR = "#8a8f95"
+__all__ = [
+    "PARTIAL", "accuracy_against_collapse", "correlations_view", "metric_pairs", "partial_collapse", "partial_view",
+    "rank_correlations",
+]  # fmt: skip
 
 
 def rank_correlations(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
     """Return Spearman's rank correlation of validation accuracy with each metric, over the eligible runs.
 
-    A row per optimizer and metric, the optimizer "all" first. Columns: optimizer, metric, correlation (NaN where either
-    does not vary), runs.
+    Runs that differ only in the seed count once, with their medians. A row per optimizer and metric, the optimizer
+    "all" first. Columns: optimizer, metric, correlation (NaN where either does not vary), runs (settings).
     """
     eligible = selection.eligible(runs).dropna(subset=["val_accuracy"])
+    eligible = over_seeds(eligible.assign(setting=by_seed(eligible)), ["setting"], [*NC, "val_accuracy"])
     rows = []
     for optimizer in ("all", *tried(eligible)):
         part = eligible if optimizer == "all" else eligible[eligible.optimizer == optimizer]
@@ -51,6 +45,8 @@ def correlations_view(slug: str, runs: pd.DataFrame, selection: Selection) -> Vi
         "Spearman's rank correlation of validation accuracy with each metric: −1 where more collapse (a smaller "
         "metric) always goes with a higher accuracy, 0 where they are unrelated."
     )
+    if (by_seed(runs).value_counts() > 1).any():
+        caption += " Runs that differ only in the seed count once, with their medians."
     return View(f"accuracy-{slug}", caption, columns, wide)
 
 
@@ -96,71 +92,9 @@ def partial_view(slug: str, frame: pd.DataFrame) -> View:
 def accuracy_against_collapse(slug: str, runs: pd.DataFrame, selection: Selection, names: Sequence[str]) -> Drawing:
     """Draw validation accuracy over each of these final metrics, of the runs that reached the threshold."""
     eligible = selection.eligible(runs).dropna(subset=["val_accuracy"])
-    with style.styled():
-        figure, grid = style.panels(2, 2, (7.6, 5.6), sharey=True, gaps=(0.25, 0.5), margins=(0.65, 0.15, 0.5, 0.1))
-        drawing = Drawing(f"accuracy-{slug}", "", figure)
-        groups = _groups(eligible, selection)
-        for axes in grid.flat[len(names) :]:
-            axes.set_axis_off()
-        for axes, name in zip(grid.flat, names, strict=False):
-            style.scale(axes, "x", eligible[name])
-            drawing.points(axes, [(g[name], 100 * g.val_accuracy, g.id, look) for g, look in groups])
-            axes.set_xlabel(name.upper())
-        for axes in grid[:, 0]:
-            axes.set_ylabel("validation accuracy, %")
-        style.legend_entries(grid[0, 0], _used(eligible), points=True)
-        style.one_legend(figure, grid[0, 0], 6)
-    drawing.caption = (
-        "Validation accuracy over each final metric. Each point is a run that reached the training-accuracy threshold. "
-        f"{about_points(eligible.optimizer)}{drawing.note}"
-    )
-    return drawing
+    return draw_accuracy(f"accuracy-{slug}", eligible, names, selection.threshold)
 
 
 def metric_pairs(slug: str, runs: pd.DataFrame, selection: Selection, pairs: Sequence[tuple[str, str]]) -> Drawing:
     """Draw one metric over another, for some of the pairs of `PARTIAL`, of all runs that ended well."""
-    done = runs[runs.status == "done"]
-    missed = len(selection.eligible(done)) < len(done)
-    with style.styled():
-        size = max(4.8, 3.2 * len(pairs)), 3.5
-        figure, grid = style.panels(1, len(pairs), size, gaps=(0.65, 0), margins=(0.65, 0.15, 0.5, 0.1))
-        drawing, groups = Drawing(f"partial-{slug}", "", figure), _groups(done, selection)
-        for axes, (x, y) in zip(grid[0], pairs, strict=True):
-            percent = y == "nc4"
-            if not percent:
-                style.scale(axes, "x", done[x])
-                style.scale(axes, "y", done[y])
-            factor = 100 if percent else 1
-            drawing.points(axes, [(factor * g[x], factor * g[y], g.id, look) for g, look in groups])
-            axes.set_xlabel("training accuracy, %" if percent else x.upper())
-            axes.set_ylabel("NC4, % of the samples" if percent else y.upper())
-            if y == "nc0" and (start := float(done.nc0_start.median())) > 0:
-                axes.axhline(start, color=_START_COLOUR, lw=1, ls=":")
-                at = {"xy": (0.99, start), "xycoords": ("axes fraction", "data")}
-                axes.annotate("start", **at, ha="right", va="bottom", color=_START_COLOUR, fontsize=8)
-        style.legend_entries(grid[0, 0], _used(done), points=True, hollow="missed the threshold" if missed else "")
-        style.one_legend(figure, grid[0, 0], 8 if len(pairs) > 1 else 4)
-    hollow = " Hollow: the run missed the training-accuracy threshold." if missed else ""
-    about = " ".join(_CAPTIONS[y] for _, y in pairs)
-    drawing.caption = (
-        f"{about} Each point is a run that ended well. {about_points(done.optimizer)}{hollow}{drawing.note}"
-    )
-    return drawing
-
-
-def _groups(runs: pd.DataFrame, selection: Selection) -> list[tuple[pd.DataFrame, dict[str, Any]]]:
-    """Group runs by the style in which they are drawn; those that missed the threshold come first, below the others."""
-    runs = runs[["id", "optimizer", "coupling", *NC, "nc4", "train_accuracy", "val_accuracy"]].assign(
-        reached=runs.id.isin(selection.eligible(runs).id), coupled=runs.coupling > 0
-    )
-    size = {"markersize": 3.0} if len(runs) > _MANY_POINTS else {}
-    return [
-        (group, style.marker(group.optimizer.iloc[0], float(bool(coupled)), reached=bool(reached)) | size)
-        for (reached, _, coupled), group in runs.groupby(["reached", "optimizer", "coupled"])
-    ]
-
-
-def _used(runs: pd.DataFrame) -> list[tuple[str, float]]:
-    """Return the optimizers for the legend, once where decay is coupled and once where it is not."""
-    used = set(zip(runs.optimizer, runs.coupling > 0, strict=True))
-    return [(name, float(coupled)) for name in tried(runs) for coupled in (True, False) if (name, coupled) in used]
+    return draw_pairs(f"partial-{slug}", runs[runs.status == "done"], pairs, selection.threshold)

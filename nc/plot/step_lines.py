@@ -33,7 +33,17 @@ class Trajectory:
 
 
 def nc0_over_steps(found: Sequence[Trajectory]) -> "style.Figure":
-    """Draw NC0 of every optimizer over steps, with its prediction: dotted in black if exact, in grey if a bound."""
+    """Draw NC0 of optimizers over steps, with its prediction: dotted in black if exact, in grey if a bound.
+
+    Args:
+        found: a trajectory per optimizer, all over the same steps, of `ncollapse.ufm.simulate` and `predict`.
+
+    Returns:
+        A matplotlib figure, which belongs to no window: `figure.savefig("theory.png")`.
+
+    Raises:
+        ModuleNotFoundError: no matplotlib.
+    """
     with style.styled():
         figure, grid = style.panels(1, 1, (8.0, 4.8))
         axes: style.Axes = grid[0, 0]
