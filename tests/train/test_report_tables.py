@@ -167,7 +167,7 @@ def test_no_runs_that_differ_in_momentum(tmp_path: Path) -> None:
 
 def test_rank_correlations() -> None:
     values = [0.1, 10.0, 3.0, 0.5]
-    rows = [{"nc0": v, "nc1": 1 / v, "val_accuracy": -1 / v, "seed": i} for i, v in enumerate(values)]
+    rows = [{"nc0": v, "nc1": 1 / v, "val_accuracy": -1 / v, "lr": 1.0 + i} for i, v in enumerate(values)]
     frame = rank_correlations(runs_of(*rows, {"nc0": 99.0, "val_accuracy": -9.0, "train_accuracy": 0.0}), HALF)
     table = frame.set_index(["optimizer", "metric"]).correlation
     assert table["all", "nc0"] == pytest.approx(1)
