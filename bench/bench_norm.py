@@ -8,18 +8,23 @@ time. Of each is recorded, in microseconds:
 - `difference`: of the outputs and of the gradients from float64, ‖difference‖/‖value‖, the largest. There too ReLU and
   pooling choose by what has been rounded to the maps' dtype. Compiled code does not round in between, so that pooling
   chooses another pixel here and there: its difference is recorded, and not judged;
-- `eager`: wall time of forward and backward, called from Python;
+- `eager`: wall time of forward and backward, called from Python, of `nc` and torch's operations;
 - `step`, `forward`: the GPU's time of both and of forward alone, ten of them in a CUDA graph, with the GB/s that the
   fused operation's reads and writes make (x twice, the result once; x and its gradient twice, the gradient of x once)
   and their `share` of a device copy's. Maps that fit the second-level cache may have more than all of it.
 
+`nc` sums in the way that it is set to, the other names that begin with it without one novelty each, and `nc, before`
+without any (`SWITCHES`): what is not faster is to be deleted.
+
 `resnet9` is the sum over its eight layers, batch 128, 28 × 28 images.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -27,7 +32,7 @@ from torch.nn import functional as F
 
 from bench.record import Record, first_line, recording
 from bench.timing import Step, Yardstick, captured, compared, gpu, wall_cuda
-from ncollapse.kernels.batch_norm import batch_norm_relu
+from ncollapse.kernels.batch_norm import batch_norm_relu, op
 from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
 from ncollapse.kernels.cross_entropy import cross_entropy_grad
 from ncollapse.kernels.cross_entropy.reference import cross_entropy_grad_reference
@@ -39,6 +44,16 @@ TOLERANCE = {"fp32": 2e-3, "bf16": 1e-2}
 MOMENTUM, EPS = 0.1, 1e-5
 GRAPH_STEPS = 10
 BASELINE, COMPILED = "torch", "torch compiled"
+#: Settings of `kernels.batch_norm`, each of which turns something newer off: loops that load in advance, the merging of
+#: parts by the last program of moments, that of backward's sums, one program for all rows of a small map.
+NOVELTIES: dict[str, dict[str, Any]] = {
+    "not pipelined": {"STAGES": 1},
+    "moments merged by a kernel": {"MERGED_ELEMENTS": 0},
+    "sums merged by a kernel": {"MERGE_SUMS": False},
+    "small maps in parts": {"SMALL_ROWS": 0},
+}
+SWITCHES = {f"nc, {name}": settings for name, settings in NOVELTIES.items()}
+SWITCHES["nc, before"] = {name: value for settings in NOVELTIES.values() for name, value in settings.items()}
 
 
 @dataclass(frozen=True)
@@ -121,34 +136,54 @@ def by_torch(
     return batch_norm_relu_reference(x, weight, bias, mean, var, True, MOMENTUM, EPS, pool, more)
 
 
-def candidates() -> dict[str, Callable[..., Tensor]]:
-    return {"nc": ours, BASELINE: by_torch, COMPILED: torch.compile(by_torch, dynamic=False)}
+def candidates(compiled: bool) -> dict[str, Callable[..., Tensor]]:
+    ways = {"nc": ours, BASELINE: by_torch} | dict.fromkeys(SWITCHES, ours)
+    return ways | ({COMPILED: torch.compile(by_torch, dynamic=False)} if compiled else {})
+
+
+@contextlib.contextmanager
+def switched(name: str) -> Iterator[None]:
+    """Within it, kernels sum as this candidate does. A graph that is captured there stays so."""
+    from ncollapse.kernels.batch_norm import gpu
+
+    with contextlib.ExitStack() as stack:
+        for setting, value in SWITCHES.get(name, {}).items():
+            stack.enter_context(mock.patch.object(op if setting == "SMALL_ROWS" else gpu, setting, value))
+        yield
 
 
 def differences(maps: Maps, ways: dict[str, Callable[..., Tensor]], tolerance: float) -> dict[str, float]:
     """From float64; raises AssertionError where one is too large."""
     exact, found = maps.exact(), {}
     for name, way in ways.items():
-        parts = zip(maps.step(way), exact, strict=True)
+        with switched(name):
+            parts = zip(maps.step(way), exact, strict=True)
         apart = max(float((a.double() - b).norm() / b.norm()) for a, b in parts)
         found[name] = float(f"{apart:.1e}")
         assert apart <= tolerance or name == COMPILED, f"{name} is {apart:.1e} from float64"
     return found
 
 
-def run(case: Case, seconds: float, copy: Yardstick) -> dict[str, Any]:
-    """One case: what is recorded of it."""
-    maps, ways = Maps(case, "cuda"), candidates()
-    result: dict[str, Any] = {"case": str(case), "difference": differences(maps, ways, TOLERANCE[case.dtype])}
+def run(
+    case: Case, seconds: float, copy: Yardstick, result: dict[str, Any], save: Callable[[], None], *, compiled: bool
+) -> None:
+    """Fill what is recorded of a case, and save it after each group of timings."""
+    maps, ways = Maps(case, "cuda"), candidates(compiled)
+    result["difference"] = differences(maps, ways, TOLERANCE[case.dtype])
     steps: dict[str, Step] = {name: lambda way=way: maps.step(way) for name, way in ways.items()}
-    result["eager"], _ = compared(steps, wall_cuda, seconds, BASELINE)
+    unswitched = {name: step for name, step in steps.items() if name not in SWITCHES}
+    result["eager"], _ = compared(unswitched, wall_cuda, seconds, BASELINE)
+    save()
 
     def forwards(way: Callable[..., Tensor]) -> Step:
         return lambda: way(maps.x, maps.weight, maps.bias, *maps.running, maps.pool, maps.residual)
 
     once = {name: forwards(way) for name, way in ways.items()}
     for group, timed, moved in (("step", steps, maps.step_bytes), ("forward", once, maps.forward_bytes)):
-        replays = {name: captured(step, GRAPH_STEPS) for name, step in timed.items()}
+        replays = {}
+        for name, step in timed.items():
+            with switched(name):
+                replays[name] = captured(step, GRAPH_STEPS)
         replays["copy"] = captured(copy.step, GRAPH_STEPS)
         found, _ = compared(replays, gpu, seconds, BASELINE, GRAPH_STEPS)
         most = copy.bytes / found["copy"]["median"]
@@ -156,7 +191,7 @@ def run(case: Case, seconds: float, copy: Yardstick) -> dict[str, Any]:
             rate = moved / found[name]["median"]
             found[name] |= {"gb_per_s": round(rate / 1e3, 1), "share": round(rate / most, 3)}
         result[group] = found
-    return result
+        save()
 
 
 def cross_entropy(seconds: float) -> dict[str, Any]:
@@ -198,12 +233,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = recording(__doc__)
     parser.add_argument("--minutes", type=float, default=2.0, help="what is timed by then is recorded")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each group of timings")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes seconds a case")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("bench_norm: there is no CUDA GPU here; on a CPU these operations are torch's own")
         return 1
     end = time.monotonic() + 60 * options.minutes
     command = f"python -m bench.bench_norm --minutes {options.minutes:g} --seconds {options.seconds:g}"
+    command += " --no-compile" if options.no_compile else ""
     record = Record(options.out / "norm-cuda.json", command, "cuda", options.commit)
     record.data |= {"tolerance": TOLERANCE, "baseline": BASELINE, "cases": [], "left_out": []}
     copy, todo = Yardstick("cuda", 0), cases()
@@ -212,11 +249,12 @@ def main(arguments: list[str] | None = None) -> int:
             record.data["left_out"] = [str(c) for c in todo[n:]]
             break
         torch.compiler.reset()  # or a function that is compiled for many shapes gives up
-        try:
-            result = run(case, options.seconds, copy)
-        except Exception as error:  # one case does not cost the others
-            result = {"case": str(case), "refused": first_line(error)}
+        result: dict[str, Any] = {"case": str(case)}
         record.data["cases"].append(result)
+        try:
+            run(case, options.seconds, copy, result, record.save, compiled=not options.no_compile)
+        except Exception as error:  # one case does not cost the others
+            result["refused"] = first_line(error)
         record.data["resnet9"] = whole_network(record.data["cases"])
         record.save()
         print(line(result), flush=True)

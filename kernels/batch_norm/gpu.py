@@ -5,17 +5,22 @@ mean and variance, and once to write the result. Backward reads x and the gradie
 once to write the gradient of x. Nothing else of the size of a map is written or kept: backward recomputes from x what
 passed ReLU and pooling.
 
-Sums are taken in parts, which a second kernel adds in a fixed order, without floating-point atomics, so that results
-are reproducible on a device. No launcher synchronises with the GPU.
+Sums are taken in parts, which the last program to arrive, or a second kernel, adds in a fixed order, without
+floating-point atomics on them, so that results are reproducible on a device. Maps of few pixels need no parts: one
+kernel does forward, one backward. No launcher synchronises with the GPU.
 
-The constants below are calculated, not tuned. With them the kernels take 286 µs of a step of ResNet9 on an H100, where
-moving the maps alone takes 150 to 175 (bench/results/cnn-cuda.json).
+The constants below are calculated, those of a prototype measured (bench/results/prototypes-cuda.json). With a second
+kernel for every sum, and loops that are not pipelined, the kernels take 286 µs of a step of ResNet9 on an H100, where
+moving the maps alone takes 150 to 175 (bench/results/cnn-cuda.json). STAGES, MERGED_ELEMENTS, MERGE_SUMS, and
+`SMALL_ROWS` of `op` turn what is newer on and off, until bench_norm has timed both sides on a GPU.
 """
 
 import torch
 from torch import Tensor
 
 from ncollapse.kernels.batch_norm import gpu_kernels as kernels
+from ncollapse.kernels.batch_norm import small_kernels
+from ncollapse.kernels.batch_norm.counters import zero_counters
 from ncollapse.kernels.operators import multiprocessors
 
 #: The most channels per program: 128 bytes of a row in half precision, one cache line.
@@ -37,6 +42,22 @@ PROGRAMS = 4
 #: transaction, so that 64 channels make eight programs.
 PARTS, FINISHED = 512, 8
 FINISH_OPTIONS = OPTIONS | {"num_warps": 8}
+#: Tiles that the loops of the sums hold or have under way; 1: no loop is pipelined. With three, two tiles of each map
+#: are loaded while one is summed.
+STAGES = 3
+#: The most elements of a map whose moments the last program merges: 32 MB in half precision, which the second-level
+#: cache holds, so that one program per multiprocessor keeps up (measured to 26 MB). 0: a second kernel merges them.
+MERGED_ELEMENTS = 2**24
+#: The most parts then, one per multiprocessor of an H100, all loaded at once. With 16 warps, so that a thread holds
+#: fewer, the kernel was measured 3 to 8 µs slower than with 4; these may take 168 registers instead.
+MERGED_PARTS = 128
+MERGED_OPTIONS = OPTIONS | {"maxnreg": 168}
+#: Whether the last program also adds the parts of backward's sums, so many at a time: 128 would spill registers.
+MERGE_SUMS, ADDED_PARTS = True, 64
+#: Channels of a program that holds all rows of a small map, and of rows at least so many, lest each size be compiled:
+#: with 2,048 rows, 64 elements per thread and map. 2, 4 columns, and 4, 16 warps were measured slower.
+SMALL_COLUMNS, LEAST_ROWS = 8, 256
+SMALL_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 def channels_per_program(channels: int) -> int:
@@ -61,13 +82,33 @@ def launch_moments(
     channels, rows = x.shape[1], x.numel() // x.shape[1]
     columns = channels_per_program(channels)
     blocks, tile = _blocks(channels, columns), SUMMED // columns
+    merge = x.numel() <= MERGED_ELEMENTS
+    results = mean, rstd, running_mean, running_var, momentum, eps
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        rows_each, parts = _cut(rows, tile, blocks, x.device)
+        per_multiprocessor, most = (1, MERGED_PARTS) if merge else (PROGRAMS, PARTS)
+        rows_each, parts = _cut(rows, tile, blocks, per_multiprocessor, most, x.device)
         partial = x.new_empty(3, parts, channels, dtype=torch.float32)
-        kernels.moments_kernel[(parts * blocks,)](x, rows, rows_each, channels, partial, tile, columns, **OPTIONS)
-        kernels.finish_moments_kernel[(_blocks(channels, FINISHED),)](
-            partial, parts, rows, rows_each, channels, mean, rstd, running_mean, running_var, momentum, eps,
-            PARTS, FINISHED, **FINISH_OPTIONS,
+        arrived = zero_counters(blocks, x.device) if merge else partial
+        kernels.moments_kernel[(parts * blocks,)](
+            x, rows, rows_each, channels, partial, arrived, *results,
+            tile, columns, STAGES, MERGED_PARTS if merge else 0, **(MERGED_OPTIONS if merge else OPTIONS),
+        )  # fmt: skip
+        if not merge:
+            kernels.finish_moments_kernel[(_blocks(channels, FINISHED),)](
+                partial, parts, rows, rows_each, channels, *results, PARTS, FINISHED, **FINISH_OPTIONS
+            )
+
+
+def launch_small_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, running_mean: Tensor, running_var: Tensor,
+    momentum: float, eps: float, residual: Tensor | None, out: Tensor,
+) -> None:  # fmt: skip
+    """`launch_moments` and `launch_apply` in one launch, without pooling, for maps of few pixels."""
+    channels, rows = x.shape[1], x.numel() // x.shape[1]
+    with torch.cuda.device_of(x):
+        small_kernels.small_forward_kernel[(_blocks(channels, SMALL_COLUMNS),)](
+            x, weight, bias, mean, rstd, running_mean, running_var, momentum, eps, x if residual is None else residual,
+            out, rows, channels, residual is not None, _held(rows), SMALL_COLUMNS, **SMALL_OPTIONS,
         )  # fmt: skip
 
 
@@ -99,15 +140,17 @@ def launch_backward(
     blocks = _blocks(channels, columns)
     with torch.cuda.device_of(x):
         tile, rows = (WINDOWS if pool else SUMMED) // columns, grad.numel() // channels
-        rows_each, parts = _cut(rows, tile, blocks, x.device)
+        rows_each, parts = _cut(rows, tile, blocks, PROGRAMS, PARTS, x.device)
         partial = x.new_empty(2, parts, channels, dtype=torch.float32)
+        arrived = zero_counters(blocks, x.device) if MERGE_SUMS else partial
         kernels.sums_kernel[(parts * blocks,)](
             grad, x, weight, bias, mean, rstd, rows, rows_each, height, width, channels, partial,
-            pool, tile, columns, **OPTIONS,
+            arrived, weight_grad, bias_grad, pool, tile, columns, STAGES, ADDED_PARTS if MERGE_SUMS else 0, **OPTIONS,
         )  # fmt: skip
-        kernels.finish_sums_kernel[(_blocks(channels, FINISHED),)](
-            partial, parts, channels, rstd, weight_grad, bias_grad, PARTS, FINISHED, **FINISH_OPTIONS
-        )
+        if not MERGE_SUMS:
+            kernels.finish_sums_kernel[(_blocks(channels, FINISHED),)](
+                partial, parts, channels, rstd, weight_grad, bias_grad, PARTS, FINISHED, **FINISH_OPTIONS
+            )
         tile = elements_per_program(x.dtype, pool) // columns
         rows = samples * _blocks(height, 2) * _blocks(width, 2) if pool else pixels
         kernels.backward_kernel[(_blocks(rows, tile) * blocks,)](
@@ -116,11 +159,31 @@ def launch_backward(
         )  # fmt: skip
 
 
-def _cut(rows: int, tile: int, blocks: int, device: torch.device) -> tuple[int, int]:
-    """Rows per part, a multiple of the tile, and the number of parts."""
-    wanted = max(1, min(PARTS, PROGRAMS * multiprocessors(device) // blocks))
+def launch_small_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor,
+    x_grad: Tensor, weight_grad: Tensor, bias_grad: Tensor,
+) -> None:  # fmt: skip
+    """`launch_backward` in one launch, without pooling, for maps of few pixels."""
+    channels, rows = x.shape[1], x.numel() // x.shape[1]
+    with torch.cuda.device_of(x):
+        small_kernels.small_backward_kernel[(_blocks(channels, SMALL_COLUMNS),)](
+            grad, x, weight, bias, mean, rstd, weight_grad, bias_grad, x_grad,
+            rows, channels, _held(rows), SMALL_COLUMNS, **SMALL_OPTIONS,
+        )  # fmt: skip
+
+
+def _cut(
+    rows: int, tile: int, blocks: int, per_multiprocessor: int, most: int, device: torch.device
+) -> tuple[int, int]:
+    """Rows per part, a multiple of the tile, and the number of parts, at most `most`."""
+    wanted = max(1, min(most, per_multiprocessor * multiprocessors(device) // blocks))
     rows_each = _blocks(_blocks(rows, wanted), tile) * tile
     return rows_each, _blocks(rows, rows_each)
+
+
+def _held(rows: int) -> int:
+    """Rows that a program of a small map has room for: a power of two."""
+    return max(LEAST_ROWS, 1 << (rows - 1).bit_length())
 
 
 def _blocks(total: int, size: int) -> int:

@@ -8,6 +8,10 @@ together. Rows are counted in int32, elements in int64. All arithmetic is in flo
   have M = N·(H // 2)·(W // 2) rows;
 - `weight`, `bias`, `mean`, `rstd`, `running_mean`, `running_var` and their gradients are `[C]` float32;
 - `parts` holds partial sums, `[…, parts, C]` float32: part p covers rows p·rows_each … (p + 1)·rows_each − 1.
+
+Two kernels sum over the rows in parts. With PARTS > 0 the last program of each block of channels to arrive merges the
+block's parts; with PARTS = 0 a kernel of its own does, `finish_…`. Either way the order is fixed, whoever is last. The
+loops of the sums load STAGES − 1 tiles in advance (`cp.async` into shared memory).
 """
 
 import triton
@@ -94,9 +98,81 @@ def _corners(row, rows, height, width, down, across):
     return sample, i, j, tl.where(row < rows, (sample * height + 2 * i) * width + 2 * j, -1)
 
 
+@triton.jit
+def _is_last(arrived_ptr, block, parts):
+    """Whether all other programs of this block of channels have stored their parts; counts this program.
+
+    Args:
+        arrived_ptr: `[blocks]` int32, the number of programs of each block that have arrived; 0 before and after the
+            launch. No other launch may count with it at the same time.
+    """
+    tl.debug_barrier()  # all threads have stored this program's part
+    last = tl.atomic_add(arrived_ptr + block, 1, sem="acq_rel") == parts - 1
+    if last:
+        tl.store(arrived_ptr + block, 0)
+    return last
+
+
+@triton.jit
+def _merge_moments(
+    parts_ptr, parts, rows, rows_each, channels, column,
+    mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, momentum, eps, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Merge the parts of `moments_kernel` (Chan et al. 1979) for the channels `column`; update running statistics.
+
+    Means are relative to the first part's shift: shifts are close to each other, so their differences are exact.
+    PARTS is a power of two, at least `parts`.
+    """
+    # 1. Sum the squares within the parts, and count the rows of each. Other programs of this launch may have written
+    # the parts: the second-level cache has them (.cg), this multiprocessor's own may not.
+    part, column_inside = tl.arange(0, PARTS), column < channels
+    inside = (part < parts)[:, None] & column_inside[None, :]
+    shift_ptr, pitch = parts_ptr + _at(part, column, channels), parts.to(tl.int64) * channels
+    square = tl.sum(tl.load(shift_ptr + 2 * pitch, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+    count = tl.where(part < parts, tl.minimum(rows - part * rows_each, rows_each), 0).to(tl.float32)[:, None]
+    # 2. Compute the mean, and the deviation of each part's mean from it.
+    first = tl.load(parts_ptr + column, mask=column_inside, other=0.0, cache_modifier=".cg")
+    # Where there is no part, the deviation is zero.
+    deviation = tl.load(shift_ptr, mask=inside, other=first[None, :], cache_modifier=".cg") - first[None, :]
+    deviation += tl.load(shift_ptr + pitch, mask=inside, other=0.0, cache_modifier=".cg")
+    offset = tl.sum(count * deviation, 0) / rows.to(tl.float32)
+    # 3. Add the squares between the parts.
+    deviation -= offset[None, :]
+    square += tl.sum(count * deviation * deviation, 0)
+    _store_moments(
+        first + offset, square, rows, column, channels, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
+        momentum, eps,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_moments(
+    mean, square, rows, column, channels, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, momentum, eps
+):
+    """Store mean and 1/√(variance + eps), and update the running statistics.
+
+    Args:
+        mean, square: `[COLUMNS]` float32, of all rows, square = Σ (x − mean)².
+
+    Returns:
+        `[COLUMNS]` float32, 1/√(variance + eps).
+    """
+    inside, total = column < channels, rows.to(tl.float32)
+    rstd = 1.0 / tl.sqrt_rn(square / total + eps)
+    tl.store(mean_ptr + column, mean, mask=inside)
+    tl.store(rstd_ptr + column, rstd, mask=inside)
+    running = tl.load(running_mean_ptr + column, mask=inside)
+    tl.store(running_mean_ptr + column, (1 - momentum) * running + momentum * mean, mask=inside)
+    running = tl.load(running_var_ptr + column, mask=inside)
+    tl.store(running_var_ptr + column, (1 - momentum) * running + momentum * (square / (total - 1)), mask=inside)
+    return rstd
+
+
 @triton.jit(do_not_specialize=["rows", "rows_each"])
 def moments_kernel(
-    x_ptr, rows, rows_each, channels, parts_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, rows, rows_each, channels, parts_ptr, arrived_ptr,
+    mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, momentum, eps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Compute each part's mean and sum of squared deviations: a program does COLUMNS channels of one part.
 
@@ -107,19 +183,24 @@ def moments_kernel(
     Args:
         x_ptr: `[rows, C]`.
         parts_ptr: `[3, parts, C]`, written: of each part the shift, the mean minus the shift, Σ (x − mean)².
+        arrived_ptr: see `_is_last`; unused with PARTS = 0, as are all after it.
+        mean_ptr, rstd_ptr: `[C]`, written: mean and 1/√(variance + eps).
+        running_mean_ptr, running_var_ptr: `[C]`, updated with the unbiased variance.
     """
-    # 1. Compute the shift from the first rows.
+    # 1. Compute the shift from the first rows, and their deviations from it.
     part, column = _program(channels, COLUMNS)
-    parts = tl.num_programs(0) // tl.cdiv(channels, COLUMNS)
+    blocks = tl.cdiv(channels, COLUMNS)
+    parts = tl.num_programs(0) // blocks
     start = part * rows_each
     last = tl.minimum(start + rows_each, rows)
     lane, inside = tl.arange(0, ROWS), (column < channels)[None, :]
     mask = (start + lane < last)[:, None] & inside
     x = tl.load(x_ptr + _at(start + lane, column, channels), mask=mask, other=0.0).to(tl.float32)
     shift = tl.sum(x, 0) / tl.minimum(last - start, ROWS).to(tl.float32)
-    # 2. Sum the deviations from the shift, and their squares.
-    sums, squares = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
-    for top in range(start, last, ROWS):
+    sums = tl.where(mask, x - shift[None, :], 0.0)
+    squares = sums * sums
+    # 2. Sum the deviations from the shift, and their squares, over the other rows.
+    for top in tl.range(start + ROWS, last, ROWS, num_stages=STAGES):
         mask = (top + lane < last)[:, None] & inside
         x = tl.load(x_ptr + _at(top + lane, column, channels), mask=mask, other=0.0).to(tl.float32)
         deviation = tl.where(mask, x - shift[None, :], 0.0)
@@ -133,6 +214,14 @@ def moments_kernel(
     tl.store(out + pitch, total / count, mask=column < channels)
     # Rounding may make the sum negative; NaN stays.
     tl.store(out + 2 * pitch, tl.where(square < 0, 0.0, square), mask=column < channels)
+    # 4. The last program merges the parts.
+    if PARTS > 0:
+        block = tl.program_id(0) % blocks
+        if _is_last(arrived_ptr, block, parts):
+            _merge_moments(
+                parts_ptr, parts, rows, rows_each, channels, column,
+                mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, momentum, eps, PARTS,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["parts", "rows", "rows_each"])
@@ -141,39 +230,12 @@ def finish_moments_kernel(
     mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, momentum, eps,
     PARTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts (Chan et al. 1979), and update the running statistics: a program does COLUMNS channels.
-
-    Means are relative to the first part's shift: shifts are close to each other, so their differences are exact.
-
-    Args:
-        parts_ptr: `[3, parts, C]`, from `moments_kernel`; PARTS is a power of two, at least `parts`.
-        mean_ptr, rstd_ptr: `[C]`, written: mean and 1/√(variance + eps).
-        running_mean_ptr, running_var_ptr: `[C]`, updated with the unbiased variance.
-    """
-    # 1. Count the rows of each part.
+    """Merge the parts of `moments_kernel`, whose arguments these are: a program does COLUMNS channels."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    part = tl.arange(0, PARTS)
-    inside = (part < parts)[:, None] & (column < channels)[None, :]
-    count = tl.where(part < parts, tl.minimum(rows - part * rows_each, rows_each), 0).to(tl.float32)[:, None]
-    shift_ptr, pitch = parts_ptr + _at(part, column, channels), parts.to(tl.int64) * channels
-    column_inside, total = column < channels, rows.to(tl.float32)
-    # 2. Compute the mean, and the deviation of each part's mean from it.
-    first = tl.load(parts_ptr + column, mask=column_inside, other=0.0)
-    shift = tl.load(shift_ptr, mask=inside, other=0.0)
-    deviation = shift - first[None, :] + tl.load(shift_ptr + pitch, mask=inside, other=0.0)
-    deviation = tl.where(inside, deviation, 0.0)
-    offset = tl.sum(count * deviation, 0) / total
-    deviation -= offset[None, :]
-    # 3. Sum the squares, within the parts and between them.
-    square = tl.sum(tl.load(shift_ptr + 2 * pitch, mask=inside, other=0.0) + count * deviation * deviation, 0)
-    mean = first + offset
-    # 4. Store the results, and update the running statistics.
-    tl.store(mean_ptr + column, mean, mask=column_inside)
-    tl.store(rstd_ptr + column, 1.0 / tl.sqrt_rn(square / total + eps), mask=column_inside)
-    running = tl.load(running_mean_ptr + column, mask=column_inside)
-    tl.store(running_mean_ptr + column, (1 - momentum) * running + momentum * mean, mask=column_inside)
-    running = tl.load(running_var_ptr + column, mask=column_inside)
-    tl.store(running_var_ptr + column, (1 - momentum) * running + momentum * (square / (total - 1)), mask=column_inside)
+    _merge_moments(
+        parts_ptr, parts, rows, rows_each, channels, column,
+        mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, momentum, eps, PARTS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "height", "width"])
@@ -212,10 +274,27 @@ def apply_kernel(
     tl.store(out_ptr + at, z.to(dtype), mask=mask)
 
 
+@triton.jit
+def _merge_sums(parts_ptr, parts, channels, column, rstd_ptr, weight_grad_ptr, bias_grad_ptr, PARTS: tl.constexpr):
+    """Add the parts of `sums_kernel`, PARTS at a time, to the gradients of bias and weight of the channels `column`."""
+    part, column_inside = tl.arange(0, PARTS), column < channels
+    sums, products = tl.zeros_like(column).to(tl.float32), tl.zeros_like(column).to(tl.float32)
+    for first in range(0, parts, PARTS):
+        inside = (first + part < parts)[:, None] & column_inside[None, :]
+        sums_ptr = parts_ptr + _at(first + part, column, channels)
+        products_ptr = sums_ptr + parts.to(tl.int64) * channels
+        sums += tl.sum(tl.load(sums_ptr, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+        products += tl.sum(tl.load(products_ptr, mask=inside, other=0.0, cache_modifier=".cg"), 0)
+    rstd = tl.load(rstd_ptr + column, mask=column_inside)
+    tl.store(bias_grad_ptr + column, sums, mask=column_inside)
+    tl.store(weight_grad_ptr + column, products * rstd, mask=column_inside)
+
+
 @triton.jit(do_not_specialize=["rows", "rows_each", "height", "width"])
 def sums_kernel(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
-    rows, rows_each, height, width, channels, parts_ptr, POOL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    rows, rows_each, height, width, channels, parts_ptr, arrived_ptr, weight_grad_ptr, bias_grad_ptr,
+    POOL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Compute the sums that the gradients need: a program does COLUMNS channels of one part of the gradient's rows.
 
@@ -224,17 +303,20 @@ def sums_kernel(
     Args:
         grad_ptr, x_ptr: `[rows, C]`, the gradient of the result, and `[N·height·width, C]`.
         parts_ptr: `[2, parts, C]`, written: Σ g and Σ g·(x − mean) of each part.
+        arrived_ptr: see `_is_last`; unused with PARTS = 0, as are the next two.
+        weight_grad_ptr, bias_grad_ptr: `[C]`, written: rstd·Σ g·(x − mean), and Σ g.
     """
     # 1. Load scale and bias of the channels.
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     part, column = _program(channels, COLUMNS)
-    parts = tl.num_programs(0) // tl.cdiv(channels, COLUMNS)
+    blocks = tl.cdiv(channels, COLUMNS)
+    parts = tl.num_programs(0) // blocks
     start = part * rows_each
     last = tl.minimum(start + rows_each, rows)
     mean, scale, bias = _affine(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, column, channels)
     # 2. Sum over the part's rows.
     sums, products = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
-    for top in range(start, last, ROWS):
+    for top in tl.range(start, last, ROWS, num_stages=STAGES):
         row = top + tl.arange(0, ROWS)
         mask = (row < last)[:, None] & (column < channels)[None, :]
         at = _at(row, column, channels)
@@ -256,27 +338,20 @@ def sums_kernel(
     out = parts_ptr + part.to(tl.int64) * channels + column
     tl.store(out, tl.sum(sums, 0), mask=column < channels)
     tl.store(out + parts.to(tl.int64) * channels, tl.sum(products, 0), mask=column < channels)
+    # 4. The last program merges the parts.
+    if PARTS > 0:
+        block = tl.program_id(0) % blocks
+        if _is_last(arrived_ptr, block, parts):
+            _merge_sums(parts_ptr, parts, channels, column, rstd_ptr, weight_grad_ptr, bias_grad_ptr, PARTS)
 
 
 @triton.jit(do_not_specialize=["parts"])
 def finish_sums_kernel(
     parts_ptr, parts, channels, rstd_ptr, weight_grad_ptr, bias_grad_ptr, PARTS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Add the parts of `sums_kernel` to the gradients of bias and weight: a program does COLUMNS channels.
-
-    Args:
-        parts_ptr: `[2, parts, C]`: Σ g and Σ g·(x − mean); PARTS is a power of two, at least `parts`.
-        weight_grad_ptr, bias_grad_ptr: `[C]`, written: rstd·Σ g·(x − mean), and Σ g.
-    """
+    """Merge the parts of `sums_kernel`, whose arguments these are: a program does COLUMNS channels."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    part = tl.arange(0, PARTS)
-    inside = (part < parts)[:, None] & (column < channels)[None, :]
-    sums_ptr = parts_ptr + _at(part, column, channels)
-    sums = tl.sum(tl.load(sums_ptr, mask=inside, other=0.0), 0)
-    products = tl.sum(tl.load(sums_ptr + parts.to(tl.int64) * channels, mask=inside, other=0.0), 0)
-    rstd = tl.load(rstd_ptr + column, mask=column < channels)
-    tl.store(bias_grad_ptr + column, sums, mask=column < channels)
-    tl.store(weight_grad_ptr + column, products * rstd, mask=column < channels)
+    _merge_sums(parts_ptr, parts, channels, column, rstd_ptr, weight_grad_ptr, bias_grad_ptr, PARTS)
 
 
 @triton.jit(do_not_specialize=["rows", "height", "width", "samples"])

@@ -3,6 +3,9 @@
 `torch.ops.ncollapse.batch_norm_moments` computes mean and variance of a batch and updates the running statistics;
 `.batch_norm_relu` does the rest. Autograd does not allow operators that change their arguments, so only the second has
 a gradient: that of the whole, in which mean and variance are functions of x.
+
+For maps of few pixels `.batch_norm_small` does all of the forward pass; its gradient is that of `_Small`, a function of
+autograd's around it.
 """
 
 from typing import Any
@@ -14,6 +17,9 @@ from ncollapse.kernels import operators
 from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: The most pixels of a map, all samples together, of which one program holds all of a few channels (0: none does), and
+#: what the number of channels must be a multiple of: others have no wide accesses, and the program spills registers.
+SMALL_ROWS, SMALL_CHANNELS = 2048, 16
 _MOST_ROWS = 2**30  # the kernels count rows in int32, with room for a tile after the last
 
 
@@ -91,11 +97,18 @@ def fused(
     train: bool, momentum: float, eps: float, pool: bool, residual: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """As `batch_norm_relu_reference`, by the kernels, without a check that the arguments fit them."""
+    if train and _is_small(x, pool):
+        return _Small.apply(x, weight, bias, running_mean, running_var, residual, momentum, eps)[0]
     if train:
         mean, rstd = moments_op(x.detach(), running_mean, running_var, momentum, eps)
     else:
         mean, rstd = running_mean, (running_var + eps).rsqrt()
     return batch_norm_relu_op(x, weight, bias, mean, rstd, residual, pool)
+
+
+def _is_small(x: Tensor, pool: bool) -> bool:
+    """Whether one program does all of forward, and one all of backward, for a few channels of these maps."""
+    return not pool and x.numel() // x.shape[1] <= SMALL_ROWS and x.shape[1] % SMALL_CHANNELS == 0
 
 
 def _moments(
@@ -123,9 +136,43 @@ def _batch_norm_relu_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from ncollapse.kernels.batch_norm import gpu
 
-    grads = torch.empty_like(x), *_vectors(x)
-    gpu.launch_backward(grad.contiguous(memory_format=torch.channels_last), x, weight, bias, mean, rstd, pool, *grads)
+    grads, grad = (torch.empty_like(x), *_vectors(x)), grad.contiguous(memory_format=torch.channels_last)
+    if _is_small(x, pool):
+        gpu.launch_small_backward(grad, x, weight, bias, mean, rstd, *grads)
+    else:
+        gpu.launch_backward(grad, x, weight, bias, mean, rstd, pool, *grads)
     return grads
+
+
+def _small(
+    x: Tensor, weight: Tensor, bias: Tensor, running_mean: Tensor, running_var: Tensor, residual: Tensor | None,
+    momentum: float, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from ncollapse.kernels.batch_norm import gpu
+
+    out, mean, rstd = results = torch.empty_like(x), *_vectors(x)
+    gpu.launch_small_forward(x, weight, bias, mean, rstd, running_mean, running_var, momentum, eps, residual, out)
+    return results
+
+
+class _Small(torch.autograd.Function):
+    """`small_op` with a gradient of its first result."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return small_op(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, weight, bias, _, _, residual, *_ = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # which would fill zeros for them
+        _keep(ctx, (x, weight, bias, *output[1:], residual, False), output[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        x_grad, weight_grad, bias_grad, _, _, residual_grad, _ = _backward(ctx, grad)
+        return x_grad, weight_grad, bias_grad, None, None, residual_grad, None, None
 
 
 # The fakes: results of the right shape, dtype and layout, with any content.
@@ -157,6 +204,11 @@ _EXACT = (torch.Tag.needs_exact_strides,)
 moments_op = operators.register_operator(
     "batch_norm_moments(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, float momentum, float eps) "
     "-> (Tensor, Tensor)", _moments, _vectors, _EXACT,
+)  # fmt: skip
+small_op = operators.register_operator(
+    "batch_norm_small(Tensor x, Tensor weight, Tensor bias, Tensor(a!) running_mean, Tensor(b!) running_var, "
+    "Tensor? residual, float momentum, float eps) -> (Tensor, Tensor, Tensor)", _small,
+    lambda x, *_: (torch.empty_like(x), *_vectors(x)), _EXACT,
 )  # fmt: skip
 batch_norm_relu_op = operators.register_operator(
     "batch_norm_relu(Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, Tensor? residual, bool pool) "

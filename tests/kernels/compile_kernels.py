@@ -20,6 +20,8 @@ from triton.compiler import ASTSource
 
 from ncollapse.kernels.batch_norm import gpu as norm
 from ncollapse.kernels.batch_norm import gpu_kernels as norm_kernels
+from ncollapse.kernels.batch_norm import small_kernels as small_norm_kernels
+from ncollapse.kernels.batch_norm.op import SMALL_ROWS
 from ncollapse.kernels.class_stats import gpu as stats
 from ncollapse.kernels.class_stats import gpu_kernels
 from ncollapse.kernels.cross_entropy import gpu as cross_entropy
@@ -64,13 +66,20 @@ def compiled(
     ptx = binary.asm["ptx"]
     # 128 bits: four values of 32 bits or two of 64.
     loads, stores = (len(re.findall(rf"{op}\.global[.\w:]*\.(?:v4\.\w32|v2\.\w64)", ptx)) for op in ("ld", "st"))
-    loads += len(re.findall(r"cp\.async\.cg\.shared\.global[.\w:]* [^;]*\b0x10\b", ptx))
+    asynchronous = len(re.findall(r"cp\.async\.cg\.shared\.global[.\w:]* [^;]*\b0x10\b", ptx))
+    loads += asynchronous
     return {
         "arch": f"sm_{arch}", "registers": registers, "spilled_bytes": stack + local,
         "shared_bytes": binary.metadata.shared, "loads_128": loads, "stores_128": stores,
+        "asynchronous_128": asynchronous, "groups_under_way": groups_under_way(ptx),
         "matrix_products": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
         "float_atomics": len(re.findall(r"\b(?:atom|red)\.[.\w:]*\bf(?:16|32|64)", ptx)),
     }  # fmt: skip
+
+
+def groups_under_way(ptx: str) -> int:
+    """Groups of asynchronous copies that loops leave under way while they wait for the one before; 0 without any."""
+    return max(map(int, re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)), default=0)
 
 
 def updates(arch: int) -> Iterator[dict[str, Any]]:
@@ -138,16 +147,16 @@ def batch_norm(arch: int) -> Iterator[dict[str, Any]]:
     real = {f"{name}_ptr": "*fp32" for name in (
         "weight", "bias", "mean", "rstd", "running_mean", "running_var", "weight_grad", "bias_grad", "parts",
     )}  # fmt: skip
-    real |= {"momentum": "fp32", "eps": "fp32"}
+    real |= {"momentum": "fp32", "eps": "fp32", "arrived_ptr": "*i32"}
 
     def variant(
-        name: str, constants: dict[str, Any], dtype: str | None = None, *, channels: int = 512, **fields: Any
-    ) -> dict[str, Any]:
-        kernel = getattr(norm_kernels, f"{name}_kernel")
+        name: str, constants: dict[str, Any], dtype: str | None = None, *, channels: int = 512,
+        options: dict[str, Any] = norm.OPTIONS, **fields: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        kernel = getattr(small_norm_kernels if name.startswith("small") else norm_kernels, f"{name}_kernel")
         constants |= {"channels": 1} if channels == 1 else {}
         maps = {f"{n}_ptr": f"*{dtype}" for n in ("x", "grad", "residual", "out")}
         known = {n: t for n, t in (real | maps).items() if n in kernel.arg_names}
-        options = norm.FINISH_OPTIONS if name.startswith("finish") else norm.OPTIONS
         named = {"channels": channels} | ({"dtype": dtype} if dtype else {})
         sixteen = () if channels % 16 else ("channels",)
         return {"kernel": f"batch_norm {name}", **named, **fields} | compiled(
@@ -156,22 +165,36 @@ def batch_norm(arch: int) -> Iterator[dict[str, Any]]:
 
     finish = {"PARTS": norm.PARTS, "COLUMNS": norm.FINISHED}
     for channels in (512, 1):
-        yield variant("finish_moments", finish, channels=channels)
-        yield variant("finish_sums", finish, channels=channels)
+        yield variant("finish_moments", finish, channels=channels, options=norm.FINISH_OPTIONS)
+        yield variant("finish_sums", finish, channels=channels, options=norm.FINISH_OPTIONS)
     for dtype, channels in (("fp32", 512), ("bf16", 512), ("bf16", 3), ("fp32", 1)):
         columns = norm.channels_per_program(channels)
 
         def shape(elements: int, columns: int = columns) -> dict[str, int]:
             return {"ROWS": elements // columns, "COLUMNS": columns}
 
-        yield variant("moments", shape(norm.SUMMED), dtype, channels=channels)
+        # As all moments were summed before, so that bench_norm can compare; as they are now, large maps and others.
+        for stages, merged, options in (
+            (1, 0, norm.OPTIONS), (norm.STAGES, 0, norm.OPTIONS), (norm.STAGES, norm.MERGED_PARTS, norm.MERGED_OPTIONS)
+        ):  # fmt: skip
+            constants = {"STAGES": stages, "PARTS": merged} | shape(norm.SUMMED)
+            fields = {"channels": channels, "stages": stages, "merged": merged}
+            yield variant("moments", constants, dtype, options=options, **fields)
+        for rows in () if channels % 16 else (norm.LEAST_ROWS, SMALL_ROWS):
+            held = {"ROWS": rows, "COLUMNS": norm.SMALL_COLUMNS}
+            fields = {"channels": channels, "rows": rows, "options": norm.SMALL_OPTIONS}
+            for residual in (False, True):
+                yield variant("small_forward", {"HAS_RESIDUAL": residual} | held, dtype, residual=residual, **fields)
+            yield variant("small_backward", held, dtype, **fields)
         for pool in (False, True):
             fields = {"channels": channels, "pool": pool}
             summed, written = norm.WINDOWS if pool else norm.SUMMED, norm.elements_per_program(_DTYPES[dtype], pool)
             for residual in (False,) if pool else (False, True):
                 constants = {"POOL": pool, "HAS_RESIDUAL": residual} | shape(written)
                 yield variant("apply", constants, dtype, residual=residual, **fields)
-            yield variant("sums", {"POOL": pool} | shape(summed), dtype, **fields)
+            for stages, merged in ((1, 0), (norm.STAGES, norm.ADDED_PARTS)):
+                constants = {"POOL": pool, "STAGES": stages, "PARTS": merged} | shape(summed)
+                yield variant("sums", constants, dtype, stages=stages, merged=merged, **fields)
             yield variant("backward", {"POOL": pool} | shape(written), dtype, **fields)
 
 

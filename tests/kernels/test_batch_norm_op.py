@@ -17,10 +17,12 @@ from batch_norm_cases import (
     EPS,
     KINDS,
     MOMENTUM,
+    WAYS,
     Case,
     Implementation,
     case,
     channels_last,
+    choose,
     forward,
     gradient,
     public,
@@ -30,7 +32,14 @@ from batch_norm_cases import (
 from devices import only
 from ncollapse.kernels import operators
 from ncollapse.kernels.batch_norm import op
-from ncollapse.kernels.batch_norm.op import backward_op, batch_norm_relu_op, fused, moments_op, why_no_kernel
+from ncollapse.kernels.batch_norm.op import (
+    backward_op,
+    batch_norm_relu_op,
+    fused,
+    moments_op,
+    small_op,
+    why_no_kernel,
+)
 from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
 
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -249,6 +258,9 @@ def test_the_operators(device: torch.device, kind: str) -> None:
         (batch_norm_relu_op, (*parameters, mean, rstd, given.residual, given.pool)),
         (backward_op, (gradient(given), *(p.detach() for p in parameters), mean, rstd, given.pool)),
     ]
+    if not given.pool:
+        running = given.running_mean, given.running_var
+        calls.append((small_op, (*(p.detach() for p in parameters), *running, given.residual, MOMENTUM, EPS)))
     for operator, arguments in calls:
         with interpreter.quiet():
             result = torch.library.opcheck(operator, arguments, test_utils=CHECKS)  # type: ignore[arg-type]
@@ -256,9 +268,10 @@ def test_the_operators(device: torch.device, kind: str) -> None:
 
 
 @only("interpreter")
-@pytest.mark.parametrize("kind", KINDS)
-def test_in_a_compiled_function(device: torch.device, kind: str) -> None:
+@pytest.mark.parametrize(("way", "kind"), [*((WAYS[1], kind) for kind in KINDS), (WAYS[0], "residual")])
+def test_in_a_compiled_function(device: torch.device, way: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph for batches of any size, with the bits of the eager function, running statistics included."""
+    choose(way, monkeypatch)
 
     @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
     def compiled(*arguments: Any) -> Tensor:

@@ -5,12 +5,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import interpreter
-from ncollapse.kernels.batch_norm import batch_norm_relu
+from ncollapse.kernels.batch_norm import batch_norm_relu, op
 from ncollapse.kernels.batch_norm.op import fused
 from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
 
@@ -19,6 +20,10 @@ KINDS = ("plain", "pool", "residual")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Error bound of z, relative to 1 + |z|: Triton's interpreter truncates half precision where a GPU rounds.
 MARGIN = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float64: 0.0}
+
+#: The ways in which the kernels sum: all rows in one program (never with pooling), or parts that the last program to
+#: arrive merges, or a second kernel. By default the size of the maps decides.
+WAYS = ("small", "last program", "second kernel")
 
 #: A function with the arguments of `batch_norm_relu_reference`.
 Implementation = Callable[..., Tensor]
@@ -98,6 +103,20 @@ def kernels(*arguments: Any) -> Tensor:
         return public(*arguments)
     with interpreter.quiet():
         return fused(*arguments)
+
+
+def choose(way: str, monkeypatch: pytest.MonkeyPatch, *, programs: int = 4, stages: int = 3) -> None:
+    """Make the kernels sum in this way, whatever the maps' size; in Triton's interpreter with so many programs."""
+    from ncollapse.kernels.batch_norm import gpu
+
+    monkeypatch.setattr(op, "SMALL_ROWS", 2**30 if way == "small" else 0)
+    monkeypatch.setattr(op, "SMALL_CHANNELS", 1)
+    monkeypatch.setattr(gpu, "MERGED_ELEMENTS", 2**62 if way == "last program" else 0)
+    monkeypatch.setattr(gpu, "MERGE_SUMS", way == "last program")
+    monkeypatch.setattr(gpu, "STAGES", stages)
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(gpu, "PROGRAMS", 1)
+        monkeypatch.setattr(gpu, "multiprocessors", lambda device: programs)
 
 
 @contextmanager

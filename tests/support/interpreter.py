@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
+import pytest
 
 
 @contextmanager
@@ -15,6 +16,19 @@ def quiet() -> Iterator[None]:
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
+
+
+def run_backwards(monkeypatch: pytest.MonkeyPatch, order: list[int]) -> None:
+    """Let the programs of every launch, of a grid of one dimension, run from last to first; `order` lists them."""
+    from triton.runtime.interpreter import interpreter_builder
+
+    set_index = interpreter_builder.set_grid_idx
+
+    def backwards(x: int, y: int, z: int) -> None:
+        order.append(interpreter_builder.grid_dim[0] - 1 - x)
+        set_index(order[-1], y, z)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", backwards)
 
 
 def _accept_loop_bounds() -> None:
