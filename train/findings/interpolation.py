@@ -69,7 +69,8 @@ def _comparisons(label: str, lines: pd.DataFrame) -> list[Comparison]:
                 found.low, found.high, more,
             )
         )  # fmt: skip
-    span = median_of([float(group.val_accuracy.max() - group.val_accuracy.min()) for group in groups], of_settings)
+    accuracies = [group.val_accuracy[np.isfinite(group.val_accuracy)] for group in groups]
+    span = median_of([float(values.max() - values.min()) for values in accuracies], of_settings)
     verdict = "not enough" if math.isnan(span.value) else "holds" if span.value <= _STAYS else "fails"
     more = {"lowest accuracy": float(lines.val_accuracy.min()), "highest accuracy": float(lines.val_accuracy.max())}
     parts.append(

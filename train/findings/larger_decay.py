@@ -76,7 +76,7 @@ class _Best(NamedTuple):
     resampled: Floats  # [B]; empty with one seed
 
 
-def _best(runs: pd.DataFrame, metric: str) -> _Best | None:
+def _best(runs: pd.DataFrame, metric: str, seed: int) -> _Best | None:
     runs = runs[np.isfinite(runs[metric])]
     if not len(runs):
         return None
@@ -86,7 +86,7 @@ def _best(runs: pd.DataFrame, metric: str) -> _Best | None:
     resampled = np.empty(0)
     if table.shape[1] > 1:
         resampled = resampled_medians(
-            runs[metric], runs.setting, lambda values: values.min(axis=-1), redraw_groups=False
+            runs[metric], runs.setting, lambda values: values.min(axis=-1), seed=seed, redraw_groups=False
         )
     place = int(middle.argmin())
     return _Best(float(middle[place]), float(decays[place]), len(middle), resampled)
@@ -96,7 +96,7 @@ def _comparison(
     name: str, coupled: pd.DataFrame, mine: pd.DataFrame, decays: "pd.Series[float]", metric: str
 ) -> tuple[Comparison, float]:
     """Compare the best settings, and return the decay that decoupled runs must have been tried with."""
-    best, theirs = (_best(runs, metric) for runs in (mine, coupled))
+    best, theirs = (_best(runs, metric, seed) for seed, runs in enumerate((mine, coupled)))
     if best is None or theirs is None:
         return Comparison(name, "ratio of the best", math.nan, "not enough", 0, "settings"), 0.0
     needed = _LARGER * theirs.decay
