@@ -217,7 +217,7 @@ def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
     settings = [
         *("--model", "--data", "--optimizer", "--lr", "--momentum", "--weight-decay", "--coupling", "--beta2", "--eps"),
         *("--epochs", "--batch-size", "--lr-drops", "--lr-drop-factor", "--seed", "--limit", "--eval-every"),
-        *("--width", "--precision", "--augment", "--layers", "--loss", "--label-smoothing", "--head"),
+        *("--width", "--precision", "--augment", "--layers", "--loss", "--label-smoothing", "--head", "--pad"),
         *("--model-options", "--data-options", "--optimizer-options", "--loss-options"),
     ]
     place = ["--out", "--data-dir", "--download", "--device", "--stream"]

@@ -37,6 +37,7 @@ def test_the_id_depends_on_the_settings_alone() -> None:
         "lr_drop_factor": 0.1,
         "seed": 0,
         "limit": None,
+        "pad": 0,
         "precision": "fp32",
         "augment": "none",
         "layers": "head",
@@ -93,7 +94,8 @@ def test_bad_settings_are_named(settings: dict[str, object], message: str) -> No
 def test_presets_have_the_runs_that_they_describe() -> None:
     grids = {name: load_grid(name) for name in presets()}
     paper = {"paper", "paper-table", "paper-coupling", "paper-momentum"}
-    assert set(grids) == paper | {"demo", "coupling", "lion", "muon", "layers", "architectures", "optimizers", "losses"}
+    others = {"demo", "coupling", "lion", "muon", "layers", "architectures", "optimizers", "losses", "findings"}
+    assert set(grids) == paper | others | {"findings-gpu"}
     assert all(run.precision == "bf16" for name in paper for run in grids[name].runs)
     assert {run.optimizer for run in grids["paper-table"].runs} == set(PAPER_OPTIMIZERS)
     assert {(run.optimizer, run.coupling) for run in grids["muon"].runs} == {("muon", 1.0), ("muonw", 0.0)}

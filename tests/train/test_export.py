@@ -60,7 +60,7 @@ def test_types_are_what_the_columns_hold() -> None:
     assert {name for name, kind in types.items() if kind == "string"} == words
     may_lack = {"position", "stack", "session", "train_samples", "diverged_epoch", "limit", "width"}
     assert {name for name, kind in types.items() if kind == "Int64"} == may_lack
-    whole = {"epochs", "batch_size", "lr_drops", "seed", "eval_every"}
+    whole = {"epochs", "batch_size", "lr_drops", "seed", "eval_every", "pad"}
     assert {name for name, kind in types.items() if kind == "int64"} == whole
     assert {field.name for field in FIELDS} < set(types)
     assert all(types[name] == types[f"{name}_start"] == "float64" for name in METRICS)
