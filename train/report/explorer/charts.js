@@ -26,32 +26,38 @@ function drawScatter() {
   const [x, y] = [page.byName.get(state.x), page.byName.get(state.y)];
   if (!x || !y) return null;
   const type = page.ids.length > SVG_POINTS ? "scattergl" : "scatter";
+  // What is chosen has its own colours: Plotly's marks of selected points are switched off.
+  const same = ({ opacity }) => ({ marker: { opacity } });
   const trace = (runs, marker) => ({
     type, mode: "markers", x: runs.map((i) => x.values[i]), y: runs.map((i) => y.values[i]), customdata: runs, marker,
-    hoverinfo: "none", selectedpoints: null, selected: { marker: { opacity: marker.opacity } }, unselected: { marker: { opacity: marker.opacity } },
+    hoverinfo: "none", selectedpoints: null, selected: same(marker), unselected: same(marker),
   });
   const others = page.all.filter((i) => !chosen.mark[i]);
   const traces = [{ ...trace(others, { color: colour("quiet"), size: 4, opacity: 0.25 }), hoverinfo: "skip" }];
   for (const [k, look] of page.looks.entries()) {
-    const runs = chosen.list.filter((i) => page.byName.get("optimizer").values[i] === k);
-    const marker = { color: colour(look.family), symbol: look.mark, size: runs.length > 2000 ? 5 : 7, opacity: 0.8, line: { color: colour("card"), width: 0.5 } };
+    const runs = chosen.list.filter((i) => codeOf(i) === k);
+    const line = { color: colour("card"), width: 0.5 };
+    const marker = { color: colour(look.family), symbol: look.mark, size: runs.length > 2000 ? 5 : 7, opacity: 0.8, line };
     if (runs.length) traces.push(trace(runs, marker));
   }
-  const shown = (column) => (i) => isLog(column.name) ? column.values[i] > 0 && column.values[i] < Infinity : Number.isFinite(column.values[i]);
-  const missing = chosen.list.filter((i) => !shown(x)(i) || !shown(y)(i)).length;
-  document.getElementById("scatter-note").textContent = missing ? `${counted(missing, "chosen run has", "chosen runs have")} no point: a value is missing, infinite or, on a logarithmic axis, not positive.` : "";
+  const lacks = ({ name, values }, i) => !Number.isFinite(isLog(name) ? log(values[i]) : values[i]);
+  const missing = chosen.list.filter((i) => lacks(x, i) || lacks(y, i)).length;
+  const why = "a value is missing, infinite or, on a logarithmic axis, not positive";
+  say("scatter-note", missing ? `${counted(missing, "chosen run has", "chosen runs have")} no point: ${why}.` : "");
   const { region } = state;
   const shape = region && region.x === x.name && region.y === y.name ? [outline(region)] : [];
   return Plotly.react("scatter", traces, {
     ...layout({ ...x, log: isLog(x.name) }, { ...y, log: isLog(y.name) }),
-    dragmode: page.dragmode ?? "select", shapes: shape, selections: [], uirevision: `${x.name} ${isLog(x.name)} ${y.name} ${isLog(y.name)}`, selectionrevision: Math.random(),
+    dragmode: page.dragmode ?? "select", shapes: shape, selections: [], selectionrevision: Math.random(),
+    uirevision: `${x.name} ${isLog(x.name)} ${y.name} ${isLog(y.name)}`, // a zoom stays while the axes do
   }, config(...CHOOSE, ...VIEW));
 }
 
 // The region as a shape of the layout.
 function outline({ xs, ys }) {
   const path = `${xs.map((x, i) => `${i ? "L" : "M"}${x},${ys[i]}`).join("")}Z`;
-  return { type: "path", path, line: { color: colour("accent"), width: 1.5, dash: "dot" }, fillcolor: colour("accent"), opacity: 0.12, layer: "below" };
+  const line = { color: colour("accent"), width: 1.5, dash: "dot" };
+  return { type: "path", path, line, fillcolor: colour("accent"), opacity: 0.12, layer: "below" };
 }
 
 function listenToScatter() {
@@ -59,19 +65,16 @@ function listenToScatter() {
   chart.on("plotly_selected", (event) => {
     if (!event?.range && !event?.lassoPoints) return;
     const { x, y } = event.range ?? event.lassoPoints;
-    const box = event.range !== undefined;
-    const [xs, ys] = box ? [[x[0], x[1], x[1], x[0]], [y[0], y[0], y[1], y[1]]] : [x, y];
+    const [xs, ys] = event.range ? [[x[0], x[1], x[1], x[0]], [y[0], y[0], y[1], y[1]]] : [x, y];
     const corners = thinned([...xs.keys()], 60); // of a lasso with hundreds: the address holds them
-    state.region = {
-      x: state.x, y: state.y, xs: corners.map((k) => brief(xs[k])), ys: corners.map((k) => brief(ys[k])), logs: [isLog(state.x), isLog(state.y)],
-    };
+    const brief = (values) => corners.map((k) => Number(values[k].toPrecision(6)));
+    const logs = [isLog(state.x), isLog(state.y)];
+    state.region = { x: state.x, y: state.y, xs: brief(xs), ys: brief(ys), logs };
     changed();
   });
   chart.on("plotly_deselect", () => { state.region = null; changed(); });
   chart.on("plotly_relayout", (event) => { if (event.dragmode) page.dragmode = event.dragmode; });
 }
-
-const brief = (value) => Number(value.toPrecision(6));
 
 function listenToHover(id) {
   const chart = document.getElementById(id);
@@ -86,14 +89,19 @@ function listenToHover(id) {
 function drawCurves() {
   const name = state.metric;
   const values = page.arrays[`curve ${name}`];
-  const note = document.getElementById("curves-note");
-  if (!values) { note.textContent = "No curves: no run was evaluated, or the page had no room for them."; return null; }
-  const with_ = chosen.list.filter((i) => page.count[i] > 0);
-  const runs = thinned(with_, MOST_CURVES);
-  note.textContent = runs.length < with_.length ? `${runs.length} of ${grouped(with_.length)} chosen runs are drawn, evenly spaced; choose fewer to see each.`
-    : with_.length < chosen.list.length ? `${counted(chosen.list.length - with_.length, "chosen run has", "chosen runs have")} no curve.` : "";
+  if (!values) {
+    say("curves-note", "No curves: no run was evaluated, or the page had no room for them.");
+    return null;
+  }
+  const all = chosen.list.filter((i) => page.count[i] > 0);
+  const runs = thinned(all, MOST_CURVES);
+  const some = `${runs.length} of ${grouped(all.length)} chosen runs are drawn, evenly spaced; choose fewer to see each.`;
+  const without = chosen.list.length - all.length;
+  const lack = without ? `${counted(without, "chosen run has", "chosen runs have")} no curve.` : "";
+  say("curves-note", runs.length < all.length ? some : lack);
+  const many = runs.length > 60;
   const traces = page.looks.map((look, k) => {
-    const own = runs.filter((i) => page.byName.get("optimizer").values[i] === k);
+    const own = runs.filter((i) => codeOf(i) === k);
     const [x, y, customdata] = [[], [], []];
     for (const i of own) {
       for (let at = page.offsets[i]; at < page.offsets[i] + page.count[i]; at++) {
@@ -101,12 +109,16 @@ function drawCurves() {
       }
       x.push(null); y.push(null); customdata.push(i);
     }
-    return { type: "scatter", mode: own.length === 1 && page.count[own[0]] === 1 ? "markers" : "lines", x, y, customdata, hoverinfo: "none", opacity: runs.length > 60 ? 0.5 : 0.85, connectgaps: false,
-      line: { color: colour(look.family), width: runs.length > 60 ? 1 : 1.8, dash: look.dash } };
+    return {
+      type: "scatter", mode: own.every((i) => page.count[i] === 1) ? "markers" : "lines", x, y, customdata,
+      hoverinfo: "none", opacity: many ? 0.5 : 0.85, connectgaps: false,
+      line: { color: colour(look.family), width: many ? 1 : 1.8, dash: look.dash },
+    };
   }).filter((trace) => trace.x.length);
   traces.push({ type: "scatter", mode: "lines", x: [], y: [], hoverinfo: "skip", line: { color: colour("ink"), width: 3 } });
   return Plotly.react("curves", traces, {
-    ...layout({ label: "epoch", log: false }, { label: page.byName.get(name).label, log: curveLog() }), dragmode: "zoom", uirevision: `${name} ${curveLog()}`,
+    ...layout({ label: "epoch", log: false }, { label: page.byName.get(name).label, log: curveLog() }),
+    dragmode: "zoom", uirevision: `${name} ${curveLog()}`,
   }, config(...VIEW));
 }
 

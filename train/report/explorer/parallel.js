@@ -42,7 +42,8 @@ const parallel = {
     context.lineWidth = 1.2;
     for (const i of lines) this.line(context, i, colours.get(lookOf(i).family));
     const left = chosen.list.length - lines.length;
-    document.getElementById("parallel-note").textContent = left > 0 ? `${grouped(lines.length)} of ${grouped(chosen.list.length)} chosen runs are drawn, evenly spaced.` : "";
+    const drawn = `${grouped(lines.length)} of ${grouped(chosen.list.length)} chosen runs are drawn, evenly spaced.`;
+    say("parallel-note", left > 0 ? drawn : "");
   },
 
   // Draw the run that the pointer is on over all others.
@@ -66,7 +67,9 @@ const parallel = {
     context.beginPath();
     // Where many runs share a value, their lines are spread a little, as otherwise all but the last are hidden.
     const spread = page.ids.length > 50 ? 12 * (((i * 0.618034) % 1) - 0.5) : 0;
-    this.columns.forEach((column, k) => context.lineTo(this.x(k), this.y(column, column.at[i]) + (column.discrete ? spread : 0)));
+    this.columns.forEach((column, k) => {
+      context.lineTo(this.x(k), this.y(column, column.at[i]) + (column.discrete ? spread : 0));
+    });
     context.stroke();
   },
 
@@ -92,8 +95,8 @@ const parallel = {
       last = y;
     }
     const low = k % 2 && this.columns.length > 6; // titles in two rows, so that neighbours do not meet
-    const title = drawn("text", { class: "title", y: low ? 26 : 11, x: k ? 0 : -8, "text-anchor": k ? "middle" : "start" }, short(column.label, 24));
-    if (k === this.columns.length - 1) title.setAttribute("text-anchor", "middle");
+    const place = { y: low ? 26 : 11, x: k ? 0 : -8, "text-anchor": k ? "middle" : "start" };
+    const title = drawn("text", { class: "title", ...place }, short(column.label, 24));
     title.append(drawn("title", {}, column.about ?? column.label));
     group.append(title);
     if (range) {
@@ -114,7 +117,7 @@ const parallel = {
     const start = y(event);
     const move = (moved) => {
       if (Math.abs(y(moved) - start) < 4) return;
-      state.ranges[column.name] = [this.at(column, Math.max(start, y(moved))), this.at(column, Math.min(start, y(moved)))];
+      state.ranges[column.name] = [Math.max(start, y(moved)), Math.min(start, y(moved))].map((end) => this.at(column, end));
       changed({ quick: true });
     };
     const end = (moved) => {
@@ -149,11 +152,13 @@ const short = (text, most) => text.length <= most ? text : `${text.slice(0, most
 // A range of an axis in the units of its values.
 function rangeText(column, [low, high]) {
   if (column.words) {
-    return column.ticks.filter((tick) => tick.at >= low && tick.at <= high).map((tick) => tick.text).join(", ") || "none";
+    return column.ticks.filter(({ at }) => at >= low && at <= high).map((tick) => tick.text).join(", ") || "none";
   }
   const text = (at) => isShare(column.name) ? percentage(at) : number(column.log ? 10 ** at : at);
-  const numbers = low <= column.least ? `up to ${text(Math.min(high, column.most))}` : high >= column.most ? `from ${text(low)}`
+  const { least, most } = column;
+  const numbers = low <= least ? `up to ${text(Math.min(high, most))}` : high >= most ? `from ${text(low)}`
     : `${text(low)} to ${text(high)}`;
-  const special = column.ticks.filter(({ at }) => (at < column.least || at > column.most) && at >= low && at <= high).map((tick) => tick.text);
-  return [...(high < column.least || low > column.most ? [] : [numbers]), ...special].join(", ") || "none";
+  const special = column.ticks.filter(({ at }) => (at < least || at > most) && at >= low && at <= high);
+  const parts = high < least || low > most ? [] : [numbers];
+  return [...parts, ...special.map((tick) => tick.text)].join(", ") || "none";
 }

@@ -10,7 +10,8 @@ function fresh() {
   const y = pick("nc3", "nc2", "nc1");
   const metric = page.curves.metrics.includes(x) ? x : page.curves.metrics[0] ?? "";
   return {
-    ranges: {}, without: {}, fit: false, region: null, x, y, metric, logs: {}, sort: [pick("nc0"), true], axes: null, first: 0,
+    ranges: {}, without: {}, fit: false, region: null, // what is chosen
+    x, y, metric, logs: {}, sort: [pick("nc0"), true], axes: null, first: 0, // how it is shown
   };
 }
 
@@ -21,14 +22,17 @@ function readHash() {
   try { given = JSON.parse(decodeURIComponent(location.hash.slice(1))); } catch { return; }
   if (given === null || typeof given !== "object") return;
   const known = (name) => typeof name === "string" && page.byName.has(name);
-  const numbers = (list, length) => Array.isArray(list) && list.every(Number.isFinite) && (!length || list.length === length);
-  for (const [name, range] of Object.entries(given.ranges ?? {})) if (known(name) && numbers(range, 2)) state.ranges[name] = range;
-  for (const name of ["optimizer", "status"]) {
-    if (Array.isArray(given.without?.[name])) state.without[name] = given.without[name].filter((key) => typeof key === "string");
+  const numbers = (list, length = list?.length) => Array.isArray(list) && list.every(Number.isFinite) && list.length === length;
+  for (const [name, range] of Object.entries(given.ranges ?? {})) {
+    if (known(name) && numbers(range, 2)) state.ranges[name] = range;
   }
-  const { region } = given;
-  if (region && [region.x, region.y].every(isNumeric) && numbers(region.xs) && numbers(region.ys, region.xs.length) && region.xs.length > 2) {
-    state.region = { x: region.x, y: region.y, xs: region.xs, ys: region.ys, logs: [region.logs?.[0] === true, region.logs?.[1] === true] };
+  for (const name of ["optimizer", "status"]) {
+    const keys = given.without?.[name];
+    if (Array.isArray(keys)) state.without[name] = keys.filter((key) => typeof key === "string");
+  }
+  const { x, y, xs, ys, logs } = given.region ?? {};
+  if ([x, y].every(isNumeric) && numbers(xs) && xs.length > 2 && numbers(ys, xs.length)) {
+    state.region = { x, y, xs, ys, logs: [logs?.[0] === true, logs?.[1] === true] };
   }
   for (const key of ["x", "y"]) if (isNumeric(given[key])) state[key] = given[key];
   if (page.curves.metrics.includes(given.metric)) state.metric = given.metric;
@@ -41,9 +45,10 @@ function readHash() {
 
 function writeHash() {
   const usual = fresh();
-  const changed = Object.entries(state).filter(([key, value]) => JSON.stringify(value) !== JSON.stringify(usual[key]));
-  const hash = changed.length ? `#${encodeURIComponent(JSON.stringify(Object.fromEntries(changed)))}` : " ";
-  try { history.replaceState(null, "", hash.trim() || location.pathname + location.search); } catch { /* not allowed here */ }
+  const differs = ([key, value]) => JSON.stringify(value) !== JSON.stringify(usual[key]);
+  const own = Object.fromEntries(Object.entries(state).filter(differs));
+  const hash = Object.keys(own).length ? `#${encodeURIComponent(JSON.stringify(own))}` : "";
+  try { history.replaceState(null, "", hash || location.pathname + location.search); } catch { /* not allowed here */ }
 }
 
 const isNumeric = (name) => typeof name === "string" && page.byName.has(name) && !page.byName.get(name).words;
@@ -86,13 +91,16 @@ function choose() {
   }
 }
 
+const say = (id, text) => { document.getElementById(id).textContent = text; };
+const codeOf = (i) => page.byName.get("optimizer").values[i];
+
 // A colour of the page; while it is printed, that on light ground.
 function colour(name) {
-  const { style } = page.printing ? document.styleSheets[0].cssRules[0] : { style: getComputedStyle(document.documentElement) };
+  const style = page.printing ? document.styleSheets[0].cssRules[0].style : getComputedStyle(document.documentElement);
   return style.getPropertyValue(`--${name}`).trim();
 }
 
-const lookOf = (i) => page.looks[page.byName.get("optimizer").values[i]];
+const lookOf = (i) => page.looks[codeOf(i)];
 
 // What a tooltip says of a run: its settings, its metrics, its name.
 function describe(i) {
@@ -101,7 +109,8 @@ function describe(i) {
   const text = (column) => `${column.label} ${column.text(i)}`;
   const [optimizer, ...others] = settings;
   const status = page.byName.get("status").text(i);
-  return `${optimizer.text(i)}  ${others.map(text).join("  ")}\n${metrics.map(text).join("\n")}\n${status === "done" ? "" : `${status}; `}run ${page.ids[i]}`;
+  const end = `${status === "done" ? "" : `${status}; `}run ${page.ids[i]}`;
+  return [`${optimizer.text(i)}  ${others.map(text).join("  ")}`, ...metrics.map(text), end].join("\n");
 }
 
 function element(tag, properties = {}, ...children) {

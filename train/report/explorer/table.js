@@ -38,14 +38,15 @@ function drawTable() {
     if (state.sort[0] === column.name) cell.setAttribute("aria-sort", state.sort[1] ? "ascending" : "descending");
     head.append(cell);
   }
-  head.append(element("th", { scope: "col", className: "words" }, element("span", { textContent: "run", style: "padding: .34rem .6rem" })));
+  head.append(element("th", { scope: "col", className: "words plain", textContent: "run" }));
   document.querySelector("#runs thead").replaceChildren(head);
   const order = sorted();
   state.first = Math.min(state.first, Math.max(0, Math.floor((order.length - 1) / ROWS) * ROWS));
   const shown = order.slice(state.first, state.first + ROWS);
   document.querySelector("#runs tbody").replaceChildren(...shown.map((i) => row(i, columns)));
   const last = state.first + shown.length;
-  document.getElementById("place").textContent = order.length ? `${grouped(state.first + 1)}–${grouped(last)} of ${grouped(order.length)}` : "no runs chosen";
+  const place = `${grouped(state.first + 1)}–${grouped(last)} of ${grouped(order.length)}`;
+  say("place", order.length ? place : "no runs chosen");
   document.getElementById("back").disabled = state.first === 0;
   document.getElementById("on").disabled = last >= order.length;
 }
@@ -72,11 +73,12 @@ function spark(i, name) {
   const values = page.arrays[`curve ${name}`]?.subarray(page.offsets[i], page.offsets[i] + page.count[i]) ?? [];
   const place = spans(values) ? log : Number;
   const epochs = page.arrays.epoch;
-  const points = [...values].map((value, k) => [epochs[page.offsets[i] + k], place(value)]).filter(([, y]) => Number.isFinite(y));
+  const points = [...values].map((value, k) => [epochs[page.offsets[i] + k], place(value)])
+    .filter(([, y]) => Number.isFinite(y));
   if (points.length < 2) return svg;
   const ys = points.map(([, y]) => y);
   const [low, high, end] = [Math.min(...ys), Math.max(...ys), points.at(-1)[0] || 1];
-  const to = ([x, y]) => `${(2 + (66 * x) / end).toFixed(1)} ${(20 - (18 * (y - low)) / (high - low || 1)).toFixed(1)}`;
+  const to = ([x, y]) => [2 + (66 * x) / end, 20 - (18 * (y - low)) / (high - low || 1)].map((at) => at.toFixed(1)).join(" ");
   svg.append(drawn("path", { d: `M${points.map(to).join("L")}` }));
   return svg;
 }
@@ -85,8 +87,13 @@ function spark(i, name) {
 function glyph(look) {
   const svg = drawn("svg", { viewBox: "0 0 26 14", "aria-hidden": "true", style: "width: 1.6rem; height: .9rem" });
   const dash = { solid: "none", dash: "6 3", dashdot: "6 2 1 2" }[look.dash];
-  svg.append(drawn("line", { x1: 0, x2: 26, y1: 7, y2: 7, stroke: `var(--${look.family})`, "stroke-width": 2, "stroke-dasharray": dash }));
-  const shape = { circle: "M9 7a4 4 0 1 0 8 0a4 4 0 1 0-8 0", diamond: "M13 2l5 5l-5 5l-5-5Z", "triangle-up": "M13 2l5 9h-10Z" }[look.mark];
-  svg.append(drawn("path", { d: shape, style: `fill: var(--${look.family}); stroke: none` }));
+  const shapes = {
+    circle: "M9 7a4 4 0 1 0 8 0a4 4 0 1 0-8 0", diamond: "M13 2l5 5l-5 5l-5-5Z", "triangle-up": "M13 2l5 9h-10Z",
+  };
+  const stroke = `var(--${look.family})`;
+  svg.append(
+    drawn("line", { x1: 0, x2: 26, y1: 7, y2: 7, stroke, "stroke-width": 2, "stroke-dasharray": dash }),
+    drawn("path", { d: shapes[look.mark], style: `fill: ${stroke}; stroke: none` }),
+  );
   return svg;
 }
