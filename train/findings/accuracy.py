@@ -25,7 +25,7 @@ _WEAK = 0.3
 def nc4_redundant(evidence: Evidence) -> Finding:
     """Count the settings with a small NC4 among those that fit the training data, and among the weakly collapsed."""
     allowed = 1 - evidence.selection.threshold
-    fit = evidence.fit.assign(setting=alike(evidence.fit, ["seed"])).dropna(subset=["nc4"])
+    fit = _measured(evidence.fit, "nc4")
     parts = tuple(_satisfied(fit, name, allowed) for name in (None, *_METRICS))
     if evidence.selection.threshold < _ABOUT_ALL:
         parts = ()
@@ -42,14 +42,22 @@ def nc4_redundant(evidence: Evidence) -> Finding:
     )  # fmt: skip
 
 
+def _measured(fit: pd.DataFrame, share: str) -> pd.DataFrame:
+    """Return the runs that have this share, with a column `setting`; NC1–NC3 are finite or NaN."""
+    fit = fit.assign(
+        setting=alike(fit, ["seed"]), **{name: fit[name].where(np.isfinite(fit[name])) for name in _METRICS}
+    )
+    return fit[fit[share].between(0, 1)]
+
+
 def _satisfied(fit: pd.DataFrame, metric: str | None, allowed: float) -> Comparison:
     name, spans, chosen = "all that fit", True, fit
     if metric is not None:
         name = f"the quarter with the largest {metric.upper()}"
         chosen = fit[fit[metric] >= fit[metric].quantile(_WEAKEST)]
         spans = float(fit[metric].max()) >= _SPREAD * float(fit[metric].min())
-    # A row of rounding: 1 − 0.999 is 0.001 + 9e-17.
     worst = chosen.groupby("setting").nc4.max()
+    # 1 − 0.999 is not 0.001 in floating point.
     share = share_of(int((worst <= allowed * (1 + 1e-9)).sum()), len(worst))
     verdict: Verdict = "not enough"
     if spans and fit.setting.nunique() >= ENOUGH:
@@ -76,8 +84,7 @@ def _says_nc4(fit: pd.DataFrame, parts: tuple[Comparison, ...]) -> str:
 
 def no_proxy(evidence: Evidence) -> Finding:
     """Correlate NC1–NC3 with the validation accuracy: over all runs, within optimizers, and at equal settings."""
-    fit = evidence.fit.dropna(subset=["val_accuracy"])
-    fit = fit.assign(setting=alike(fit, ["seed"]))
+    fit = _measured(evidence.fit, "val_accuracy")
     parts = tuple(
         _correlated(f"{metric.upper()}, {where}", found, more)
         for metric in _METRICS
@@ -117,7 +124,9 @@ def _correlated(name: str, found: Estimate, more: dict[str, float]) -> Compariso
 def _within_optimizers(fit: pd.DataFrame, metric: str) -> tuple[Estimate, dict[str, float]]:
     """Return the correlation of the ranks that runs have within their optimizer, and that of each optimizer."""
     own = {
-        look_of(name).label: float(runs[metric].corr(runs.val_accuracy, method="spearman"))
+        look_of(name).label: spearman(
+            runs[metric], runs.val_accuracy, np.zeros(len(runs))
+        ).value  # one group: no interval
         for name in ordered(fit.optimizer)
         if (runs := fit[fit.optimizer == name]).setting.nunique() >= ENOUGH
     }

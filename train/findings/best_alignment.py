@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pandas as pd
 
 from ncollapse.formatting import number
@@ -30,16 +31,24 @@ class _Best:
     settings: int
 
     @property
-    def nc3(self) -> "pd.Series[float]":
-        return self.runs.nc3
+    def low(self) -> float:
+        return float(self.runs.nc3.min())
+
+    @property
+    def median(self) -> float:
+        return float(self.runs.nc3.median())
+
+    @property
+    def high(self) -> float:
+        return float(self.runs.nc3.max())
 
     @property
     def seeds(self) -> int:
         return int(self.runs.seed.nunique())
 
     def __str__(self) -> str:
-        spread = f" ({number(self.nc3.min())}–{number(self.nc3.max())}, {self.seeds} seeds)" if self.seeds > 1 else ""
-        return f"{LABELS[self.optimizer]} {number(self.nc3.median())}{spread}, best of {self.settings:,}"
+        spread = f" ({number(self.low)}–{number(self.high)}, {self.seeds} seeds)" if self.seeds > 1 else ""
+        return f"{LABELS[self.optimizer]} {number(self.median)}{spread}, best of {self.settings:,}"
 
 
 def strongest_alignment(evidence: Evidence) -> Finding:
@@ -47,7 +56,7 @@ def strongest_alignment(evidence: Evidence) -> Finding:
     found = {one.optimizer: one for one in _best_settings(evidence.fit)}
     sgd = found.pop("sgd", None)
     parts = tuple(_compare(sgd, rival) for rival in found.values()) if sgd else ()
-    everything = sorted([*found.values(), *([sgd] if sgd else [])], key=lambda one: float(one.nc3.median()))
+    everything = sorted([*found.values(), *([sgd] if sgd else [])], key=lambda one: one.median)
     says = f"NC3 {'; '.join(map(str, everything))}" if everything else "no run fits the training data"
     lacks, command = "", ""
     if not parts or any(part.verdict == "not enough" for part in parts):
@@ -67,7 +76,8 @@ def _best_settings(fit: pd.DataFrame) -> list[_Best]:
         float
     )
     fit = fit[own & fit.optimizer.map({name: row.in_paper for name, row in rows.items()}).astype(bool)]
-    fit = in_order(fit.assign(setting=alike(fit, ["seed"])).dropna(subset=["nc3"]))
+    fit = in_order(fit.assign(setting=alike(fit, ["seed"])))
+    fit = fit[(fit.nc3 > 0) & np.isfinite(fit.nc3)]
     found = []
     for name, runs in fit.groupby("optimizer", sort=False):
         settings = runs.groupby("setting").agg(nc3=("nc3", "median"), seeds=("seed", "nunique"))
@@ -78,7 +88,7 @@ def _best_settings(fit: pd.DataFrame) -> list[_Best]:
 
 
 def _compare(sgd: _Best, rival: _Best) -> Comparison:
-    low, high = float(rival.nc3.min() / sgd.nc3.max()), float(rival.nc3.max() / sgd.nc3.min())
+    low, high = rival.low / sgd.high, rival.high / sgd.low
     fewest = min(sgd.seeds, rival.seeds)
     if fewest < 2:
         low = high = math.nan
@@ -86,12 +96,12 @@ def _compare(sgd: _Best, rival: _Best) -> Comparison:
     if fewest >= _SEEDS:
         verdict = "holds" if low > 1 else "fails"
     more = {
-        "SGD": float(sgd.nc3.median()), LABELS[rival.optimizer]: float(rival.nc3.median()),
+        "SGD": sgd.median, LABELS[rival.optimizer]: rival.median,
         "SGD: best of": float(sgd.settings), f"{LABELS[rival.optimizer]}: best of": float(rival.settings),
     }  # fmt: skip
     return Comparison(
         f"{LABELS[rival.optimizer]} against SGD", "ratio of the best NC3, with the range of the seeds",
-        float(rival.nc3.median() / sgd.nc3.median()), verdict, fewest, "seeds", low, high, more,
+        rival.median / sgd.median, verdict, fewest, "seeds", low, high, more,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from ncollapse.formatting import number
 from ncollapse.optimizer_table import FAMILY, LABELS
 from ncollapse.plot.settings import alike
 from ncollapse.train.findings.claim import Comparison, Evidence, Finding, Verdict
-from ncollapse.train.findings.lacking import lack
+from ncollapse.train.findings.lacking import between, lack
 from ncollapse.train.findings.pairs import ENOUGH, pairs_of
 from ncollapse.train.findings.statistics import interval, median_of, resampled_medians
 
@@ -22,8 +22,8 @@ _CLAIM = "SGD hardly cares where the decay stands, Adam does."
 _TESTED = (
     "Pairs that differ in the coupling only, with momentum (without, SGD and SGDW are one update), at decays that SGD "
     "and Adam share, if any: the effect on a metric is |ln(coupled/decoupled)|. "
-    f"The number is Adam's median effect divided by SGD's. Holds where its interval is above 1, with {ENOUGH} settings of "
-    "each; fails where it is not."
+    f"The number is Adam's median effect divided by SGD's. Holds where its interval is above 1, with {ENOUGH} settings "
+    "of each; fails where it is not."
 )
 
 
@@ -114,4 +114,8 @@ def _lacks(evidence: Evidence, pairs: pd.DataFrame, parts: tuple[Comparison, ...
             return lack(evidence, what, f"optimizer={have}", {"optimizer": [partner]})
     if family.empty:
         return lack(evidence, what, "", {"optimizer": [fewest, f"{fewest}w"], "lr": [_USUAL_LR[fewest]]})
-    return lack(evidence, what, f"optimizer={fewest},{fewest}w", {"weight_decay": [5e-4, 5e-3, 5e-2]})
+    both = "optimizer=sgd,sgdw,adam,adamw"  # decays count where both families have them
+    if not (family.momentum > 0).any():
+        return lack(evidence, what, both, {"momentum": [0.5, 0.9]})
+    decays = family.weight_decay[family.weight_decay > 0]
+    return lack(evidence, what, both, {"weight_decay": between(decays) if len(decays) else [5e-4, 5e-3]})
