@@ -16,7 +16,7 @@ _UNFINISHED = ("pending", "running")
 
 
 def complete(figure: str, runs: pd.DataFrame, needs: Sequence[str] = ()) -> pd.DataFrame:
-    """Return runs with the columns that every figure reads: id, optimizer, coupling, status; the given ones stay.
+    """Return runs, sorted by optimizer, with the columns that every figure reads: id, optimizer, coupling, status.
 
     By default a run is named as the index names it, has the coupling of its optimizer, and ended well.
 
@@ -39,7 +39,7 @@ def complete(figure: str, runs: pd.DataFrame, needs: Sequence[str] = ()) -> pd.D
     if runs["id"].duplicated().any():
         twice = runs["id"][runs["id"].duplicated()].iloc[0]
         raise ValueError(f"plot.{figure}: several runs have the id {twice!r}; give each its own, or drop the column")
-    return with_variants(runs) if "optimizer_options" in runs else runs
+    return in_order(with_variants(runs) if "optimizer_options" in runs else runs)
 
 
 def require(figure: str, name: str, frame: pd.DataFrame, columns: Sequence[str]) -> None:
@@ -148,7 +148,7 @@ class SeedLines:
 
 
 def seed_lines(runs: pd.DataFrame, epochs: pd.DataFrame, names: Sequence[str], best: Collection[str]) -> SeedLines:
-    """Group runs by their settings.
+    """Group the runs that have epochs by their settings.
 
     Args:
         runs: as `complete` returns them.
@@ -156,6 +156,7 @@ def seed_lines(runs: pd.DataFrame, epochs: pd.DataFrame, names: Sequence[str], b
         best: ids of the runs of the best settings.
     """
     runs = runs.assign(setting=by_seed(runs))
+    runs = runs[runs["id"].isin(epochs.run)]
     own = epochs[epochs.run.isin(runs["id"])]
     setting = own.run.astype(object).map(runs.set_index(runs["id"].astype(object)).setting)
     own = own.assign(setting=setting.astype(int)).sort_values(["setting", "epoch"], kind="stable")

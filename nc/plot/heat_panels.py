@@ -81,7 +81,8 @@ def draw_heat_map(name: str, cells: pd.DataFrame, axis: str, threshold: str, not
         note: the sentence of `binned`, for the caption.
     """
     blocks = [_Block(optimizer, cells[cells.optimizer == optimizer], axis) for optimizer in tried(cells)]
-    metrics = [metric for metric in SHOWN if metric in cells and cells[metric].notna().any()] or ["nc0"]
+    measured = [metric for metric in SHOWN if metric in cells]
+    metrics = [metric for metric in measured if cells[metric].notna().any()] or measured[:1]
     digits = _digits(blocks, cells[metrics].to_numpy())
     numbered = digits > 0
     cell = _CELL if numbered else _BARE
