@@ -54,12 +54,13 @@ def _middle(best: pd.DataFrame, selection: Selection) -> pd.DataFrame:
 def _judged(runs: pd.DataFrame, selection: Selection) -> pd.DataFrame:
     """Judge finished runs by their training accuracy and by that of their setting.
 
-    Columns: optimizer, setting (a number), level (the training accuracy that the setting reaches, negative where most
-    of its seeds did not end well), counts (whether the run may be part of its optimizer's best setting).
+    Columns: optimizer, accuracy (negative where it did not end well), setting (a number), level (the training accuracy
+    that the setting reaches, negative where most of its seeds did not end well), counts (whether the run may be part of
+    its optimizer's best setting).
     """
     finished = runs[runs.status.isin(FINISHED)]
     accuracy = finished.train_accuracy.astype(float).where(finished.status == "done").fillna(-1.0)
-    judged = finished[["optimizer"]].assign(setting=alike(finished, ["seed"]))
+    judged = finished[["optimizer"]].assign(accuracy=accuracy, setting=alike(finished, ["seed"]))
     levels = accuracy.groupby(judged.setting).quantile(0.5, interpolation="lower")
     judged["level"] = judged.setting.map(levels).astype(float)
     highest = judged.level.groupby(judged.optimizer).transform("max")
@@ -127,7 +128,7 @@ def _why_none(judged: pd.DataFrame, selection: Selection) -> str:
         return "no run has ended yet"
     if judged.counts.any():
         return f"{selection.best_by.upper()} is undefined"
-    return "no run ended well" if judged.setting.is_unique else "most seeds of every setting did not end well"
+    return "no run ended well" if (judged.accuracy < 0).all() else "most seeds of every setting did not end well"
 
 
 def _changes(best: pd.DataFrame, name: str) -> "pd.Series[float]":
@@ -178,7 +179,7 @@ def main_view(slug: str, runs: pd.DataFrame, selection: Selection, own: Iterable
         Column.share("train_accuracy", "train acc."),
         Column.share("val_accuracy", "val. acc."),
         Column("settings", _settings, words=True),
-        Column("best of", _best_of, words=True),
+        Column("best of", _best_of),
     )
     return View(f"best-{slug}", " ".join(caption), columns, frame)
 

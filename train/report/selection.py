@@ -15,7 +15,7 @@ Criterion = Literal["nc0", "nc1", "nc2", "nc3"]
 NC: tuple[str, ...] = get_args(Criterion)
 #: Below the highest training accuracy, where no run reaches the threshold: runs within a point of it are shown anyway.
 _SLACK = 0.01
-#: A shown accuracy is rounded down to this many parts of 1: 0.99896 must not look as if it reached 0.999.
+#: Thresholds that follow from an accuracy are rounded down to this many parts of 1, as percentages are written.
 _PARTS = 10_000
 
 
@@ -58,7 +58,9 @@ class Selection:
 
     def missed(self, accuracy: float) -> str:
         """Say that a training accuracy below the threshold is shown anyway."""
-        return f"missed {self.percent}: {percentage(_rounded_down(accuracy))}, shown anyway"
+        # Rounded, 0.99896 would look as if it had reached 0.999.
+        shown = accuracy if round(accuracy, 4) < self.threshold else _rounded_down(accuracy)
+        return f"missed {self.percent}: {percentage(shown)}, shown anyway"
 
 
 def _rounded_down(share: float) -> float:

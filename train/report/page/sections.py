@@ -88,8 +88,8 @@ class Part:
         """What has to be said where the threshold is lower than it was asked for; else empty."""
         _, missed = self.selection.relaxed(self.runs)
         return missed and (
-            f"No run reached {self.selection.percent} training accuracy: {missed}. Where a section speaks of runs that "
-            f"reached a threshold, it is {self.shown.percent} (--threshold sets another)."
+            f"Training accuracy {missed}. No run reached the threshold: below, those that reached "
+            f"{self.shown.percent} count instead (--threshold sets another)."
         )
 
     def sections(self) -> Iterator[Section]:

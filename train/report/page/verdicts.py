@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ncollapse.train.findings.claim import Finding, Verdict
 from ncollapse.train.findings.registry import findings_of
@@ -17,6 +19,8 @@ _WORDS: dict[Verdict, tuple[str, str, str]] = {
     "fails": ("✗", "fails", "fail"),
     "not enough": ("?", "lacks runs", "lack runs"),
 }
+#: Parts whose counts the terminal shows.
+_MOST_LINES = 11
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,3 +68,12 @@ def as_json(verdicts: Sequence[Verdicts]) -> str:
     """Return the content of findings.json: title of a part -> its findings."""
     found = {one.title: [finding.as_dict() for finding in one.findings] for one in verdicts}
     return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def in_short(verdicts: Sequence[Verdicts], folder: Path) -> list[str]:
+    """Return the lines of the terminal: the counts of each part, and the command that shows the claims."""
+    command = f"ncollapse findings {shlex.quote(str(folder))}"
+    lines = [f"{one.title}: {one.text}" for one in verdicts[:_MOST_LINES]]
+    if len(verdicts) > _MOST_LINES:
+        lines.append(f"{len(verdicts) - _MOST_LINES} more models, data sets and losses")
+    return [*lines[:-1], f"{lines[-1]}: {command}"] if lines else []

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import json
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from ncollapse.train.report.explorer.page import write_explorer
 from ncollapse.train.report.inventory import runs_view, settings_view
 from ncollapse.train.report.page.inline_svg import inline
 from ncollapse.train.report.page.sections import Part, Section
-from ncollapse.train.report.page.verdicts import Verdicts, as_json, verdicts_of
+from ncollapse.train.report.page.verdicts import Verdicts, as_json, in_short, verdicts_of
 from ncollapse.train.report.queries import Results, read_results
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.terminal import print_across, print_down
@@ -75,9 +74,8 @@ def _write_report(results: Results, selection: Selection, console: Console, out:
         if part.note:
             console.print(plain(part.note), soft_wrap=True)
     verdicts = verdicts_of(results, selection, {part.title: part.slug for part in parts})
-    for one in verdicts:
-        command = f"ncollapse findings {shlex.quote(str(results.folder))}"
-        console.print(plain(f"{one.title}: {one.text}: {command}"), soft_wrap=True)
+    for line in in_short(verdicts, results.folder):
+        console.print(plain(line), soft_wrap=True)
     path = out / "report.html"
     try:
         out.mkdir(parents=True, exist_ok=True)
