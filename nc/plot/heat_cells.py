@@ -79,5 +79,5 @@ def binned(runs: pd.DataFrame, axis: str) -> tuple[pd.DataFrame, str]:
         return runs, ""
     return runs, (
         f" There are too many values to tell apart: up to {largest} neighbouring ones share a row or a column, which "
-        "is labelled with the smallest; the table has them all."
+        "is labelled with the smallest."
     )

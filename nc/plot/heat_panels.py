@@ -145,15 +145,13 @@ def _caption(cells: pd.DataFrame, axis: str, threshold: str, *, numbered: bool) 
     all_of = "the smallest value of all runs that ended well"
     if several:
         smallest = (
-            "A cell shows the median over the seeds (their range is in the table), the smallest of its settings that "
+            "A cell shows the median over the seeds, the smallest of its settings that "
             f"reached {threshold} training accuracy: those of which more than half of the seeds did."
         )
         all_of = "the smallest median over the seeds that ended well"
     if (several and (cells.settings > 1).any()) or (not several and (cells.reached > 1).any()):
         smallest += f" So it is the best of up to {cells.settings.max()}."
-    left_out = (
-        "" if numbered else " The values are in the table: there are too many cells for numbers that can be read."
-    )
+    left_out = "" if numbered else " Numbers are left out: there are too many cells for them to be read."
     return (
         f"Final metrics over weight decay λ (horizontal) and {AXES[axis]} (vertical), for each optimizer; darker is "
         f"closer to collapse. {smallest} Hatched: none reached it; {all_of} is shown. Dot: some of the cell's runs "

@@ -17,4 +17,6 @@ def cells(runs: pd.DataFrame, axis: str, selection: Selection) -> pd.DataFrame:
 
 def heat_maps(slug: str, frame: pd.DataFrame, axis: str, threshold: str, note: str = "") -> Drawing:
     """Draw `cells`; `note` is the sentence of `binned`, for the caption."""
-    return draw_heat_map(f"heat-{axis}-{slug}", frame, axis, threshold, note)
+    seeds = ", with their range over the seeds" if (frame.seeds > 1).any() else ""
+    about = f"{note} All values{seeds}: tables/heat-{axis}-{slug}.csv."
+    return draw_heat_map(f"heat-{axis}-{slug}", frame, axis, threshold, about)
