@@ -171,8 +171,8 @@ class _Small(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        x_grad, weight_grad, bias_grad, _, _, residual_grad, _ = _backward(ctx, grad)
-        return x_grad, weight_grad, bias_grad, None, None, residual_grad, None, None
+        grads = _backward(ctx, grad)
+        return *grads[:3], None, None, grads[5], None, None
 
 
 # The fakes: results of the right shape, dtype and layout, with any content.
