@@ -7,6 +7,8 @@ import pytest
 from scipy import stats
 
 from ncollapse.train.findings.statistics import (
+    _weighted_correlation,
+    _weighted_ranks,
     grouped,
     median_of,
     median_ratio,
@@ -90,3 +92,11 @@ def test_rank_correlation_is_scipys() -> None:
     assert wider.value == pytest.approx(found.value)
     assert wider.high - wider.low == pytest.approx(found.high - found.low, rel=0.2)
     assert math.isnan(spearman([1, 1, 1], [1, 2, 3]).value)
+
+
+def test_resampled_ranks_are_those_of_the_samples() -> None:
+    x, y = RANDOM.integers(0, 5, 20).astype(float), RANDOM.standard_normal(20)
+    times = RANDOM.multinomial(20, np.full(20, 1 / 20), size=30).astype(float)
+    found = _weighted_correlation(_weighted_ranks(x, times), _weighted_ranks(y, times), times)
+    samples = [np.repeat(np.arange(20), row.astype(int)) for row in times]
+    np.testing.assert_allclose(found, [stats.spearmanr(x[i], y[i]).statistic for i in samples])

@@ -18,6 +18,8 @@ from ncollapse.train.results.schema import FINISHED
 _METRICS = ("nc0", "nc2", "nc3")
 #: Decoupled decays must have been tried up to this multiple of that of the best coupled setting.
 _LARGER = 10
+#: The fewest settings of each form, for a best of them to mean something.
+_FEWEST = 2
 #: Ratio within which one seed cannot tell the best settings apart.
 _ALIKE = 1.25
 #: The paper's optimizers other than SGD, in their coupled form.
@@ -42,9 +44,9 @@ def larger_decay_does_not_help(evidence: Evidence) -> Finding:
             part, decay = _comparison(title, coupled, mine, decays, metric)
             parts.append(part)
             needed = max(needed, decay)
-        if not len(coupled) or not len(mine):
-            empty = [one.label for one, runs in ((row, coupled), (other, mine)) if not len(runs)]
-            what = f"no run of {' or '.join(empty)} with decay that fits the training data"
+        few = [one.label for one, runs in ((row, coupled), (other, mine)) if runs.setting.nunique() < _FEWEST]
+        if few:
+            what = f"{_FEWEST} settings of {' and of '.join(few)} with decay that fit the training data"
             lacking.append(more_settings(evidence, what, [row.name, other.name]))
         elif not decays.max() >= needed:
             what = f"{other.label} with a decay of {number(needed)}, {_LARGER} × that of the best {row.label}"
@@ -60,8 +62,8 @@ def larger_decay_does_not_help(evidence: Evidence) -> Finding:
         4, f"Even with much larger decay, {forms} do not reach what {of_coupled} reach.",
         "Ratio of the best setting under decoupled decay to the best under coupled decay, of all settings with decay "
         f"that fit the training data ({evidence.selection.percent}; a setting is the median of its seeds); decoupled "
-        f"decays up to {_LARGER} × that of the best coupled setting or more were tried. Holds: above 1, its 95 % "
-        "interval over seeds too; fails otherwise. With one seed, ratios between "
+        f"decays up to {_LARGER} × that of the best coupled setting or more were tried, {_FEWEST} settings of each form "
+        "fit. Holds: above 1, its 95 % interval over seeds too; fails otherwise. With one seed, ratios between "
         f"{number(1 / _ALIKE)} and {_ALIKE:g} decide nothing.",
         said_by_metric(parts), tuple(parts), tuple(behind), *(lacking[0] if lacking else ("", "")),
     )  # fmt: skip
@@ -107,7 +109,8 @@ def _comparison(
             low, high = interval(best.resampled / theirs.resampled)
     tried = decays.max() >= needed * (1 - 1e-9)
     verdict: Verdict = "fails"
-    if not tried or not math.isfinite(value) or (math.isnan(low) and 1 / _ALIKE <= value <= _ALIKE):
+    few = min(best.settings, theirs.settings) < _FEWEST
+    if not tried or few or not math.isfinite(value) or (math.isnan(low) and 1 / _ALIKE <= value <= _ALIKE):
         verdict = "not enough"
     elif value > 1 and not low <= 1:
         verdict = "holds"

@@ -163,27 +163,42 @@ def spearman(x: ArrayLike, y: ArrayLike, groups: ArrayLike | None = None) -> Est
         x, y: `[N]`; pairs with a value that is not finite do not count.
         groups: what each belongs to, `[N]`, for instance settings; by default each is its own group.
     """
-    from scipy.stats import rankdata
+    from scipy.stats import spearmanr
 
     first, second = np.asarray(x, np.float64), np.asarray(y, np.float64)
     of_groups = np.arange(len(first)) if groups is None else np.asarray(groups)
     kept = np.isfinite(first) & np.isfinite(second)
     first, second, of_groups = first[kept], second[kept], of_groups[kept]
-
-    def correlation(rows: "NDArray[np.int64] | slice") -> float:
-        ranks = rankdata([first[rows], second[rows]], axis=1)
-        ranks -= ranks.mean(axis=1, keepdims=True)
-        spread = math.sqrt(float((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
-        return float(ranks[0] @ ranks[1]) / spread if spread else math.nan
-
     names, codes = np.unique(of_groups, return_inverse=True)
-    value = correlation(slice(None)) if len(first) > 1 else math.nan
-    if len(names) < 2 or math.isnan(value):
-        return Estimate(value, math.nan, math.nan, len(names), len(first))
-    random = np.random.default_rng(0)
-    members = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
-    resampled = [
-        correlation(np.concatenate([members[i] for i in random.integers(len(names), size=len(names))]))
-        for _ in range(_RESAMPLES_OF_RANKS)
-    ]
-    return Estimate(value, *interval(np.array(resampled)), len(names), len(first))
+    count = len(names)
+    if len(first) < 2 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return Estimate(math.nan, math.nan, math.nan, count, len(first))
+    value = float(spearmanr(first, second).statistic)
+    if count < 2:
+        return Estimate(value, math.nan, math.nan, count, len(first))
+    random, resampled = np.random.default_rng(0), []
+    step = max(1, _AT_ONCE // len(first))
+    for start in range(0, _RESAMPLES_OF_RANKS, step):
+        drawn = random.multinomial(count, np.full(count, 1 / count), size=min(step, _RESAMPLES_OF_RANKS - start))
+        times = drawn[:, codes].astype(np.float64)
+        resampled.append(_weighted_correlation(_weighted_ranks(first, times), _weighted_ranks(second, times), times))
+    return Estimate(value, *interval(np.concatenate(resampled)), count, len(first))
+
+
+def _weighted_ranks(values: Floats, times: Floats) -> Floats:
+    """Return the mean ranks of values, `[N]`, that samples have `times`, `[B, N]`, less a constant: `[B, N]`."""
+    order = np.argsort(values, kind="stable")
+    _, starts, codes = np.unique(values[order], return_index=True, return_inverse=True)
+    blocks = np.add.reduceat(times[:, order], starts, axis=1)  # of equal values
+    ranks = np.empty_like(times)
+    ranks[:, order] = (np.cumsum(blocks, axis=1) - blocks / 2)[:, codes]
+    return ranks
+
+
+def _weighted_correlation(x: Floats, y: Floats, times: Floats) -> Floats:
+    """Return Pearson's correlation of each sample, `[B]`; NaN where one of the two is constant."""
+    total = times.sum(axis=1, keepdims=True)
+    x, y = (values - (values * times).sum(axis=1, keepdims=True) / total for values in (x, y))
+    products = ((times * x * y).sum(axis=1), (times * x * x).sum(axis=1), (times * y * y).sum(axis=1))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(products[0] / np.sqrt(products[1] * products[2]))
