@@ -97,13 +97,11 @@ def multiply(folder: Path, runs: int, evaluations: int) -> None:
         ]
         marks = ", ".join("?" * len(names))
         store.executemany(f"INSERT INTO runs VALUES ({marks})", (list(row.values()) for row in values))
-        columns = f"run, epoch, {', '.join(METRICS)}"
-        for run in ids:
-            falling = np.exp(noise.normal(size=(evaluations, len(METRICS))) * 0.1).cumprod(0).tolist()
-            store.executemany(
-                f"INSERT INTO metrics ({columns}) VALUES (?, ?, {', '.join('?' * len(METRICS))})",
-                ((run, 5 * i, *row) for i, row in enumerate(falling)),
-            )
+        falling = np.exp(noise.normal(size=(runs, evaluations, len(METRICS))) * 0.1).cumprod(1).tolist()
+        store.executemany(
+            f"INSERT INTO metrics (run, epoch, {', '.join(METRICS)}) VALUES ({', '.join('?' * (2 + len(METRICS)))})",
+            ((run, 5 * i, *row) for run, rows in zip(ids, falling, strict=True) for i, row in enumerate(rows)),
+        )
 
 
 def test_ends_and_curves_are_the_stores(folder: Path, tmp_path: Path) -> None:

@@ -184,11 +184,13 @@ def test_a_choice_in_one_chart_is_one_in_all_and_the_page_is_not_wider_than_its_
 ) -> None:
     body = """
     const whole = document.documentElement;
-    const wide = all("body *").filter((one) => !one.closest(".scroll, #tip, script, .js-plotly-plot"))
+    const wide = all("body *").filter((one) => !one.closest(".scroll, #filters, #tip, script, .js-plotly-plot"))
       .filter((one) => one.getBoundingClientRect().right > whole.clientWidth + 1)
       .map((one) => one.outerHTML.slice(0, 80));
     const overflow = whole.scrollWidth - whole.clientWidth;
+    const before = axis("nc1").getBoundingClientRect().top;
     await brush("nc1", 0.3, 0.75);
+    const moved = Math.round(axis("nc1").getBoundingClientRect().top - before);
     const brushed = { ...seen(), range: state.ranges.nc1 };
     document.getElementById("reset").click();
     await pause();
@@ -213,10 +215,10 @@ def test_a_choice_in_one_chart_is_one_in_all_and_the_page_is_not_wider_than_its_
     const place = tip.getBoundingClientRect();
     const told = { text: tip.textContent, hidden: tip.hidden, run: page.ids[5],
       inside: place.left >= 0 && place.right <= innerWidth };
-    return { wide, overflow, inner: innerWidth, brushed, boxed, freed, told };
+    return { wide, overflow, inner: innerWidth, moved, brushed, boxed, freed, told };
     """
     found = probe(folder, tmp_path, body, width)
-    assert (found["wide"], found["overflow"], found["inner"]) == ([], 0, width)
+    assert (found["wide"], found["overflow"], found["inner"], found["moved"]) == ([], 0, width, 0)
     runs = load_runs(folder)
     low, high = found["brushed"]["range"]
     chosen = runs[np.log10(runs.nc1).between(low, high)]
@@ -297,3 +299,17 @@ def test_keys_and_ticks_choose_and_the_address_keeps_the_choice_also_on_dark_gro
     assert set(found["odd"]) == {f"{len(runs)} of {len(runs)} runs chosen"}
     assert (found["none"]["place"], found["none"]["count"]) == ("no runs chosen", f"0 of {len(runs)} runs chosen")
     assert found["none"]["scatter"] == found["none"]["curves"] == []
+
+
+def test_a_page_of_runs_without_any_number_says_so(tmp_path: Path) -> None:
+    plant(tmp_path, [RunConfig(seed=seed, epochs=2) for seed in range(3)], value=lambda run, name, epoch: math.nan)
+    write_explorer(read_results(tmp_path), Selection(), tmp_path / "explore.html")
+    body = """
+    await brush("seed", 0.6, 1);
+    const notes = all("#scatter-note, #curves-note").map((note) => note.textContent);
+    return { count: document.getElementById("count").textContent, rows: all("#runs tbody tr").length,
+      failed: document.getElementById("failed").hidden, notes };
+    """
+    found = probe(tmp_path, tmp_path, body)
+    assert (found["count"], found["rows"], found["failed"]) == ("1 of 3 runs chosen", 1, True)
+    assert [note.partition(":")[0] for note in found["notes"]] == ["No points", "No curves"]

@@ -24,7 +24,10 @@ const config = (...buttons) => ({
 
 function drawScatter() {
   const [x, y] = [page.byName.get(state.x), page.byName.get(state.y)];
-  if (!x || !y) return null;
+  if (!x || !y) {
+    say("scatter-note", "No points: no metric has a value in any run.");
+    return null;
+  }
   const type = page.ids.length > SVG_POINTS ? "scattergl" : "scatter";
   // What is chosen has its own colours: Plotly's marks of selected points are switched off.
   const same = ({ opacity }) => ({ marker: { opacity } });

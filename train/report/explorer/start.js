@@ -28,7 +28,7 @@ function showBar() {
   };
   for (const [name, range] of Object.entries(state.ranges)) {
     const column = page.byName.get(name);
-    chip(`${column.label}: ${rangeText(column, range)}`, () => { delete state.ranges[name]; });
+    chip(`${column.label}: ${short(rangeText(column, range), 60)}`, () => { delete state.ranges[name]; });
   }
   for (const [name, keys] of Object.entries(state.without)) {
     const { keys: all, words } = page.byName.get(name);
@@ -41,7 +41,7 @@ function showBar() {
     const [x, y] = [state.region.x, state.region.y].map((name) => page.byName.get(name).label);
     chip(`region of ${x} and ${y}`, () => { state.region = null; });
   }
-  document.getElementById("filters").replaceChildren(...chips);
+  document.getElementById("filters").replaceChildren(...(chips.length ? chips : ["No condition: all runs are chosen."]));
 }
 
 // Controls show the state, which the hash or another control may have changed.

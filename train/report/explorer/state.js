@@ -11,7 +11,7 @@ function fresh() {
   const metric = page.curves.metrics.includes(x) ? x : page.curves.metrics[0] ?? "";
   return {
     ranges: {}, without: {}, fit: false, region: null, // what is chosen
-    x, y, metric, logs: {}, sort: [pick("nc0"), true], axes: null, first: 0, // how it is shown
+    x, y, metric, logs: {}, sort: [x || "optimizer", true], axes: null, first: 0, // how it is shown
   };
 }
 
