@@ -62,8 +62,8 @@ def larger_decay_does_not_help(evidence: Evidence) -> Finding:
         4, f"Even with much larger decay, {forms} do not reach what {of_coupled} reach.",
         "Ratio of the best setting under decoupled decay to the best under coupled decay, of all settings with decay "
         f"that fit the training data ({evidence.selection.percent}; a setting is the median of its seeds); decoupled "
-        f"decays up to {_LARGER} × that of the best coupled setting or more were tried, {_FEWEST} settings of each form "
-        "fit. Holds: above 1, its 95 % interval over seeds too; fails otherwise. With one seed, ratios between "
+        f"decays up to {_LARGER} × that of the best coupled setting or more were tried, {_FEWEST} settings of each "
+        "form fit. Holds: above 1, its 95 % interval over seeds too; fails otherwise. With one seed, ratios between "
         f"{number(1 / _ALIKE)} and {_ALIKE:g} decide nothing.",
         said_by_metric(parts), tuple(parts), tuple(behind), *(lacking[0] if lacking else ("", "")),
     )  # fmt: skip
