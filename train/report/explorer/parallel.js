@@ -160,5 +160,5 @@ function rangeText(column, [low, high]) {
     : `${text(low)} to ${text(high)}`;
   const special = column.ticks.filter(({ at }) => (at < least || at > most) && at >= low && at <= high);
   const parts = high < least || low > most ? [] : [numbers];
-  return [...parts, ...special.map((tick) => tick.text)].join(", ") || "none";
+  return [...parts, ...special.map((tick) => tick.text)].join(" or ") || "none";
 }
