@@ -147,7 +147,7 @@ def test_values_whose_squares_are_too_large_for_float32(
     close("running_mean", given.running_mean, torch.full((3,), 0.1 * 2.0**100), rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize(("way", "kind"), zip(WAYS, ("residual", "pool", "plain"), strict=True))
+@pytest.mark.parametrize(("way", "kind"), list(zip(WAYS, ("residual", "pool", "plain"), strict=True)))
 def test_stacked_runs_are_what_each_is_alone(
     device: torch.device, way: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,7 +189,7 @@ def test_the_same_bits_whichever_program_is_last(
     assert order != sorted(order)
 
 
-@pytest.mark.parametrize(("way", "kind"), zip(IN_PARTS, ("pool", "plain"), strict=True))
+@pytest.mark.parametrize(("way", "kind"), list(zip(IN_PARTS, ("pool", "plain"), strict=True)))
 def test_pipelining_changes_no_bit(device: torch.device, way: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = case((2, 5, 9, 9), torch.bfloat16, kind, device=device)
     grad = gradient(given)
