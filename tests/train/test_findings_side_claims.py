@@ -13,7 +13,6 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from tyro import conf
 
-from ncollapse.plot.settings import alike
 from ncollapse.train.cli import Rerun
 from ncollapse.train.commands.rerun import changed, chosen_runs
 from ncollapse.train.config import RunConfig
@@ -225,7 +224,7 @@ def test_a_relaxed_threshold_is_not_about_100_percent(tmp_path: Path) -> None:
 
 def many() -> list[RunConfig]:
     return product(
-        optimizer=["sgd", "sgdw", "adam", "adamw"], lr=[0.01, 0.03, 0.1, 0.3], momentum=[0.0, 0.5, 0.7, 0.9],
+        optimizer=["sgd", "sgdw", "adam", "adamw"], lr=[0.01, 0.03, 0.1], momentum=[0.0, 0.5, 0.9],
         weight_decay=[5e-4, 1e-3, 5e-3, 1e-2, 5e-2], seed=[0, 1],
     )  # fmt: skip
 
@@ -416,9 +415,3 @@ def frames(folders: pytest.TempPathFactory) -> list[pd.DataFrame]:
             found = evidence(folders.mktemp("frames") / str(i), runs, lambda run: {})
             _FRAMES.append(found.runs)
     return _FRAMES
-
-
-def test_a_setting_is_the_same_in_every_seed() -> None:
-    """The tests above count settings; this is what they are."""
-    frame = pd.DataFrame({"optimizer": ["sgd", "sgd", "adam"], "lr": [0.1, 0.1, 0.1], "seed": [0, 1, 0]})
-    assert alike(frame, ["seed"]).tolist() == [0, 0, 1]
