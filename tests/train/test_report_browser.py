@@ -33,7 +33,7 @@ WIDTH = (
     "return {width: innerWidth, overflow: page.scrollWidth - page.clientWidth, wide: wide}; })()"
 )
 SORT = (
-    "(() => { const table = document.querySelector('table'); const titles = [...table.tHead.rows[0].cells]; "
+    "(() => { const table = document.querySelector('.scroll table'); const titles = [...table.tHead.rows[0].cells]; "
     "const at = titles.findIndex((cell) => cell.textContent === 'NC1'); "
     "const column = () => [...table.tBodies[0].rows].map((row) => Number(row.cells[at].dataset.value)); "
     "const press = () => titles[at].firstElementChild.click(); "
@@ -48,6 +48,18 @@ POINT = (
     "const tip = document.getElementById('tip'); const box = tip.getBoundingClientRect(); "
     "return {run: Number(group.dataset.runs.split(' ').at(-1)), text: tip.textContent, hidden: tip.hidden, "
     "inside: box.left >= 0 && box.right <= innerWidth}; })()"
+)
+HINTS = (
+    "(async () => { await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))); "
+    "return [...document.querySelectorAll('.scroll')].map((box) => { const hint = box.previousElementSibling; "
+    "return {hint: hint.textContent, shown: !hint.hidden, wide: box.scrollWidth > box.clientWidth + 1}; }); })()"
+)
+FINDINGS = (
+    "[...document.querySelectorAll('.claims tbody tr')].map((row) => { const verdict = row.querySelector('.verdict'); "
+    "const look = getComputedStyle(verdict); return {mark: verdict.firstElementChild.textContent, "
+    "verdict: verdict.classList[1], text: verdict.textContent.trim().slice(2), "
+    "border: look.borderTopStyle, filled: look.backgroundColor !== 'rgba(0, 0, 0, 0)', "
+    "stacked: row.cells[1].getBoundingClientRect().top > verdict.getBoundingClientRect().bottom - 1}; })"
 )
 COLOURS = (
     "({ground: getComputedStyle(document.body).backgroundColor, "
@@ -76,7 +88,8 @@ def show(page: Path, profile: Path, *options: str) -> tuple[str, list[str]]:
 def probe(folder: Path, profile: Path, expression: str, width: int, *options: str) -> object:
     """Evaluate a JavaScript expression in the page, at a width in pixels."""
     # The page is in a frame, because chromium's window is at least 500 pixels wide.
-    script = f"<script>addEventListener('load', () => parent.postMessage({expression}, '*'));</script></body>"
+    send = f"async () => parent.postMessage(await {expression}, '*')"
+    script = f"<script>addEventListener('load', {send});</script></body>"
     page = (folder / "report.html").read_text("utf-8").replace("</body>", script)
     (folder / "probed.html").write_text(page, "utf-8")
     (folder / "frame.html").write_text(FRAME.replace("WIDTH", str(width)), "utf-8")
@@ -105,6 +118,27 @@ def test_the_page_shows_the_stores_numbers_and_no_error(folder: Path, tmp_path: 
 @pytest.mark.parametrize("width", [400, 1400])
 def test_the_page_is_not_wider_than_its_window(folder: Path, tmp_path: Path, width: int) -> None:
     assert probe(folder, tmp_path, WIDTH, width) == {"width": width, "overflow": 0, "wide": []}
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_what_scrolls_says_so(folder: Path, tmp_path: Path, width: int) -> None:
+    found = probe(folder, tmp_path, HINTS, width)
+    assert isinstance(found, list)
+    assert {one["hint"] for one in found} == {"scrolls →"}
+    assert all(one["shown"] == one["wide"] for one in found)
+    assert any(one["wide"] for one in found) == (width == 400)
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_verdicts_are_told_apart_without_colours(folder: Path, tmp_path: Path, width: int) -> None:
+    found = probe(folder, tmp_path, FINDINGS, width)
+    assert isinstance(found, list)
+    kept = json.loads((folder / "findings.json").read_text("utf-8"))
+    assert [one["text"] for one in found] == [claim["verdict"] for part in kept.values() for claim in part]
+    looks = {"holds": ("✓", "solid", True), "fails": ("✗", "solid", False), "not-enough": ("?", "dashed", False)}
+    for one in found:
+        assert (one["mark"], one["border"], one["filled"]) == looks[one["verdict"]]
+        assert one["stacked"] == (width == 400)
 
 
 def test_a_click_on_a_title_sorts_the_table(folder: Path, tmp_path: Path) -> None:

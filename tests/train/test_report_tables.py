@@ -3,14 +3,12 @@
 import shutil
 import sqlite3
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from ncollapse.plot.settings import alike, described, varying
-from ncollapse.train.config import RunConfig
 from ncollapse.train.report.coupling import interpolations
 from ncollapse.train.report.final_cells import cells
 from ncollapse.train.report.inventory import what_was_run
@@ -18,24 +16,12 @@ from ncollapse.train.report.momentum import at_equal_loss, momentum_steps
 from ncollapse.train.report.queries import Results, read_results
 from ncollapse.train.report.scatter import partial_collapse, rank_correlations
 from ncollapse.train.report.selection import Selection
-from ncollapse.train.results.columns import METRICS, RUN_COLUMNS, dtypes
+from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.reader import load_metrics, load_runs
 from ncollapse.train.results.schema import FILE, create_tables
+from run_frames import runs_of
 
 HALF = Selection(threshold=0.5)
-
-
-def runs_of(*settings: dict[str, Any]) -> pd.DataFrame:
-    """Return a frame like that of `load_runs`, of done runs; keys that are no settings are values of other columns."""
-    rows = []
-    for position, given in enumerate(settings):
-        others = {k: given.pop(k) for k in list(given) if k not in RunConfig().as_dict()}
-        config = RunConfig(**given)
-        metrics = dict.fromkeys([*METRICS, *(f"{name}_start" for name in METRICS)], 1.0)
-        state = {"id": f"run{position}", "position": position, "status": "done", "train_samples": 1000, "seconds": 1.0}
-        rows.append(config.as_dict() | metrics | state | others)
-    types = dtypes(RUN_COLUMNS)
-    return pd.DataFrame(rows, columns=list(types)).astype(types)
 
 
 class Epochs(Results):

@@ -133,8 +133,8 @@ def _ends(cell: Cell) -> tuple[float, float]:
 
 
 def _spread(row: "pd.Series[Any]", name: str) -> tuple[float, float] | None:
-    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    return None if formatting.is_missing(low) or formatting.is_missing(high) else (float(low), float(high))
+    low, high = (float(row.get(f"{name}_{end}", math.nan)) for end in ("low", "high"))
+    return None if math.isnan(low) or math.isnan(high) else (low, high)
 
 
 def _range(spread: tuple[float, float] | None, written: Callable[[float], str]) -> str:
