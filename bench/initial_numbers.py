@@ -1,4 +1,4 @@
-"""NC1–NC3 of an untrained ResNet9, by which the paper's padding is told: its numbers at the start stand beside.
+"""NC1–NC3 of an untrained ResNet9 beside the paper's at its start: did it pad its images?
 
 python -m bench.initial_numbers      records bench/results/initial-numbers.json
 
