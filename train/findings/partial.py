@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from ncollapse.formatting import number
+from ncollapse.optimizer_table import TABLE
 from ncollapse.plot.looks import look_of, ordered
 from ncollapse.plot.settings import alike
 from ncollapse.train.findings.claim import Comparison, Evidence, Finding, Verdict
@@ -63,7 +64,8 @@ def _lacks(evidence: Evidence, settings: int, grew: int) -> tuple[str, str]:
         what = f"{settings} settings that fit the training data, of {ENOUGH}"
         return lack(evidence, what, "", {"lr": between(evidence.runs.lr), "weight_decay": [5e-4, 5e-3]})
     what = f"NC0 grew in {grew} settings that fit the training data, of {ENOUGH}"
-    decoupled = [name for name in ("adamw", "signumw") if (evidence.runs.optimizer == name).any()]
+    grows = [row.name for row in TABLE.values() if row.in_paper and row.coupling == 0 and row.family != "sgd"]
+    decoupled = [name for name in grows if (evidence.runs.optimizer == name).any()]
     if decoupled:
         return lack(evidence, what, f"optimizer={decoupled[0]}", {"lr": between(evidence.runs.lr)})
     if (evidence.runs.optimizer == "adam").any():

@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ncollapse.formatting import number
+from ncollapse.optimizer_table import TABLE
 from ncollapse.train.commands.theory import Setting
 from ncollapse.train.findings.claim import Comparison, Finding, Verdict
 
@@ -16,8 +18,10 @@ _Run = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 #: Momenta β at which each theorem is tested; Theorems 3.3 and 3.4 are stated for 0.
 _MOMENTA = (0.0, 0.5, 0.9)
-#: theorem -> optimizer.
-_THEOREMS = {"3.1": "sgd", "3.2": "sgdw", "3.3": "signumw", "3.4": "signum"}
+#: theorem -> optimizer: those of the table of optimizers, in order.
+_THEOREMS = dict(
+    sorted((found[1], row.name) for row in TABLE.values() if (found := re.search(r"\((3\.\d)\)", row.theorem)))
+)
 #: Relative deviation from an exact prediction that the rounding of float64 explains.
 _EXACT = 1e-9
 #: Share of the start below which NC0 is not compared: the row sum of a matrix is then the rounding of its entries.
@@ -53,7 +57,6 @@ def _simulate(setting: Setting) -> dict[str, list[_Run]]:
     import torch
 
     from ncollapse import ufm
-    from ncollapse.optimizer_table import TABLE
 
     runs = [(name, momentum) for momentum in _MOMENTA for name in _THEOREMS.values()]
     couplings = [float(TABLE[name].coupling or 0) for name, _ in runs]
@@ -78,8 +81,6 @@ def _simulate(setting: Setting) -> dict[str, list[_Run]]:
 
 
 def _compare(theorem: str, runs: list[_Run]) -> Comparison:
-    from ncollapse.optimizer_table import TABLE
-
     name = f"{TABLE[_THEOREMS[theorem]].label} ({theorem})"
     worst = {
         "start": max(float(nc0[0]) for nc0, _ in runs),
