@@ -96,10 +96,12 @@ def train(experiment: Experiment, folder: Path, options: argparse.Namespace) -> 
     arguments += ["--out", str(folder), "--device", options.device]
     arguments += ["--data-dir", str(options.data_dir)] if options.data_dir else []
     for share in experiment.shares:
-        left = options.minutes - (time.perf_counter() - started) / 60
-        if left <= 0:
-            break
-        limits = ["--minutes", f"{left:.2f}", *(["--where", share] if share else [])]
+        limits = ["--where", share] if share else []
+        if options.minutes is not None:
+            left = options.minutes - (time.perf_counter() - started) / 60
+            if left <= 0:
+                break
+            limits += ["--minutes", f"{left:.2f}"]
         status = subprocess.run([sys.executable, "-m", "ncollapse.train", *arguments, *limits], check=False).returncode
         if status not in (0, 4, 75):  # 4: some runs have diverged; 75: the time is over
             raise SystemExit(status)
@@ -120,7 +122,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="of the results; by default one that is deleted")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--data-dir", type=Path, help="where Fashion-MNIST is")
-    parser.add_argument("--minutes", type=float, default=1e6, help="for each experiment; it goes on when called again")
+    parser.add_argument("--minutes", type=float, help="for each experiment; it goes on when called again")
     parser.add_argument("--table", action="store_true", help="print the README's table")
     parser.add_argument("--tables", action="store_true", help="print the documentation's tables")
     options = parser.parse_args()
