@@ -23,6 +23,8 @@ import psutil
 from bench.made_up import make_store
 from bench.record import Record, recording
 from ncollapse.train.grid import load_grid
+from ncollapse.train.report.explorer.page import write_explorer
+from ncollapse.train.report.page.verdicts import verdicts_of
 from ncollapse.train.report.page.write import draw, parts_of, render
 from ncollapse.train.report.queries import read_results
 from ncollapse.train.report.selection import Selection
@@ -37,7 +39,7 @@ _LOADED = (
 
 def phases(folder: Path) -> dict[str, float]:
     """Seconds of a report's parts."""
-    seconds = {"load": 0.0, "figures": 0.0, "page": 0.0}
+    seconds = dict.fromkeys(("load", "figures", "findings", "page", "explorer"), 0.0)
     started = time.perf_counter()
 
     def lap(name: str) -> None:
@@ -54,8 +56,12 @@ def phases(folder: Path) -> dict[str, float]:
     parts = parts_of(results, Selection())
     drawn = [(part, [(section, draw(folder, section, known)) for section in part.sections()]) for part in parts]
     lap("figures")
-    (folder / "report.html").write_text(render(folder, results, Selection(), drawn, known), "utf-8")
+    verdicts = verdicts_of(results, Selection(), {part.title: part.slug for part in parts})
+    lap("findings")
+    (folder / "report.html").write_text(render(folder, results, Selection(), drawn, known, verdicts), "utf-8")
     lap("page")
+    write_explorer(results, Selection(), folder / "explore.html")
+    lap("explorer")
     return seconds
 
 

@@ -196,7 +196,7 @@ class Report(Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Findings:
-    """Test the paper's claims on the runs of a results folder, finished or not: number, interval and verdict of each."""
+    """Test the paper's claims on a results folder, finished or not: number, interval and verdict of each."""
 
     folder: conf.Positional[Path]
     """The results folder."""

@@ -15,7 +15,7 @@ from ncollapse.train.errors import UserError
 from ncollapse.train.findings.claim import Comparison, Finding
 from ncollapse.train.report.page import verdicts as verdicts_module
 from ncollapse.train.report.page import write as write_module
-from ncollapse.train.report.page.verdicts import Verdicts, as_json, in_short
+from ncollapse.train.report.page.verdicts import Verdicts, in_short
 from ncollapse.train.report.page.write import parts_of, write_report
 from ncollapse.train.report.queries import Results, read_results
 from ncollapse.train.report.selection import Selection
@@ -72,7 +72,6 @@ def test_in_short() -> None:
     assert len(lines) == 12
     assert lines[-1] == "29 more models, data sets and losses: ncollapse findings x"
     assert Verdicts("", "", [FAILS, FAILS]).text == "2 claims fail"
-    assert json.loads(as_json([])) == {}
 
 
 def test_an_explorer_that_cannot_be_written_does_not_lose_the_page(

@@ -1,14 +1,11 @@
 """The runs of a results folder as evidence: a part for each model, data set and loss."""
 
-import json
-
 import pandas as pd
 
-from ncollapse.formatting import options_text
 from ncollapse.optimizer_table import row_of
-from ncollapse.plot.settings import USUAL_LOSS, alike
+from ncollapse.plot.settings import alike
 from ncollapse.train.findings.claim import Evidence
-from ncollapse.train.report.queries import Results
+from ncollapse.train.report.queries import Results, parts_by_title
 from ncollapse.train.report.selection import Selection
 
 
@@ -18,11 +15,7 @@ def evidence_of(results: Results, selection: Selection) -> list[Evidence]:
     Where no run reaches the threshold of `selection`, that of the part is relaxed, and its note says so.
     """
     found = []
-    for (model, of_data, options, loss), runs in results.runs.groupby(
-        ["model", "data", "data_options", "loss"], sort=False
-    ):
-        data = f"{of_data} {options_text(json.loads(str(options)))}" if options else of_data
-        title = f"{model} on {data}{'' if loss == USUAL_LOSS else f', {loss}'}"
+    for title, runs in parts_by_title(results.runs):
         relaxed, note = selection.relaxed(runs)
         preset = results.meta.get("grid", "")
         found.append(Evidence(title, runs, _once(relaxed.eligible(runs)), note, relaxed, results, preset))

@@ -6,12 +6,14 @@ would have to load them all.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from ncollapse.formatting import options_text, read_json
+from ncollapse.plot.settings import USUAL_LOSS
 from ncollapse.train.results.columns import LAYER_COLUMNS, OwnMetrics, epoch_columns
 from ncollapse.train.results.own_metrics import read_metrics
 from ncollapse.train.results.reader import (
@@ -87,3 +89,12 @@ def read_results(folder: Path) -> Results:
             folder, read_runs(connection, folder), read_meta(connection, folder), read_sessions(connection, folder),
             read_metrics(connection, folder),
         )  # fmt: skip
+
+
+def parts_by_title(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Yield title and runs of each model, data set (with its options and border) and loss."""
+    keys = ["model", "data", "data_options", "pad", "loss"]
+    for (model, of_data, options, pad, loss), group in runs.groupby(keys, sort=False):
+        data = f"{of_data} {options_text(read_json(options) or {})}" if options else str(of_data)
+        border = f" padded by {pad}" if pad else ""
+        yield f"{model} on {data}{border}{'' if loss == USUAL_LOSS else f', {loss}'}", group

@@ -1,7 +1,6 @@
 """What the claims' tests found in the runs of the report, for the page, its files and the terminal."""
 
 import dataclasses
-import json
 import re
 import shlex
 from collections import Counter
@@ -62,12 +61,6 @@ def verdicts_of(results: Results, selection: Selection, slugs: Mapping[str, str]
 
 def _slug(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
-
-
-def as_json(verdicts: Sequence[Verdicts]) -> str:
-    """Return the content of findings.json: title of a part -> its findings."""
-    found = {one.title: [finding.as_dict() for finding in one.findings] for one in verdicts}
-    return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def in_short(verdicts: Sequence[Verdicts], folder: Path) -> list[str]:

@@ -3,7 +3,6 @@
 import base64
 import dataclasses
 import itertools
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,12 +10,12 @@ from pathlib import Path
 import pandas as pd
 from rich.console import Console
 
-from ncollapse.formatting import number, options_text, percentage
+from ncollapse.formatting import number, percentage
 from ncollapse.plot.looks import PAGE_COLOURS, Look, base_of, look_of, ordered, shown, with_variants
-from ncollapse.plot.settings import USUAL_LOSS, described
+from ncollapse.plot.settings import described
 from ncollapse.plot.style import encode
 from ncollapse.train.errors import UserError
-from ncollapse.train.findings.registry import findings_view
+from ncollapse.train.findings.registry import as_json, findings_view
 from ncollapse.train.formatting import duration, plain
 from ncollapse.train.report.best import decay_view
 from ncollapse.train.report.collapse import SLIDER_SCRIPT
@@ -24,8 +23,8 @@ from ncollapse.train.report.explorer.page import write_explorer
 from ncollapse.train.report.inventory import runs_view, settings_view
 from ncollapse.train.report.page.inline_svg import inline
 from ncollapse.train.report.page.sections import Part, Section
-from ncollapse.train.report.page.verdicts import Verdicts, as_json, in_short, verdicts_of
-from ncollapse.train.report.queries import Results, read_results
+from ncollapse.train.report.page.verdicts import Verdicts, in_short, verdicts_of
+from ncollapse.train.report.queries import Results, parts_by_title, read_results
 from ncollapse.train.report.selection import NC, Selection
 from ncollapse.train.report.terminal import print_across, print_down
 from ncollapse.train.results.schema import FINISHED
@@ -51,7 +50,7 @@ class Picture:
 
 
 def write_report(folder: Path, selection: Selection, console: Console, out: Path | None = None) -> Path:
-    """Print the tables; write `figures/`, `tables/`, findings.json, report.html and explore.html; return the page.
+    """Write `figures/`, `tables/`, findings.json, report.html and explore.html, print the tables; return the page.
 
     Args:
         out: the folder that is written to, made if missing; by default the results folder itself.
@@ -67,15 +66,7 @@ def write_report(folder: Path, selection: Selection, console: Console, out: Path
 
 def _write_report(results: Results, selection: Selection, console: Console, out: Path) -> Path:
     parts = parts_of(results, selection)
-    for part in parts:
-        print_across(console, part.best, part.title)
-        if part.runs.groupby("optimizer").coupling.nunique().max() > 1:
-            print_down(console, decay_view(part.slug, part.runs, part.shown), "NC0 by weight decay and coupling")
-        if part.note:
-            console.print(plain(part.note), soft_wrap=True)
     verdicts = verdicts_of(results, selection, {part.title: part.slug for part in parts})
-    for line in in_short(verdicts, results.folder):
-        console.print(plain(line), soft_wrap=True)
     path = out / "report.html"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -92,23 +83,27 @@ def _write_report(results: Results, selection: Selection, console: Console, out:
             f"cannot write the report to {out.resolve()}: {error}; the results themselves are kept, and --out DIR "
             "writes their report elsewhere"
         ) from None
+    # Last, so that nothing which a terminal does can keep the page from being written.
+    for part in parts:
+        print_across(console, part.best, part.title)
+        if part.runs.groupby("optimizer").coupling.nunique().max() > 1:
+            print_down(console, decay_view(part.slug, part.runs, part.shown), "NC0 by weight decay and coupling")
+        if part.note:
+            console.print(plain(part.note), soft_wrap=True)
+    for line in in_short(verdicts, results.folder):
+        console.print(plain(line), soft_wrap=True)
     return path
 
 
 def parts_of(results: Results, selection: Selection) -> list[Part]:
-    """Return the runs of each model, data set (with its options) and loss."""
+    """Return the runs of each model, data set (with its options and border) and loss."""
     parts: dict[str, Part] = {}
-    for (model, of_data, options, loss), runs in results.runs.groupby(
-        ["model", "data", "data_options", "loss"], sort=False
-    ):
-        data = f"{of_data} {options_text(json.loads(str(options)))}" if options else of_data
-        more = "" if loss == USUAL_LOSS else f", {loss}"
+    for title, runs in parts_by_title(results.runs):
         # These names come from the store and become part of paths.
-        name = (
-            re.sub(r"[^A-Za-z0-9.]+", "-", f"{model}-{data}{more}").strip("-.")[:_LONGEST_SLUG].rstrip("-.") or "runs"
-        )
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", title.replace(" on ", "-", 1)).strip("-.")
+        name = name[:_LONGEST_SLUG].rstrip("-.") or "runs"
         slug = next(one for one in _numbered(name) if one.lower() not in parts)
-        parts[slug.lower()] = Part(f"{model} on {data}{more}", slug, runs, results, selection)
+        parts[slug.lower()] = Part(title, slug, runs, results, selection)
     return list(parts.values())
 
 
@@ -178,7 +173,7 @@ def render(
     inventory = [runs_view(runs, selection), settings_view(settings)]
     for view in (*inventory, *(findings_view(one.slug, one.findings) for one in verdicts)):
         _write_csv(folder, view.name, view.frame)
-    _write(folder / "findings.json", as_json(verdicts).encode())
+    _write(folder / "findings.json", as_json([(one.title, one.findings) for one in verdicts]).encode())
     sliders = any(section.fragments for _, sections in drawn for section, _ in sections)
     environment.filters["number"] = number
     return environment.get_template("page.html.j2").render(
