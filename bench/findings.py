@@ -4,8 +4,6 @@ python -m bench.findings findings        trains the preset `findings`: bench/res
 python -m bench.findings paper-digits    trains the paper's 648 settings on digits: bench/results/paper-digits-cpu.json
 python -m bench.findings findings-gpu --device cuda --data-dir DIR --folder DIR --minutes 8
                                          trains ResNet9 on Fashion-MNIST: bench/results/findings-gpu.json
-python -m bench.findings --table         prints the README's table from findings-cpu.json, trains nothing
-python -m bench.findings --tables        prints the tables of docs/findings.md from both CPU records
 
 `--folder DIR` keeps the results folder, and the same command goes on in it: bring its runs.sqlite home from a machine
 that is lent. The record is written after each share of the runs; those of findings-gpu come in an order in which each
@@ -14,7 +12,6 @@ adds to a verdict, some five minutes of an H100 each.
 
 import argparse
 import dataclasses
-import json
 import shlex
 import subprocess
 import sys
@@ -23,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench.record import RESULTS, Record, recording
+from bench.record import Record, recording
 from ncollapse.train import load_runs
 from ncollapse.train.findings.registry import findings_of
 from ncollapse.train.report.queries import read_results
@@ -73,18 +70,12 @@ def parts(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def table(part: dict[str, Any]) -> str:
-    """The findings of a part as a table of Markdown."""
+def table(findings: list[dict[str, Any]]) -> str:
+    """Recorded findings as a table of Markdown."""
     lines = ["| claim | measured | verdict |", "| --- | --- | --- |"]
-    for row in part["findings"]:
+    for row in findings:
         lines.append(f"| {row['number']}. {row['claim']} | {row['says'] or row['lacks']} | {row['verdict_text']} |")
     return "\n".join(lines)
-
-
-def tables(experiment: str) -> str:
-    """All parts of a recorded experiment as tables of Markdown."""
-    record = json.loads((RESULTS / EXPERIMENTS[experiment].record).read_text())
-    return "\n\n".join(f"{part['title']}:\n\n{table(part)}" for part in record["parts"])
 
 
 def train(experiment: Experiment, folder: Path, options: argparse.Namespace) -> None:
@@ -118,20 +109,14 @@ def train(experiment: Experiment, folder: Path, options: argparse.Namespace) -> 
 
 def main() -> None:
     parser = recording(__doc__)
-    parser.add_argument("experiments", nargs="*", help=f"what to train: {', '.join(EXPERIMENTS)}")
+    parser.add_argument("experiments", nargs="+", help=f"what to train: {', '.join(EXPERIMENTS)}")
     parser.add_argument("--folder", type=Path, help="of the results; by default one that is deleted")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--data-dir", type=Path, help="where Fashion-MNIST is")
     parser.add_argument("--minutes", type=float, help="for each experiment; it goes on when called again")
-    parser.add_argument("--table", action="store_true", help="print the README's table")
-    parser.add_argument("--tables", action="store_true", help="print the documentation's tables")
     options = parser.parse_args()
     if unknown := set(options.experiments) - EXPERIMENTS.keys():
         parser.error(f"no experiment {', '.join(sorted(unknown))}; there are {', '.join(EXPERIMENTS)}")
-    if options.table:
-        print(table(json.loads((RESULTS / EXPERIMENTS["findings"].record).read_text())["parts"][0]))
-    if options.tables:
-        print("\n\n".join(tables(name) for name in ("findings", "paper-digits")))
     for name in options.experiments:
         with tempfile.TemporaryDirectory() as temporary:
             train(EXPERIMENTS[name], options.folder or Path(temporary), options)
