@@ -130,6 +130,10 @@ def test_every_folder_is_a_listed_package() -> None:
             "import ncollapse.train.engine.scheduler",
             ("torch._dynamo", "torchvision", "matplotlib", "pandas", "ray"),
         ),
+        (
+            "import ncollapse.train.report.page.write, ncollapse.plot.collapse_panels, ncollapse.snapshot",
+            ("torch", "torchvision", "sklearn", "scipy", "matplotlib"),
+        ),
         ("import ncollapse.train.cli", ("torch", "torchvision", "matplotlib", "pandas", "sklearn")),
     ],
 )

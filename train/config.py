@@ -24,6 +24,8 @@ from ncollapse.train.errors import UserError
 MODELS = ("mlp", "cnn", "resnet9", "vgg9", "vit", "densenet")
 DATA_SETS = ("digits", "mnist", "fashion-mnist", "cifar10", "imagefolder")
 LOSSES = ("cross_entropy", "mse", "mse_rescaled", "focal")
+#: Those whose gradient by the logits sums to zero over the classes.
+_SUM_TO_ZERO = ("cross_entropy", "focal")
 #: Settings that are names, with the names of what comes with ncollapse.
 NAMED: dict[str, tuple[str, ...]] = {"model": MODELS, "data": DATA_SETS, "optimizer": OPTIMIZERS, "loss": LOSSES}
 
@@ -39,6 +41,11 @@ _LONGEST_NAME, _LONGEST_OPTIONS = 300, 2_000
 _OF_CODE = re.compile(r"([A-Za-z]:[/\\])?[^:\s{}]([^:{}]*[^:\s{}])?:[^\W\d][\w.]*")
 _OF_FILE = re.compile(r"[^\s{}][^{}]*\.npz")
 _GIVEN = re.compile(r"[^\W\d][\w.-]*")
+
+
+def sums_to_zero(name: str) -> bool:
+    """Return whether the gradient of a loss by the logits sums to zero over the classes, whatever its options."""
+    return name in _SUM_TO_ZERO
 
 
 def is_own(setting: str, name: str) -> bool:

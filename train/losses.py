@@ -32,7 +32,6 @@ from ncollapse.train.plugins import Plugins
 _OPTIONS: dict[str, dict[str, float]] = {
     "cross_entropy": {}, "mse": {}, "mse_rescaled": {"k": 15.0, "M": 30.0}, "focal": {"gamma": 2.0},
 }  # fmt: skip
-_SUM_TO_ZERO = ("cross_entropy", "focal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +55,6 @@ class Loss:
         """Compute the loss of each sample of each run, `[R, B]`, from logits `[R, B, K]` and labels `[B]`."""
         values = self.per_sample(logits.flatten(0, 1), labels.expand(logits.shape[:2]).flatten())
         return values.view(logits.shape[:2])
-
-
-def sums_to_zero(name: str) -> bool:
-    """Return whether the gradient of a loss by the logits sums to zero over the classes, whatever its options."""
-    return name in _SUM_TO_ZERO
 
 
 def make_loss(run: RunConfig, plugins: Plugins) -> Loss:

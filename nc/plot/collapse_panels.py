@@ -55,7 +55,6 @@ def geometry(
     Example:
         >>> geometry(measure(model, loader, head="fc")).savefig("geometry.png")
     """
-    from ncollapse.plot.result_snapshot import snapshot_of
     from ncollapse.snapshot import Snapshot
 
     if isinstance(of, Snapshot | Mapping):
@@ -63,6 +62,8 @@ def geometry(
             raise ValueError("plot.geometry: features, labels, weight and classes are for a result of `measure`")
         rows = labelled(of, _MOST)
     else:
+        from ncollapse.plot.result_snapshot import snapshot_of  # which needs torch; a store's snapshots do not
+
         rows = [("", snapshot_of(of, features, labels, weight, classes))]
     if not rows:
         raise ValueError("plot.geometry: no snapshots")

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ncollapse.snapshot import Snapshot, in_plane
+from ncollapse.snapshot import Snapshot
+from ncollapse.snapshot_taking import in_plane
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,6 +12,7 @@ from ncollapse import ClassStats, NCResult, plot
 from ncollapse.plot.three_classes import CENTRE, TRIANGLE, evenly, extent, simplex
 from ncollapse.result import further_of_head
 from ncollapse.snapshot import Snapshot
+from ncollapse.snapshot_taking import take_snapshots
 
 TITLES = {"means": "Class means", "weight": "Rows of W", "product": "W Mᵀ"}
 
@@ -39,7 +40,7 @@ def snapshot_of(k: int, noise: float = 0.1) -> Snapshot:
     weight = torch.eye(k) - 1 / k + noise * torch.randn(k, k)
     stats = ClassStats(k, k, runs=1)
     stats.update(features[None], labels)
-    (snapshot,) = Snapshot.of_runs(weight[None], stats, features[None], labels)
+    (snapshot,) = take_snapshots(weight[None], stats, features[None], labels)
     assert snapshot is not None
     return snapshot
 

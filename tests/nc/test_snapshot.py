@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ncollapse.snapshot import MOST_SAMPLES, Snapshot, samples_to_show
+from ncollapse.snapshot import MOST_SAMPLES, Snapshot
+from ncollapse.snapshot_taking import samples_to_show, take_snapshots
 from ncollapse.stats import ClassStats
 
 FIELDS = ("means", "weight", "product", "singular_values", "row_sum", "corners", "rows", "samples")
@@ -22,7 +23,7 @@ def taken(weight: Tensor, features: Tensor, labels: Tensor) -> list[Snapshot | N
     stats = ClassStats(classes, dim, runs=runs, moment="trace", nan_policy="propagate")
     stats.update(features, labels)
     shown = samples_to_show(labels)
-    return Snapshot.of_runs(weight, stats, features[:, shown], labels[shown])
+    return take_snapshots(weight, stats, features[:, shown], labels[shown])
 
 
 def one(weight: Tensor, features: Tensor, labels: Tensor) -> Snapshot:
@@ -229,4 +230,4 @@ def test_shapes_that_disagree_are_refused() -> None:
         (weight[None], features[None], labels[:-1]), (weight[None], features[None, :, :-1], labels),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="do not go with statistics"):
-            Snapshot.of_runs(w, stats, h, y)
+            take_snapshots(w, stats, h, y)

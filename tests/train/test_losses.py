@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from ncollapse import ufm
 from ncollapse.stats import ClassStats
-from ncollapse.train.config import LOSSES, RunConfig
+from ncollapse.train.config import LOSSES, RunConfig, sums_to_zero
 from ncollapse.train.data.dataset import Dataset
 from ncollapse.train.errors import OwnCodeError, UserError
-from ncollapse.train.losses import chance_level, make_loss, sums_to_zero, try_loss
+from ncollapse.train.losses import chance_level, make_loss, try_loss
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.report.prediction import predicted_nc0
 from ncollapse.train.results.columns import METRICS

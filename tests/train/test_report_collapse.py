@@ -21,6 +21,7 @@ from ncollapse.plot.looks import PAGE_COLOURS, shown
 from ncollapse.plot.style import encode
 from ncollapse.plot.three_classes import CENTRE, extent
 from ncollapse.snapshot import Snapshot
+from ncollapse.snapshot_taking import take_snapshots
 from ncollapse.train.report.collapse import SLIDER_SCRIPT, collapse_drawings, simplex_slider
 from ncollapse.train.report.page.inline_svg import inline
 
@@ -35,7 +36,7 @@ def snapshot_of(k: int, noise: float) -> Snapshot:
     stats = ClassStats(k, k, runs=1)
     stats.update(features[None], labels)
     weight = torch.eye(k) - 1 / k + noise * torch.randn(k, k)
-    (snapshot,) = Snapshot.of_runs(weight[None], stats, features[None], labels)
+    (snapshot,) = take_snapshots(weight[None], stats, features[None], labels)
     assert snapshot is not None
     return Snapshot.from_bytes(snapshot.to_bytes())
 

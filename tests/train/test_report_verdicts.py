@@ -43,8 +43,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_page_shows_every_finding(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [("mlp on digits", [HOLDS, FAILS, LACKS]), ("Theory", [HOLDS])]
-    monkeypatch.setattr(verdicts_module, "findings_of", lambda results, selection: found)
+    found = [("mlp on digits", [HOLDS, FAILS, LACKS])]
+    monkeypatch.setattr(verdicts_module, "findings_of_runs", lambda results, selection: found)
     console = Console(record=True, width=100, file=io.StringIO())
     text = write_report(folder, Selection(), console).read_text("utf-8")
     shown = text.partition('<h2 id="findings">')[2].partition("<h2 id=")[0]
@@ -52,7 +52,7 @@ def test_the_page_shows_every_finding(folder: Path, monkeypatch: pytest.MonkeyPa
         "1. NC0 &lt;falls&gt;.", "By counting.", "All of 2.", "SGD: share 1, 2 runs: holds", "(1 of 2 hold)",
         "Adam: median ratio 0.9 (0.8 to 0.95), 4 pairs, p 0.03: holds", "Lion: median ratio –, 0 runs: not enough",
         "Missing: five couplings", "ncollapse sweep coupling --out &#39;a b&#39;", "3 comparisons, 1 run<",
-        "1 claim holds, 1 fails, 1 lacks runs.", "<h3>Theory</h3>", 'href="tables/findings-mlp-digits.csv"',
+        "1 claim holds, 1 fails, 1 lacks runs.", 'href="tables/findings-mlp-digits.csv"',
     ):  # fmt: skip
         assert part in shown, part
     kept = json.loads((folder / "findings.json").read_text("utf-8"))
@@ -60,8 +60,7 @@ def test_the_page_shows_every_finding(folder: Path, monkeypatch: pytest.MonkeyPa
     assert kept["mlp on digits"][1]["parts"][2]["value"] is None
     assert pd.read_csv(folder / "tables" / "findings-mlp-digits.csv").number.tolist() == [1, 3, 5]
     lines = console.export_text().splitlines()
-    assert "mlp on digits: 1 claim holds, 1 fails, 1 lacks runs" in lines
-    assert f"Theory: 1 claim holds: ncollapse findings {folder}" in lines
+    assert f"mlp on digits: 1 claim holds, 1 fails, 1 lacks runs: ncollapse findings {folder}" in lines
 
 
 def test_in_short() -> None:

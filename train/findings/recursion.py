@@ -7,9 +7,9 @@ import pandas as pd
 
 from ncollapse.formatting import number
 from ncollapse.optimizer_table import row_of
+from ncollapse.train.config import sums_to_zero
 from ncollapse.train.findings.claim import Comparison, Evidence, Finding
 from ncollapse.train.findings.lacking import lack
-from ncollapse.train.losses import sums_to_zero
 from ncollapse.train.report.prediction import predicted_nc0
 from ncollapse.train.report.rounding import floor_of_nc0
 

@@ -42,15 +42,19 @@ THEORY = "Theory"
 
 
 def findings_of(results: Results, selection: Selection) -> list[tuple[str, list[Finding]]]:
-    """Return title and findings of each model, data set and loss, in the order of the claims; the theory comes last.
+    """Return what `findings_of_runs` returns, and the finding on theory, which is simulated once in a process."""
+    return [*findings_of_runs(results, selection), (THEORY, [theorems()])]
 
-    The theory is simulated once in a process, in half a second; all else takes seconds for thousands of runs.
+
+def findings_of_runs(results: Results, selection: Selection) -> list[tuple[str, list[Finding]]]:
+    """Return title and findings of each model, data set and loss, in the order of the claims.
+
+    It takes seconds for thousands of runs, and needs no torch.
     """
-    of_runs = [
+    return [
         (evidence.title, [_noted(test(evidence), evidence.note) for test in CLAIMS.values()])
         for evidence in evidence_of(results, selection)
     ]
-    return [*of_runs, (THEORY, [theorems()])]
 
 
 def _noted(finding: Finding, note: str) -> Finding:

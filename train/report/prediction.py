@@ -8,8 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ncollapse.optimizer_table import row_of
-from ncollapse.train.config import FIELDS, RunConfig, is_own, make_run
-from ncollapse.train.losses import sums_to_zero
+from ncollapse.train.config import FIELDS, RunConfig, is_own, make_run, sums_to_zero
 
 
 def predicted_nc0(row: "pd.Series[Any]") -> NDArray[np.float64] | None:

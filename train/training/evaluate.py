@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ncollapse.measurement import Measurement, to_numbers
-from ncollapse.snapshot import Snapshot, samples_to_show
+from ncollapse.snapshot_taking import samples_to_show, take_snapshots
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.dataset import Dataset
 from ncollapse.train.errors import OwnCodeError, UserError
@@ -103,7 +103,7 @@ def evaluate_stack(
             found[name][row] = value
     snapshots: dict[int, bytes] = {}
     if rows := list(show(found)):
-        of_all = Snapshot.of_runs(
+        of_all = take_snapshots(
             stack.weight, measurement.stats, torch.cat(shown, 1), data.train_y[to_show.to(data.train_y.device)]
         )
         snapshots = {row: snapshot.to_bytes() for row in rows if (snapshot := of_all[row]) is not None}

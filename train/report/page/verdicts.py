@@ -1,14 +1,13 @@
 """What the claims' tests found in the runs of the report, for the page, its files and the terminal."""
 
 import dataclasses
-import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ncollapse.train.findings.claim import Finding, Verdict
-from ncollapse.train.findings.registry import findings_of
+from ncollapse.train.findings.registry import findings_of_runs
 from ncollapse.train.report.queries import Results
 from ncollapse.train.report.selection import Selection
 
@@ -24,7 +23,7 @@ _MOST_LINES = 11
 
 @dataclasses.dataclass(frozen=True)
 class Verdicts:
-    """The findings in the runs of one model, data set and loss, or those that need none; `slug` names their files."""
+    """The findings in the runs of one model, data set and loss; `slug` names their files."""
 
     title: str
     slug: str
@@ -50,17 +49,13 @@ class Verdicts:
 
 
 def verdicts_of(results: Results, selection: Selection, slugs: Mapping[str, str]) -> list[Verdicts]:
-    """Return what the claims' tests find, for each part of the report and for the theory.
+    """Return what the claims' tests find in the runs of each part of the report.
 
     Args:
         slugs: title of a part -> its slug.
     """
-    found = findings_of(results, selection)
-    return [Verdicts(title, slugs.get(title) or _slug(title), findings) for title, findings in found if findings]
-
-
-def _slug(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+    found = findings_of_runs(results, selection)
+    return [Verdicts(title, slugs[title], findings) for title, findings in found if findings]
 
 
 def in_short(verdicts: Sequence[Verdicts], folder: Path) -> list[str]:
