@@ -12,6 +12,7 @@ adds to a verdict, some five minutes of an H100 each.
 
 import argparse
 import dataclasses
+import json
 import shlex
 import subprocess
 import sys
@@ -22,9 +23,11 @@ from typing import Any
 
 from bench.record import Record, recording
 from ncollapse.train import load_runs
+from ncollapse.train.errors import NoResultsError
 from ncollapse.train.findings.registry import findings_of
 from ncollapse.train.report.queries import read_results
 from ncollapse.train.report.selection import Selection
+from ncollapse.train.results.reader import load_sessions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +81,21 @@ def table(findings: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _sessions(folder: Path) -> int:
+    """The number of the last start of a sweep in a folder; 0 where there was none."""
+    try:
+        return max((session["id"] for session in load_sessions(folder)), default=0)
+    except NoResultsError:
+        return 0
+
+
 def train(experiment: Experiment, folder: Path, options: argparse.Namespace) -> None:
     """Train an experiment into a folder, share by share, and record after each what the folder shows."""
     arguments = ["sweep", *experiment.arguments]
     command = f"ncollapse {shlex.join(arguments)}"
     record = Record(options.out / experiment.record, command, options.device, options.commit)
+    sessions = _sessions(folder)
+    before = json.loads(record.path.read_text()) if record.path.exists() else {}
     started = time.perf_counter()
     arguments += ["--out", str(folder), "--device", options.device]
     arguments += ["--data-dir", str(options.data_dir)] if options.data_dir else []
@@ -97,10 +110,12 @@ def train(experiment: Experiment, folder: Path, options: argparse.Namespace) -> 
         if status not in (0, 4, 75):  # 4: some runs have diverged; 75: the time is over
             raise SystemExit(status)
         runs = load_runs(folder)
+        # Of a folder that was trained before, nothing but the verdicts is new.
+        trained = runs.session.max() > sessions or not before
         record.data |= {
             "runs": len(runs),
             "statuses": runs.status.value_counts().to_dict(),
-            "seconds_of_command": round(time.perf_counter() - started),
+            "seconds_of_command": round(time.perf_counter() - started) if trained else before["seconds_of_command"],
             "seconds_of_all_runs": round(float(runs.seconds.sum())),
             "parts": parts(folder),
         }
