@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from ncollapse.plot import style
-from ncollapse.plot.frames import by_seed, complete, over_seeds, require
+from ncollapse.plot.frames import by_seed, complete, over_seeds, plain
 from ncollapse.plot.looks import about_lines, shown
 from ncollapse.plot.settings import in_order
 from ncollapse.plot.style import Drawing
@@ -42,7 +42,7 @@ def over_depth(runs: pd.DataFrame, layers: pd.DataFrame) -> "Figure":
     Example:
         >>> plot.over_depth(load_runs("results"), load_layers("results")).savefig("depth.png")
     """
-    require("over_depth", "layers", layers, ("run", "position", *BLOCK_METRICS))
+    layers = plain("over_depth", "layers", layers, ("run", "position", *BLOCK_METRICS))
     runs = complete("over_depth", runs, ("id",))
     layers = layers[layers.run.isin(runs["id"])]
     if layers.empty:
@@ -72,7 +72,7 @@ def blocks_at_the_end(runs: pd.DataFrame, layers: pd.DataFrame) -> pd.DataFrame:
 def draw_depth(name: str, runs: pd.DataFrame, rows: pd.DataFrame) -> Drawing:
     """Draw the rows of `blocks_at_the_end`, a line per setting."""
     known = runs.assign(setting=by_seed(runs)).set_index("id")
-    rows = rows.assign(setting=rows.run.map(known.setting), coupling=rows.run.map(known.coupling))
+    rows = rows.assign(setting=rows.run.map(known.setting), coupling=rows.run.map(known.coupling).astype(float))
     lines = in_order(over_seeds(rows.sort_values(["setting", "position"]), ["setting", "position"], BLOCK_METRICS))
     several = bool((lines.seeds > 1).any())
     last, with_head = int(rows.position.max()), bool((rows.layer == "head").any())

@@ -7,7 +7,7 @@ import pandas as pd
 
 from ncollapse.optimizer_table import row_of
 from ncollapse.plot import style
-from ncollapse.plot.frames import complete, over_seeds, reached, require
+from ncollapse.plot.frames import complete, over_seeds, reached
 from ncollapse.plot.looks import look_of, shown
 from ncollapse.plot.settings import alike, described, in_order
 from ncollapse.plot.style import GROUND, Drawing
@@ -51,8 +51,7 @@ def over_coupling(runs: pd.DataFrame, metrics: Sequence[str] | None = None, *, t
     Example:
         >>> plot.over_coupling(load_runs("results"), ["nc0", "nc3"]).savefig("coupling.png")
     """
-    require("over_coupling", "runs", runs, ("coupling", *(metrics or ())))
-    runs = complete("over_coupling", runs)
+    runs = complete("over_coupling", runs, ("coupling", *(metrics or ())))
     names = list(metrics) if metrics else [name for name in _METRICS if name in runs and runs[name].notna().any()]
     if not names:
         raise ValueError(f"plot.over_coupling: runs has no number in any of the columns {', '.join(_METRICS)}")

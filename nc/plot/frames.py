@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,12 +28,16 @@ def complete(figure: str, runs: pd.DataFrame, needs: Sequence[str] = ()) -> pd.D
     Raises:
         ValueError: a missing column, no run, or an id that several have.
     """
-    require(figure, "runs", runs, ("optimizer", *needs))
+    names = runs.index.map(str)
+    runs = plain(figure, "runs", runs, ("optimizer", *needs))
     if runs.empty:
         raise ValueError(f"plot.{figure}: there is no run to draw")
+    if nameless := int(runs.optimizer.isna().sum()):
+        raise ValueError(f"plot.{figure}: {nameless:,} of {len(runs):,} runs have no optimizer")
+    runs = runs.assign(optimizer=runs.optimizer.astype(str))
     usual = runs.optimizer.map({name: row_of(str(name)).coupling for name in runs.optimizer.unique()}).astype(float)
     runs = runs.assign(
-        id=runs["id"] if "id" in runs else runs.index.astype(str),
+        id=runs.get("id", names),
         coupling=runs.coupling.astype(float) if "coupling" in runs else usual,
         status=runs.status if "status" in runs else "done",
     )
@@ -40,6 +45,45 @@ def complete(figure: str, runs: pd.DataFrame, needs: Sequence[str] = ()) -> pd.D
         twice = runs["id"][runs["id"].duplicated()].iloc[0]
         raise ValueError(f"plot.{figure}: several runs have the id {twice!r}; give each its own, or drop the column")
     return in_order(with_variants(runs) if "optimizer_options" in runs else runs)
+
+
+def plain(figure: str, name: str, frame: pd.DataFrame, needs: Sequence[str]) -> pd.DataFrame:
+    """Return a frame of the user's with an index from 0, names that are text, and columns of NumPy's kinds.
+
+    Categories become their values, numbers that may be missing float64, and what cannot be compared, such as lists,
+    its text.
+
+    Args:
+        name: of the frame, for errors.
+        needs: columns that must be there.
+
+    Raises:
+        ValueError: a missing column, or one that is there twice.
+    """
+    frame = frame.rename(columns=str).reset_index(drop=True)
+    require(figure, name, frame, needs)
+    if frame.columns.has_duplicates:
+        twice = ", ".join(dict.fromkeys(frame.columns[frame.columns.duplicated()]))
+        raise ValueError(f"plot.{figure}: {name} has several columns {twice}")
+    changed = {column: _plain(frame[column]) for column in frame if not isinstance(frame[column].dtype, np.dtype)}
+    changed |= {column: _plain(frame[column]) for column in frame if frame[column].dtype == object}
+    return frame.assign(**changed)
+
+
+def _plain(values: "pd.Series[Any]") -> "pd.Series[Any]":
+    if isinstance(values.dtype, pd.CategoricalDtype):
+        values = values.astype(object)
+    kind = pd.api.types.infer_dtype(values, skipna=True)
+    if kind in ("integer", "floating", "mixed-integer-float", "decimal") or (kind == "empty" and values.isna().all()):
+        whole = kind == "integer" and not values.isna().any()
+        numbers = values.to_numpy(dtype=np.int64 if whole else np.float64, na_value=np.nan)
+        return pd.Series(numbers, values.index)
+    if values.dtype == object and kind == "mixed":
+        try:
+            values.nunique()
+        except TypeError:
+            return values.map(str)
+    return values
 
 
 def require(figure: str, name: str, frame: pd.DataFrame, columns: Sequence[str]) -> None:

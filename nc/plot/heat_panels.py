@@ -7,7 +7,7 @@ import pandas as pd
 
 from ncollapse.formatting import short_number
 from ncollapse.plot import style
-from ncollapse.plot.frames import complete
+from ncollapse.plot.frames import complete, ended
 from ncollapse.plot.heat_cells import AXES, SHOWN, binned, cells_of
 from ncollapse.plot.looks import look_of, shown
 from ncollapse.plot.settings import tried
@@ -63,12 +63,13 @@ def heat_map(runs: pd.DataFrame, axis: str = "lr", *, threshold: float = 0.999) 
         raise ValueError(
             f"plot.heat_map: runs has none of the columns {', '.join(SHOWN)}; it has {', '.join(map(str, runs))}"
         )
-    few, note = binned(runs.dropna(subset=["weight_decay", axis]), axis)
-    cells = cells_of(few, axis, threshold)
-    if cells.empty:
+    placed = ended(runs.dropna(subset=["weight_decay", axis]))
+    if placed.empty:
         raise ValueError(
             f"plot.heat_map: none of the {len(runs)} runs has ended with a weight decay and a value of {axis}"
         )
+    few, note = binned(placed, axis)
+    cells = cells_of(few, axis, threshold)
     with shown(runs.optimizer):
         return draw_heat_map("heat_map", cells, axis, f"{100 * threshold:g} %", note).labelled()
 

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ncollapse.plot import style
-from ncollapse.plot.frames import complete, over_seeds, reached, require
+from ncollapse.plot.frames import complete, over_seeds, plain, reached
 from ncollapse.plot.looks import about_lines, shown
 from ncollapse.plot.settings import alike, described, in_order
 from ncollapse.plot.style import Drawing
@@ -48,7 +48,7 @@ def over_momentum(runs: pd.DataFrame, epochs: pd.DataFrame, *, threshold: float 
     Example:
         >>> plot.over_momentum(load_runs("results"), load_metrics("results"), threshold=0.99).savefig("momentum.png")
     """
-    require("over_momentum", "epochs", epochs, ("run", "epoch", "train_loss", *READ))
+    epochs = plain("over_momentum", "epochs", epochs, ("run", "epoch", "train_loss", *READ))
     runs = complete("over_momentum", runs, ("id", "momentum"))
     epochs = epochs[epochs.run.isin(runs["id"])].sort_values("epoch")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from ncollapse.plot import style
-from ncollapse.plot.frames import SeedLines, best_of_each, complete, require, seed_lines
+from ncollapse.plot.frames import SeedLines, best_of_each, complete, plain, seed_lines
 from ncollapse.plot.looks import about_lines, look_of, shown
 from ncollapse.plot.style import GROUND, INK, QUIET, Drawing
 
@@ -126,7 +126,7 @@ def _chosen(runs: pd.DataFrame, threshold: float, best_by: str) -> Thick:
 def _checked(
     figure: str, runs: pd.DataFrame, epochs: pd.DataFrame, needs: Iterable[str]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    require(figure, "epochs", epochs, ("run", "epoch", *dict.fromkeys(needs)))
+    epochs = plain(figure, "epochs", epochs, ("run", "epoch", *dict.fromkeys(needs)))
     runs = complete(figure, runs, ("id",))
     if not epochs.run.isin(runs["id"]).any():
         raise ValueError(f"plot.{figure}: epochs has no row whose run is the id of one of the {len(runs)} runs")

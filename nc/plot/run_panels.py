@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ncollapse.plot import style
-from ncollapse.plot.frames import complete, require
+from ncollapse.plot.frames import complete, plain
 from ncollapse.plot.looks import about_lines, look_of, shown
 from ncollapse.plot.style import GROUND, Drawing
 
@@ -51,7 +51,7 @@ def row_sum(
         >>> runs = load_runs("results").nsmallest(6, "nc0")
         >>> plot.row_sum(runs, load_metrics("results")).savefig("nc0.png")
     """
-    require("row_sum", "epochs", epochs, ("run", "epoch", "nc0"))
+    epochs = plain("row_sum", "epochs", epochs, ("run", "epoch", "nc0"))
     runs = complete("row_sum", runs, ("id",))
     epochs = epochs[epochs.run.isin(runs["id"])].sort_values("epoch")
     if epochs.empty or len(runs) > _MOST_RUNS:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ncollapse.plot import style
-from ncollapse.plot.frames import by_seed, complete, over_seeds, reached, require
+from ncollapse.plot.frames import by_seed, complete, over_seeds, reached
 from ncollapse.plot.looks import about_points, look_of, shown
 from ncollapse.plot.settings import tried
 from ncollapse.plot.style import Drawing
@@ -57,8 +57,7 @@ def validation_accuracy(
     Example:
         >>> plot.validation_accuracy(load_runs("results"), ["nc1", "nc3"], threshold=0.99).savefig("accuracy.png")
     """
-    require("validation_accuracy", "runs", runs, ("val_accuracy", *(metrics or ())))
-    runs = complete("validation_accuracy", runs)
+    runs = complete("validation_accuracy", runs, ("val_accuracy", *(metrics or ())))
     names = list(metrics) if metrics else [name for name in OVER if name in runs and runs[name].notna().any()]
     if not names:
         raise ValueError(f"plot.validation_accuracy: runs has no number in any of the columns {', '.join(OVER)}")
@@ -97,8 +96,7 @@ def metric_pairs(
     Example:
         >>> plot.metric_pairs(load_runs("results"), [("nc1", "nc2_weight")]).savefig("pairs.png")
     """
-    require("metric_pairs", "runs", runs, list(dict.fromkeys(name for pair in pairs or () for name in pair)))
-    runs = complete("metric_pairs", runs)
+    runs = complete("metric_pairs", runs, list(dict.fromkeys(name for pair in pairs or () for name in pair)))
     chosen = list(pairs) if pairs else [pair for pair in PARTIAL if set(pair) <= set(runs)]
     if not chosen:
         texts = ", ".join(f"{x} and {y}" for x, y in PARTIAL)

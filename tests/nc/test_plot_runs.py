@@ -285,3 +285,52 @@ def test_the_package_waits_for_its_libraries() -> None:
     assert all(callable(getattr(plot, name)) for name in plot.__all__)
     with pytest.raises(AttributeError, match="no attribute 'curve'"):
         plot.curve  # type: ignore[attr-defined]  # noqa: B018
+
+
+def _objects(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows in another order, all of one index; objects, None where nothing is, lists, and a column named 7."""
+    objects = frame.astype(object).where(frame.notna(), None)
+    objects = objects.assign(tags=[["a"]] * len(frame), x=1).rename(columns={"x": 7})
+    return objects.set_index(pd.Index([0] * len(frame))).sample(frac=1, random_state=0)
+
+
+def _categories(frame: pd.DataFrame) -> pd.DataFrame:
+    """Categories, also such as no row has, and an index of two levels."""
+    more = pd.concat([frame, frame.assign(**{name: 77 for name in ("lr", "momentum") if name in frame})])
+    found = more.astype("category").iloc[: len(frame)]
+    return found.set_index(pd.MultiIndex.from_product([["a"], range(len(frame))]))
+
+
+def _shown(figure: Figure) -> list[tuple[str, list[tuple[float, ...]]]]:
+    """Return of each panel the points of its lines and the colours of its cells, whatever their order."""
+    found = []
+    for axes in figure.axes:
+        parts = [np.asarray(line.get_xydata(), dtype=float) for line in axes.lines]
+        cells = [part.get_array() for part in axes.collections]
+        parts += [np.asarray(values, dtype=float).reshape(-1, 1) for values in cells if values is not None]
+        points = [tuple(point) for part in parts for point in part.round(6).tolist() if np.isfinite(point).all()]
+        found.append((axes.get_title(loc="left"), sorted(points)))
+    return found
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_frames_of_any_kind_give_the_same_figure(name: str) -> None:
+    couplings = [{"optimizer": "adam", "coupling": c, "lr": 0.1} for c in (0.0, 0.5, 1.0)]
+    runs, epochs = planted(*couplings, {"coupling": 1.0, "momentum": 0.5}, {"coupling": 1.0}, seeds=2)
+    expected = _shown(EVERY[name](runs, epochs))
+    for kind in (_objects, _categories, pd.DataFrame.convert_dtypes):
+        assert _shown(EVERY[name](kind(runs), kind(epochs))) == expected
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda runs: runs.assign(optimizer=["sgd", None]), "1 of 2 runs have no optimizer"),
+        (lambda runs: pd.concat([runs, runs[["nc1"]]], axis=1), "runs has several columns nc1"),
+        (lambda runs: runs.assign(lr=np.nan), "none of the 2 runs has ended with a weight decay and a value of lr"),
+    ],
+)
+def test_frames_that_cannot_be_drawn(changed: Callable[[pd.DataFrame], pd.DataFrame], message: str) -> None:
+    runs, _ = planted({}, {"lr": 0.2})
+    with pytest.raises(ValueError, match=message):
+        plot.heat_map(changed(runs))
