@@ -199,7 +199,7 @@ def draw_phase(
     against = " and ".join(f"{style.title_of(y)} against {style.title_of(x)}" for x, y in pairs)
     drawing.caption = (
         f"{against} over epochs: towards the lower left is collapse. {_about(lines, thick)} "
-        f"A ring is the start of a thick line, a disc its end. Values that are 0 cannot be drawn on these "
+        f"A ring is the start of a thick line, a disc its end. Values that are not positive cannot be drawn on these "
         f"axes.{_CUT * cut}{_about_ends(drawing)}"
     )
     return drawing

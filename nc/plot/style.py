@@ -214,9 +214,9 @@ def factor_of(metric: str) -> int:
 
 
 def spans_decades(values: Any) -> bool:
-    """Return whether values need a logarithmic axis: the positive ones span a factor of more than 30."""
+    """Return whether values need a logarithmic axis: none is negative, and the positive ones span a decade."""
     positive = _positive(values)
-    return bool(len(positive) and positive.max() > 30 * positive.min())
+    return bool(len(positive) and positive.max() > 10 * positive.min() and not _negative(values))
 
 
 def scale(axes: "Axes", which: str, values: Any) -> None:
@@ -231,6 +231,12 @@ def _positive(values: Any) -> "np.ndarray[Any, np.dtype[np.float64]]":
     """Return the finite positive values."""
     array = np.asarray(values, dtype=float)
     return array[np.isfinite(array) & (array > 0)]
+
+
+def _negative(values: Any) -> bool:
+    """Return whether a finite value is negative, and so would not be on a logarithmic axis."""
+    array = np.asarray(values, dtype=float)
+    return bool((np.isfinite(array) & (array < 0)).any())
 
 
 def ticks(axis: "Axis", low: float, high: float) -> None:

@@ -97,8 +97,10 @@ def test_a_colour_needs_no_matplotlib() -> None:
 @pytest.mark.parametrize(
     ("values", "logarithmic"),
     [
-        ([0.1, 2.9], False),
-        ([0.1, 3.1], True),
+        ([0.1, 0.9], False),
+        ([0.1, 1.1], True),
+        ([0.0, 1e-9, 1.0], True),
+        ([-1e-9, 1e-9, 1.0], False),  # it would not be drawn
         ([1e-9, 1.0, np.nan], True),
         ([-1.0, 0.0, 1.0], False),
         ([np.nan], False),
