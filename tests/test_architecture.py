@@ -6,6 +6,7 @@ import sys
 import tomllib
 from collections import Counter
 from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,51 @@ def test_import_is_quick(statement: str, absent: tuple[str, ...]) -> None:
     code = f"{statement}; import sys; print([name for name in {absent!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.strip() == "[]"
+
+
+#: What a user without the extra `train` does: steps, metrics in a loop and of a model, theory.
+PLAIN_USE = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in ABSENT else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+import torch, ncollapse as nc
+from ncollapse import metrics, optim, stats
+model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+x, y = torch.randn(30, 4, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3
+for name in ("SGD", "SGDW", "Signum", "SignumW", "Adam", "AdamW", "Lion", "Muon"):
+    opt = getattr(optim, name)([p for p in model.parameters() if name != "Muon" or p.dim() == 2], lr=1e-3)
+    torch.nn.functional.cross_entropy(model(x), y).backward()
+    opt.step()
+result = nc.measure(model, [(x, y)], head=model[2])
+assert 0 < result.nc1 < float("inf") and result.as_dict()
+nc.ufm.simulate("sgd", K=3, d=4, lr=0.1, steps=3)
+for name in nc.__all__:
+    getattr(nc, name)
+try:
+    nc.plot.geometry(result)
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+
+
+def test_optimizers_and_metrics_need_torch_and_numpy_alone() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = {requirement.split(">")[0].lower() for requirement in project["optional-dependencies"]["train"]}
+    absent = {name for name, homes in packages_distributions().items() if extra & {home.lower() for home in homes}}
+    assert {"pandas", "sklearn", "matplotlib", "plotly", "pydantic"} <= absent
+    code = PLAIN_USE.replace("ABSENT", repr(sorted(absent | {"triton"})))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd="/")
+    assert (done.stdout.strip(), done.returncode) == ("matplotlib", 0), done.stderr
 
 
 @pytest.mark.parametrize("package", ["ncollapse", "ncollapse.train"])
