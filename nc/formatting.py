@@ -29,6 +29,18 @@ def percentage(share: float) -> str:
     return DASH if is_missing(share) else f"{100 * share:.2f} %"
 
 
+def interval(low: float, high: float) -> str:
+    """Format a range with three significant digits, as one number where both ends read the same."""
+    first, last = number(low), number(high)
+    return first if first == last else f"{first} to {last}"
+
+
+def percentages(low: float, high: float) -> str:
+    """Format a range of shares in percent, as one number where both ends read the same."""
+    first, last = percentage(low), percentage(high)
+    return first if first == last or is_missing(low) else f"{100 * low:.2f}–{last}"
+
+
 def change(percent: float) -> str:
     """Format a change in percent with its sign; empty for NaN."""
     if is_missing(percent):

@@ -22,6 +22,7 @@ from ncollapse.train.findings.claim import Comparison, Evidence, Finding
 from ncollapse.train.findings.coupled_pairs import coupled_collapse_further
 from ncollapse.train.findings.evidence import evidence_of
 from ncollapse.train.findings.interpolation import smooth_interpolation
+from ncollapse.train.findings.lacking import part_conditions
 from ncollapse.train.findings.larger_decay import larger_decay_does_not_help
 from ncollapse.train.findings.momentum_pairs import more_momentum
 from ncollapse.train.findings.pairs import pairs_of
@@ -180,6 +181,13 @@ def test_coupled_runs_that_are_not_fail(decoupled: float, tmp_path: Path) -> Non
     assert found.verdict_text == "fails"
 
 
+def test_what_is_open_is_said(tmp_path: Path) -> None:
+    runs = [run for run in ALL if run.optimizer != "adamw" or run.weight_decay == 5e-4]
+    found = coupled_collapse_further(evidence(tmp_path / "a", runs, nc2_nc3(0.3, 0.5)))
+    assert found.verdict_text == "holds (4 of 6 hold, 2 open)"
+    assert found.says.startswith("median ratio coupled/decoupled: NC2 SGD 0.598 (")
+
+
 def test_seeds_are_no_further_settings(tmp_path: Path) -> None:
     runs = product(optimizer=["adam", "adamw"], weight_decay=[0.0, 5e-4, 5e-3], seed=list(range(6)))
     found = coupled_collapse_further(evidence(tmp_path / "a", runs, nc2_nc3(0.3, 0.5)))
@@ -249,6 +257,25 @@ def test_larger_decays_must_have_been_tried(tmp_path: Path) -> None:
     assert {(run.optimizer, run.weight_decay) for run in added(found, tmp_path / "a")} == {("signumw", 0.05)}
 
 
+def test_ten_times_a_decay_is_so_in_floating_point(tmp_path: Path) -> None:
+    runs = [*product(optimizer=["adam", "signum"], weight_decay=[0.06, 0.07], seed=[0, 1]),
+            *product(optimizer=["adamw", "signumw"], weight_decay=[0.07, 0.7], seed=[0, 1])]  # fmt: skip
+
+    def metrics(run: RunConfig) -> Metrics:
+        factor = (1 if run.coupling == 1 else 2) * (1 + (run.weight_decay - 0.07) ** 2)
+        return dict.fromkeys(("nc0", "nc2", "nc3"), 0.2 * factor)
+
+    found = larger_decay_does_not_help(evidence(tmp_path / "a", runs, metrics))
+    assert (found.verdict, found.lacks) == ("holds", "")
+
+
+def test_seeds_of_other_optimizers_do_not_help(tmp_path: Path) -> None:
+    runs = [*decays(0.5, seeds=1), *product(optimizer=["sgd"], seed=[1, 2, 3])]
+    found = larger_decay_does_not_help(evidence(tmp_path / "a", runs, best_of(0.2, 0.22)))
+    assert found.verdict == "not enough"
+    assert {run.optimizer for run in added(found, tmp_path / "a")} == {"signum", "signumw"}
+
+
 def test_one_seed_cannot_tell_alike_settings_apart(tmp_path: Path) -> None:
     found = larger_decay_does_not_help(evidence(tmp_path / "a", decays(0.5, seeds=1), best_of(0.2, 0.22)))
     assert found.verdict == "not enough"
@@ -302,6 +329,21 @@ def test_the_axis_is_added_to_a_setting_that_fits(tmp_path: Path) -> None:
     assert len({(run.lr, run.momentum, run.weight_decay) for run in runs}) == 1
 
 
+def test_a_setting_whose_axis_does_not_fit_is_not_tried_again(tmp_path: Path) -> None:
+    """Its runs are there: the command would train nothing."""
+
+    def metrics(run: RunConfig) -> Metrics:
+        return {"train_accuracy": 0.9 if run.coupling in SHARES[1:-1] else 1.0}
+
+    for name, lrs in (("a", [0.01]), ("b", [0.01, 0.1])):
+        runs = [*product(optimizer=["adam"], lr=0.01, coupling=SHARES), *product(optimizer=["adam"], lr=lrs)]
+        found = smooth_interpolation(evidence(tmp_path / name, list(dict.fromkeys(runs)), metrics))
+        assert found.verdict == "not enough"
+        new = added(found, tmp_path / name)
+        assert new
+        assert all(run.lr != 0.01 for run in new)
+
+
 # 6: momentum.
 
 MOMENTA = product(optimizer=["sgd", "adam", "signum"], lr=[0.01, 0.1, 0.3], weight_decay=DECAYS, momentum=[0.7, 0.9],
@@ -336,6 +378,42 @@ def test_losses_that_are_not_equal_are_left_out(tmp_path: Path) -> None:
     found = more_momentum(evidence(tmp_path / "a", MOMENTA, over_epochs(0.6, faster=1.7)))
     assert found.verdict == "not enough"
     assert "27 pairs are left out" in found.lacks
+
+
+# What is missing.
+
+
+def test_commands_stay_in_their_part(tmp_path: Path) -> None:
+    """Whatever the parts differ in, the border and options that are none included."""
+    runs = [
+        *product(optimizer=["adam"], pad=[0, 2]), *product(optimizer=["adam"], pad=[0, 2], loss="mse"),
+        *product(optimizer=["adam"], data="mine.py:few", data_options=["", '{"n": 3}'], code="mine.py=1"),
+    ]  # fmt: skip
+    planted_runs(tmp_path / "a", {run: {} for run in runs})
+    parts = evidence_of(read_results(tmp_path / "a"), Selection())
+    assert len(parts) == len(runs)
+    for one in parts:
+        where = part_conditions(one)
+        assert [run.id for run in chosen_runs(tmp_path / "a", where)] == list(one.runs.id), where
+
+
+@pytest.mark.parametrize("claim", [coupled_collapse_further, larger_decay_does_not_help, more_momentum])
+def test_commands_lead_to_a_verdict(claim: Callable[[Evidence], Finding], tmp_path: Path) -> None:
+    """From two runs of Adam, evaluated rarely: each command adds something, until no comparison is open."""
+
+    def metrics(run: RunConfig) -> Metrics:
+        value = (0.3 if run.decay_coupling else 0.4) * (1.2 if run.momentum == 0.7 else 1.0) * run.lr**-0.1
+        return dict.fromkeys(("nc0", "nc1", "nc2", "nc3"), value)
+
+    runs = product(optimizer=["adam"], lr=[1e-3, 3e-3], momentum=[0.9], eval_every=[10])
+    for i in range(9):
+        finding = claim(evidence(tmp_path / str(i), runs, metrics))
+        if not finding.command:
+            break
+        new = [run for run in added(finding, tmp_path / str(i)) if run not in runs]
+        assert new, finding.command
+        runs += new
+    assert finding.verdict_text == "holds"
 
 
 # Bad input.

@@ -3,9 +3,14 @@
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
+from ncollapse.train.findings.lacking import between
+from ncollapse.train.findings.pairs import ratio_below_one
 from ncollapse.train.findings.statistics import (
     _weighted_correlation,
     _weighted_ranks,
@@ -100,3 +105,28 @@ def test_resampled_ranks_are_those_of_the_samples() -> None:
     found = _weighted_correlation(_weighted_ranks(x, times), _weighted_ranks(y, times), times)
     samples = [np.repeat(np.arange(20), row.astype(int)) for row in times]
     np.testing.assert_allclose(found, [stats.spearmanr(x[i], y[i]).statistic for i in samples])
+
+
+@pytest.mark.parametrize(
+    ("ratios", "verdict"),
+    [
+        ([0.9] * 14 + [1.05] * 5, "not enough"),  # the interval is below 1, p is 0.06
+        ([0.9] * 8 + [1.2], "holds"),
+        ([0.01] * 6 + [1.2] * 6, "not enough"),  # a hundredth, or more than 1
+        ([0.97] * 6 + [1.03] * 6, "fails"),
+        ([1.1] * 9, "fails"),
+        ([1.1] * 6, "fails"),
+        ([1.1] * 5, "not enough"),
+    ],
+)
+def test_what_a_few_settings_would_turn_is_open(ratios: list[float], verdict: str) -> None:
+    found = ratio_below_one("any", pd.Series(ratios), pd.Series(range(len(ratios))))
+    assert found.verdict == verdict
+
+
+@given(st.lists(st.floats(1e-5, 10), min_size=1, max_size=20))
+def test_values_between_others_are_new(values: list[float]) -> None:
+    found = between(pd.Series(values))
+    assert len(set(found)) == 2
+    assert not set(found) & set(values)
+    assert all(min(values) / 2 < value < 2 * max(values) for value in found)

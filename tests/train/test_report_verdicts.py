@@ -49,7 +49,7 @@ def test_the_page_shows_every_finding(folder: Path, monkeypatch: pytest.MonkeyPa
     text = write_report(folder, Selection(), console).read_text("utf-8")
     shown = text.partition('<h2 id="findings">')[2].partition("<h2 id=")[0]
     for part in (
-        "1. NC0 &lt;falls&gt;.", "By counting.", "All of 2.", "SGD: share 1, 2 runs: holds", "(1 of 2 hold)",
+        "1. NC0 &lt;falls&gt;.", "By counting.", "All of 2.", "SGD: share 1, 2 runs: holds", "(1 of 3 hold, 1 open)",
         "Adam: median ratio 0.9 (0.8 to 0.95), 4 pairs, p 0.03: holds", "Lion: median ratio –, 0 runs: not enough",
         "Missing: five couplings", "ncollapse sweep coupling --out &#39;a b&#39;", "3 comparisons, 1 run<",
         "1 claim holds, 1 fails, 1 lacks runs.", 'href="tables/findings-mlp-digits.csv"',

@@ -81,6 +81,7 @@ class Finding:
         runs: ids of the runs behind it.
         lacks: what is missing for a verdict, or for a part of it; empty where nothing is.
         command: the command that adds it; empty where nothing is missing.
+        needs_all: whether one comparison that is open leaves the claim open; else it is of those that could be made.
     """
 
     number: int
@@ -91,19 +92,23 @@ class Finding:
     runs: tuple[str, ...]
     lacks: str = ""
     command: str = ""
+    needs_all: bool = False
 
     @property
     def verdict(self) -> Verdict:
         """Not enough without a comparison; fails where one of them fails."""
-        return overall([part.verdict for part in self.parts])
+        verdicts = [part.verdict for part in self.parts]
+        found = overall(verdicts)
+        return "not enough" if self.needs_all and found == "holds" and "not enough" in verdicts else found
 
     @property
     def verdict_text(self) -> str:
-        """The verdict, with the share of the comparisons that hold where some do and some do not."""
-        decided = [part.verdict for part in self.parts if part.verdict != "not enough"]
-        if self.verdict != "fails" or "holds" not in decided:
+        """The verdict; where comparisons differ, with how many of them hold, and how many are open."""
+        verdicts = [part.verdict for part in self.parts]
+        hold, left = verdicts.count("holds"), verdicts.count("not enough")
+        if self.verdict == "not enough" or hold in (0, len(verdicts)):
             return self.verdict
-        return f"fails ({decided.count('holds')} of {len(decided)} hold)"
+        return f"{self.verdict} ({hold} of {len(verdicts)} hold{f', {left} open' if left else ''})"
 
     def as_dict(self) -> dict[str, Any]:
         """Return all of it as JSON holds it: NaN as null."""

@@ -7,7 +7,7 @@ import pandas as pd
 from ncollapse.optimizer_table import PAPER_OPTIMIZERS, row_of
 from ncollapse.train.findings.claim import Comparison, Evidence, Finding
 from ncollapse.train.findings.lacking import lack, more_settings
-from ncollapse.train.findings.pairs import ENOUGH, RULE, pairs_of, ratio_below_one
+from ncollapse.train.findings.pairs import RULE, pairs_of, ratio_below_one
 
 #: Metric -> whether the claim is of it.
 _METRICS = ("nc2", "nc3")
@@ -33,7 +33,8 @@ def coupled_collapse_further(evidence: Evidence) -> Finding:
         3, "At equal learning rate, momentum and decay, coupled runs have lower NC2 and NC3 than decoupled ones.",
         "Pairs of runs that differ in the coupling only, decay above 0, both fit the training data "
         f"({evidence.selection.percent}): {RULE.format(ratio='coupled/decoupled')}",
-        said_by_metric(parts), tuple(parts), (*pairs.id_high, *pairs.id_low), lacks, command,
+        said_by_metric(parts, "median ratio coupled/decoupled"), tuple(parts), (*pairs.id_high, *pairs.id_low),
+        lacks, command,
     )  # fmt: skip
 
 
@@ -47,20 +48,24 @@ def _compare(name: str, pairs: pd.DataFrame, metric: str) -> Comparison:
     return ratio_below_one(name, pairs[f"{metric}_high"] / pairs[f"{metric}_low"], pairs.group)
 
 
-def said_by_metric(parts: Sequence[Comparison]) -> str:
-    """Return the numbers of comparisons named "METRIC, what" in a line, those of a metric together."""
+def said_by_metric(parts: Sequence[Comparison], of: str) -> str:
+    """Return the numbers of comparisons named "METRIC, what" in a line, those of a metric together.
+
+    Args:
+        of: what the numbers are, which stands before them.
+    """
     found: dict[str, list[str]] = {}
     for part in parts:
         metric, _, what = part.name.partition(", ")
         if part.n:
             found.setdefault(metric, []).append(f"{what.partition(' against ')[0]} {part.text}")
-    return "; ".join(f"{metric}: {', '.join(texts)}" for metric, texts in found.items())
+    return f"{of}: " * bool(found) + "; ".join(f"{metric} {', '.join(texts)}" for metric, texts in found.items())
 
 
 def _lacks(evidence: Evidence, pairs: pd.DataFrame, missing: list[str]) -> tuple[str, str]:
     counts = {name: pairs[pairs.family == row_of(name).family].group.nunique() for name in missing}
     texts = [f"{row_of(n).label} {count}" for n, count in counts.items()]
-    what = f"settings with a pair of runs that both fit: {', '.join(texts)}; {ENOUGH} decide in every case"
+    what = f"more settings with a pair of runs that both fit; there are {', '.join(texts)}"
     runs = evidence.runs[evidence.runs.weight_decay > 0]
     for name in missing:
         both = (name, decoupled(name))

@@ -18,11 +18,11 @@ def evidence_of(results: Results, selection: Selection) -> list[Evidence]:
     for title, runs in parts_by_title(results.runs):
         relaxed, note = selection.relaxed(runs)
         preset = results.meta.get("grid", "")
-        found.append(Evidence(title, runs, _once(relaxed.eligible(runs)), note, relaxed, results, preset))
+        found.append(Evidence(title, runs, measured_most(relaxed.eligible(runs)), note, relaxed, results, preset))
     return found
 
 
-def _once(runs: pd.DataFrame) -> pd.DataFrame:
+def measured_most(runs: pd.DataFrame) -> pd.DataFrame:
     """Return the runs that differ in more than in what was measured of them; of others the one measured most often."""
     same = alike(runs, ["eval_every", "layers"])
     return runs[~same[runs.eval_every.sort_values(kind="stable").index].duplicated().reindex(runs.index)]

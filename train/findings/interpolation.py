@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ncollapse.formatting import number, percentage
+from ncollapse.formatting import percentages
 from ncollapse.optimizer_table import PAPER_OPTIMIZERS, row_of
 from ncollapse.plot.settings import alike
 from ncollapse.train.findings.claim import Comparison, Evidence, Finding, Verdict
 from ncollapse.train.findings.coupled_pairs import said_by_metric
 from ncollapse.train.findings.evidence import of_paper
-from ncollapse.train.findings.lacking import lack
+from ncollapse.train.findings.lacking import between, lack
 from ncollapse.train.findings.statistics import median_of, spearman
 from ncollapse.train.report.coupling import interpolations
 
@@ -95,24 +95,33 @@ def _says(parts: list[Comparison]) -> str:
     metrics = [part for part in parts if part.of == "rank correlation"]
     if not metrics:
         return ""
-    steps = max(part.more["largest step"] for part in metrics)
-    spans = [part for part in parts if part not in metrics]
+    text = said_by_metric(metrics, "rank correlation with the coupled share")
+    steps = [part.more["largest step"] for part in metrics]
+    if not np.isnan(steps).all():
+        text += f"; the largest step is {100 * np.nanmax(steps):.0f} % of the range"
+    spans = [part for part in parts if part not in metrics and not math.isnan(part.value)]
     accuracy = ", ".join(
-        f"{part.name.partition(', ')[2]} {percentage(part.more['lowest accuracy'])}–"
-        f"{percentage(part.more['highest accuracy'])}" for part in spans
+        f"{100 * part.value:.2f} points ({part.name.partition(', ')[2]}: "
+        f"{percentages(part.more['lowest accuracy'], part.more['highest accuracy'])})" for part in spans
     )  # fmt: skip
-    return f"correlation {said_by_metric(metrics)}; largest step {number(steps)} of the range; accuracy {accuracy}"
+    return f"{text}; validation accuracy ranges over {accuracy}" if spans else text
 
 
 def _lacks(evidence: Evidence, runs: pd.DataFrame) -> tuple[str, str]:
     other: dict[str, Sequence[object]]
     what = f"no runs that differ in the coupled share only, with {_SHARES} shares that fit the training data"
     shares = {"coupling": [0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0]}
+    keys = ["lr", "momentum", "weight_decay"]
     of_adam = runs[runs.family == "adam"]
+    there = evidence.runs.groupby(keys).coupling.nunique()
+    have = of_adam[keys].apply(tuple, axis=1).map(there) if len(of_adam) else there
     waits = evidence.runs.coupling.nunique() >= _SHARES
     if not len(of_adam):
         other = {"optimizer": ["adam"], "lr": [1e-3], "momentum": [0.9], "weight_decay": [5e-4, 5e-3]}
         return lack(evidence, what, settings=other | shares, waits=waits)
-    one = of_adam.sort_values("nc3").iloc[0]
+    new = of_adam[have.to_numpy() < _SHARES]
+    if new.empty:  # all have such a line, which does not fit the training data
+        shares["lr"] = between(of_adam.lr)
+    one = (of_adam if new.empty else new).sort_values("nc3").iloc[0]
     where = f"optimizer={one.optimizer} lr={float(one.lr)!r} momentum={float(one.momentum)!r}"
     return lack(evidence, what, f"{where} weight_decay={float(one.weight_decay)!r}", shares, waits=waits)

@@ -38,23 +38,31 @@ def larger_decay_does_not_help(evidence: Evidence) -> Finding:
         coupled, mine = (fit[(fit.family == row.family) & (fit.coupling == c)] for c in (1, 0))
         behind += [*coupled.id, *mine.id]
         decays = tried.weight_decay[(tried.family == row.family) & (tried.coupling == 0)]
-        needed = 0.0
+        needed, of_family = 0.0, []
         for metric in _METRICS:
             title = f"{metric.upper()}, {other.label} against {row.label}"
             part, decay = _comparison(title, coupled, mine, decays, metric)
-            parts.append(part)
+            of_family.append(part)
             needed = max(needed, decay)
-        few = [one.label for one, runs in ((row, coupled), (other, mine)) if runs.setting.nunique() < _FEWEST]
+        parts += of_family
+        few = [
+            one.label
+            for one, runs in ((row, coupled), (other, mine))
+            if runs.dropna(subset=list(_METRICS)).setting.nunique() < _FEWEST
+        ]
         if few:
             what = f"{_FEWEST} settings of {' and of '.join(few)} with decay that fit the training data"
             lacking.append(more_settings(evidence, what, [row.name, other.name]))
-        elif not decays.max() >= needed:
+        elif not _tried(decays, needed):
             what = f"{other.label} with a decay of {number(needed)}, {_LARGER} × that of the best {row.label}"
             where = f"optimizer={other.name} weight_decay={float(mine.weight_decay.max())!r}"
-            lacking.append(lack(evidence, what, where, {"weight_decay": [needed]}))
-    if not lacking and fit.seed.nunique() == 1:
-        what = f"a second seed: without one, ratios within {_ALIKE:g} decide nothing"
-        lacking.append(lack(evidence, what, waits=evidence.runs.seed.nunique() > 1))
+            lacking.append(lack(evidence, what, where, {"weight_decay": [float(number(needed))]}))
+        elif any(part.verdict == "not enough" for part in of_family):
+            what = (
+                f"a second seed of {row.label} and {other.label}: without one, ratios within {_ALIKE:g} decide nothing"
+            )
+            where = f"optimizer={row.name},{other.name} weight_decay>0"
+            lacking.append(lack(evidence, what, where, waits=evidence.runs.seed.nunique() > 1))
     forms, of_coupled = (
         " and ".join(row_of(name).label for name in names) for names in (map(decoupled, _COUPLED), _COUPLED)
     )
@@ -65,7 +73,8 @@ def larger_decay_does_not_help(evidence: Evidence) -> Finding:
         f"decays up to {_LARGER} × that of the best coupled setting or more were tried, {_FEWEST} settings of each "
         "form fit. Holds: above 1, its 95 % interval over seeds too; fails otherwise. With one seed, ratios between "
         f"{number(1 / _ALIKE)} and {_ALIKE:g} decide nothing.",
-        said_by_metric(parts), tuple(parts), tuple(behind), *(lacking[0] if lacking else ("", "")),
+        said_by_metric(parts, "best decoupled/best coupled"), tuple(parts), tuple(behind),
+        *(lacking[0] if lacking else ("", "")),
     )  # fmt: skip
 
 
@@ -94,6 +103,10 @@ def _best(runs: pd.DataFrame, metric: str, seed: int) -> _Best | None:
     return _Best(float(middle[place]), float(decays[place]), len(middle), resampled)
 
 
+def _tried(decays: "pd.Series[float]", needed: float) -> bool:
+    return bool(decays.max() >= needed * (1 - 1e-9))  # 10 × 0.07 is not 0.7 in floating point
+
+
 def _comparison(
     name: str, coupled: pd.DataFrame, mine: pd.DataFrame, decays: "pd.Series[float]", metric: str
 ) -> tuple[Comparison, float]:
@@ -107,10 +120,14 @@ def _comparison(
         value = float(np.divide(best.value, theirs.value))
         if len(best.resampled) and len(theirs.resampled):
             low, high = interval(best.resampled / theirs.resampled)
-    tried = decays.max() >= needed * (1 - 1e-9)
     verdict: Verdict = "fails"
     few = min(best.settings, theirs.settings) < _FEWEST
-    if not tried or few or not math.isfinite(value) or (math.isnan(low) and 1 / _ALIKE <= value <= _ALIKE):
+    if (
+        not _tried(decays, needed)
+        or few
+        or not math.isfinite(value)
+        or (math.isnan(low) and 1 / _ALIKE <= value <= _ALIKE)
+    ):
         verdict = "not enough"
     elif value > 1 and not low <= 1:
         verdict = "holds"

@@ -9,7 +9,7 @@ from ncollapse.optimizer_table import PAPER_OPTIMIZERS, row_of
 from ncollapse.plot.settings import alike
 from ncollapse.train.findings.claim import Evidence, Finding
 from ncollapse.train.findings.coupled_pairs import said_by_metric
-from ncollapse.train.findings.evidence import of_paper
+from ncollapse.train.findings.evidence import measured_most, of_paper
 from ncollapse.train.findings.lacking import lack, more_settings
 from ncollapse.train.findings.pairs import RULE, ratio_below_one
 from ncollapse.train.report.momentum import at_equal_loss
@@ -41,7 +41,7 @@ def more_momentum(evidence: Evidence) -> Finding:
         f"Pairs of runs that differ in their momentum only and fit the training data ({evidence.selection.percent}), "
         "coupled and decoupled forms together; each is read at its first evaluated epoch with the lowest loss that "
         f"both reach, and these losses differ by at most {100 * (_EQUAL - 1):.0f} %: {RULE.format(ratio='0.9/0.7')}",
-        said_by_metric(parts), tuple(parts), (*equal.run_high, *equal.run_low), lacks, command,
+        said_by_metric(parts, "median ratio 0.9/0.7"), tuple(parts), (*equal.run_high, *equal.run_low), lacks, command,
     )  # fmt: skip
 
 
@@ -62,8 +62,11 @@ def _pairs(evidence: Evidence) -> pd.DataFrame:
 
 
 def _lacks(evidence: Evidence, missing: list[str], left_out: int) -> tuple[str, str]:
-    runs = evidence.runs
-    sparse = bool((runs.eval_every > 1).any())
+    runs = measured_most(evidence.runs)  # a run that is measured anew stays in the folder as it was, too
+    first = missing[0] if missing else ""
+    names = [name for name in PAPER_OPTIMIZERS if not first or row_of(name).family == row_of(first).family]
+    mine = runs[runs.optimizer.isin(names)]
+    sparse = bool((mine.eval_every > 1).any())
     every = {"eval_every": [1]} if sparse else {}
     why = ""
     if left_out:
@@ -72,10 +75,8 @@ def _lacks(evidence: Evidence, missing: list[str], left_out: int) -> tuple[str, 
     if not missing:
         return (why, "") if not sparse else lack(evidence, why, "status=done", {"momentum": [_LOW, _HIGH], **every})
     labels = ", ".join(row_of(name).label for name in missing)
-    what = f"settings with a pair of runs of momentum {_LOW:g} and {_HIGH:g} that both fit: {labels}"
+    what = f"more settings with a pair of runs of momentum {_LOW:g} and {_HIGH:g} that both fit: {labels}"
     what += f"; {why}" if why else ""
-    names = [name for name in PAPER_OPTIMIZERS if row_of(name).family == row_of(missing[0]).family]
-    mine = runs[runs.optimizer.isin(names)]
     if {_LOW, _HIGH} <= set(mine.momentum) and not sparse:
         return more_settings(evidence, what, names)
     if len(mine):

@@ -8,7 +8,7 @@ from ncollapse.optimizer_table import TABLE
 from ncollapse.plot.looks import look_of, ordered
 from ncollapse.plot.settings import alike
 from ncollapse.train.findings.claim import Comparison, Evidence, Finding, Verdict
-from ncollapse.train.findings.lacking import between, lack
+from ncollapse.train.findings.lacking import between, lack, more_rates
 from ncollapse.train.findings.pairs import ENOUGH
 from ncollapse.train.findings.statistics import share_of
 
@@ -62,12 +62,13 @@ def _medians(fit: pd.DataFrame) -> pd.DataFrame:
 def _lacks(evidence: Evidence, settings: int, grew: int) -> tuple[str, str]:
     if settings < ENOUGH:
         what = f"{settings} settings that fit the training data, of {ENOUGH}"
-        return lack(evidence, what, "", {"lr": between(evidence.runs.lr), "weight_decay": [5e-4, 5e-3]})
+        return more_rates(evidence, what, {"weight_decay": [5e-4, 5e-3]})
     what = f"NC0 grew in {grew} settings that fit the training data, of {ENOUGH}"
     grows = [row.name for row in TABLE.values() if row.in_paper and row.coupling == 0 and row.family != "sgd"]
     decoupled = [name for name in grows if (evidence.runs.optimizer == name).any()]
     if decoupled:
-        return lack(evidence, what, f"optimizer={decoupled[0]}", {"lr": between(evidence.runs.lr)})
+        rates = evidence.runs.lr[evidence.runs.optimizer == decoupled[0]]
+        return lack(evidence, what, f"optimizer={decoupled[0]}", {"lr": between(rates)})
     if (evidence.runs.optimizer == "adam").any():
         return lack(evidence, what, "optimizer=adam", {"optimizer": ["adamw"]})
     return lack(evidence, what, "", {"optimizer": ["adamw"], "lr": [1e-3, 3e-3]})

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from ncollapse.formatting import number
+from ncollapse.formatting import interval
 from ncollapse.optimizer_table import PAPER_OPTIMIZERS, row_of
 from ncollapse.train.findings.claim import Comparison, Evidence, Finding, Verdict
 from ncollapse.train.findings.evidence import of_paper
@@ -64,8 +64,8 @@ def _says(parts: list[Comparison]) -> str:
             f(part.more[f"{which} NC0/start"] for part in mine) for f, which in ((min, "smallest"), (max, "largest"))
         )
         side = "below" if mine[0].of.endswith("below its start") else "above"
-        texts.append(f"{label} {right} of {count} {side} (NC0/start {number(low)} to {number(high)})")
-    return "; ".join(texts)
+        texts.append(f"{label} {right} of {count} {side} (NC0/start {interval(low, high)})")
+    return "settings with NC0 below or above its start: " * bool(texts) + "; ".join(texts)
 
 
 def _lacks(evidence: Evidence, missing: list[str]) -> tuple[str, str]:

@@ -28,6 +28,8 @@ from ncollapse.train.results.reader import (
 if TYPE_CHECKING:
     from ncollapse.snapshot import Snapshot
 
+#: Settings that tell the parts of a folder apart.
+PARTS = ("model", "data", "data_options", "pad", "loss")
 #: The values of a parameter that is a list in JSON: the ids of 100,000 runs are too long for the text of a query.
 _LISTED = "SELECT value FROM json_each(?)"
 
@@ -93,8 +95,7 @@ def read_results(folder: Path) -> Results:
 
 def parts_by_title(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Yield title and runs of each model, data set (with its options and border) and loss."""
-    keys = ["model", "data", "data_options", "pad", "loss"]
-    for (model, of_data, options, pad, loss), group in runs.groupby(keys, sort=False):
+    for (model, of_data, options, pad, loss), group in runs.groupby(list(PARTS), sort=False):
         data = f"{of_data} {options_text(read_json(options) or {})}" if options else str(of_data)
         border = f" padded by {pad}" if pad else ""
         yield f"{model} on {data}{border}{'' if loss == USUAL_LOSS else f', {loss}'}", group
