@@ -112,8 +112,9 @@ def test_resampled_ranks_are_those_of_the_samples() -> None:
     [
         ([0.9] * 14 + [1.05] * 5, "not enough"),  # the interval is below 1, p is 0.06
         ([0.9] * 8 + [1.2], "holds"),
-        ([0.01] * 6 + [1.2] * 6, "not enough"),  # a hundredth, or more than 1
-        ([0.97] * 6 + [1.03] * 6, "fails"),
+        ([0.01] * 7 + [1.2] * 5, "not enough"),
+        ([0.01] * 6 + [1.2] * 6, "fails"),
+        ([0.9] * 7 + [1.2], "not enough"),
         ([1.1] * 9, "fails"),
         ([1.1] * 6, "fails"),
         ([1.1] * 5, "not enough"),

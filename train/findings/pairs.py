@@ -8,17 +8,15 @@ from ncollapse.train.findings.evidence import of_paper
 from ncollapse.train.findings.statistics import Estimate, median_ratio, sign_test
 from ncollapse.train.results.columns import METRICS
 
-#: Settings beyond which a comparison without a clear effect counts as one without an effect, unless the interval is so
-#: wide that the ratio may be `_HIDDEN`: then nothing is known.
-ENOUGH, _HIDDEN = 8, 0.5
+#: Settings from which a comparison counts as one without an effect where no more than half of them show it.
+ENOUGH = 8
 #: Of the sign test.
 LEVEL = 0.05
 #: How `ratio_below_one` tests and decides, for the description of a claim.
 RULE = (
     "median ratio {ratio} over settings (of each, the median of its seeds), 95 % interval by bootstrap over settings "
     "and seeds, exact sign test over settings. Holds: below 1 in more than half of the settings with p < 0.05, and the "
-    f"interval below 1. Fails: the opposite; or, with {ENOUGH} settings, neither test nor interval says so, and the "
-    f"interval lies above {_HIDDEN:g}. Else it is open."
+    f"interval below 1. Fails: the opposite; or, of {ENOUGH} settings, no more than half are below 1. Else it is open."
 )
 
 
@@ -57,8 +55,8 @@ def ratio_below_one(
     """Compare ratios with 1, a setting counting once whatever its number of seeds.
 
     Holds where more than half of the settings are below 1 with p < 0.05 and the interval of the median is below 1 too.
-    Fails where the opposite is so, or, with `ENOUGH` settings, where neither says "below" and a halving is ruled out.
-    Where test and interval disagree, it is open: a few runs more or less would turn the verdict.
+    Fails where the opposite is so, or, with `ENOUGH` settings, where no more than half are below 1. Between, as where
+    test and interval disagree, it is open: a few runs more or less would turn the verdict.
     """
     found = median_ratio(ratios, groups)
     share, p = sign_test(ratios, groups)
@@ -68,10 +66,8 @@ def ratio_below_one(
 
 
 def _verdict(found: Estimate, share: float, p: float) -> Verdict:
-    by_test, by_interval = share > 0.5 and p < LEVEL, found.high < 1
-    if by_test and by_interval:
+    if share > 0.5 and p < LEVEL and found.high < 1:
         return "holds"
-    no_effect = found.groups >= ENOUGH and not by_test and not by_interval and found.low > _HIDDEN
-    if no_effect or (share < 0.5 and p < LEVEL and found.low > 1):
+    if share <= 0.5 and (found.groups >= ENOUGH or (p < LEVEL and found.low > 1)):
         return "fails"
     return "not enough"

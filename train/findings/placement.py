@@ -26,8 +26,8 @@ _TESTED = (
     "Pairs that differ in the coupling only, with momentum (without, SGD and SGDW are one update): the effect on a "
     "metric is |ln(coupled/decoupled)|. The number is SGD's effect divided by Adam's at equal momentum and decay, "
     "medians over learning rates and seeds. Holds where more than half of these ratios are below 1 with p < 0.05 (sign "
-    "test) and the interval of their median is too; fails where the opposite is so, or where "
-    f"{ENOUGH} of them show neither, and the interval lies above 0.5."
+    "test) and the interval of their median is too; fails where the opposite is so, or where, "
+    f"of {ENOUGH} or more, no more than half are below 1; else it is open."
 )
 
 
