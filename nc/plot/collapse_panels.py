@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ncollapse.snapshot import Snapshot
 
 #: Epochs, at most: the start, mid-way and the end.
-_MOST = 3
+MOST_EPOCHS = 3
 #: Letters of a label that fit beside a row.
 _LONGEST = 18
 #: Attribute of a snapshot -> title of its panel.
@@ -60,7 +60,7 @@ def geometry(
     if isinstance(of, Snapshot | Mapping):
         if any(option is not None for option in (features, labels, weight, classes)):
             raise ValueError("plot.geometry: features, labels, weight and classes are for a result of `measure`")
-        rows = labelled(of, _MOST)
+        rows = labelled(of, MOST_EPOCHS)
     else:
         from ncollapse.plot.result_snapshot import snapshot_of  # which needs torch; a store's snapshots do not
 

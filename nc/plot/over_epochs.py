@@ -163,8 +163,8 @@ def draw_curves(name: str, runs: pd.DataFrame, epochs: pd.DataFrame, metrics: Se
                 ringed |= _thick_curve(axes, lines, setting, metric, factor)
             _link_ends(drawing, axes, runs, epochs, "epoch", metric, 1, factor)
             axes.set_title(style.title_of(metric))
-        for axes in grid.flat[max(len(metrics) - columns, 0) : len(metrics)]:  # the lowest of each column
-            axes.set_xlabel("epoch")
+        for place, axes in enumerate(grid.flat[: len(metrics)]):
+            style.epochs_below(axes, labelled=place >= len(metrics) - columns)  # the lowest of each column
         for axes in grid.flat[len(metrics) :]:
             axes.set_axis_off()
         _legend(figure, grid[0, 0], lines, ring="all training data correct" if ringed else "", drops=bool(drops))

@@ -92,7 +92,7 @@ def draw_row_sum(
                 at = history.epoch.to_numpy()[:: max(1, len(history) // _CIRCLES)]
                 axes.plot(at, prediction[at], "o", mfc=GROUND, mec=look_of(run.optimizer).colour)
                 predicted = True
-        axes.set_xlabel("epoch")
+        style.epochs_below(axes)
         axes.set_ylabel("NC0 = ‖Wᵀ1‖²")
         axes.set_xlim(0, _last(runs, epochs) * 1.005)
         _label_ends(axes, ends)
@@ -145,7 +145,7 @@ def draw_panels(name: str, runs: pd.DataFrame, epochs: pd.DataFrame, metrics: Se
             style.scale(axes, "y", epochs[metric])
             style.run_lines(axes, runs, epochs, "epoch", metric)
             axes.set_title(metric.upper() if metric in ("nc1", "nc2", "nc3") else metric)
-            axes.set_xlabel("epoch")
+            style.epochs_below(axes)
             axes.set_xlim(0, _last(runs, epochs))
         for axes in grid.flat[len(metrics) :]:
             axes.set_axis_off()

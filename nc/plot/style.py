@@ -239,6 +239,15 @@ def _negative(values: Any) -> bool:
     return bool((np.isfinite(array) & (array < 0)).any())
 
 
+def epochs_below(axes: "Axes", *, labelled: bool = True) -> None:
+    """Make epochs of the horizontal axis, which are whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    if labelled:
+        axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+
+
 def ticks(axis: "Axis", low: float, high: float) -> None:
     """Set the ticks of a logarithmic axis: powers of ten, also 2 and 5 times them where there are few."""
     from matplotlib.ticker import LogLocator, NullLocator

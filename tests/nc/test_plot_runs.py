@@ -334,3 +334,9 @@ def test_frames_that_cannot_be_drawn(changed: Callable[[pd.DataFrame], pd.DataFr
     runs, _ = planted({}, {"lr": 0.2})
     with pytest.raises(ValueError, match=message):
         plot.heat_map(changed(runs))
+
+
+@pytest.mark.parametrize("name", ["curves", "row_sum"])
+def test_epochs_are_whole_numbers(name: str) -> None:
+    figure = EVERY[name](*planted({}, epochs=1))
+    assert all(float(tick).is_integer() for axes in figure.axes if axes.axison for tick in axes.get_xticks())

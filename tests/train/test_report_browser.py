@@ -49,10 +49,13 @@ POINT = (
     "return {run: Number(group.dataset.runs.split(' ').at(-1)), text: tip.textContent, hidden: tip.hidden, "
     "inside: box.left >= 0 && box.right <= innerWidth}; })()"
 )
+#: Sizes are observed at a frame, which may be late: the browser's own clock waits for it.
 HINTS = (
-    "(async () => { await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))); "
-    "return [...document.querySelectorAll('.scroll')].map((box) => { const hint = box.previousElementSibling; "
-    "return {hint: hint.textContent, shown: !hint.hidden, wide: box.scrollWidth > box.clientWidth + 1}; }); })()"
+    "(async () => { const hints = () => [...document.querySelectorAll('.scroll')].map((box) => { "
+    "const hint = box.previousElementSibling; "
+    "return {hint: hint.textContent, shown: !hint.hidden, wide: box.scrollWidth > box.clientWidth + 1}; }); "
+    "for (let i = 0; i < 50 && hints().some((one) => one.shown !== one.wide); i++) "
+    "await new Promise((done) => setTimeout(done, 50)); return hints(); })()"
 )
 FINDINGS = (
     "[...document.querySelectorAll('.claims tbody tr')].map((row) => { const verdict = row.querySelector('.verdict'); "
@@ -165,3 +168,16 @@ def test_light_and_dark(folder: Path, tmp_path: Path) -> None:
     light = probe(folder, tmp_path / "light", COLOURS, 1400, f"{scheme}1")
     assert light == {"ground": "rgb(255, 255, 255)", "text": "rgb(27, 27, 27)"}
     assert dark == {"ground": "rgb(18, 20, 22)", "text": "rgb(230, 232, 234)"}
+
+
+def test_what_is_said_below_settings_does_not_make_rows_high(folder: Path, tmp_path: Path, quiet: Console) -> None:
+    shutil.copy(folder / FILE, tmp_path)
+    write_report(tmp_path, Selection(threshold=1.0), quiet)  # which is missed
+    rows = (
+        "[...document.querySelectorAll('.scroll td.words small')].map((said) => "
+        "[said.textContent, said.closest('tr').offsetHeight / parseFloat(getComputedStyle(said).lineHeight)])"
+    )
+    found = probe(tmp_path, tmp_path / "profile", rows, 700)
+    assert isinstance(found, list)
+    assert found
+    assert all("missed 100 %" in text and lines < 6 for text, lines in found), found

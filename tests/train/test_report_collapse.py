@@ -130,6 +130,15 @@ def test_names_are_escaped_and_ids_are_unique() -> None:
         assert not re.search(r"https?:|url\(", fragment)
 
 
+@pytest.mark.parametrize(
+    ("epochs", "said"),
+    [((7,), "at epoch 7."), ((0, 4), "at epochs 0 and 4."), ((0, 1, 2, 3, 8), "at epochs 0, 2 and 8.")],
+)
+def test_the_caption_names_the_epochs_that_are_drawn(epochs: tuple[int, ...], said: str) -> None:
+    (drawing,) = collapse_drawings("a", best_of("sgd"), {"sgd": history(epochs=epochs)})
+    assert said in drawing.caption
+
+
 def test_only_finite_values_are_drawn() -> None:
     snapshot = snapshot_of(4, 0.1)
     samples = snapshot.samples.copy()

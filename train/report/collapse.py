@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ncollapse.plot.collapse_panels import geometry
+from ncollapse.plot.collapse_panels import MOST_EPOCHS, geometry
 from ncollapse.plot.looks import look_of
 from ncollapse.plot.settings import described
 from ncollapse.plot.style import Drawing
@@ -55,7 +55,9 @@ def collapse_drawings(slug: str, best: pd.DataFrame, snapshots: SnapshotsOfRuns)
     drawings = []
     runs = _usable(best, snapshots, lambda snapshot: True)
     for place, run in enumerate(_compared(runs), 1):
-        caption = f"{run.label}, {run.settings}, at the start, mid-way and at the end. {_about(run.last)}"
+        epochs = [str(epoch) for epoch in evenly(sorted(run.snapshots), MOST_EPOCHS)]
+        at = f"epochs {', '.join(epochs[:-1])} and {epochs[-1]}" if epochs[1:] else f"epoch {epochs[0]}"
+        caption = f"{run.label}, {run.settings}, at {at}. {_about(run.last)}"
         drawings.append(Drawing(f"geometry-{place}-{slug}", caption, geometry(run.snapshots)))
     if len(runs) > len(drawings):
         ends: dict[str, Snapshot] = {}
