@@ -313,3 +313,10 @@ def test_a_page_of_runs_without_any_number_says_so(tmp_path: Path) -> None:
     found = probe(tmp_path, tmp_path, body)
     assert (found["count"], found["rows"], found["failed"]) == ("1 of 3 runs chosen", 1, True)
     assert [note.partition(":")[0] for note in found["notes"]] == ["No points", "No curves"]
+
+
+def test_no_optimizer_covers_the_others(folder: Path, tmp_path: Path) -> None:
+    body = "const order = []; parallel.line = (_, i) => order.push(codeOf(i)); parallel.drawLines(); return order;"
+    order = probe(folder, tmp_path, body)
+    assert sorted(order) == [code for code in range(4) for _ in range(6)]
+    assert all(len(set(order[i : i + 8])) >= 3 for i in range(len(order) - 7))

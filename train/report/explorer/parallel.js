@@ -3,6 +3,11 @@ const MARGIN = { top: 34, bottom: 12, left: 14, right: 58 };
 const MOST_LINES = 6000;
 const NARROWEST = 84; // pixels from an axis to the next
 
+// A number in [0, 1) for each run, evenly spread over runs that follow each other.
+const golden = (i) => (i * 0.618034) % 1;
+// Runs follow each other by optimizer: drawn in their order, the last optimizer would cover all others.
+const mixed = (list) => [...list].sort((a, b) => golden(a) - golden(b));
+
 function axesShown() {
   const usual = [...page.columns.filter((column) => column.role === "setting").slice(0, 8).map((column) => column.name),
     "nc0", "nc1", "nc2", "nc3", "val_accuracy"];
@@ -33,7 +38,7 @@ const parallel = {
   drawLines() {
     const context = this.context(0);
     const others = thinned(page.all.filter((i) => !chosen.mark[i]), MOST_LINES / 2);
-    const lines = thinned(chosen.list, MOST_LINES);
+    const lines = mixed(thinned(chosen.list, MOST_LINES));
     context.globalAlpha = Math.min(0.8, Math.max(0.06, 60 / others.length));
     context.lineWidth = 1;
     for (const i of others) this.line(context, i, colour("line"));
@@ -66,7 +71,7 @@ const parallel = {
     context.strokeStyle = stroke;
     context.beginPath();
     // Where many runs share a value, their lines are spread a little, as otherwise all but the last are hidden.
-    const spread = page.ids.length > 50 ? 12 * (((i * 0.618034) % 1) - 0.5) : 0;
+    const spread = page.ids.length > 50 ? 12 * (golden(i) - 0.5) : 0;
     this.columns.forEach((column, k) => {
       context.lineTo(this.x(k), this.y(column, column.at[i]) + (column.discrete ? spread : 0));
     });
