@@ -187,7 +187,7 @@ def _lacks_fit(evidence: Evidence, fit: pd.DataFrame) -> tuple[str, str]:
         what = f"runs that fit the training data ({evidence.note or 'none has ended well'})"
         return lack(evidence, what, "", {"epochs": [2 * int(evidence.runs.epochs.max())]})
     settings = fit.setting.nunique()
-    what = f"{settings} settings that fit the training data, of {ENOUGH}"
+    what = f"settings that fit the training data: {settings} of {ENOUGH}"
     if settings >= ENOUGH:
         close = ", ".join(metric.upper() for metric in _METRICS if not _spans(fit, metric))
         what = f"settings that fit the training data and differ by a factor of {_SPREAD:g} in {close}"
@@ -201,7 +201,7 @@ def _lacks_correlation(evidence: Evidence, fit: pd.DataFrame, parts: tuple[Compa
         what = "runs whose validation accuracies differ"
     settings, (_, _, kind) = fit.setting.nunique(), missing[0].partition(", ")
     if settings < ENOUGH:
-        what = f"{settings} settings that fit the training data and have a validation accuracy, of {ENOUGH}"
+        what = f"settings that fit the training data and have a validation accuracy: {settings} of {ENOUGH}"
     elif kind == _COUPLINGS:
         present = [name for name in PAPER_OPTIMIZERS if (evidence.runs.optimizer == name).any()]
         alone = [name for name in present if not {*_forms(name)} <= {*present}]

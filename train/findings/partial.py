@@ -61,9 +61,9 @@ def _medians(fit: pd.DataFrame) -> pd.DataFrame:
 
 def _lacks(evidence: Evidence, settings: int, grew: int) -> tuple[str, str]:
     if settings < ENOUGH:
-        what = f"{settings} settings that fit the training data, of {ENOUGH}"
+        what = f"settings that fit the training data: {settings} of {ENOUGH}"
         return more_rates(evidence, what, {"weight_decay": [5e-4, 5e-3]})
-    what = f"NC0 grew in {grew} settings that fit the training data, of {ENOUGH}"
+    what = f"settings that fit the training data and whose NC0 grew: {grew} of {ENOUGH}"
     grows = [row.name for row in TABLE.values() if row.in_paper and row.coupling == 0 and row.family != "sgd"]
     decoupled = [name for name in grows if (evidence.runs.optimizer == name).any()]
     if decoupled:
@@ -80,16 +80,20 @@ def _says(
     if partial.empty:
         if settings.empty:
             return "no run with NC0–NC3 fits the training data"
-        return f"none of {len(settings)} settings; NC0 grew in {len(grew)}"
+        return f"none of {_settings(len(settings))}; NC0 grew in {len(grew)}"
     counts = partial.optimizer.value_counts()
     which = ", ".join(f"{_label(name)} {counts[name]}" for name in ordered(partial.optimizer))
     best = partial.iloc[int(partial.nc3.argmax())]
     return (
-        f"{len(partial)} of {len(settings)} settings ({which}); the clearest: {_label(best.optimizer)}, "
+        f"{len(partial)} of {_settings(len(settings))} ({which}); the clearest: {_label(best.optimizer)}, "
         f"NC1 {number(best.nc1)} (quarter: {number(bounds['nc1'])}), NC2 {number(best.nc2)} "
         f"({number(bounds['nc2'])}), NC3 {number(best.nc3)} (half: {number(worse)}), "
         f"NC0 × {number(best.nc0 / best.nc0_start)}"
     )
+
+
+def _settings(count: int) -> str:
+    return f"{count:,} setting{'' if count == 1 else 's'}"
 
 
 def _label(optimizer: str) -> str:

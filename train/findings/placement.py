@@ -101,20 +101,22 @@ def _lacks(evidence: Evidence, pairs: pd.DataFrame, parts: tuple[Comparison, ...
     if all(part.verdict != "not enough" for part in parts):
         return "", ""
     cells = pairs.groupby("family")[_CELL].apply(lambda group: len(group.drop_duplicates()))
-    fewest = min(("sgd", "adam"), key=lambda family: cells.get(family, 0))
-    label = LABELS[fewest]
-    family = evidence.runs[evidence.runs.optimizer.map(FAMILY) == fewest]
-    what = f"pairs of {label} and {label}W that fit the training data"
-    for have, partner in ((fewest, f"{fewest}w"), (f"{fewest}w", fewest)):
-        if (family.optimizer == have).any() and not (family.optimizer == partner).any():
-            return lack(evidence, what, f"optimizer={have}", {"optimizer": [partner]})
-    if family.empty:
-        return lack(evidence, what, "", {"optimizer": [fewest, f"{fewest}w"], "lr": [_USUAL_LR[fewest]]})
+    runs = {name: evidence.runs[evidence.runs.optimizer.map(FAMILY) == name] for name in ("sgd", "adam")}
+    fewest_first = sorted(runs, key=lambda name: cells.get(name, 0))
+    for name in fewest_first:
+        family = runs[name]
+        what = f"pairs of {LABELS[name]} and {LABELS[name]}W that fit the training data"
+        for have, partner in ((name, f"{name}w"), (f"{name}w", name)):
+            if (family.optimizer == have).any() and not (family.optimizer == partner).any():
+                return lack(evidence, what, f"optimizer={have}", {"optimizer": [partner]})
+        if family.empty:
+            return lack(evidence, what, "", {"optimizer": [name, f"{name}w"], "lr": [_USUAL_LR[name]]})
     shared = max(part.n for part in parts)
     what = f"momenta and decays at which both SGD and Adam have pairs that fit the training data: {shared}"
     what += f" of {ENOUGH}" if shared < ENOUGH else ", more for a clear answer"
     both = "optimizer=sgd,sgdw,adam,adamw"
-    if not (family.momentum > 0).any():
+    family = runs[fewest_first[0]]
+    if not all((one.momentum > 0).any() for one in runs.values()):
         return lack(evidence, what, both, {"momentum": [0.5, 0.9]})
     decays = family.weight_decay[family.weight_decay > 0]
     return lack(evidence, what, both, {"weight_decay": between(decays) if len(decays) else [5e-4, 5e-3]})

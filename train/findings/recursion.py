@@ -82,7 +82,8 @@ def _says(parts: list[Comparison]) -> str:
         floor, largest = (
             np.nanmax([part.more[name] for part in parts]) for name in ("floor there", "largest NC0 there")
         )
-        text += f"; in {zero:,} of them both are zero: NC0 at most {number(largest)}, float32's floor {number(floor)}"
+        both = "both are zero" if all(part.verdict == "holds" for part in parts) else "the prediction is zero"
+        text += f"; in {zero:,} of them {both}: NC0 at most {number(largest)}, float32's floor {number(floor)}"
     return text
 
 
