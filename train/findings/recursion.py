@@ -77,7 +77,9 @@ def _says(parts: list[Comparison]) -> str:
         return ""
     deviations = ", ".join(f"{part.text} ({part.name})" for part in parts)
     epochs, zero = (sum(int(part.more[name]) for part in parts) for name in ("epochs", "epochs below the floor"))
-    text = f"largest relative deviation {deviations} over {epochs:,} epochs of {sum(part.n for part in parts):,} runs"
+    count = sum(part.n for part in parts)
+    runs = f"{count:,} run{'' if count == 1 else 's'}"
+    text = f"largest relative deviation {deviations} over {epochs:,} epochs of {runs}"
     if zero:
         floor, largest = (
             np.nanmax([part.more[name] for part in parts]) for name in ("floor there", "largest NC0 there")
