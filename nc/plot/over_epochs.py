@@ -27,6 +27,7 @@ _MOST_ENDS = 150
 _USUAL = 0.99
 #: Drops of the learning rate beyond which they would hide the lines.
 _MOST_DROPS = 10
+_MANY_DROPS = 10_000
 _IN_A_ROW = 3
 _CUT = " Axes leave out a few values that lie far above the others."
 _THIN: dict[str, Any] = {"lw": 0.6, "alpha": 0.45, "zorder": 2}
@@ -298,15 +299,18 @@ def _drops(runs: pd.DataFrame) -> tuple[list[int], str]:
     """Return the epochs at which the learning rate drops, and a sentence on them; nothing where it is not known."""
     if not {"epochs", "lr_drops"} <= set(runs):
         return [], ""
-    schedules = runs[["epochs", "lr_drops"]].dropna().drop_duplicates()
+    drops = runs.lr_drops
+    if "lr_drop_factor" in runs:  # a drop by a factor of 1 is none
+        drops = drops.where(runs.lr_drop_factor != 1, 0)
+    schedules = runs[["epochs"]].assign(lr_drops=drops).dropna().drop_duplicates()
     if len(schedules) != 1:
         return [], " The drops of the learning rate are not marked: they differ between the runs." * bool(
             len(schedules)
         )
     epochs, count = (int(n) for n in schedules.iloc[0])
-    found = sorted({i * epochs // (count + 1) for i in range(1, min(count, epochs) + 1)} - {0})
-    constant = "lr_drop_factor" in runs and bool((runs.lr_drop_factor == 1).all())
-    if not found or constant or len(found) > _MOST_DROPS:
+    # As `RunConfig` divides them; of so many that most epochs have one, none are marked.
+    found = sorted({i * epochs // (count + 1) for i in range(1, min(count, _MANY_DROPS) + 1)} - {0})
+    if not found or len(found) > _MOST_DROPS:
         return [], ""
     return found, " Dotted vertical lines: the learning rate drops."
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from ncollapse import plot
 from ncollapse.plot.frames import best_of_each, by_seed, complete
 from ncollapse.plot.heat_cells import cells_of
+from ncollapse.train.config import RunConfig
 
 METRICS = ("nc0", "nc1", "nc2", "nc3", "nc4", "train_loss", "train_accuracy")
 
@@ -89,6 +90,18 @@ def test_drops_and_the_first_epoch_without_an_error_are_marked() -> None:
     assert "they differ between the runs" in other.get_label()
     few = plot.curves(runs[["id", "optimizer"]], epochs[["run", "epoch", "nc3"]])
     assert "learning rate drops" not in few.get_label()
+
+
+@pytest.mark.parametrize("drops", [2, 5, 20])
+def test_drops_are_where_the_trainer_drops(drops: int) -> None:
+    config = RunConfig(epochs=4, lr_drops=drops)
+    runs, epochs = planted({}, {"lr": 0.2}, epochs=4)
+    runs = runs.assign(lr_drops=drops, lr_drop_factor=0.1)
+    axes = plot.curves(runs, epochs, ["nc3"]).axes[0]
+    dotted = [line.get_xdata()[0] for line in axes.lines if line.get_linewidth() == 0.8 and len(line.get_xdata())]
+    assert dotted == [epoch for epoch in range(1, 4) if config.lr_factor(epoch) < config.lr_factor(epoch - 1)]
+    constant = plot.curves(runs.assign(lr_drop_factor=[0.1, 1.0]), epochs, ["nc3"])
+    assert "they differ between the runs" in constant.get_label()
 
 
 def test_of_many_settings_a_sample_is_drawn_and_it_is_said() -> None:
