@@ -49,7 +49,8 @@ def geometry(
         A matplotlib figure, which belongs to no window: `figure.savefig("geometry.png")`.
 
     Raises:
-        ValueError: a result without matrices, a class without samples, shapes that do not match, no snapshots.
+        ValueError: a result without matrices, a class without samples, shapes that do not match, no snapshots, or
+            something else.
         ModuleNotFoundError: no matplotlib.
 
     Example:
@@ -57,6 +58,8 @@ def geometry(
     """
     from ncollapse.snapshot import Snapshot
 
+    if not hasattr(of, "matrices") and not isinstance(of, Snapshot | Mapping):
+        raise ValueError(f"plot.geometry: a result of `measure` or snapshots are drawn; got {type(of).__name__}")
     if isinstance(of, Snapshot | Mapping):
         if any(option is not None for option in (features, labels, weight, classes)):
             raise ValueError("plot.geometry: features, labels, weight and classes are for a result of `measure`")

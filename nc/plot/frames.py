@@ -65,8 +65,8 @@ def plain(figure: str, name: str, frame: pd.DataFrame, needs: Sequence[str]) -> 
     if frame.columns.has_duplicates:
         twice = ", ".join(dict.fromkeys(frame.columns[frame.columns.duplicated()]))
         raise ValueError(f"plot.{figure}: {name} has several columns {twice}")
-    changed = {column: _plain(frame[column]) for column in frame if not isinstance(frame[column].dtype, np.dtype)}
-    changed |= {column: _plain(frame[column]) for column in frame if frame[column].dtype == object}
+    kept = [isinstance(kind, np.dtype) and kind.kind != "O" for kind in frame.dtypes]
+    changed = {str(name): _plain(frame[name]) for name, keep in zip(frame, kept, strict=True) if not keep}
     return frame.assign(**changed)
 
 

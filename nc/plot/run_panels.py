@@ -59,14 +59,15 @@ def row_sum(
         many = f"{len(runs)} runs are too many to label each, {_MOST_RUNS} at most; plot.curves draws any number"
         raise ValueError(f"plot.row_sum: {what if epochs.empty else many}")
     last = epochs.groupby("run").epoch.max()
-    for run, prediction in (predictions or {}).items():
+    predicted = {run: np.asarray(prediction, dtype=float) for run, prediction in (predictions or {}).items()}
+    for run, prediction in predicted.items():
         if run in last and len(prediction) <= last[run]:
             raise ValueError(
                 f"plot.row_sum: the prediction of {run} has {len(prediction)} values, one for each of the "
                 f"epochs 0 … {last[run]} is needed"
             )
     with shown(runs.optimizer):
-        return draw_row_sum("row_sum", runs, epochs, predictions or {}).labelled()
+        return draw_row_sum("row_sum", runs, epochs, predicted).labelled()
 
 
 def draw_row_sum(

@@ -42,8 +42,11 @@ def nc0_over_steps(found: Sequence[Trajectory]) -> "style.Figure":
         A matplotlib figure, which belongs to no window: `figure.savefig("theory.png")`.
 
     Raises:
+        ValueError: no trajectory.
         ModuleNotFoundError: no matplotlib.
     """
+    if not found:
+        raise ValueError("plot.nc0_over_steps: there is no trajectory to draw")
     with style.styled():
         figure, grid = style.panels(1, 1, (8.0, 4.8))
         axes: style.Axes = grid[0, 0]

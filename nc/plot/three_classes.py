@@ -44,7 +44,7 @@ def simplex(snapshots: "Snapshots") -> "style.Figure":
         A matplotlib figure, which belongs to no window: `figure.savefig("simplex.png")`.
 
     Raises:
-        ValueError: no snapshot has three classes with samples whose means span a plane.
+        ValueError: no snapshot has three classes with samples whose means span a plane, or something else is given.
         ModuleNotFoundError: no matplotlib.
 
     Example:
@@ -79,9 +79,20 @@ def labelled(snapshots: "Snapshots", most: int, *, planar: bool = False) -> "lis
     Args:
         most: of more epochs those at even distances are drawn.
         planar: whether those without three classes are left out.
+
+    Raises:
+        ValueError: something else than snapshots.
     """
+    from ncollapse.snapshot import Snapshot
+
     if not isinstance(snapshots, Mapping):
         snapshots = {"": snapshots}
+    if others := [one for one in snapshots.values() if not isinstance(one, Snapshot)]:
+        hint = "; of the runs that load_geometry returns, give one: load_geometry(folder)[run]"
+        raise ValueError(
+            f"plot: a snapshot, or epochs or labels with a snapshot each, are drawn; got {type(others[0]).__name__}"
+            f"{hint if isinstance(others[0], Mapping) else ''}"
+        )
     usable = {key: snapshot for key, snapshot in snapshots.items() if snapshot.three or not planar}
     named = [key for key in usable if isinstance(key, str)]
     epochs = evenly(sorted(key for key in usable if not isinstance(key, str)), most)

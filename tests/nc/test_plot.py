@@ -114,6 +114,14 @@ def test_what_cannot_be_drawn_is_refused() -> None:
         plot.geometry(snapshot_of(3), classes=(0, 1, 2))
     with pytest.raises(ValueError, match="no snapshot has three classes"):
         simplex({0: snapshot_of(2)})
+    of_runs: Any = {"run": {0: snapshot_of(3)}}  # as load_geometry returns them
+    for draw in (plot.geometry, simplex):
+        with pytest.raises(ValueError, match=r"give one: load_geometry\(folder\)\[run\]"):
+            draw(of_runs)
+        with pytest.raises(ValueError, match="are drawn; got list"):
+            draw([snapshot_of(3)])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no trajectory"):
+        plot.nc0_over_steps([])
 
 
 def test_a_row_of_panels_for_the_start_the_middle_and_the_end() -> None:

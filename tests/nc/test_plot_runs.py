@@ -349,6 +349,13 @@ def test_frames_that_cannot_be_drawn(changed: Callable[[pd.DataFrame], pd.DataFr
         plot.heat_map(changed(runs))
 
 
+def test_predictions_are_numbers_of_any_kind() -> None:
+    predictions: Any = {"run0-0": [4, 3, 2, 1]}
+    lines = plot.row_sum(*planted({}, epochs=3), predictions).axes[0].lines
+    (circles,) = [line for line in lines if line.get_marker() == "o" and len(line.get_xdata())]
+    np.testing.assert_array_equal(circles.get_ydata(), [4, 3, 2, 1])
+
+
 @pytest.mark.parametrize("name", ["curves", "row_sum"])
 def test_epochs_are_whole_numbers(name: str) -> None:
     figure = EVERY[name](*planted({}, epochs=1))
