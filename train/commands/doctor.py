@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from ncollapse.kernels import operators
+from ncollapse.kernels.class_stats import cpu as class_stats_cpu
 from ncollapse.kernels.class_stats import op as class_stats
+from ncollapse.kernels.update import cpu as update_cpu
 from ncollapse.kernels.update import launch as update
 from ncollapse.train.config import DATA_SETS
 from ncollapse.train.data.sets import check_files, data_folder
@@ -34,8 +36,8 @@ def inspect_machine(data_dir: Path | None) -> Iterator[tuple[str, str]]:
         yield "GPU", "none that torch can use; runs train on the processor"
     yield "Triton", package_version("triton") or "not installed"
     kernels: list[tuple[str, Callable[[torch.device], str | None], str, str]] = [
-        ("optimizers", update.why_no_kernel, "a fused kernel, one launch a step", update.cpu.EXTENSION),
-        ("metrics", class_stats.why_no_kernel, "fused kernels, one read of the features", class_stats.cpu.EXTENSION),
+        ("optimizers", update.why_no_kernel, "a fused kernel, one launch a step", update_cpu.EXTENSION),
+        ("metrics", class_stats.why_no_kernel, "fused kernels, one read of the features", class_stats_cpu.EXTENSION),
     ]
     for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         if kind == "cuda":
