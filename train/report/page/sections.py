@@ -224,8 +224,8 @@ class Part:
         below = float((readings.loss / readings.train_loss).max())
         if below > 1.1:
             section.text += (
-                " Not every epoch was evaluated, so the training loss where a run is read is up to "
-                f"{below:.2g} times smaller than the loss that it is compared at (--eval-every 1 makes this exact)."
+                " A run is read at the first evaluated epoch that has this loss, where its own is up to "
+                f"{below:.2g} times smaller (--eval-every 1 brings both as close as epochs are)."
             )
         section.drawings.append(momentum.metrics_over_momentum(self.slug, readings, shown))
         section.add(momentum.momentum_view(self.slug, readings))
