@@ -8,6 +8,7 @@ A document marks the place: `<!-- table NAME -->`, the table, `<!-- end of table
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from typing import Any
 
 from bench import findings
 from bench.record import RESULTS
+from ncollapse.formatting import change, number
+from ncollapse.optimizer_table import row_of
 
 ROOT = Path(__file__).parents[1]
 _MARKED = re.compile(r"(<!-- table ([\w-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
@@ -26,6 +29,20 @@ def read(name: str) -> dict[str, Any]:
     """A record."""
     record: dict[str, Any] = json.loads((RESULTS / name).read_text())
     return record
+
+
+def demo() -> str:
+    """The best setting of each optimizer in the demo."""
+    (found,) = read("demo.json")["benchmarks"]
+    titles = ["", "NC0", "change", "predicted", "NC1", "NC2", "NC3", "train / val. accuracy", "settings"]
+    lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
+    for row in found["extra_info"]["table"]:
+        predicted = number(math.nan if row["nc0_predicted"] is None else row["nc0_predicted"])
+        accuracy = f"{100 * row['train_accuracy']:.1f} / {100 * row['val_accuracy']:.1f} %"
+        cells = [row_of(row["optimizer"]).label, f"**{number(row['nc0'])}**", change(row["nc0_change"]), predicted]
+        cells += [*(number(row[name]) for name in ("nc1", "nc2", "nc3")), accuracy, row["settings"]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def all_findings(record: str, part: int) -> str:
@@ -55,6 +72,7 @@ def initial_numbers() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo,
     "findings": partial(all_findings, "findings-cpu.json", 0),
     "paper-digits-cnn": partial(all_findings, "paper-digits-cpu.json", 0),
     "paper-digits-mlp": partial(all_findings, "paper-digits-cpu.json", 1),
