@@ -141,7 +141,7 @@ def test_shards_are_disjoint_and_fair(name: str, count: int) -> None:
     assert shards[1].name == f"{name}-shard-2-of-{count}"
 
 
-@pytest.mark.parametrize("shard", ["0/4", "5/4", "1", "1/0", "a/b", "73/72000"])
+@pytest.mark.parametrize("shard", ["0/4", "5/4", "1", "1/0", "a/b", "76/75000"])
 def test_shards_that_are_none_are_refused(shard: str) -> None:
     with pytest.raises(UserError, match="--shard"):
         shard_of(load_grid("demo"), shard)
@@ -149,7 +149,7 @@ def test_shards_that_are_none_are_refused(shard: str) -> None:
 
 def test_an_option_that_takes_tables_apart_is_said() -> None:
     assert (
-        "--optimizer replaces optimizer in each of the 3 [[grid]] tables"
+        "--optimizer replaces optimizer in each of the 4 [[grid]] tables"
         in load_grid("demo", {"optimizer": ["adam"]}).notes[0]
     )
     assert load_grid("demo", {"epochs": [3], "momentum": [0.9]}).notes == ()
