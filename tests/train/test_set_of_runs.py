@@ -152,4 +152,4 @@ def test_an_option_that_takes_tables_apart_is_said() -> None:
         "--optimizer replaces optimizer in each of the 4 [[grid]] tables"
         in load_grid("demo", {"optimizer": ["adam"]}).notes[0]
     )
-    assert load_grid("demo", {"epochs": [3], "momentum": [0.9]}).notes == ()
+    assert load_grid("demo", {"epochs": [3], "batch_size": [64]}).notes == ()
