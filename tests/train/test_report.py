@@ -21,6 +21,7 @@ from ncollapse.train.config import RunConfig
 from ncollapse.train.errors import UserError
 from ncollapse.train.grid import Grid
 from ncollapse.train.report.best import best_runs, main_table
+from ncollapse.train.report.page import write as write_module
 from ncollapse.train.report.page.sections import Section
 from ncollapse.train.report.page.write import parts_of, write_report
 from ncollapse.train.report.queries import read_results
@@ -308,3 +309,12 @@ def test_one_run_is_shown_with_every_metric(run_sweep: Callable[..., int], tmp_p
 def test_thresholds_are_shares() -> None:
     with pytest.raises(UserError, match=r"--threshold must lie in \[0, 1\].*99.9"):
         Selection(threshold=99.9)
+
+
+def test_a_report_without_plotly_says_what_it_lacks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write_module, "has_explorer", lambda: False)
+    console = Console(record=True, width=200, file=io.StringIO())
+    page = write_report(folder, ALL, console)
+    assert "explore.html" not in page.read_text("utf-8")
+    assert not (folder / "explore.html").exists()
+    assert "explore.html is not written: it needs plotly" in console.export_text()

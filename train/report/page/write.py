@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import importlib.util
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -77,7 +78,8 @@ def _write_report(results: Results, selection: Selection, console: Console, out:
         numbers: dict[str, int] = {}
         drawn = [(part, [(section, draw(out, section, numbers)) for section in part.sections()]) for part in parts]
         _write(path, render(out, results, selection, drawn, numbers, verdicts).encode())
-        write_explorer(results, selection, out / "explore.html")
+        if has_explorer():
+            write_explorer(results, selection, out / "explore.html")
     except OSError as error:
         raise UserError(
             f"cannot write the report to {out.resolve()}: {error}; the results themselves are kept, and --out DIR "
@@ -92,7 +94,14 @@ def _write_report(results: Results, selection: Selection, console: Console, out:
             console.print(plain(part.note), soft_wrap=True)
     for line in in_short(verdicts, results.folder):
         console.print(plain(line), soft_wrap=True)
+    if not has_explorer():
+        console.print(plain(f"{out / 'explore.html'} is not written: it needs plotly (pip install plotly)."))
     return path
+
+
+def has_explorer() -> bool:
+    """Return whether explore.html can be written: whether plotly, whose script it holds, is there."""
+    return importlib.util.find_spec("plotly") is not None
 
 
 def parts_of(results: Results, selection: Selection) -> list[Part]:
@@ -177,7 +186,7 @@ def render(
     sliders = any(section.fragments for _, sections in drawn for section, _ in sections)
     environment.filters["number"] = number
     return environment.get_template("page.html.j2").render(
-        verdicts=verdicts, slider_script=SLIDER_SCRIPT if sliders else "",
+        verdicts=verdicts, explorer=has_explorer(), slider_script=SLIDER_SCRIPT if sliders else "",
         name=results.meta.get("grid", results.folder.name), description=results.meta.get("description", ""),
         parts=drawn, inventory=inventory, sessions=results.sessions,
         runs=list(_tooltips(runs, numbers, list(results.metrics))),
