@@ -138,15 +138,21 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     arguments = ["sweep", str(tmp_path / "grid.toml"), "--workers", "2", "--stack", "1", "--out", str(tmp_path / "out")]
     parent = subprocess.Popen([sys.executable, "-m", "ncollapse.train", *arguments], stdout=subprocess.DEVNULL)
     try:
-        workers = until(
-            lambda: [p for p in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(p.cmdline())], 2
-        )
+        workers = until(lambda: [p for p in psutil.Process(parent.pid).children() if "spawn_main" in command_of(p)], 2)
         until(lambda: [1] if count(tmp_path / "out", "running") == 2 else [], 1)
     finally:
         parent.kill()
         parent.wait()
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
+
+
+def command_of(process: psutil.Process) -> str:
+    """Its command line; empty where it has just ended, as git does, which is asked for the commit."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # or a zombie
+        return ""
 
 
 def until(found: Callable[[], list[object]], at_least: int) -> list[object]:
