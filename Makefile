@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test check wheel bench gpu gpu-table format clean
+.PHONY: help demo test check docs wheel bench gpu gpu-table format clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -22,6 +22,11 @@ check: $(VENV)/.installed-dev  ## formatting, lint, types
 	# Type checkers do not follow the folder mapping of an editable install: they read an installed copy.
 	rm -rf build $(VENV)/typed && $(PIP) --no-deps --no-build-isolation --target $(VENV)/typed .
 	cd $(VENV)/typed && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml -p ncollapse
+
+# The API pages are read from an installed copy, as types are.
+docs: $(VENV)/.installed-dev  ## build/site: the documentation, with the notebook run; a warning is an error
+	rm -rf build/typed build/site && $(PIP) --no-deps --no-build-isolation --target build/typed .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 wheel: $(VENV)/.installed-dev  ## dist/: a wheel for Linux and every Python from 3.11 on, checked in those that are here, and the sources
 	rm -rf build dist

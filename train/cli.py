@@ -304,6 +304,17 @@ _LONGEST_NAME = 100
 _CODES = {StoppedError: 75, InterruptError: 130, LostRunsError: 4}
 
 
+def parse(args: list[str]) -> Any:
+    """Return the command that arguments name; it exits with 2 where they are wrong, with 0 after --help."""
+    return tyro.cli(
+        Demo | Run | Sweep | Rerun | Status | Findings | Report | Merge | Export | Check | Theory | Doctor,
+        prog="ncollapse",
+        description="Which optimizers drive a classifier into neural collapse, and why.",
+        args=args,
+        config=(conf.OmitSubcommandPrefixes, conf.OmitArgPrefixes, conf.FlagCreatePairsOff, conf.DisallowNone),
+    )
+
+
 def main(args: list[str] | None = None) -> None:
     """Run the command line.
 
@@ -319,14 +330,7 @@ def main(args: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = Console()
     try:
-        command = tyro.cli(
-            Demo | Run | Sweep | Rerun | Status | Findings | Report | Merge | Export | Check | Theory | Doctor,
-            prog="ncollapse",
-            description="Which optimizers drive a classifier into neural collapse, and why.",
-            args=args,
-            config=(conf.OmitSubcommandPrefixes, conf.OmitArgPrefixes, conf.FlagCreatePairsOff, conf.DisallowNone),
-        )
-        command.main(console)
+        parse(args).main(console)
     except UserError as error:
         _end(str(error), next((code for kind, code in _CODES.items() if isinstance(error, kind)), 1))
     except KeyboardInterrupt:
