@@ -39,14 +39,14 @@ wheel: $(VENV)/.installed-dev  ## dist/: a wheel for Linux and every Python from
 # Asked before the first record is written, which makes the checkout look dirty.
 bench: COMMIT := $(shell git describe --always --dirty --abbrev=12 --exclude='*')
 bench: $(VENV)/.installed-dev  ## time the demo, sweeps, the optimizers and the metrics, compile the kernels; record it in bench/results
-	$(BIN)/python -m pytest bench/bench_demo.py --benchmark-json=bench/results/demo.json
-	$(BIN)/python -m bench.bench_optim --device cpu --seconds 8 --commit "$(COMMIT)"
-	$(BIN)/python -m bench.bench_stats --device cpu --commit "$(COMMIT)"
-	$(BIN)/python -m bench.bench_sweep --device cpu --commit "$(COMMIT)"
-	$(BIN)/python -m bench.bench_own --commit "$(COMMIT)"
+	$(BIN)/python -m pytest bench/demo_times.py --benchmark-json=bench/results/demo.json
+	$(BIN)/python -m bench.optimizer_times --device cpu --seconds 8 --commit "$(COMMIT)"
+	$(BIN)/python -m bench.statistics_times --device cpu --commit "$(COMMIT)"
+	$(BIN)/python -m bench.sweep_times --device cpu --commit "$(COMMIT)"
+	$(BIN)/python -m bench.own_model_times --commit "$(COMMIT)"
 	$(BIN)/python -m bench.moment_accuracy --commit "$(COMMIT)"
 	$(BIN)/python -m bench.precision --commit "$(COMMIT)"
-	$(BIN)/python -m bench.bench_report --commit "$(COMMIT)"
+	$(BIN)/python -m bench.report_times --commit "$(COMMIT)"
 	$(BIN)/python tests/kernels/compile_kernels.py sm_80 sm_90 sm_100 > bench/results/kernel-code.json
 
 MINUTES ?= 25

@@ -38,14 +38,14 @@ class Step:
 
 STEPS = (
     Step("tests", 90, "-m pytest tests/gpu tests/kernels -m gpu -q -p no:cacheprovider {parallel} --durations=5"),
-    Step("cnn", 90, "-m bench.bench_cnn --seconds 1.5", "cnn-{device}.json"),
-    Step("statistics", 50, "-m bench.bench_stats --seconds 0.5", "stats-{device}.json"),
-    Step("optimizers", 45, "-m bench.bench_optim --no-compile --seconds 0.2 --only {large}", "optim-{device}.json"),
-    Step("tiny tensors", 30, "-m bench.bench_optim --no-compile --seconds 0.2 --only tiny", "optim-{device}.json"),
-    Step("batch norm", 60, "-m bench.bench_norm --no-compile --minutes 0.9 --seconds 0.3", "norm-cuda.json"),
+    Step("cnn", 90, "-m bench.cnn_times --seconds 1.5", "cnn-{device}.json"),
+    Step("statistics", 50, "-m bench.statistics_times --seconds 0.5", "stats-{device}.json"),
+    Step("optimizers", 45, "-m bench.optimizer_times --no-compile --seconds 0.2 --only {large}", "optim-{device}.json"),
+    Step("tiny tensors", 30, "-m bench.optimizer_times --no-compile --seconds 0.2 --only tiny", "optim-{device}.json"),
+    Step("batch norm", 60, "-m bench.batch_norm_times --no-compile --minutes 0.9 --seconds 0.3", "norm-cuda.json"),
     Step("races", 50, "-m pytest tests/kernels/test_update_kernels.py -m gpu -q -p no:cacheprovider -k twenty"),
     Step("tuning", 60, "-m bench.tune_update", "update-tuning.json"),
-    Step("small cnns", 60, "-m bench.bench_sweep --seconds 3 --only cnn", "sweep-{device}.json"),
+    Step("small cnns", 60, "-m bench.sweep_times --seconds 3 --only cnn", "sweep-{device}.json"),
 )
 #: Without a GPU: what says so and ends is no failure, for a trial of the whole script.
 _CUDA_ONLY = ("batch norm", "tuning", "races")

@@ -3,7 +3,7 @@
 make gpu-table MINUTES=25 DATA=DIR
 python -m bench.gpu_table --minutes 25 --data-dir DIR [--out DIR] [-- OPTIONS OF ncollapse sweep]
 
-First `bench.bench_cnn` (cnn-cuda.json), then `ncollapse sweep paper-table`: the six optimizers at decay 5e-4, then the
+First `bench.cnn_times` (cnn-cuda.json), then `ncollapse sweep paper-table`: the six optimizers at decay 5e-4, then the
 other decays. paper-table.json is written after each, of the runs that have ended by then and of those that were under
 way (`epoch` says how far they had come); the results folders stay, and the same command goes on in them.
 """
@@ -86,10 +86,10 @@ def main(arguments: list[str] | None = None) -> int:
     failed = []
     if options.speed_share > 0:
         seconds = 60 * options.minutes * options.speed_share
-        speed = ["-m", "bench.bench_cnn", "--device", options.device, "--out", str(out), *commit]
+        speed = ["-m", "bench.cnn_times", "--device", options.device, "--out", str(out), *commit]
         status, output = run([*speed, "--minutes", f"{max(0.1, seconds / 60 - 2):.2f}"], seconds)
         print(output, flush=True)
-        failed += ["bench_cnn"] if status not in (0, None) else []
+        failed += ["cnn_times"] if status not in (0, None) else []
     command = f"python -m bench.gpu_table --minutes {options.minutes:g}"
     record = Record(out / "paper-table.json", command, "cuda" if options.device == "cuda" else "cpu", options.commit)
     record.data |= {"sweep": extra, "paper": PAPER, "runs": []}

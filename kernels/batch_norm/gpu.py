@@ -12,7 +12,7 @@ kernel does forward, one backward. No launcher synchronises with the GPU.
 The constants below are calculated, those of a prototype measured (bench/results/prototypes-cuda.json). With a second
 kernel for every sum, and loops that are not pipelined, the kernels take 286 µs of a step of ResNet9 on an H100, where
 moving the maps alone takes 150 to 175 (bench/results/cnn-cuda.json). STAGES, MERGED_ELEMENTS, MERGE_SUMS, and
-`SMALL_ROWS` of `op` turn what is newer on and off, until bench_norm has timed both sides on a GPU.
+`SMALL_ROWS` of `op` turn what is newer on and off, until batch_norm_times has timed both sides on a GPU.
 """
 
 import torch

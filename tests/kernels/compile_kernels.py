@@ -174,7 +174,7 @@ def batch_norm(arch: int) -> Iterator[dict[str, Any]]:
             return {"ROWS": elements // columns, "COLUMNS": columns}
 
         many = channels == 512
-        before = many and dtype == "bf16"  # also as sums were before, with which bench_norm compares
+        before = many and dtype == "bf16"  # also as sums were before, with which batch_norm_times compares
         sums: list[tuple[int, int, dict[str, Any]]] = [
             (norm.STAGES, norm.MERGED_PARTS, norm.MERGED_OPTIONS),
             (norm.STAGES, 0, norm.OPTIONS),

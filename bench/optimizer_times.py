@@ -1,8 +1,8 @@
 """A step of `ncollapse.optim` against torch.optim's and against the memory's bandwidth, recorded in bench/results.
 
-python -m bench.bench_optim --device cpu
-python -m bench.bench_optim --device cuda --minutes 4
-python -m bench.bench_optim --device cpu --no-compile --before COMMIT   # beside the optimizers of another commit
+python -m bench.optimizer_times --device cpu
+python -m bench.optimizer_times --device cuda --minutes 4
+python -m bench.optimizer_times --device cpu --no-compile --before COMMIT   # beside the optimizers of another commit
 
 Every case first checks that all candidates compute the same; then they take turns. Nothing is asserted of time. What is
 recorded of each candidate, in microseconds a step:
@@ -198,7 +198,7 @@ def record_all(options: argparse.Namespace) -> int:
     """Every case that there is time for."""
     end = time.monotonic() + 60 * options.minutes
     limits = f"--seconds {options.seconds:g} --minutes {options.minutes:g}"
-    command = f"python -m bench.bench_optim --device {options.device} {limits}"
+    command = f"python -m bench.optimizer_times --device {options.device} {limits}"
     if options.no_compile:
         command += " --no-compile"
     name = f"optim-{options.device}"

@@ -1,6 +1,6 @@
 """A training step of ResNet9 and VGG9 as the trainer takes it, beside the loops that a user would write.
 
-python -m bench.bench_cnn --device cuda      records bench/results/cnn-cuda.json
+python -m bench.cnn_times --device cuda      records bench/results/cnn-cuda.json
 
 One run, batches of 128 images of Fashion-MNIST's size (random: speed does not depend on them), SGD with momentum.
 "nc" is the trainer's step in bfloat16: on a GPU one CUDA graph. Beside it, with a piece taken out: "nc, torch's batch
@@ -308,7 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
     # On a CPU to see that it works: a quarter of the width, few images.
     width, samples = (64, 60_000) if device.type == "cuda" else (16, 1280)
     limits = f"--seconds {options.seconds:g} --minutes {options.minutes:g}"
-    command = f"python -m bench.bench_cnn --device {options.device} {limits}"
+    command = f"python -m bench.cnn_times --device {options.device} {limits}"
     record = Record(options.out / f"cnn-{options.device}.json", command, options.device, options.commit)
     record.data |= {"width": width, "samples": samples, "models": {}}
     end = time.monotonic() + 60 * options.minutes

@@ -1,7 +1,7 @@
 """Class statistics and NC1 against other ways to them, recorded in bench/results.
 
-python -m bench.bench_stats --device cpu
-python -m bench.bench_stats --device cuda --minutes 3
+python -m bench.statistics_times --device cpu
+python -m bench.statistics_times --device cuda --minutes 3
 
 Candidates take turns; nothing is asserted of time. Of each case of features near collapse is recorded, in microseconds:
 
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = timing_options(__doc__, arguments, seconds=8.0)
     end = time.monotonic() + 60 * options.minutes
     command = (
-        f"python -m bench.bench_stats --device {options.device} --seconds {options.seconds:g} "
+        f"python -m bench.statistics_times --device {options.device} --seconds {options.seconds:g} "
         f"--minutes {options.minutes:g}"
     )
     record = Record(options.out / f"stats-{options.device}.json", command, options.device, options.commit)

@@ -1,6 +1,6 @@
 """Seconds that `ncollapse report` takes, and bytes of its page: of the demo's runs, and of the paper's 3,888.
 
-python -m bench.bench_report       records bench/results/report.json
+python -m bench.report_times       records bench/results/report.json
 
 Nothing is trained: the stores are the presets' runs with made-up metrics, the paper's evaluated after each of its 200
 epochs: 781,488 rows. The phases are timed in this process, on one core, after matplotlib's own start-up; "command" is
@@ -106,7 +106,7 @@ def main() -> int:
     parser = recording(__doc__)
     parser.add_argument("--keep", type=Path, help="folder for the stores and their reports, which stay")
     options = parser.parse_args()
-    record = Record(options.out / "report.json", "python -m bench.bench_report", "cpu", options.commit)
+    record = Record(options.out / "report.json", "python -m bench.report_times", "cpu", options.commit)
     record.data |= {"unit": "seconds, medians on one core", "rounds": ROUNDS, "rows": []}
     psutil.Process().cpu_affinity([0])
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,6 +1,6 @@
 """A model of the user's beside the same network of ncollapse's, and beside the loop that the user would write.
 
-python -m bench.bench_own      records bench/results/own-cpu.json
+python -m bench.own_model_times      records bench/results/own-cpu.json
 
 An MLP and a small CNN on digits, batches of 128, one thread, each in the form that a sweep gives it ("as chosen") and
 run by run as the module computes itself ("alone", for models that do not stack). "plain loop": the data in memory,
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     data = load("digits", CPU, data_dir=None, download=False)
     steps_of_an_epoch = runs("mlp", "sgd", 1)[0].steps_per_epoch(len(data.train_y))
-    record = Record(options.out / "own-cpu.json", "python -m bench.bench_own", "cpu", options.commit)
+    record = Record(options.out / "own-cpu.json", "python -m bench.own_model_times", "cpu", options.commit)
     cases: dict[str, Any] = {}
     record.data["cases"] = cases
     for name, own in (("mlp", OwnMLP), ("cnn", OwnCNN)):

@@ -1,7 +1,7 @@
 """Runs a minute of the sweep engine, beside the loops that a user would write.
 
-python -m bench.bench_sweep --device cpu       records bench/results/sweep-cpu.json
-python -m bench.bench_sweep --device cuda      ResNet9 and the CNN on images of Fashion-MNIST's size; sweep-cuda.json
+python -m bench.sweep_times --device cpu       records bench/results/sweep-cpu.json
+python -m bench.sweep_times --device cuda      ResNet9 and the CNN on images of Fashion-MNIST's size; sweep-cuda.json
 
 "plain" is one run after the other with torch.optim and a DataLoader, "sequential" the best that one run after the other
 can be: data in memory (on the GPU), torch's fused optimizers, on a CPU the better of both memory formats and of one and
@@ -219,7 +219,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device(options.device)
     record = Record(
         options.out / f"sweep-{options.device}.json",
-        f"python -m bench.bench_sweep --device {options.device}",
+        f"python -m bench.sweep_times --device {options.device}",
         options.device,
         options.commit,
     )

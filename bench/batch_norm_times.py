@@ -1,6 +1,6 @@
 """Batch norm with ReLU, pooling or a residual, and the cross-entropy's gradient, against torch's operations on a GPU.
 
-python -m bench.bench_norm --minutes 2
+python -m bench.batch_norm_times --minutes 2
 
 Every case first checks what the candidates compute against float64; then they take turns, and nothing is asserted of
 time. Of each is recorded, in microseconds:
@@ -236,10 +236,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes seconds a case")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("bench_norm: there is no CUDA GPU here; on a CPU these operations are torch's own")
+        print("batch_norm_times: there is no CUDA GPU here; on a CPU these operations are torch's own")
         return 1
     end = time.monotonic() + 60 * options.minutes
-    command = f"python -m bench.bench_norm --minutes {options.minutes:g} --seconds {options.seconds:g}"
+    command = f"python -m bench.batch_norm_times --minutes {options.minutes:g} --seconds {options.seconds:g}"
     command += " --no-compile" if options.no_compile else ""
     record = Record(options.out / "norm-cuda.json", command, "cuda", options.commit)
     record.data |= {"tolerance": TOLERANCE, "baseline": BASELINE, "cases": [], "left_out": []}
