@@ -1,7 +1,8 @@
 """README and docs: every snippet runs, every command line is one that the command takes, every grid is a grid.
 
-Python blocks of a document run in order, in one namespace and an empty folder. `<!--- invisible-code-block: python` holds
-what a reader has already: a model, data. `<!--- skip: next if(CONDITION, reason="…") --->` is for a package that is absent.
+Python blocks of a document run in order, in one namespace, in a copy of examples/bring_your_own. A comment
+`<!--- invisible-code-block: python … --->` holds what a reader has already: a model, data;
+`<!--- skip: next if(CONDITION, reason="…") --->` leaves out a block whose package is absent.
 """
 
 import importlib.util
@@ -14,11 +15,9 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import tyro
 from sybil import Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
