@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: help demo test check docs wheel bench gpu gpu-table format clean
+.PHONY: help demo test check docs lowest wheel bench gpu gpu-table format clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -27,6 +27,12 @@ check: $(VENV)/.installed-dev  ## formatting, lint, types
 docs: $(VENV)/.installed-dev  ## build/site: the documentation, with the notebook run; a warning is an error
 	rm -rf build/typed build/site && $(PIP) --no-deps --no-build-isolation --target build/typed .
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+lowest:  ## the tests of kernels, metrics and trainer with the lowest versions that pyproject.toml allows, in build/lowest
+	$(PYTHON) -m venv --clear build/lowest
+	build/lowest/bin/python -m pip --disable-pip-version-check install --quiet uv
+	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct '.[test]'
+	build/lowest/bin/python -m pytest -n auto tests/nc tests/kernels tests/train
 
 wheel: $(VENV)/.installed-dev  ## dist/: a wheel for Linux and every Python from 3.11 on, checked in those that are here, and the sources
 	rm -rf build dist
