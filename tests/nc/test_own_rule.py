@@ -138,13 +138,13 @@ def test_stacked_runs_of_this_rule_alone(together: bool, vectors: bool) -> None:
         torch.testing.assert_close([p.detach()[r] for p in params], [p.detach() for p in single], rtol=1e-5, atol=1e-6)
 
 
-def test_the_readmes_rule() -> None:
-    """The section "Anyone's rule" as it stands there: coupling, state dicts and stacked runs for nothing."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.split("Anyone's rule\n", 1)[1].split("\n#", 1)[0]
+def test_the_rule_of_the_documentation() -> None:
+    """The section "A rule of your own" as it stands there: coupling, state dicts and stacked runs for nothing."""
+    page = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text("utf-8")
+    section = page.split("## A rule of your own\n", 1)[1].split("\n## ", 1)[0]
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert found is not None
-    names: dict[str, Any] = {"__name__": "readme"}
+    names: dict[str, Any] = {"__name__": "optimizers"}
     exec(found[1], names)
     cls = optim.by_name("bounded")
     assert cls is names["Bounded"]
