@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.peers import PEERS, make_peer
+from bench.record import first_line
 from ncollapse import optim
 from ncollapse.train.networks import models
 
@@ -15,6 +17,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: How far ours may be from the baseline after some steps: mean difference over mean change. torch.optim keeps the state
 #: of bfloat16 parameters in bfloat16, ours in float32, so that the two are not the same there.
 TOLERANCE = {"fp32": 3e-5, "bf16": 1e-2}
+CHECKED_STEPS = 5
 RUNS = 24  # stacked
 #: `ncollapse.optim` of another commit, of the candidate "before".
 before: Any = None
@@ -176,6 +179,8 @@ class Candidate:
             self.params = parameters.split(flat)
             flat.requires_grad_().grad = parameters.flat_grad
             optimizer = theirs(case.rule, [flat], fused=True)
+        elif name in PEERS:
+            optimizer = make_peer(name, case.rule, RULES[case.rule].numbers)(groups(self.params))
         else:
             how = {"fused": True} if "fused" in name else {"foreach": True}
             optimizer = theirs(case.rule, groups(self.params), **how)
@@ -246,6 +251,33 @@ class ByHand:
             torch._foreach_add_(first, grads)
             directions = torch._foreach_sign(first) if self._rule == "signum" else first
         torch._foreach_add_(params, directions, alpha=-lr)
+
+
+def built(case: Case, parameters: Parameters, capturable: bool) -> tuple[dict[str, Candidate], dict[str, str]]:
+    """The candidates that work, after some steps on the same gradients, and why the others do not.
+
+    Raises:
+        RuntimeError: ours or the baseline does not work.
+    """
+    candidates: dict[str, Candidate] = {}
+    failed: dict[str, str] = {}
+    for name in case.candidates:
+        try:
+            candidates[name] = Candidate(name, case, parameters, capturable)
+        except Exception as error:  # a candidate that this version of PyTorch does not have: the others go on
+            failed[name] = first_line(error)
+    for k in range(CHECKED_STEPS):
+        parameters.new_grads()
+        for name, candidate in list(candidates.items()):
+            try:
+                candidate.first_step() if k == 0 else candidate.step()
+            except Exception as error:
+                failed[name] = first_line(error)
+                del candidates[name]
+    for name in case.candidates[:2]:
+        if name in failed:
+            raise RuntimeError(f"{name}: {failed[name]}")
+    return candidates, failed
 
 
 def difference(case: Case, a: Candidate, b: Candidate, start: list[Tensor]) -> float:

@@ -32,11 +32,10 @@ import torch
 
 from bench import optim_cases
 from bench.before import package_of
-from bench.optim_cases import TOLERANCE, Candidate, Case, Parameters, difference, shapes
+from bench.optim_cases import TOLERANCE, Candidate, Case, Parameters, built, difference, shapes
 from bench.record import Record, first_line, timing_options
 from bench.timing import QUIET, Clock, Step, Yardstick, captured, compared, gpu, wall_cpu, wall_cuda
 
-CHECKED_STEPS = 5
 GRAPH_STEPS = 10
 _BASE = ("nc", "torch fused", "torch foreach")
 _ALL = (*_BASE, "flat fused", "torch compiled", "nc compiled")
@@ -67,25 +66,10 @@ def without_compilation(case: Case) -> Case:
     return replace(case, candidates=tuple(name for name in case.candidates if "compiled" not in name))
 
 
-def built(case: Case, parameters: Parameters, capturable: bool, result: dict[str, Any]) -> dict[str, Candidate]:
+def checked(case: Case, parameters: Parameters, capturable: bool, result: dict[str, Any]) -> dict[str, Candidate]:
     """The candidates after some steps; raises AssertionError unless all that work have computed the same."""
-    candidates, failed = {}, result["failed"]
-    for name in case.candidates:
-        try:
-            candidates[name] = Candidate(name, case, parameters, capturable)
-        except Exception as error:  # a candidate that this version of PyTorch does not have: the others go on
-            failed[name] = first_line(error)
-    for k in range(CHECKED_STEPS):
-        parameters.new_grads()
-        for name, candidate in list(candidates.items()):
-            try:
-                candidate.first_step() if k == 0 else candidate.step()
-            except Exception as error:
-                failed[name] = first_line(error)
-                del candidates[name]
-    for name in case.candidates[:2]:
-        if name in failed:
-            raise RuntimeError(f"{name}: {failed[name]}")
+    candidates, failed = built(case, parameters, capturable)
+    result["failed"] |= failed
     baseline = candidates[case.candidates[1]]
     for name, candidate in candidates.items():
         apart = difference(case, candidate, baseline, parameters.start)
@@ -116,7 +100,7 @@ def run(case: Case, device: str, seconds: float, yardstick: Yardstick | None) ->
         "groups": len(parameters.shapes) if case.group_each else 1, "threads": torch.get_num_threads(),
         "baseline": case.candidates[1], "failed": {}, "difference": {},
     }  # fmt: skip
-    candidates = built(case, parameters, False, result)
+    candidates = checked(case, parameters, False, result)
     result["compile_seconds"] = {n: round(c.compile_seconds, 1) for n, c in candidates.items() if c.compile_seconds}
     bytes_moved = {name: c.bytes for name, c in candidates.items()}
     clock = wall_cpu if device == "cpu" else wall_cuda
@@ -143,7 +127,7 @@ def replayed(
 ) -> dict[str, Any]:  # fmt: skip
     """The same in CUDA graphs, of candidates made anew: with `capturable` torch.optim's foreach Adam is another one."""
     case = without_compilation(case)
-    candidates = built(case, parameters, True, result)
+    candidates = checked(case, parameters, True, result)
     steps: dict[str, Step] = {name: c.step for name, c in candidates.items()}
     if yardstick is not None:
         steps["yardstick"] = yardstick.step
