@@ -1,0 +1,50 @@
+"""The tables of docs/results.md that describe a results folder, made from the package's own description of it."""
+
+from collections.abc import Iterable
+
+from ncollapse.train.results.columns import METRICS, RUN_COLUMNS, ResultColumn
+from ncollapse.train.results.schema import SETTINGS, TABLES
+
+#: Table of the database -> what a row of it is. A table that is missing here is an error.
+_ROWS = {
+    "runs": "a run: settings and status",
+    "metrics": "a run and evaluated epoch",
+    "layers": 'a run with `layers = "all"`, evaluated epoch and block',
+    "geometry": "a run and kept epoch: the bytes of a `Snapshot`",
+    "stacks": "a stack: runs that train as one program, with its progress",
+    "sessions": "a start of the sweep: command, and versions, commit and device as JSON",
+    "meta": "the grid's name, the plan, fingerprints of data and code, metrics of your own",
+}
+
+
+def database() -> str:
+    """A row a table of runs.sqlite: what its rows are, and its columns."""
+    if _ROWS.keys() != TABLES.keys():
+        raise ValueError(f"_ROWS does not describe the tables {', '.join(_ROWS.keys() ^ TABLES.keys())}")
+    lines = ["| table | a row for | columns |", "| --- | --- | --- |"]
+    for table, what in _ROWS.items():
+        names = [name for name in TABLES[table] if name not in METRICS and not (table == "runs" and name in SETTINGS)]
+        groups = ["the settings"] * (table == "runs") + ["the metrics"] * bool(METRICS.keys() & TABLES[table].keys())
+        lines.append(f"| `{table}` | {what} | {', '.join([*(f'`{name}`' for name in names), *groups])} |")
+    return "\n".join(lines)
+
+
+def run_columns() -> str:
+    """A row a column of `load_runs` that is no metric."""
+    measured = {*METRICS, *(f"{name}_start" for name in METRICS)}
+    return _columns(column for column in RUN_COLUMNS if column.name not in measured)
+
+
+def metrics() -> str:
+    """A row a metric."""
+    return _columns(column for column in RUN_COLUMNS if column.name in METRICS)
+
+
+def _columns(columns: Iterable[ResultColumn]) -> str:
+    lines = ["| column | dtype | meaning |", "| --- | --- | --- |"]
+    for name, meaning, dtype in columns:
+        said = " ".join(meaning.removesuffix("; at the run's last evaluation").split()).removesuffix(".")
+        for mark in "|*<":
+            said = said.replace(mark, f"\\{mark}")
+        lines.append(f"| `{name}` | {dtype} | {said} |")
+    return "\n".join(lines)
