@@ -1,14 +1,16 @@
-"""Compile the kernels for GPUs that the machine need not have, and print a JSON record per variant.
+"""Compile the kernels for GPUs that the machine need not have; print a JSON record per variant, or the code of one.
 
 python tests/kernels/compile_kernels.py sm_90
+python tests/kernels/compile_kernels.py sm_90 kernel=update rule=adam dtype=fp32 extras=False --show ptx
 """
 
+import argparse
 import json
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,48 +35,75 @@ _TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp64": tl.float64}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-def compiled(
-    kernel: Any, arch: int, pointers: dict[str, str], constants: dict[str, Any], sixteen: tuple[str, ...] = (),
-    **options: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """Compile one variant; return its registers, spilled bytes and counts of instructions.
+@dataclass(frozen=True)
+class Variant:
+    """A kernel with the types and constants of a launch.
 
-    Args:
+    Attributes:
+        fields: what it is known by.
         pointers: types of the arguments that are not int32.
         constants: values known at compile time, integers that are 1 included.
         sixteen: integers known to be multiples of 16, as all pointers are.
         options: those of the launch.
     """
-    types = dict.fromkeys(kernel.arg_names, "i32") | pointers | dict.fromkeys(constants, "constexpr")
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if name.endswith("_ptr") or name in sixteen
-    }
-    source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constants, aligned)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+    fields: dict[str, Any]
+    kernel: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    sixteen: tuple[str, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def compiled(self, arch: int) -> Any:
+        """Triton's binary, with its texts in `asm`."""
+        names = self.kernel.arg_names
+        types = dict.fromkeys(names, "i32") | self.pointers | dict.fromkeys(self.constants, "constexpr")
+        aligned = {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name.endswith("_ptr") or name in self.sixteen
+        }
+        source = ASTSource(self.kernel, {name: types[name] for name in names}, self.constants, aligned)
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=self.options)
+
+    def record(self, arch: int) -> dict[str, Any]:
+        """Its registers, spilled bytes and counts of instructions."""
+        binary = self.compiled(arch)
+        usage = disassembled(binary, triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage")
+        found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
+        assert found is not None, usage
+        registers, stack, local = map(int, found.groups())
+        ptx = binary.asm["ptx"]
+        # 128 bits: four values of 32 bits or two of 64.
+        loads, stores = (len(re.findall(rf"{op}\.global[.\w:]*\.(?:v4\.\w32|v2\.\w64)", ptx)) for op in ("ld", "st"))
+        asynchronous = len(re.findall(r"cp\.async\.cg\.shared\.global[.\w:]* [^;]*\b0x10\b", ptx))
+        loads += asynchronous
+        return self.fields | {
+            "arch": f"sm_{arch}", "registers": registers, "spilled_bytes": stack + local,
+            "shared_bytes": binary.metadata.shared, "loads_128": loads, "stores_128": stores,
+            "asynchronous_128": asynchronous, "groups_under_way": groups_under_way(ptx),
+            "matrix_products": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
+            "float_atomics": len(re.findall(r"\b(?:atom|red)\.[.\w:]*\bf(?:16|32|64)", ptx)),
+        }  # fmt: skip
+
+    def text(self, arch: int, stage: str) -> str:
+        """Its code at a stage of `STAGES`."""
+        binary = self.compiled(arch)
+        if stage == "sass":
+            return disassembled(binary, triton.knobs.nvidia.nvdisasm.path, "-c")
+        return str(binary.asm[stage])
+
+
+#: Triton's intermediate languages, LLVM's, NVIDIA's portable assembly, and the machine's.
+STAGES = ("ttir", "ttgir", "llir", "ptx", "sass")
+
+
+def disassembled(binary: Any, tool: str, option: str) -> str:
+    """What one of NVIDIA's tools, which come with Triton, says of a binary."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(binary.asm["cubin"])
-        tool = triton.knobs.nvidia.cuobjdump.path
-        usage = subprocess.run(
-            [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    registers, stack, local = map(int, found.groups())
-    ptx = binary.asm["ptx"]
-    # 128 bits: four values of 32 bits or two of 64.
-    loads, stores = (len(re.findall(rf"{op}\.global[.\w:]*\.(?:v4\.\w32|v2\.\w64)", ptx)) for op in ("ld", "st"))
-    asynchronous = len(re.findall(r"cp\.async\.cg\.shared\.global[.\w:]* [^;]*\b0x10\b", ptx))
-    loads += asynchronous
-    return {
-        "arch": f"sm_{arch}", "registers": registers, "spilled_bytes": stack + local,
-        "shared_bytes": binary.metadata.shared, "loads_128": loads, "stores_128": stores,
-        "asynchronous_128": asynchronous, "groups_under_way": groups_under_way(ptx),
-        "matrix_products": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
-        "float_atomics": len(re.findall(r"\b(?:atom|red)\.[.\w:]*\bf(?:16|32|64)", ptx)),
-    }  # fmt: skip
+        return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def groups_under_way(ptx: str) -> int:
@@ -82,7 +111,7 @@ def groups_under_way(ptx: str) -> int:
     return max(map(int, re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)), default=0)
 
 
-def updates(arch: int) -> Iterator[dict[str, Any]]:
+def updates() -> Iterator[Variant]:
     pointers = {
         "tensors_ptr": "*i64", "chunks_ptr": "*i64", "hypers_ptr": "*i64", "arrived_ptr": "*i32",
         "scale_ptr": "*fp32", "inf_ptr": "*fp32", "partial_ptr": "*fp32", "norms_ptr": "*fp64",
@@ -98,10 +127,10 @@ def updates(arch: int) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
         name = {"kernel": "update", "rule": [*RULES, "mixed"][rule], "dtype": dtype, "extras": extras}
         options = {"num_warps": update.WARPS, "enable_fp_fusion": False}
-        yield name | compiled(update._update_kernel, arch, pointers, constants, **options)
+        yield Variant(name, update._update_kernel, pointers, constants, options=options)
 
 
-def class_stats(arch: int) -> Iterator[dict[str, Any]]:
+def class_stats() -> Iterator[Variant]:
     """With the features of a layer: `[B, d]`, dense, d a multiple of 16."""
     batch, labels, counts = {"batch_ptr": "*i32"}, {"labels_ptr": "*i64"}, {"counts_ptr": "*i64"}
     sixteen = ("dim", "stride_run", "stride_row")
@@ -112,14 +141,13 @@ def class_stats(arch: int) -> Iterator[dict[str, Any]]:
 
     def variant(
         name: str, pointers: dict[str, str], constants: dict[str, Any], options: Any = None, **fields: Any
-    ) -> dict[str, Any]:
+    ) -> Variant:
         kernel = getattr(gpu_kernels, f"{name}_kernel")
         known = {n: t for n, t in (real | pointers).items() if n in kernel.arg_names}
         dense = {"stride_column": 1} if "stride_column" in kernel.arg_names else {}
         aligned = tuple(n for n in sixteen if n in kernel.arg_names)
-        return {"kernel": f"class_stats {name}", **fields} | compiled(
-            kernel, arch, known, constants | dense, aligned, **(options or stats.OPTIONS)
-        )
+        named = {"kernel": f"class_stats {name}", **fields}
+        return Variant(named, kernel, known, constants | dense, aligned, options or stats.OPTIONS)
 
     yield variant("labels", labels | batch, {"LABELS": stats.LABELS, "CLASSES": stats.CLASSES})
     for dtype in ("fp32", "bf16"):
@@ -142,7 +170,7 @@ def class_stats(arch: int) -> Iterator[dict[str, Any]]:
     yield variant("add_moment", moment, block | {"MOVES": True, "PROPAGATE": False, "CLASSES": stats.CLASSES})
 
 
-def batch_norm(arch: int) -> Iterator[dict[str, Any]]:
+def batch_norm() -> Iterator[Variant]:
     """With many channels, a multiple of 16, and with few, which allow no wide accesses."""
     real = {f"{name}_ptr": "*fp32" for name in (
         "weight", "bias", "mean", "rstd", "running_mean", "running_var", "weight_grad", "bias_grad", "parts",
@@ -152,16 +180,14 @@ def batch_norm(arch: int) -> Iterator[dict[str, Any]]:
     def variant(
         name: str, constants: dict[str, Any], dtype: str | None = None, *, channels: int = 512,
         options: dict[str, Any] = norm.OPTIONS, **fields: Any,
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> Variant:  # fmt: skip
         kernel = getattr(small_norm_kernels if name.startswith("small") else norm_kernels, f"{name}_kernel")
-        constants |= {"channels": 1} if channels == 1 else {}
+        constants = constants | ({"channels": 1} if channels == 1 else {})
         maps = {f"{n}_ptr": f"*{dtype}" for n in ("x", "grad", "residual", "out")}
         known = {n: t for n, t in (real | maps).items() if n in kernel.arg_names}
-        named = {"channels": channels} | ({"dtype": dtype} if dtype else {})
+        named = {"kernel": f"batch_norm {name}", "channels": channels} | ({"dtype": dtype} if dtype else {})
         sixteen = () if channels % 16 else ("channels",)
-        return {"kernel": f"batch_norm {name}", **named, **fields} | compiled(
-            kernel, arch, known, constants, sixteen, **options
-        )
+        return Variant(named | fields, kernel, known, constants, sixteen, options)
 
     finish = {"PARTS": norm.PARTS, "COLUMNS": norm.FINISHED}
     for channels in (512, 1):
@@ -201,19 +227,37 @@ def batch_norm(arch: int) -> Iterator[dict[str, Any]]:
             yield variant("backward", {"POOL": pool} | shape(written), dtype, **fields)
 
 
-def cross_entropies(arch: int) -> Iterator[dict[str, Any]]:
+def cross_entropies() -> Iterator[Variant]:
     """With dense logits of ten and of a thousand classes."""
     for classes in (10, 1000):
         columns = triton.next_power_of_2(classes)
-        yield {"kernel": "cross_entropy", "classes": classes} | compiled(
-            cross_entropy._cross_entropy_grad_kernel, arch,
+        yield Variant(
+            {"kernel": "cross_entropy", "classes": classes}, cross_entropy._cross_entropy_grad_kernel,
             {"logits_ptr": "*fp32", "labels_ptr": "*i64", "out_ptr": "*fp32", "smoothing": "fp32"},
             {"stride_class": 1, "ROWS": cross_entropy.BLOCK // columns, "CLASSES": columns},
-            **cross_entropy.OPTIONS,
+            options=cross_entropy.OPTIONS,
         )  # fmt: skip
 
 
+KINDS: tuple[Callable[[], Iterator[Variant]], ...] = (updates, class_stats, batch_norm, cross_entropies)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile the kernels; print a JSON record per variant.")
+    parser.add_argument("words", nargs="+", metavar="sm_NN|KEY=VALUE", help="architectures; fields of a record to keep")
+    parser.add_argument("--show", choices=STAGES, help="print the code of the one variant that is kept")
+    options = parser.parse_intermixed_args()
+    wanted = dict(word.split("=", 1) for word in options.words if "=" in word)
+    arches = [int(word.removeprefix("sm_")) for word in options.words if "=" not in word]
+    kept = [v for kind in KINDS for v in kind() if wanted.items() <= {k: str(x) for k, x in v.fields.items()}.items()]
+    if not options.show:
+        print(json.dumps([variant.record(arch) for arch in arches for variant in kept], indent=0))
+    elif len(kept) == len(arches) == 1:
+        print(kept[0].text(arches[0], options.show))
+    else:
+        found = "\n".join(" ".join(f"{k}={v}" for k, v in variant.fields.items()) for variant in kept)
+        parser.error(f"--show takes one architecture and one variant; these words name {len(kept)}:\n{found}")
+
+
 if __name__ == "__main__":
-    arches = [int(name.removeprefix("sm_")) for name in sys.argv[1:]]
-    kinds = (updates, class_stats, batch_norm, cross_entropies)
-    print(json.dumps([variant for arch in arches for kind in kinds for variant in kind(arch)], indent=0))
+    main()
