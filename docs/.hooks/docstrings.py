@@ -1,4 +1,4 @@
-"""A griffe extension: a docstring's mathematics and example as Markdown.
+"""A griffe extension: what docstrings hold beside Google style, as griffe and Markdown know it.
 
 The formulas are TeX for editors that typeset it; here they become lines of Unicode, as no page loads a renderer.
 """
@@ -8,7 +8,10 @@ from typing import Any
 
 from griffe import Extension, Object
 
+NO_BREAK = "\N{NO-BREAK SPACE}"
 _MATH = re.compile(r"^\.\. math:: *(.*(?:\n[ \t]+.*)*)", re.MULTILINE)
+_ATTRIBUTES = re.compile(r"^Attributes:\n(?:(?: .*)?(?:\n|$))*", re.MULTILINE)
+_ENTRY = re.compile(r"^    (\w[\w, ]*):", re.MULTILINE)
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 _SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 _TEX = (
@@ -24,11 +27,17 @@ class Docstrings(Extension):
     """Changes what griffe reads, before it is parsed."""
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
-        if obj.docstring:
-            text = _MATH.sub(lambda found: f"```text\n{formulas(found[1])}\n```", obj.docstring.value)
-            obj.docstring.value = text.replace(
-                "\nExample:\n", "\nExamples:\n"
-            )  # in Google style, the one that holds code
+        if obj.docstring is None:
+            return
+        text = _MATH.sub(lambda found: f"```text\n{formulas(found[1])}\n```", obj.docstring.value)
+        text = _ATTRIBUTES.sub(lambda found: _ENTRY.sub(lambda entry: _names(entry[1], obj), found[0]), text)
+        # The section whose code griffe shows as code.
+        obj.docstring.value = text.replace("\nExample:\n", "\nExamples:\n")
+
+
+def _names(names: str, obj: Object) -> str:
+    """The start of an entry "x, y: …": griffe would take what follows a space as the attribute's type."""
+    return f"    {names}:" if names in obj.all_members else f"    {names.replace(' ', NO_BREAK)} ():"
 
 
 def formulas(tex: str) -> str:
@@ -42,7 +51,5 @@ def formulas(tex: str) -> str:
     for pattern, replacement in _TEX:
         text = re.sub(pattern, replacement, text)
     if unknown := re.search(r"\\\w+|[{}^]|_\w", text):
-        raise ValueError(
-            f"cannot show {unknown[0]!r} of the formula {tex!r}: add it to _TEX of docs/.hooks/docstrings.py"
-        )
+        raise ValueError(f"cannot show {unknown[0]!r} of {tex!r}: add it to _TEX of docs/.hooks/docstrings.py")
     return text
