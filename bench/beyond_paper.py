@@ -3,10 +3,9 @@
 python -m bench.beyond_paper      records bench/results/beyond-paper-cpu.json
 
 The small CNN on handwritten digits, 200 epochs, three seeds. Of every metric the median over the seeds, with the least
-and the greatest. Needs pytorch_optimizer. `python -m bench.beyond_paper --tables` prints the tables of the record.
+and the greatest. Needs pytorch_optimizer. `python -m bench.tables` writes the tables of docs/beyond_the_paper.md.
 """
 
-import json
 import tempfile
 import time
 from importlib.metadata import version
@@ -16,7 +15,6 @@ from typing import Any
 import pandas as pd
 
 from bench.record import Record, recording
-from ncollapse.optimizer_table import row_of
 from ncollapse.train import sweep
 from ncollapse.train.grid import load_grid
 
@@ -43,54 +41,9 @@ def rows(runs: pd.DataFrame) -> list[dict[str, Any]]:
     return found
 
 
-def coupled(row: dict[str, Any]) -> str:
-    """How the decay of a row's optimizer stands."""
-    options = json.loads(row["optimizer_options"] or "{}")
-    if "weight_decouple" in options:
-        return "no" if options["weight_decouple"] else "yes"
-    return "no" if row["coupling"] is None or row["coupling"] == 0 else "yes"
-
-
-def number(value: list[float] | None) -> str:
-    return "–" if value is None else f"{value[0]:.2g}"
-
-
-def span(value: list[float] | None) -> str:
-    return "–" if value is None else f"{value[0]:.2g} ({value[1]:.2g}–{value[2]:.2g})"
-
-
-def tables(record: dict[str, Any]) -> str:
-    """The record as tables of Markdown, a row for each optimizer, a column for each of the two decays."""
-    lines = []
-    for preset in PRESETS:
-        names = ["optimizer", *(["loss"] if preset == "losses" else []), "decay in the gradient", "λ"]
-        start = record["presets"][preset]["rows"][0]["nc0_start"]
-        names += [f"NC0 (start {span(start)})", "NC1", "NC2", "NC3", "train acc.", "val. acc."]
-        lines += ["", f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
-        for row in record["presets"][preset]["rows"]:
-            loss = row["loss"] + (f", smoothed {row['label_smoothing']:g}" if row["label_smoothing"] else "")
-            cells = [row_of(row["optimizer"]).label, *([loss] if preset == "losses" else []), coupled(row)]
-            lost = {status: count for status, count in row["ended"].items() if status != "done"}
-            if lost:
-                told = ", ".join(f"{n} of {sum(row['ended'].values())} {status}" for status, n in lost.items())
-                cells += [f"{row['weight_decay']:g}", told, *["–"] * 5]
-            else:
-                cells += [f"{row['weight_decay']:g}", span(row["nc0"])]
-                cells += [number(row[name]) for name in ("nc1", "nc2", "nc3")]
-                cells += ["–" if row[name] is None else f"{100 * row[name][0]:.1f} %" for name in METRICS[-2:]]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = recording(__doc__)
-    parser.add_argument("--tables", action="store_true", help="print the tables of the record, train nothing")
-    options = parser.parse_args()
-    path = options.out / NAME
-    if options.tables:
-        print(tables(json.loads(path.read_text())))
-        return
-    record = Record(path, "python -m bench.beyond_paper", "cpu", options.commit)
+    options = recording(__doc__).parse_args()
+    record = Record(options.out / NAME, "python -m bench.beyond_paper", "cpu", options.commit)
     record.data["pytorch_optimizer"] = version("pytorch_optimizer")
     record.data["presets"] = {}
     for preset in PRESETS:
@@ -103,7 +56,6 @@ def main() -> None:
                 "rows": rows(runs),
             }
         record.save()
-    print(tables(record.data))
 
 
 if __name__ == "__main__":

@@ -73,14 +73,6 @@ def parts(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def table(findings: list[dict[str, Any]]) -> str:
-    """Recorded findings as a table of Markdown."""
-    lines = ["| claim | measured | verdict |", "| --- | --- | --- |"]
-    for row in findings:
-        lines.append(f"| {row['number']}. {row['claim']} | {row['says'] or row['lacks']} | {row['verdict_text']} |")
-    return "\n".join(lines)
-
-
 def _sessions(folder: Path) -> int:
     """The number of the last start of a sweep in a folder; 0 where there was none."""
     try:
