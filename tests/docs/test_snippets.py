@@ -34,7 +34,7 @@ DOCUMENTS = [
     *(ROOT / "examples").glob("*.md"),
 ]
 #: Languages of blocks that are shown and not run: output, and PTX.
-SHOWN = {"text", "ptx", "csv"}
+SHOWN = {"text", "cpp", "ptx", "csv"}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 
