@@ -33,7 +33,7 @@ def _fastest(timings: dict[str, Any], *names: str) -> tuple[str, float]:
 
 
 def steps() -> Iterator[Pair]:
-    for name in ("optim-cpu.json", *optimizers.CUDA, "optim-cuda-h200.json"):
+    for name in ("optim-cpu.json", "optim-cpu-before-after.json", *optimizers.CUDA, "optim-cuda-h200.json"):
         record = read(name)
         for case in record["cases"]:
             for how, told in (("eager", "called from Python"), ("replay", "replayed")):
@@ -42,6 +42,7 @@ def steps() -> Iterator[Pair]:
                     names = {n for each in optimizers.COLUMNS.values() for n in each if n in timings} - {"nc"}
                     found = _fastest(timings, *sorted(names | ({"torch compiled"} & timings.keys())))
                     where = device(record) + (f", {told}" if "replay" in case else "")
+                    where += ", after the rewrite" if "before" in timings else ""
                     yield Pair(f"step: {optimizers.case_name(case)}", where, timings["nc"]["median"], *found)
 
 

@@ -1,17 +1,20 @@
 """Sentences of documents that hold numbers of records: they must occur, and benchmarks.md has no others."""
 
 import re
+from typing import Any
 
+from bench.stats_cases import NOISE, NORM, OFFSET
 from bench.tables import sweeps
-from bench.tables.markdown import read
+from bench.tables.markdown import NEAR, read, significant
 
 #: In benchmarks.md: names with a digit, which are no measurement.
-_NAMES = re.compile(r"\b(?:H100|H200|NC[0-4]|ResNet9|VGG9|sm_90|float32|float64|bfloat16|tf32|two-)\b")
+_NAMES = re.compile(r"\b(?:H100|H200|NC[0-4]|ResNet9|VGG9|float32|float64|bfloat16|tf32)\b")
 _SHOWN = (
     re.compile(r"^(`{3}).*?^\1$", re.DOTALL | re.MULTILINE),  # commands and output
     re.compile(r"<!--.*?-->", re.DOTALL),
     re.compile(r"^\|.*$", re.MULTILINE),  # tables
-    re.compile(r"\]\([^)]*\)"),  # addresses of links
+    re.compile(r"`[^`\n]+`"),
+    re.compile(r"\[[^\]]*\]\([^)]*\)"),  # links
 )
 
 
@@ -20,12 +23,68 @@ def of_documents() -> dict[str, list[str]]:
     findings = read("findings-cpu.json")
     minutes = findings["seconds_of_command"] / 60
     return {
-        "README.md": [
+        "README.md": [sweeps.demo_seconds(), f"{findings['runs']} runs in {minutes:.0f} minutes on two cores"],
+        "docs/benchmarks.md": [
+            f"differ by less than {NEAR - 1:.0%}".replace("%", " %"),
+            _machines(),
+            _features(),
+            _paper_runs(),
+            _shares_of_peak(),
             sweeps.demo_seconds(),
-            f"{findings['runs']} runs in {minutes:.0f} minutes on two cores",
+            *_precision(),
         ],
-        "docs/benchmarks.md": [],
     }
+
+
+def _machines() -> str:
+    """What the timings of a kind were made with; the table of the records has each record's own."""
+    cpu = [read(name)["machine"] for name in ("optim-cpu.json", "stats-cpu.json", "sweep-cpu.json", "own-cpu.json")]
+    gpu = [read(f"{name}-cuda{gpu}.json")["machine"] for name in ("optim", "stats", "cnn") for gpu in ("", "-h200")]
+
+    def of(machines: list[dict[str, Any]], name: str) -> str:
+        return " or ".join(sorted({{**machine, **machine["versions"]}[name] for machine in machines}))
+
+    return (
+        f"an {of(cpu, 'device')} with torch {of(cpu, 'torch')}, or a GPU with torch {of(gpu, 'torch')}, "
+        f"Triton {of(gpu, 'triton')} and CUDA {of(gpu, 'cuda')}"
+    )
+
+
+def _features() -> str:
+    return (
+        f"{read('stats-cpu.json')['cases'][0]['case'].partition(' ×')[0]} features near collapse: class means of norm "
+        f"{NORM:g}, noise of {NOISE:g} about them, all at an offset of {OFFSET:g}"
+    )
+
+
+def _paper_runs() -> str:
+    """Of the H200 alone: the record says that other work ran beside the H100's."""
+    runs = [r for r in read("paper-table.json")["runs"] if r["status"] == "done" and "H200" in r["device"]]
+    (epochs,), (evaluations,) = {run["epochs"] for run in runs}, {len(run["nc0_at"]) for run in runs}
+    seconds = [run["seconds"] for run in runs]
+    return f"{epochs} epochs with {evaluations} evaluations took {min(seconds):.0f} to {max(seconds):.0f} s on an H200"
+
+
+def _shares_of_peak() -> str:
+    """As `floor` of bench.cnn_times reckons it, of the record that has a profile of the H100."""
+    model = read("cnn-cuda.json")["models"]["resnet9"]
+    convolutions = sum(each["us"] for each in model["profile"] if "convolution" in each["operation"])
+    shares = [100 * model["floor_us"] / us for us in (convolutions, model["nc"]["median"])]
+    return f"the convolutions reach {shares[0]:.0f} % of an H100's peak, the whole step {shares[1]:.0f} %"
+
+
+def _precision() -> list[str]:
+    record = read("precision-cpu.json")
+    apart = max(
+        abs(row["bf16"][metric][of] / row["bf16, measured in fp32"][metric][of] - 1)
+        for row in record["rows"]
+        for metric in ("nc0", "nc1", "nc2", "nc3")
+        for of in ("median", "least", "greatest")
+    )
+    return [
+        f"{record['epochs']} epochs, medians of {record['seeds']} seeds",
+        f"differ by at most {significant(100 * apart, 2)} %",
+    ]
 
 
 def flat(text: str) -> str:
@@ -45,5 +104,5 @@ def unfounded(text: str, sentences: list[str]) -> list[str]:
     text = flat(text)
     for sentence in map(flat, sentences):
         text = text.replace(sentence, "")
-    text = _NAMES.sub("", text)
+    text = flat(_NAMES.sub("", text))
     return [found[0].strip() for found in re.finditer(r".{0,30}\d[\d.,]*.{0,20}", text)]
