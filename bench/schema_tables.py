@@ -1,8 +1,8 @@
 """The tables of docs/results.md that describe a results folder, made from the package's own description of it."""
 
-from collections.abc import Iterable
+import re
 
-from ncollapse.train.results.columns import METRICS, RUN_COLUMNS, ResultColumn
+from ncollapse.train.results.columns import METRICS, RUN_COLUMNS
 from ncollapse.train.results.schema import SETTINGS, TABLES
 
 #: Table of the database -> what a row of it is. A table that is missing here is an error.
@@ -32,19 +32,22 @@ def database() -> str:
 def run_columns() -> str:
     """A row a column of `load_runs` that is no metric."""
     measured = {*METRICS, *(f"{name}_start" for name in METRICS)}
-    return _columns(column for column in RUN_COLUMNS if column.name not in measured)
+    lines = ["| column | dtype | meaning |", "| --- | --- | --- |"]
+    for name, meaning, dtype in RUN_COLUMNS:
+        if name not in measured:
+            lines.append(f"| `{name}` | {dtype} | {_cell(meaning)} |")
+    return "\n".join(lines)
 
 
 def metrics() -> str:
     """A row a metric."""
-    return _columns(column for column in RUN_COLUMNS if column.name in METRICS)
+    rows = (f"| `{name}` | {_cell(meaning)} |" for name, meaning in METRICS.items())
+    return "\n".join(["| column | meaning |", "| --- | --- |", *rows])
 
 
-def _columns(columns: Iterable[ResultColumn]) -> str:
-    lines = ["| column | dtype | meaning |", "| --- | --- | --- |"]
-    for name, meaning, dtype in columns:
-        said = " ".join(meaning.removesuffix("; at the run's last evaluation").split()).removesuffix(".")
-        for mark in "|*<":
-            said = said.replace(mark, f"\\{mark}")
-        lines.append(f"| `{name}` | {dtype} | {said} |")
-    return "\n".join(lines)
+def _cell(meaning: str) -> str:
+    """A meaning on one line, without what Markdown would read: JSON becomes code."""
+    said = " ".join(meaning.split()).removesuffix(".")
+    for mark in "|*<":
+        said = said.replace(mark, f"\\{mark}")
+    return re.sub(r"\{.*?\}", r"`\g<0>`", said)
