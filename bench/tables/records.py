@@ -59,7 +59,7 @@ def _runs(record: dict[str, Any]) -> list[dict[str, Any]]:
 def _where(record: Any) -> list[str]:
     """Device, PyTorch and commit of a record."""
     if isinstance(record, list):  # compiled, for devices that need not be there; nothing was run
-        return [", ".join(sorted({row["arch"] for row in record}, key=len)), DASH, DASH]
+        return [", ".join(sorted({row["arch"] for row in record}, key=lambda arch: (len(arch), arch))), DASH, DASH]
     machines = [record["machine"]] if "machine" in record else []
     machines += [record["machine_info"]] if "machine_info" in record else []
     machines += [version["machine"] for version in record.get("versions", {}).values()]
