@@ -33,15 +33,15 @@ class Case:
 class Features:
     """The data of a case: `batches` for the candidates, `truth` their NC1 in float64."""
 
-    def __init__(self, case: Case, device: str) -> None:
+    def __init__(self, case: Case, device: str, noise: float = NOISE, offset: float = OFFSET) -> None:
         g = torch.Generator(device).manual_seed(0)
         self.k, self.d = case.classes, case.dim
         labels = torch.randint(self.k, (case.samples,), generator=g, device=device)
         means = torch.randn(self.k, self.d, generator=g, device=device)
-        means = OFFSET + NORM * means / means.norm(dim=1, keepdim=True)
-        noise = torch.randn(case.samples, self.d, generator=g, device=device)
-        features = (means[labels] + NOISE * noise).to(DTYPES[case.dtype])
-        del noise
+        means = offset + NORM * means / means.norm(dim=1, keepdim=True)
+        within = torch.randn(case.samples, self.d, generator=g, device=device)
+        features = (means[labels] + noise * within).to(DTYPES[case.dtype])
+        del within
         size = case.batch or case.samples
         self.batches = list(zip(features.split(size), labels.split(size), strict=True))
         self.truth = self._truth()
