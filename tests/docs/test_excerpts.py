@@ -11,10 +11,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "kernels.md").read_text("utf-8")
-MARKED = re.compile(r"<!-- excerpt (\S+)(.*?) -->\n+```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-EXCERPTS = MARKED.findall(PAGE)
-SOURCES = [(name, text) for name, _, _, text in EXCERPTS if "/" in name]
-COMPILED = [(name, words.split(), text) for name, words, _, text in EXCERPTS if "/" not in name]
+BLOCK = r":?\n+```\w+\n(.*?)^```$"
+#: Below a link to the file that they are from; compiled code below its stage and the fields of its kernel's record.
+SOURCES = re.findall(r"^\[([\w/]+\.\w+)\]\(\.\./\1\)" + BLOCK, PAGE, re.MULTILINE | re.DOTALL)
+COMPILED = [
+    (stage, words.split(), text)
+    for stage, words, text in re.findall(r"^<!-- (ptx|sass) ([^\n]*) -->" + BLOCK, PAGE, re.MULTILINE | re.DOTALL)
+]
 PINNED = re.findall(r"^triton==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
 
 
@@ -41,12 +44,11 @@ def instructions(text: str) -> list[str]:
 
 def test_every_excerpt_is_marked() -> None:
     """A block of another file's code that is not run must be compared with that file."""
-    shown = re.findall(r"^```(?:cpp|ptx)$", PAGE, re.MULTILINE) + re.findall(
-        r"^<!--- skip: next --->$", PAGE, re.MULTILINE
-    )
-    assert len(SOURCES) > 8
-    assert {name for name, *_ in COMPILED} == {"ptx", "sass"}
-    assert len(shown) + sum(name == "sass" for name, *_ in COMPILED) == len(EXCERPTS)
+    skipped = re.findall(r"^<!--- skip: next --->$", PAGE, re.MULTILINE)
+    cpp, ptx = (re.findall(rf"^```{language}$", PAGE, re.MULTILINE) for language in ("cpp", "ptx"))
+    assert len(skipped) > 8
+    assert len(skipped) + len(cpp) == len(SOURCES)
+    assert [stage for stage, *_ in COMPILED] == ["ptx"] * len(ptx) + ["sass"]
 
 
 @pytest.mark.parametrize(("name", "text"), SOURCES, ids=[f"{name}-{i}" for i, (name, _) in enumerate(SOURCES)])
