@@ -44,16 +44,19 @@ class Links(Extension):
 
     def in_tree(self, link: str) -> str:
         """A link of the page's document as MkDocs expects it: between sources of pages."""
-        return self._mapped(link, lambda target: posixpath.relpath(target, posixpath.dirname(self.page.file.src_uri)))
+        return self._mapped(link, self._between_sources)
 
     def in_html(self, link: str) -> str:
         """A link of the page's document as the built page has it; MkDocs leaves HTML in documents as it is."""
 
-        def url(target: str) -> str:
+        def between_pages(target: str) -> str:
             file = self.files.get_file_from_path(target)
-            return target if file is None else file.url_relative_to(self.page.file)
+            return self._between_sources(target) if file is None else file.url_relative_to(self.page.file)
 
-        return self._mapped(link, url)
+        return self._mapped(link, between_pages)
+
+    def _between_sources(self, target: str) -> str:
+        return posixpath.relpath(target, posixpath.dirname(self.page.file.src_uri))
 
     def _mapped(self, link: str, form: Callable[[str], str]) -> str:
         parts = urlsplit(link)
@@ -103,7 +106,7 @@ _links = Links()
 
 
 def on_config(config: MkDocsConfig) -> None:
-    config.markdown_extensions.append(_links)  # type: ignore[arg-type]  # Markdown takes an extension, too
+    config.markdown_extensions.append(_links)  # Markdown takes the object, too
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:

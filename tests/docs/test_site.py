@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -101,6 +102,44 @@ def test_every_public_name_has_its_place() -> None:
     ]
     assert len(set(shown)) == len(shown)
     assert set(public_names()) - set(shown) == set()
+
+
+DOCUMENT = """
+[a](../optimizers.md#an-anchor "title") [b][reference] [c](../../examples/README.md) [d](../../kernels/update/gpu.py)
+![e](../nc0.png) [f](../../train/none.py) [g](https://host/x.md) [h](#here) <a href="../../README.md#i">i</a>
+[j](../../bench/NOTES.md) `[x](../../README.md)`
+
+```html
+<a href="../../README.md">[x](../../README.md)</a>
+```
+
+[reference]: ../../CHANGELOG.md
+"""
+
+
+def test_links_of_a_document_become_links_of_the_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    markdown = pytest.importorskip("markdown")
+    defaults, files = pytest.importorskip("mkdocs.config.defaults"), importlib.import_module("mkdocs.structure.files")
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / ".hooks"))
+    hook = importlib.import_module("links")
+    links = hook.Links()
+    links.site = defaults.MkDocsConfig()
+    links.site.load_dict({"site_name": "", "docs_dir": str(ROOT / "docs"), "use_directory_urls": False})
+    assert links.site.validate() == ([], [])
+    links.site.plugins.on_startup(command="build", dirty=False)
+    links.files = files.Files([])
+    hook.on_files(links.files, links.site)
+    links.page = SimpleNamespace(file=files.File.generated(links.site, "api/page.md", content=""))
+    shown = markdown.markdown(DOCUMENT, extensions=[links, "pymdownx.superfences"])
+    found = re.findall(r'(?:href|src)="([^"]*)"', shown)
+    assert found == [
+        "../optimizers.md#an-anchor", "../changelog.md", "../examples.md", "../repository/kernels/update/gpu.py",
+        "../nc0.png", "../../train/none.py", "https://host/x.md", "#here", "../index.html#i",
+        "../repository/bench/NOTES.md.txt",
+    ]  # fmt: skip
+    assert shown.count("[x](../../README.md)") == 2
+    copied = {file.src_uri for file in links.files} - set(hook.PAGES.values())
+    assert copied == {"repository/kernels/update/gpu.py", "repository/bench/NOTES.md.txt"}
 
 
 def test_the_site(tmp_path: Path) -> None:
