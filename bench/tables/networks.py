@@ -68,7 +68,7 @@ def batch_norm() -> str:
 def prototypes() -> str:
     """What an H200 said of each idea for a step."""
     rows = [
-        [told, duration(before), duration(after), f"{100 * (after / before - 1):+.0f} %"]
+        [told, duration(before), duration(after), f"{round(100 * (after / before - 1)):+d} %"]
         for told, before, after in _ideas()
     ]
     return table(["idea", "before", "prototype", "change"], rows)
@@ -110,7 +110,11 @@ def _ideas() -> Iterator[tuple[str, float, float]]:
             sum(each[0] if isinstance(each, list) else each for each in after),
         )
     convolutions = record["convolutions_us"]
-    told = {"fwd": "forward, with batch norm's sums", "dgrad": "gradient of the input", "wgrad": "of the weights"}
+    told = {
+        "fwd": "forward, with batch norm's sums",
+        "dgrad": "gradient of the input",
+        "wgrad": "gradient of the weights",
+    }
     large = [found for name, found in convolutions.items() if name != "L6"]
     for way, words in told.items():
         ours = sum(_best(found, "fwd+stats" if way == "fwd" else way) for found in large)
