@@ -23,9 +23,12 @@ def database() -> str:
         raise ValueError(f"_ROWS does not describe the tables {', '.join(_ROWS.keys() ^ TABLES.keys())}")
     lines = ["| table | a row for | columns |", "| --- | --- | --- |"]
     for table, what in _ROWS.items():
-        names = [name for name in TABLES[table] if name not in METRICS and not (table == "runs" and name in SETTINGS)]
-        groups = ["the settings"] * (table == "runs") + ["the metrics"] * bool(METRICS.keys() & TABLES[table].keys())
-        lines.append(f"| `{table}` | {what} | {', '.join([*(f'`{name}`' for name in names), *groups])} |")
+        names, groups = dict.fromkeys(TABLES[table]), {"the settings": SETTINGS, "the metrics": METRICS}
+        for group, members in groups.items():
+            if names.keys() >= set(members):
+                names = {name: None for name in names if name not in members} | {group: None}
+        shown = (name if name in groups else f"`{name}`" for name in names)
+        lines.append(f"| `{table}` | {what} | {', '.join(shown)} |")
     return "\n".join(lines)
 
 
