@@ -15,6 +15,8 @@ def main() -> None:
         # A terminal or file that cannot hold Greek letters shows "?" in their place.
         with contextlib.suppress(AttributeError):  # a stream that was replaced
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    if os.environ.get("NO_COLOR"):  # rich reads it, tyro does not
+        os.environ["PYTHON_TYRO_ANSI_CODES"] = "False"
     # Figures only draw files. That of a notebook may name a package that this environment lacks.
     os.environ.pop("MPLBACKEND", None)
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:

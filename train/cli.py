@@ -1,6 +1,8 @@
 """The command `ncollapse`: a class for each subcommand. Heavy libraries are imported where a command needs them."""
 
 import dataclasses
+import functools
+import operator
 import os
 import re
 import shlex
@@ -11,7 +13,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from rich.console import Console
@@ -21,8 +23,10 @@ from tyro import conf
 
 import ncollapse
 from ncollapse.train.commands import theory
-from ncollapse.train.config import DESCRIPTIONS, GIVEN, RunConfig, make_run
-from ncollapse.train.engine.options import KeepOptions, Options, PlaceOptions, SourceOptions, hide_default
+from ncollapse.train.commands.overview import print_examples, print_overview
+from ncollapse.train.commands.setting_options import OneOfEach, SeveralOfEach
+from ncollapse.train.config import RunConfig, make_run, unknown
+from ncollapse.train.engine.options import Flag, KeepOptions, Options, PlaceOptions, SourceOptions, hide_default
 from ncollapse.train.engine.part import part_of, shard_of
 from ncollapse.train.errors import InterruptError, LostRunsError, StoppedError, UserError
 from ncollapse.train.formatting import plain
@@ -34,7 +38,7 @@ from ncollapse.train.results.export import Format, export_results
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demo(PlaceOptions, Options, Selection):
-    """Six optimizers on scikit-learn's digits: the paper's table, figures and a report in under a minute."""
+    """Six optimizers on handwritten digits: the paper's table and a report."""
 
     def main(self, console: Console) -> None:
         grid, folder = _train(load_grid("demo"), self.out, self, self, console)
@@ -46,25 +50,7 @@ class Demo(PlaceOptions, Options, Selection):
         )
 
 
-def _settings(name: str, several: bool, default_of: str = "the grid's") -> Any:
-    """Make a class with an argument for each field of `RunConfig`, of one value or several; None where it is not given.
-
-    Only types are checked by it. `make_run` checks values later; its messages name the grid and the key.
-    """
-
-    def field(f: dataclasses.Field[Any]) -> tuple[str, Any, Any]:
-        kind = tuple[f.type, ...] if several else f.type  # type: ignore[name-defined]
-        default = "" if f.default is None else f"(default: {f.default})"
-        hint = f"(default: {default_of})" if several else default
-        argument = conf.arg(help=DESCRIPTIONS[f.name], help_behavior_hint=hint)
-        return f.name, Annotated[kind | None, argument], None  # type: ignore[operator]
-
-    return dataclasses.make_dataclass(name, [field(f) for f in GIVEN], kw_only=True, frozen=True)
-
-
-_Settings = _settings("settings", several=False)
-_Axes = _settings("axes", several=True)
-_Changes = _settings("changes", several=True, default_of="as it was")
+_Folder = Annotated[conf.Positional[Path], conf.arg(metavar="DIR")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,13 +59,13 @@ class Run(PlaceOptions, KeepOptions):
 
     preset: Annotated[str | None, hide_default] = None
     """A preset (paper) or a grid file; its settings for a single run replace the defaults below."""
-    settings: _Settings = dataclasses.field(default_factory=_Settings)  # type: ignore[valid-type]
+    settings: OneOfEach
     """The run's settings."""
 
     def main(self, console: Console) -> None:
         from ncollapse.train.report.terminal import print_run
 
-        given = {name: value for name, value in vars(self.settings).items() if value is not None}
+        given = dict(self.settings)
         plugins = plugins_beside(self.preset)
         settings = given if self.preset is None else run_settings(self.preset, given)
         run = make_run(with_code(settings, plugins), "run")
@@ -92,7 +78,7 @@ class Run(PlaceOptions, KeepOptions):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sweep(PlaceOptions, Options, Selection):
-    """Train every run of a grid; the same command continues a sweep that was stopped.
+    """Train every run of a grid; the same command continues where it stopped.
 
     A folder takes any runs on the same data: what is in it stays.
     """
@@ -100,15 +86,17 @@ class Sweep(PlaceOptions, Options, Selection):
     where: Annotated[str | None, hide_default] = None
     """Train only the runs of the grid that are so: --where "optimizer=adam,adamw lr<0.1"."""
     shard: Annotated[str | None, hide_default] = None
-    """Train only share I of N of the grid, for an array of jobs: --shard 3/8; `ncollapse merge` joins their folders."""
-    dry_run: bool = False
-    """Show what would be trained, how long it takes and how much it writes, and do nothing: sweep paper --dry-run."""
-    grid: Annotated[conf.Positional[str], conf.arg(help=f"A TOML file, or a preset: {', '.join(presets())}.")]
-    axes: _Axes = dataclasses.field(default_factory=_Axes)  # type: ignore[valid-type]
+    """Train only share I of N of the grid, for an array of jobs: --shard 3/8; ncollapse merge joins their folders."""
+    dry_run: Flag = False
+    """Show what would be trained, how long it takes and how much it writes, and do nothing."""
+    grid: Annotated[
+        conf.Positional[str], conf.arg(metavar="GRID", help=f"A TOML file, or a preset: {', '.join(presets())}.")
+    ]
+    axes: SeveralOfEach
     """Values that replace those of the grid."""
 
     def main(self, console: Console) -> None:
-        given = {name: list(values) for name, values in vars(self.axes).items() if values is not None}
+        given = {name: list(values) for name, values in self.axes.items()}
         grid = load_grid(self.grid, given)
         grid = dataclasses.replace(grid, metrics=tuple(dict.fromkeys([*grid.metrics, *self.metrics])))
         grid = grid if self.where is None else part_of(grid, self.where)
@@ -131,24 +119,24 @@ class Sweep(PlaceOptions, Options, Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rerun(SourceOptions, Options, Selection):
-    """Train runs of a results folder again, or with other settings: rerun DIR --where status=diverged --lr 0.01.
+    """Train runs of a results folder again, or with other settings.
 
-    With other settings the runs are added to the folder; without, what was measured of them is replaced.
+    With other settings they are added to the folder; without, they are replaced.
     """
 
-    folder: conf.Positional[Path]
+    folder: _Folder
     """The results folder."""
     where: str
     """Which of its runs, by status and settings: --where "status=diverged,hopeless lr>0.1"."""
     code_dir: Path = Path()
     """Folder of the files with code of your own."""
-    changes: _Changes = dataclasses.field(default_factory=_Changes)  # type: ignore[valid-type]
+    changes: SeveralOfEach
     """Values that replace those of the runs."""
 
     def main(self, console: Console) -> None:
         from ncollapse.train.commands.rerun import train_again
 
-        given = {name: list(values) for name, values in vars(self.changes).items() if values is not None}
+        given = {name: list(values) for name, values in self.changes.items()}
         grid = train_again(
             self.folder, self.where, given, lambda grid: _train(grid, self.folder, self, self, console), self.metrics,
             accept_changes=self.accept_changes, code_dir=self.code_dir,
@@ -159,13 +147,18 @@ class Rerun(SourceOptions, Options, Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Merge:
-    """Join results folders, as of the jobs of an array, into a new one; a run that is in several must be the same."""
+    """Join results folders, as of the jobs of an array, into a new one.
 
-    folders: Annotated[conf.Positional[tuple[Path, ...]], conf.arg(help_behavior_hint="(two or more)")]
+    A run that is in several of them must be the same in each.
+    """
+
+    folders: Annotated[
+        conf.Positional[tuple[Path, ...]], conf.arg(help_behavior_hint="(two or more)", metavar="DIR ...")
+    ]
     """The results folders: merge results/paper-shard-* --out results/paper."""
     out: Path
     """The new folder."""
-    keep_first: bool = False
+    keep_first: Flag = False
     """Take a run that differs between folders from the first one, instead of an error that names what differs."""
 
     def main(self, console: Console) -> None:
@@ -183,12 +176,12 @@ class Merge:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report(Selection):
-    """Write tables, figures and one HTML page from a results folder, finished or not."""
+    """Write tables, figures and an HTML page of a results folder, finished or not."""
 
-    folder: conf.Positional[Path]
+    folder: _Folder
     """The results folder."""
     out: Annotated[Path | None, hide_default] = None
-    """Folder for the report, by default the results folder; of a read-only one: report /data/paper --out report."""
+    """Folder for the report, by default the results folder."""
 
     def main(self, console: Console) -> None:
         _report(self.folder, self, console, self.out)
@@ -196,16 +189,16 @@ class Report(Selection):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Findings:
-    """Test the paper's claims on a results folder, finished or not: number, interval and verdict of each."""
+    """Test the paper's claims on a results folder: numbers and verdicts."""
 
-    folder: conf.Positional[Path]
+    folder: _Folder
     """The results folder."""
     threshold: float = Selection.threshold
     """Training accuracy that a run must reach to count, in [0, 1]."""
     claim: Annotated[int | None, hide_default] = None
-    """Show how one claim is tested, with all its comparisons: findings results/paper --claim 3."""
-    json: bool = False
-    """Print all numbers and the ids of the runs as JSON: findings results/paper --json."""
+    """Show how one claim is tested, with all its comparisons."""
+    json: Flag = False
+    """Print all numbers and the ids of the runs as JSON."""
 
     def main(self, console: Console) -> None:
         from ncollapse.train.commands.findings import findings_json, print_findings
@@ -219,15 +212,14 @@ class Findings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
-    """Show the progress of a sweep, from another terminal while it runs or after it has stopped."""
+    """Show the progress of a sweep, while it runs or after it has stopped."""
 
-    folder: conf.Positional[Path]
+    folder: _Folder
     """The results folder."""
-
-    watch: bool = False
-    """Show it anew every two seconds until the sweep ends: status results/paper --watch."""
-    json: bool = False
-    """Print it as JSON for other programs: status results/paper --json | jq .left."""
+    watch: Flag = False
+    """Show it anew every two seconds until the sweep ends."""
+    json: Flag = False
+    """Print it as JSON for other programs."""
 
     def main(self, console: Console) -> None:
         from ncollapse.train.commands.status import as_json, print_status, read_status, watch_status
@@ -242,9 +234,9 @@ class Status:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Export:
-    """Write every run, every evaluated epoch and the meaning of the columns as files for other programs."""
+    """Write runs, epochs and the meaning of the columns for other programs."""
 
-    folder: conf.Positional[Path]
+    folder: _Folder
     """The results folder, finished or not."""
     format: Format = "parquet"
     """parquet keeps types and missing values and needs pyarrow; csv needs no package."""
@@ -258,9 +250,9 @@ class Export:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Check:
-    """Say what of a results folder is whole and what is damaged; copy what is whole."""
+    """Say what of a results folder is whole or damaged; copy what is whole."""
 
-    folder: conf.Positional[Path]
+    folder: _Folder
     """The results folder."""
     salvage: Annotated[Path | None, hide_default] = None
     """New folder for a copy of what is whole, from which the same command continues."""
@@ -273,7 +265,10 @@ class Check:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Theory(theory.Setting):
-    """Simulate NC0 under every optimizer in the unconstrained features model, and compare it with theory."""
+    """Simulate NC0 under every optimizer, and compare it with theory.
+
+    In the unconstrained features model, with fixed features.
+    """
 
     out: Path = Path("results/theory")
     """Folder for the figure, theory.png and theory.svg."""
@@ -284,7 +279,7 @@ class Theory(theory.Setting):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Doctor:
-    """Show what this machine has: torch, Triton, GPU, data sets; what runs in fast kernels and what falls back."""
+    """Show what this machine has, what runs in fast kernels and what falls back."""
 
     data_dir: Annotated[Path | None, hide_default] = None
     """Folder of the data sets; by default $NCOLLAPSE_DATA, else ./data."""
@@ -298,6 +293,26 @@ class Doctor:
         console.print(table)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Completion:
+    """Print the script that completes commands and options in a shell."""
+
+    shell: Annotated[conf.Positional[Literal["bash", "zsh", "fish"]], conf.arg(metavar="{bash,zsh,fish}")]
+    """The shell; the examples name the files that these shells read."""
+
+    def main(self, console: Console) -> None:
+        commands: Any = functools.reduce(operator.or_, COMMANDS.values())
+        tyro.cli(commands, prog="ncollapse", args=["--tyro-write-completion", self.shell, "-"], config=_CONFIG)
+
+
+#: Command -> its class, in the order in which they are used.
+COMMANDS: dict[str, Any] = {
+    kind.__name__.lower(): kind
+    for kind in (
+        *(Demo, Run, Sweep, Status, Report, Findings, Rerun, Export, Merge, Check, Theory, Doctor, Completion),
+    )
+}
+_CONFIG = (conf.OmitSubcommandPrefixes, conf.OmitArgPrefixes, conf.FlagCreatePairsOff, conf.DisallowNone)
 #: The most characters of the name of a single run's folder.
 _LONGEST_NAME = 100
 #: Error -> exit code, the first that fits; 75 is EX_TEMPFAIL: "give the same command again".
@@ -306,13 +321,23 @@ _CODES = {StoppedError: 75, InterruptError: 130, LostRunsError: 4}
 
 def parse(args: list[str]) -> Any:
     """Return the command that arguments name; it exits with 2 where they are wrong, with 0 after --help."""
-    return tyro.cli(
-        Demo | Run | Sweep | Rerun | Status | Findings | Report | Merge | Export | Check | Theory | Doctor,
-        prog="ncollapse",
-        description="Which optimizers drive a classifier into neural collapse, and why.",
-        args=args,
-        config=(conf.OmitSubcommandPrefixes, conf.OmitArgPrefixes, conf.FlagCreatePairsOff, conf.DisallowNone),
-    )
+    if not args or args[0] in ("-h", "--help"):
+        print_overview(COMMANDS)
+        sys.exit(0 if args else 2)
+    name, *rest = args
+    if name not in COMMANDS:
+        _end(
+            f"options stand after the command: ncollapse COMMAND {name}; ncollapse --help lists the commands"
+            if name.startswith("-")
+            else unknown("command", name, tuple(COMMANDS)),
+            2,
+        )
+    try:
+        return tyro.cli(COMMANDS[name], prog=f"ncollapse {name}", args=rest, config=_CONFIG)
+    except SystemExit as stop:
+        if not stop.code:
+            print_examples(name)
+        raise
 
 
 def main(args: list[str] | None = None) -> None:

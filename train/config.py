@@ -128,7 +128,7 @@ class RunConfig:
     model: _named("model") = "mlp"  # type: ignore[valid-type]
     """The network, or one of your own as FILE.py:NAME or package.module:NAME."""
     model_options: OptionsText = ""
-    """Arguments of a model of your own, as JSON: {"depth": 3}."""
+    """Arguments of a model of your own as JSON: {"depth": 3}."""
     head: Annotated[str, Field(max_length=_LONGEST_NAME)] = ""
     """Name of the last, linear layer of a model of your own; by default it is found."""
     width: Annotated[int, Field(ge=1, le=_MOST_WIDTH)] | None = None
@@ -172,7 +172,7 @@ class RunConfig:
     lr_drop_factor: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.1
     """Factor by which each drop multiplies the learning rate."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seed of the initial weights and the order of the samples."""
+    """Seed of the initial weights and of the order of the samples."""
     limit: Count | None = None
     """Train on the first LIMIT samples only."""
     pad: Annotated[int, Field(ge=0, le=_MOST_PAD)] = 0
@@ -278,9 +278,11 @@ class RunConfig:
 FIELDS = dataclasses.fields(RunConfig)
 #: The settings that users give; `code` follows from them.
 GIVEN = tuple(field for field in FIELDS if field.name != "code")
-#: Setting -> description, for the help of the command line.
+#: Setting -> description on one line, for the help of the command line.
 DESCRIPTIONS = {
-    name: f"{', '.join(NAMED[name])}. {info.description}" if name in NAMED else str(info.description)
+    name: " ".join(
+        f"{', '.join(NAMED[name])}. {info.description}".split() if name in NAMED else str(info.description).split()
+    )
     for name, info in RunConfig.__pydantic_fields__.items()  # type: ignore[attr-defined]
 }
 
@@ -332,8 +334,18 @@ def unknown_key(key: str, also: tuple[str, ...] = ()) -> str:
 
 
 def unknown(what: str, name: str, names: Sequence[str]) -> str:
-    """Return the message for a name that is none of `names`, with the nearest of them."""
-    near = difflib.get_close_matches(name[:60], names, n=1, cutoff=0.5)
+    """Return the message for a name that is none of `names`, with the one that was meant where that is likely."""
+    near = _nearest(name[:60].lower(), names)
     return f"unknown {what} {short(name)}" + (
-        f", did you mean {near[0]!r}?" if near else f"; the {what}s are {', '.join(names)}"
+        f", did you mean {near!r}?" if near else f"; the {what}s are {', '.join(names)}"
     )
+
+
+def _nearest(name: str, names: Sequence[str]) -> str | None:
+    # Another number is no slip: resnet18 is not resnet9, beta1 not beta2.
+    def number(text: str) -> str:
+        return "".join(c for c in text if c.isdigit())
+
+    likely = [other for other in names if not number(name) or number(other) in ("", number(name))]
+    swapped = [other for other in likely if sorted(other) == sorted(name)]
+    return next(iter([*swapped, *difflib.get_close_matches(name, likely, n=1, cutoff=0.7)]), None)

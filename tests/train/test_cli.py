@@ -1,6 +1,7 @@
 """The command line as a user sees it: options, messages, exit codes."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_sweep_reads_a_grid_and_options_replace_its_axes(capsys: pytest.CaptureF
         (["run", "--preset", "paper", "--lr", "-1"], "run: lr = -1.0: input should be greater than 0"),
         (["sweep", "nothing.toml"], "neither a file nor a preset"),
         (["run", "--optimizer", "sdg"], "run: unknown optimizer 'sdg', did you mean 'sgd'?; of your own: FILE.py:NAME"),
-        (["sweep", "demo", "--model", "alexnet"], "unknown model 'alexnet', did you mean 'resnet9'?"),
+        (["sweep", "demo", "--model", "alexnet"], "unknown model 'alexnet'; the models are mlp, cnn, resnet9"),
         (["sweep", "grid.toml", "--weight-decay", "-3"], "grid.toml: weight_decay = -3.0"),
         (["report", "nowhere"], "no results in nowhere"),
         (["status", "nowhere"], "no results in nowhere"),
@@ -102,13 +103,22 @@ def test_errors_are_one_message_and_exit_code_1(
         (["run", "--precision", "fp8"], "invalid choice 'fp8'"),
         (["run", "--learning-rate", "1"], "--learning-rate"),
         (["export", "results", "--format", "xlsx"], "invalid choice 'xlsx'"),
-        (["status"], "PATH"),
-        (["dmeo"], "dmeo"),
+        (["status"], "DIR"),
+        (["dmeo"], "ncollapse: unknown command 'dmeo', did you mean 'demo'?"),
+        (["train"], "ncollapse: unknown command 'train'; the commands are demo, run, sweep,"),
+        (["--lr", "1", "run"], "options stand after the command: ncollapse COMMAND --lr"),
+        (["completion", "tcsh"], "invalid choice 'tcsh'"),
         ([], "demo"),
     ],
 )
 def test_bad_arguments_are_exit_code_2(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
     assert message in fails(capsys, 2, *args)
+
+
+def test_options_that_look_alike_are_those_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    text = fails(capsys, 2, "sweep", "demo", "--wieght-decay", "1")
+    assert re.findall(r"--[a-z]+(?:-[a-z]+)*", text) == ["--wieght-decay", "--weight-decay", "--help"]
+    assert "Perhaps" not in fails(capsys, 2, "run", "--foo")
 
 
 def test_an_interrupt_is_exit_code_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +222,60 @@ def test_paths_are_shown_as_they_are(capsys: pytest.CaptureFixture[str], name: s
     assert "\x1b" not in shown
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_ends_with_two_commands_that_are_right(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert not stop.value.code
+    text, _, examples = capsys.readouterr().out.partition("\nexamples:\n")
+    lines = examples.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        words = shlex.split(re.search(r"ncollapse [^>)]+(?=$| >|\))", line)[0])  # type: ignore[index]
+        assert words[1] == command
+        assert isinstance(cli.parse(words[1:]), cli.COMMANDS[command])
+    ragged = [line for line in [*text.splitlines(), *lines] if len(line) > 80 or re.fullmatch("│ *│", line)]
+    assert ragged == []
+
+
+def test_the_overview_shows_every_command_in_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert re.findall(r"^│ (\w+)", text, re.M) == list(cli.COMMANDS)
+    assert "--version" in text
+    assert max(map(len, text.splitlines())) == 80
+
+
+def test_completion(capsys: pytest.CaptureFixture[str]) -> None:
+    scripts = {}
+    for shell in ("bash", "zsh", "fish"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["completion", shell])
+        assert not stop.value.code
+        scripts[shell] = capsys.readouterr().out
+    assert scripts["zsh"].startswith("#compdef ncollapse\n")
+    assert "complete --no-files --command $_prog_basename" in scripts["fish"]
+
+    def completed(*words: str) -> set[str]:
+        line = f"COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _tyro_ncollapse"
+        script = f"{scripts['bash']}\n{line}\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        return set(done.stdout.split())
+
+    assert completed("ncollapse", "re") == {"report", "rerun"}
+    assert completed("ncollapse", "sweep", "demo", "--weight") == {"--weight-decay"}
+    assert completed("ncollapse", "run", "--precision", "b") == {"bf16"}
+
+
 def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
     """The options of every command are frozen: scripts of users depend on them."""
     settings = [
@@ -253,6 +317,7 @@ def test_doctor_shows_what_the_machine_has(capsys: pytest.CaptureFixture[str]) -
         assert what in out
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["--version"])
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_version(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    cli.main([option])
     assert re.fullmatch(r"ncollapse \d+\.\d+\.\d+\n", capsys.readouterr().out)

@@ -14,21 +14,23 @@ _MOST_MINUTES = 525_600.0  # a year
 
 #: For options whose default is described in the help text, where "None" would say less.
 hide_default = tyro.conf.arg(help_behavior_hint="")
+#: An option that is given or not; "False" would say nothing.
+Flag = Annotated[bool, hide_default]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeepOptions:
     """What is kept besides the metrics, and until when it is trained."""
 
-    save_weights: bool = False
+    save_weights: Flag = False
     """Write each run's final weights to weights/RUN.pt."""
-    tensorboard: bool = False
+    tensorboard: Flag = False
     """Also log every metric of every run for TensorBoard, in the folder tensorboard."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints of a stack, from which the same command continues."""
-    metrics: Annotated[tuple[str, ...], hide_default] = ()
+    metrics: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="", metavar="NAME ...")] = ()
     """Metrics of your own to measure too: --metrics mine.py:margin."""
-    accept_changes: bool = False
+    accept_changes: Flag = False
     """Go on with code of your own that has changed since the folder's runs were made; the change is recorded."""
     minutes: Annotated[float | None, hide_default] = None
     """Stop after so many minutes, at checkpoints, with exit code 75: --minutes 230 in a job of four hours."""
@@ -55,10 +57,9 @@ class Options(KeepOptions):
     workers: Literal["auto"] | int = "auto"
     """Processes of the local engine that train side by side; auto measures what is fastest."""
     ray_address: Annotated[str | None, hide_default] = None
-    """A Ray cluster's address (HOST:6379); by default $RAY_ADDRESS, one on this machine, or else a new one here."""
+    """Address of a Ray cluster (HOST:6379); by default $RAY_ADDRESS, one on this machine, or else a new one here."""
     stop_hopeless: Annotated[float | None, hide_default] = None
-    """End runs whose training loss has not left chance level, or exceeds it, after a share of their epochs:
-    --stop-hopeless 0.25."""
+    """End runs whose training loss is still at chance level, or above it, after this share of their epochs, as 0.25."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,9 +81,9 @@ class SourceOptions:
 
     data_dir: Annotated[Path | None, hide_default] = None
     """Folder of the data sets; by default $NCOLLAPSE_DATA, else ./data."""
-    download: bool = False
+    download: Flag = False
     """Let torchvision download a data set that is missing."""
-    stream: bool = False
+    stream: Flag = False
     """Read data of your own while they are used, instead of holding them in memory; runs then train one by one."""
     device: Annotated[str | None, hide_default] = None
     """cpu, cuda (all GPUs), cuda:1 …; by default cuda where there is a GPU."""

@@ -2,7 +2,9 @@
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+from tyro import conf
 
 from ncollapse.formatting import percentage
 from ncollapse.train.errors import UserError
@@ -25,8 +27,8 @@ class Selection:
 
     threshold: float = 0.999
     """Training accuracy that a run must reach to count, in [0, 1]."""
-    best_by: Criterion = "nc0"
-    """The metric whose smallest value is best."""
+    best_by: Annotated[Criterion, conf.arg(metavar="NC")] = "nc0"
+    """The metric whose smallest value is best: nc0, nc1, nc2 or nc3."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
