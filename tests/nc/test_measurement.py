@@ -145,7 +145,7 @@ def test_the_memory_that_is_held_is_that_of_the_kept_features(kind: str, fits: b
     features_bytes = batches * batch * D * 4
     measurement = Measurement(weight, keep_bytes=features_bytes if fits else features_bytes - 1)
     measurement.add(all_data[:0], all_data[:0] @ weight.T, labels[:0])  # the sums are allocated once
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as memory:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as memory:
         for i in range(batches):
             if kind == "slice of the data":
                 features = all_data[i * batch : (i + 1) * batch]

@@ -156,7 +156,7 @@ def test_muons_errors() -> None:
         with pytest.warns(errors) if issubclass(kind, Warning) else pytest.raises(errors):
             optim.Muon(params, **given.kwargs)
         checked += 1
-    assert checked >= 9
+    assert checked >= 8  # as many as torch 2.11 lists; later versions have more
 
 
 @pytest.mark.parametrize(("name", "kwargs"), list(inputs()))
