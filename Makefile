@@ -32,7 +32,7 @@ lowest:  ## the tests of kernels, metrics and trainer with the lowest versions t
 	$(PYTHON) -m venv --clear build/lowest
 	build/lowest/bin/python -m pip --disable-pip-version-check install --quiet uv
 	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct '.[test]'
-	build/lowest/bin/python -m pytest -n auto tests/nc tests/kernels tests/train
+	build/lowest/bin/python -m pytest -n auto -W ignore::DeprecationWarning tests/nc tests/kernels tests/train
 
 wheel: $(VENV)/.installed-dev  ## dist/: a wheel for Linux and every Python from 3.11 on, checked in those that are here, and the sources
 	rm -rf build dist
