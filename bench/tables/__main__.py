@@ -14,7 +14,17 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from bench.tables import claims, comparisons, networks, optimizers, records, sentences, statistics, sweeps
+from bench.tables import (
+    claims,
+    comparisons,
+    microbenchmarks,
+    networks,
+    optimizers,
+    records,
+    sentences,
+    statistics,
+    sweeps,
+)
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "docs/*.md", "examples/*.md")
@@ -51,6 +61,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "large-folders": sweeps.large_folders,
     "reports": sweeps.reports,
     "trials": sweeps.trials,
+    "microbenchmarks": microbenchmarks.on_cpu,
     "records": records.records,
 }
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,24 @@ def test_a_record_that_nobody_describes_is_named(documents: Path, monkeypatch: p
     monkeypatch.setattr(records, "RESULTS", documents)
     with pytest.raises(SystemExit, match=r"new\.json: say in HOLDS"):
         records.records()
+
+
+def test_microbenchmarks_have_a_row_for_each_case(documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.tables import microbenchmarks
+
+    def timed(group: str, name: str, seconds: float, **extra: float) -> dict[str, Any]:
+        return {"group": group, "name": name, "stats": {"median": seconds, "iqr": seconds / 5}, "extra_info": extra}
+
+    found = [
+        timed("sgd", "nc", 1e-3, share_of_copy=0.9),
+        timed("sgd", "torch fused", 2e-3),
+        timed("norm", "torch", 3e-3),
+    ]
+    monkeypatch.setattr(microbenchmarks, "read", lambda name: {"benchmarks": found})
+    assert microbenchmarks.on_cpu().splitlines()[2:] == [
+        "| sgd | nc 1.00 ms (± 100 µs) | 90 % | torch fused 2.00 ms (± 200 µs) |",
+        "| norm |  |  | torch 3.00 ms (± 300 µs) |",
+    ]
 
 
 @pytest.mark.parametrize(
