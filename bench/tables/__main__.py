@@ -1,7 +1,7 @@
-"""The numbers of README and docs that come from bench/results: tables written between their marks, sentences compared.
+"""The tables of README and docs, written between their marks, and their sentences with numbers, compared with records.
 
 python -m bench.tables            writes the tables, and says which sentences have other numbers than their record
-python -m bench.tables --check    writes nothing; ends with 1 where a document has other numbers than its record
+python -m bench.tables --check    writes nothing; ends with 1 where a document says something else than its record
 
 A document marks the place of a table: `<!-- table NAME -->`, the table, `<!-- end of table -->`. What sentences must
 say is in `bench/tables/sentences.py`.
@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from bench import presets_table, schema_tables
 from bench.tables import (
     claims,
     comparisons,
@@ -63,6 +64,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "trials": sweeps.trials,
     "microbenchmarks": microbenchmarks.on_cpu,
     "records": records.records,
+    "presets": presets_table.presets_table,
+    "run-columns": schema_tables.run_columns,
+    "metric-columns": schema_tables.metrics,
+    "database": schema_tables.database,
 }
 
 
@@ -80,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         name, text = path.relative_to(ROOT).as_posix(), path.read_text("utf-8")
         new = written(text)
         if new != text and check:
-            wrong.append(f"{name}: a table has other numbers than bench/results; python -m bench.tables writes it")
+            wrong.append(f"{name}: a table is not of the records as they are; python -m bench.tables writes it")
         elif new != text:
             path.write_text(new, "utf-8")
         wrong += [f"{name} does not say “{told}”" for told in sentences.missing(text, must.get(name, []))]

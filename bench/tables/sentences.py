@@ -21,9 +21,9 @@ _SHOWN = (
 def of_documents() -> dict[str, list[str]]:
     """Document -> what it must say."""
     findings = read("findings-cpu.json")
-    minutes = findings["seconds_of_command"] / 60
+    minutes = f"{findings['seconds_of_command'] / 60:.0f} minutes on two cores"
     return {
-        "README.md": [sweeps.demo_seconds(), f"{findings['runs']} runs in {minutes:.0f} minutes on two cores"],
+        "README.md": [sweeps.demo_seconds(), f"{findings['runs']} runs in {minutes}"],
         "docs/benchmarks.md": [
             f"differ by less than {NEAR - 1:.0%}".replace("%", " %"),
             _machines(),
@@ -33,7 +33,59 @@ def of_documents() -> dict[str, list[str]]:
             sweeps.demo_seconds(),
             *_precision(),
         ],
+        "docs/beyond_the_paper.md": [_beyond()],
+        "docs/bring_your_own.md": _own_models(),
+        "docs/findings.md": [minutes, _paper_factor()],
+        "docs/kernels.md": _steps(),
+        "docs/theory.md": _row_sum(),
     }
+
+
+def _beyond() -> str:
+    seconds = [preset["seconds"] for preset in read("beyond-paper-cpu.json")["presets"].values()]
+    return f"{min(seconds) // 60} to {max(seconds) // 60 + 1} minutes on two cores"
+
+
+def _own_models() -> list[str]:
+    """How fast models of the user's train beside the built-in ones, and run by run beside a plain loop."""
+    cases = read("own-cpu.json")["cases"]
+
+    def span(names: str, *ratios: str) -> str:
+        found = [case[ratio] for name, case in cases.items() if name.startswith(names) for ratio in ratios]
+        return f"{min(found):.2f} to {max(found):.3g}"
+
+    built_in = span("", *(f"built-in / own, {size}" for size in (1, 4, 16)))
+    alone = [span(names, "plain loop / alone") for names in ("cnn", "mlp")]
+    return [f"{built_in} times the speed of the built-in ones", f"{alone[0]} (the CNN)", f"{alone[1]} times the speed"]
+
+
+def _paper_factor() -> str:
+    (run,) = (run for run in read("paper-table.json")["runs"] if run["optimizer"] == "sgdw")
+    return f"{run['nc0_norm'] / run['nc0_norm_start']:.4f} of its start"
+
+
+def _steps() -> list[str]:
+    """Steps of Adam, of large tensors on an H200 and of tiny ones on an H100."""
+    large = {case["case"]: case["eager"] for case in read("optim-cuda-h200.json")["cases"]}
+    tiny = {case["case"]: case["replay"] for case in read("optim-cuda-tiny.json")["cases"]}
+    adam, small, half = large["adam, 100M"], tiny["adam, tiny"], large["adamw, 100M, bf16"]
+    ours, theirs = adam["nc"], adam["torch fused"]
+    return [
+        f"{ours['median']:.0f} µs: {ours['gb_per_s']:,.0f} GB/s, {ours['share']:.0%} of".replace("%", " %"),
+        f"torch's fused kernel takes {theirs['median']:.0f} µs",
+        f"{half['nc']['median']:.0f} against {half['torch fused']['median']:.0f} µs",
+        f"{small['nc']['median']:.0f} µs in a CUDA graph on an H100, with torch's fused kernels "
+        f"{small['torch fused']['median']:.0f}",
+    ]
+
+
+def _row_sum() -> list[str]:
+    case = read("row-sum-cpu.json")["cases"][0]
+    return [
+        f"{case['torch']['nc0'] / 1e6:.1f}·10⁶",
+        f"step {case['torch']['first_above']}",
+        f"{case['ncollapse']['nc0']:.3g}",
+    ]
 
 
 def _machines() -> str:

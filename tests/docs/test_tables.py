@@ -36,7 +36,7 @@ def test_another_number_in_a_table_is_found_and_mended(documents: Path, capsys: 
     start = right.index("<!-- table demo -->")
     page.write_text(right[:start] + right[start:].replace("0", "1", 1), "utf-8")
     assert main(["--check"]) == 1
-    assert "docs/findings.md: a table has other numbers" in capsys.readouterr().err
+    assert "docs/findings.md: a table is not of the records" in capsys.readouterr().err
     assert main([]) == 0
     assert page.read_text("utf-8") == right
 
