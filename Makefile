@@ -23,10 +23,10 @@ check: $(VENV)/.installed-dev  ## formatting, lint, types
 	rm -rf build $(VENV)/typed && $(PIP) --no-deps --no-build-isolation --target $(VENV)/typed .
 	cd $(VENV)/typed && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml -p ncollapse
 
-# The API pages are read from an installed copy, as types are.
+# Not --quiet: MkDocs then counts no warnings.
 docs: $(VENV)/.installed-dev  ## build/site: the documentation, with the notebook run; a warning is an error
-	rm -rf build/typed build/site && $(PIP) --no-deps --no-build-isolation --target build/typed .
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	rm -rf build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lowest:  ## the tests of kernels, metrics and trainer with the lowest versions that pyproject.toml allows, in build/lowest
 	$(PYTHON) -m venv --clear build/lowest
