@@ -5,7 +5,7 @@ pytest bench/kernels -k "adamw and tiny"
 pytest bench/kernels --benchmark-compare=bench/results/kernels-cpu.json       beside the committed record
 pytest bench/kernels --benchmark-json=bench/results/kernels-cpu.json          make that record
 
-It ends with a line for each case; with any --benchmark option pytest-benchmark's own tables precede it. A case is a
+It ends with a line for each case; with any --benchmark option pytest-benchmark's own tables follow. A case is a
 group, whose table compares implementations; they are shown to compute the same before they are timed. They are timed
 one after the other: the scripts `bench/*_times.py`, in which they take turns, hold the ratios that are quoted.
 
