@@ -110,6 +110,7 @@ def test_snippets_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shutil.copytree(ROOT / "examples" / "bring_your_own", tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    monkeypatch.syspath_prepend(ROOT)  # for `python -m bench.…`, which a reader starts in a checkout
     torch.manual_seed(0)
     document = SYBIL.parse(path)
     document.namespace["__name__"] = "__main__"
