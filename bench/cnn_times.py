@@ -36,6 +36,7 @@ from ncollapse.train.networks import stacked_layers
 from ncollapse.train.networks.models import Classifier, build
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.plugins import Plugins
+from ncollapse.train.training.lane import Lane, Samples
 from ncollapse.train.training.stack import Stack
 from ncollapse.train.training.step import Step
 from ncollapse.train.training.updates import make_updates
@@ -92,7 +93,7 @@ class Case:
         """The trainer's step."""
         run = RunConfig(model=self.model, precision=precision, lr=0.01)  # type: ignore[arg-type]
         stack = Stack.of([self.built()], self.device)
-        return Step(stack, make_updates(stack, [run], Plugins()), self.data), stack
+        return Step([Lane(stack, make_updates(stack, [run], Plugins()), Samples(self.data))]), stack
 
     def stepping(self, precision: str, around: Callable[[], Any] = contextlib.nullcontext) -> timing.Step:
         """Steps of the trainer, set up (and, on a GPU, captured) in a context."""

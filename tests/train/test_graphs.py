@@ -139,7 +139,7 @@ def test_memory_that_is_used_up_is_no_reason_against_graphs(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     _, step, _ = step_of(digits)
-    monkeypatch.setattr(step._updates, "step", exhausted)
+    monkeypatch.setattr(step.lanes[0].updates, "step", exhausted)
     with pytest.raises(torch.OutOfMemoryError):
         step._capture(torch.arange(16), None)
     assert streams == ["main"]

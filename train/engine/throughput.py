@@ -19,6 +19,7 @@ from ncollapse.train.losses import make_loss
 from ncollapse.train.networks.architecture import Architecture, build
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.plugins import Plugins, kept_with_plugins
+from ncollapse.train.training.lane import Lane, Samples
 from ncollapse.train.training.stack import make_stack
 from ncollapse.train.training.step import Step, why_no_graph
 from ncollapse.train.training.updates import make_updates
@@ -94,13 +95,14 @@ class DataFacts:
 
 def measure_rate(
     key: StackKey, facts: DataFacts, size: int, device: torch.device, *,
-    quick: bool = False, runs: Sequence[RunConfig] = (), plugins: Plugins = _NO_PLUGINS,
+    branches: bool = False, quick: bool = False, runs: Sequence[RunConfig] = (), plugins: Plugins = _NO_PLUGINS,
 ) -> Rate | None:  # fmt: skip
     """Measure how fast a stack of `size` runs trains, on random samples.
 
     None where the stack does not fit in memory.
 
     Args:
+        branches: its runs are branches of one CUDA graph; see `Training`.
         quick: time a single step.
         runs: of the stack, where `key.needs_runs`: their optimizers and loss are used.
         plugins: the user's code.
@@ -108,7 +110,7 @@ def measure_rate(
     synchronize = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
     try:
         batch = max(2, min(key.batch_size, facts.samples))  # a batch norm may refuse a single sample
-        step = _step(key, facts, size, device, batch, runs, plugins)
+        step = _step(key, facts, size, device, batch, branches, runs, plugins)
         index = torch.arange(batch, device=device)
         views = draw_views(key.augment, batch, torch.Generator())
         views = views if views is None else views.to(device)
@@ -138,21 +140,23 @@ def measure_rate(
 
 
 def _step(
-    key: StackKey, facts: DataFacts, size: int, device: torch.device, batch: int, runs: Sequence[RunConfig],
-    plugins: Plugins,
+    key: StackKey, facts: DataFacts, size: int, device: torch.device, batch: int, branches: bool,
+    runs: Sequence[RunConfig], plugins: Plugins,
 ) -> Step:  # fmt: skip
     architecture = Architecture.of(key, facts)
-    samples, labels = architecture.example(batch).to(device), torch.arange(batch, device=device) % facts.num_classes
-    data = Dataset(samples, labels, samples[:0], labels[:0], tuple(str(k) for k in range(facts.num_classes)), "")
+    x, labels = architecture.example(batch).to(device), torch.arange(batch, device=device) % facts.num_classes
+    data = Dataset(x, labels, x[:0], labels[:0], tuple(str(k) for k in range(facts.num_classes)), "")
     if not key.needs_runs:
         rules = [row.name for row in TABLE.values() if (row.family if row.own_stack else None) == key.own_family]
         shared: dict[str, Any] = {n: getattr(key, n) for n in ("precision", "loss", "loss_options", "label_smoothing")}
         runs = [RunConfig(optimizer=rule, lr=1e-3, **shared) for rule in rules]
     runs = [runs[i % len(runs)] for i in range(size)]
-    model = build(architecture, 0, plugins)
-    stack = make_stack([model] * size, architecture, device, key.precision, plugins)
-    updates, why = make_updates(stack, runs, plugins), why_no_graph(architecture, key.precision, plugins)
-    return Step(stack, updates, data, key.augment, loss=make_loss(runs[0], plugins), why_no_graph=why)
+    samples, loss, lanes = Samples(data, key.augment), make_loss(runs[0], plugins), []
+    for members in [[run] for run in runs] if branches else [runs]:
+        model = build(architecture, 0, plugins)
+        stack = make_stack([model] * len(members), architecture, device, key.precision, plugins)
+        lanes.append(Lane(stack, make_updates(stack, members, plugins), samples, loss))
+    return Step(lanes, why_no_graph(architecture, key.precision, plugins))
 
 
 @kept_with_plugins

@@ -34,6 +34,26 @@ class OptimizerStates:
         stacked = {p: {n: v[list(rows)] if v.dim() else v for n, v in of.items()} for p, of in self.stacked.items()}
         return OptimizerStates(stacked, [self.single[row] for row in rows] if self.single else ())
 
+    @staticmethod
+    def joined(parts: Sequence["OptimizerStates"]) -> "OptimizerStates":
+        """Return the states of single runs as those of their stack; what only some of the rules keep is zero elsewhere.
+
+        Those of one stack are returned as they are.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        stacked: dict[int, dict[str, Tensor]] = {}
+        for param in dict.fromkeys(p for part in parts for p in part.stacked):
+            of_parts = [part.stacked.get(param, {}) for part in parts]
+            kinds = {name: value for of in of_parts for name, value in of.items()}
+            stacked[param] = {
+                name: torch.cat([of[name] if name in of else torch.zeros_like(like) for of in of_parts])
+                if like.dim()
+                else like
+                for name, like in kinds.items()
+            }
+        return OptimizerStates(stacked, [state for part in parts for state in part.single])
+
 
 def serialised(content: Mapping[str, Any]) -> bytes:
     """Return what `torch.save` writes."""

@@ -1,8 +1,9 @@
 """Train a stack of runs, from initial weights or a checkpoint, to the last epoch of the last run."""
 
+import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -22,8 +23,9 @@ from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.record import Ended, Evaluation, Values, shown_epochs
 from ncollapse.train.training.checkpoints import OptimizerStates, read_state, serialised, write_state
 from ncollapse.train.training.evaluate import evaluate_stack
+from ncollapse.train.training.lane import Lane, Samples
 from ncollapse.train.training.metric_functions import MetricFunctions
-from ncollapse.train.training.randomness import seeded
+from ncollapse.train.training.randomness import Generators, seeded
 from ncollapse.train.training.stack import Stack, make_stack
 from ncollapse.train.training.step import Step, why_no_graph
 from ncollapse.train.training.updates import make_updates
@@ -36,7 +38,7 @@ _LEFT_CHANCE = 0.99
 
 
 class Training:
-    """Train R runs as one program; iterate over their `Evaluation`s and the number of each epoch that ends.
+    """Train R runs side by side; iterate over their `Evaluation`s and the number of each epoch that ends.
 
     The runs must agree in the settings that all runs of a stack share (`engine/grouping.py`). They do not influence
     each other: each has the numbers that it has when trained alone, up to the rounding of sums in another order. Runs
@@ -46,8 +48,11 @@ class Training:
     Args:
         runs: settings of the R runs.
         data: on the device.
+        branches: train each run as a program of its own, all of which share each step's CUDA graph as its branches,
+            instead of all runs as one program. A run then has the bits that it has when trained alone on the same
+            device. What cannot be captured, and on a CPU everything, is computed run by run.
         checkpoint: the result of `checkpoint()` in a training of the same runs. Training continues from it, bit for bit
-            on the same device with the same versions.
+            on the same device with the same versions; in the other form of `branches` up to rounding.
         keep_weights: whether evaluations hold the final weights of the runs that end.
         hopeless_after: share of a run's epochs after which it ends as hopeless at an evaluation where its training loss
             has not left chance level, or is above it; None: never.
@@ -59,7 +64,6 @@ class Training:
 
     Attributes:
         epoch: the number of epochs that have ended.
-        stack: the runs that still train, and ended ones that have not been removed yet.
 
     Raises:
         UserError: images of a size that the model or the augmentation cannot use, training samples of one class only,
@@ -69,9 +73,9 @@ class Training:
     """
 
     def __init__(
-        self, runs: Sequence[RunConfig], data: Dataset, device: torch.device, *, checkpoint: bytes | None = None,
-        keep_weights: bool = False, hopeless_after: float | None = None, plugins: Plugins | None = None,
-        metrics: Sequence[str] = (),
+        self, runs: Sequence[RunConfig], data: Dataset, device: torch.device, *, branches: bool = False,
+        checkpoint: bytes | None = None, keep_weights: bool = False, hopeless_after: float | None = None,
+        plugins: Plugins | None = None, metrics: Sequence[str] = (),
     ) -> None:  # fmt: skip
         config = runs[0]
         self.runs = list(runs)
@@ -101,8 +105,12 @@ class Training:
                 self._hopeless_loss = _LEFT_CHANCE * chance
             models = {seed: build(architecture, seed, self._plugins) for seed in seeds}
             self._why_no_graph = why_no_graph(architecture, config.precision, self._plugins)
-            of_runs = [models[run.seed] for run in runs]
-            self._use(make_stack(of_runs, architecture, device, config.precision, self._plugins))
+            parts = [[models[run.seed] for run in runs]]
+            if branches:  # each with a module of its own, which may hold the run's weights
+                parts = [[build(architecture, run.seed, self._plugins)] for run in runs]
+            stacks = [make_stack(part, architecture, device, config.precision, self._plugins) for part in parts]
+            self._samples = Samples(data, config.augment)
+            self._use(stacks)
             if checkpoint is not None:
                 self._restore(checkpoint)
 
@@ -114,7 +122,7 @@ class Training:
         while active := self._active():
             started = time.perf_counter()
             with self._blaming():
-                with self._seeded(0):
+                with self._seeded(0, self._stacked[0]):
                     self._train_epoch()
                 self.epoch += 1
                 due = any(self._due(i) for i in active)
@@ -130,6 +138,17 @@ class Training:
     def ended(self) -> bool:
         """Whether all runs have ended."""
         return not self._active()
+
+    @property
+    def stack(self) -> Stack:
+        """The runs that still train, and ended ones that have not been removed yet; of branches the first run."""
+        return self._step.lanes[0].stack
+
+    def _lanes(self) -> Iterator[tuple[Lane, list[int]]]:
+        """Yield each lane, and the runs in it."""
+        left = iter(self._stacked)
+        for lane in self._step.lanes:
+            yield lane, list(itertools.islice(left, lane.stack.runs))
 
     def _active(self) -> list[int]:
         """Return the runs that have not ended."""
@@ -157,10 +176,13 @@ class Training:
                 raise
             raise blamed from error
 
-    def _seeded(self, phase: int) -> AbstractContextManager[None]:
-        """Seed the global generators for an epoch's training (0) or evaluation (1), if the user's code may draw."""
-        run = self.runs[self._stacked[0]]
-        return seeded(self._device, run.seed, self.epoch, phase) if self._own else nullcontext()
+    def _seeded(self, phase: int, i: int) -> AbstractContextManager[None]:
+        """Seed the global generators for an epoch's training (0) or evaluation (1), if the user's code may draw.
+
+        Args:
+            i: the run with whose seed.
+        """
+        return seeded(self._device, self.runs[i].seed, self.epoch, phase) if self._own else nullcontext()
 
     def _add_seconds(self, started: float) -> None:
         """Divide the time since `started` among the runs that have not ended."""
@@ -172,17 +194,24 @@ class Training:
         run = self.runs[i]
         return self.epoch in (0, run.epochs) or self.epoch % run.eval_every == 0
 
-    def _use(self, stack: Stack, states: OptimizerStates | None = None) -> None:
-        """Continue with another stack, of the runs `self._stacked`."""
-        self.stack, runs = stack, [self.runs[i] for i in self._stacked]
-        self._updates = make_updates(stack, runs, self._plugins, states)
-        self._step = Step(
-            stack, self._updates, self.data, runs[0].augment, loss=self._loss, why_no_graph=self._why_no_graph
-        )
+    def _use(self, stacks: Sequence[Stack], states: OptimizerStates | None = None) -> None:
+        """Continue with other stacks, of the runs `self._stacked`: one of all of them, or one each."""
+        runs = [self.runs[i] for i in self._stacked]
+        parts = [(runs, states)]
+        if len(stacks) > 1:
+            parts = [([run], None if states is None else states.select([row])) for row, run in enumerate(runs)]
+        updates = [
+            make_updates(stack, members, self._plugins, of) for stack, (members, of) in zip(stacks, parts, strict=True)
+        ]
+        lanes = [Lane(stack, of, self._samples, self._loss) for stack, of in zip(stacks, updates, strict=True)]
+        self._step = Step(lanes, self._why_no_graph)
 
     def _train_epoch(self) -> None:
         runs = [self.runs[i] for i in self._stacked]
-        self._updates.begin_epoch(self.epoch)
+        for lane in self._step.lanes:
+            lane.updates.begin_epoch(self.epoch)
+        if len(self._step.lanes) > 1 and runs[0].own:  # what a run draws is what it would draw alone
+            self._step.generators = [Generators.of(self._device, run.seed, self.epoch, 0) for run in runs]
         samples, augment, size = len(self.data.train_y), runs[0].augment, runs[0].batch_size
         orders = {seed: torch.randperm(samples, generator=g) for seed, g in self._generators.items()}
         if isinstance(self.data, Streamed):
@@ -202,38 +231,49 @@ class Training:
 
     def _evaluate(self, started: float) -> Evaluation:
         """Measure; add the time since `started` to the runs, including those that end now."""
-        first = self.runs[0]
-        live = [position for position, i in enumerate(self._stacked) if i not in self._ended]
-        due = {i: position for position, i in enumerate(self._stacked) if i not in self._ended and self._due(i)}
-        self._updates.eval(live)
-
-        def show(values: Values) -> list[int]:
-            return [p for i, p in due.items() if self.epoch in self._shown[i] or self._status(i, p, values)]
-
-        with arithmetic(first.precision), self._seeded(1):
-            values, layers, snapshots = evaluate_stack(  # waits for the device
-                self.stack, self.data, layers=first.layers == "all", loss=self._loss, metrics=self._metrics,
-                of_runs={position: self.runs[i] for i, position in due.items()}, epoch=self.epoch, show=show,
-            )  # fmt: skip
+        due: dict[int, tuple[Stack, int]] = {}  # run -> where it is
+        values, layers = Values(), dict[str, Values]()
+        shown, weights = dict[int, bytes](), dict[int, bytes]()
+        evaluated = []
+        for lane, members in self._lanes():
+            rows = {i: row for row, i in enumerate(members) if i not in self._ended and self._due(i)}
+            if rows:
+                evaluated.append((lane, members))
+                due |= {i: (lane.stack, row) for i, row in rows.items()}
+                of_lane, of_layers, snapshots = self._evaluate_lane(lane, members, rows)
+                _extend(values, of_lane, rows.values())
+                for name, of_layer in of_layers.items():
+                    _extend(layers.setdefault(name, Values()), of_layer, rows.values())
+                shown |= {i: snapshots[row] for i, row in rows.items() if row in snapshots}
         self._add_seconds(started)
         ended = {}
-        for i, position in due.items():
+        for position, i in enumerate(due):
             if status := self._status(i, position, values):
                 ended[i] = Ended(status, self.epoch if status == "diverged" else None, self._seconds[i])
-        weights = {}
         for i in ended if self._keep_weights else ():
-            state = self.stack.state_dict(due[i])
-            weights[i] = serialised({"config": self.runs[i].as_dict(), "state_dict": state})
+            stack, row = due[i]
+            weights[i] = serialised({"config": self.runs[i].as_dict(), "state_dict": stack.state_dict(row)})
         self._ended |= ended.keys()
-        self._updates.train([position for position in live if self._stacked[position] not in self._ended])
+        for lane, members in evaluated:
+            lane.updates.train([row for row, i in enumerate(members) if i not in self._ended])
         self._shrink()
+        return Evaluation(self.epoch, tuple(due), values, layers, ended, weights, shown)
 
-        def of_rows(values: Values) -> Values:
-            return {name: [of_run[position] for position in due.values()] for name, of_run in values.items()}
+    def _evaluate_lane(
+        self, lane: Lane, members: Sequence[int], due: Mapping[int, int]
+    ) -> tuple[Values, dict[str, Values], dict[int, bytes]]:
+        """Measure the runs of a lane, of which some are `due`: run -> row; see `evaluate_stack`."""
+        first = self.runs[0]
+        lane.updates.eval([row for row, i in enumerate(members) if i not in self._ended])
 
-        of_layers = {name: of_rows(of_layer) for name, of_layer in layers.items()}
-        shown = {i: snapshots[position] for i, position in due.items() if position in snapshots}
-        return Evaluation(self.epoch, tuple(due), of_rows(values), of_layers, ended, weights, shown)
+        def show(values: Values) -> list[int]:
+            return [row for i, row in due.items() if self.epoch in self._shown[i] or self._status(i, row, values)]
+
+        with arithmetic(first.precision), self._seeded(1, members[0]):
+            return evaluate_stack(  # waits for the device
+                lane.stack, self.data, layers=first.layers == "all", loss=self._loss, metrics=self._metrics,
+                of_runs={row: self.runs[i] for i, row in due.items()}, epoch=self.epoch, show=show,
+            )  # fmt: skip
 
     def _status(self, i: int, position: int, values: Values) -> str:
         """Return with which status a run ends at an evaluation; empty where it goes on."""
@@ -247,26 +287,42 @@ class Training:
         return "degenerate" if values["degenerate"][position] else "done"
 
     def _shrink(self) -> None:
-        """Remove the runs that have ended from the stack, if few enough still train."""
+        """Remove the runs that have ended, if few enough still train."""
         keep = [position for position, i in enumerate(self._stacked) if i not in self._ended]
         if not keep or len(keep) > _SHRINK_BELOW * len(self._stacked):
             return
-        states = self._updates.states().select(keep)
         self._stacked = [self._stacked[position] for position in keep]
-        self._use(self.stack.select(torch.tensor(keep, device=self._device)), states)
+        if len(self._step.lanes) > 1:  # the others stay as they are
+            self._step = Step([self._step.lanes[position] for position in keep], self._why_no_graph)
+            return
+        states = self._step.lanes[0].updates.states().select(keep)
+        self._use([self.stack.select(torch.tensor(keep, device=self._device))], states)
 
     def checkpoint(self) -> bytes:
         """Serialise the state of the training; call it after the iteration yielded an epoch's number."""
         return write_state(
             self.runs, self.epoch, self._stacked, sorted(self._ended), self._seconds,
             {seed: generator.get_state() for seed, generator in self._generators.items()},
-            self.stack.tensors(), self._updates.states(),
+            self._tensors(), OptimizerStates.joined([lane.updates.states() for lane in self._step.lanes]),
         )  # fmt: skip
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Return all parameters and buffers by name, `[R, …]`."""
+        of_lanes = [lane.stack.tensors() for lane in self._step.lanes]
+        return {n: torch.cat([of[n] for of in of_lanes]) for n in of_lanes[0]} if len(of_lanes) > 1 else of_lanes[0]
+
+    def _with_tensors(self, tensors: Mapping[str, Tensor]) -> list[Stack]:
+        """Return stacks of the runs `self._stacked` with these tensors, where the lanes are still those of all runs."""
+        lanes = self._step.lanes
+        if len(lanes) == 1:
+            return [lanes[0].stack.with_tensors(tensors)]
+        of_runs = [{name: value[[row]] for name, value in tensors.items()} for row in range(len(self._stacked))]
+        return [lanes[i].stack.with_tensors(of) for i, of in zip(self._stacked, of_runs, strict=True)]
 
     def _restore(self, checkpoint: bytes) -> None:
         content = read_state(checkpoint, self.runs, self._device)
         mine, theirs = (
-            {n: (v.shape[1:], v.dtype) for n, v in t.items()} for t in (self.stack.tensors(), content["tensors"])
+            {n: (v.shape[1:], v.dtype) for n, v in t.items()} for t in (self._tensors(), content["tensors"])
         )
         if mine != theirs:
             raise CheckpointError("the checkpoint is of another network, or of images of another size")
@@ -275,11 +331,17 @@ class Training:
         try:
             for seed, generator in self._generators.items():
                 generator.set_state(content["orders"][seed].cpu())
-            self._use(self.stack.with_tensors(content["tensors"]), content["optimizer"])
+            self._use(self._with_tensors(content["tensors"]), content["optimizer"])
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             if out_of_memory(error):
                 raise
             raise CheckpointError(f"the checkpoint is of another state than the training's: {error}") from None
+
+
+def _extend(values: Values, of_lane: Values, rows: Iterable[int]) -> None:
+    """Append the values of some rows of a lane to those of the lanes before it."""
+    for name, of_rows in of_lane.items():
+        values.setdefault(name, []).extend(of_rows[row] for row in rows)
 
 
 def chance_loss(labels: Tensor) -> float:
