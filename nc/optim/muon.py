@@ -3,13 +3,20 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
+from ncollapse.kernels.newton_schulz.reference import (
+    COEFFICIENTS,
+    MOST_ELEMENTS,
+    ReferenceMatrices,
+    newton_schulz,
+)
+from ncollapse.kernels.operators import why_no_kernel
 from ncollapse.kernels.tensors import has_no_memory
 from ncollapse.kernels.update.reference import Hyper, compute_dtype
 from ncollapse.kernels.update.table import HYPERS, code
@@ -20,7 +27,11 @@ from ncollapse.optim.core.optimizer import Optimizer
 from ncollapse.optim.core.rule import Rule
 from ncollapse.optim.core.stepper import Stepped, Stepper, capturing, is_sharded
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+if TYPE_CHECKING:
+    from ncollapse.kernels.newton_schulz.gpu import Matrices
+
+__all__ = ["Muon", "newton_schulz"]
+
 # The factor s of the update of a matrix [A, B], by torch.optim.Muon's names.
 _SCALES: dict[str, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda a, b: 0.2 * math.sqrt(max(a, b)),
@@ -29,23 +40,26 @@ _SCALES: dict[str, Callable[[int, int], float]] = {
 }
 
 
-def newton_schulz(x: Tensor, coefficients: tuple[float, float, float] = _COEFFICIENTS, steps: int = 5) -> Tensor:
-    """Matrices `[N, A, B]` with the singular vectors of `x` and all singular values near 1 (Jordan et al. 2024).
+_OF_NEWTON_SCHULZ = ("ns_coefficients", "ns_steps", "ns_precision")
+_PRECISIONS = ("auto", "full", "bfloat16")
+#: The longest smaller side of matrices that our kernels orthogonalise: larger ones fill a GPU by themselves, and cuBLAS
+#: multiplies them. 0: cuBLAS multiplies all. Not measured yet.
+MOST_SIDE = 1024
 
-    X ← X/‖X‖_F, then `steps` times X ← aX + (bXXᵀ + c(XXᵀ)²)X, an odd polynomial of each singular value. The default
-    coefficients map singular values above 0.002 into [0.68, 1.21]. float32 products are rounded as
-    `torch.set_float32_matmul_precision` says. Zero stays zero.
+
+class _Members:
+    """Matrices that are orthogonalised together.
+
+    Attributes:
+        indices: of the active parameters, in the order of `matrices`.
+        ns: coefficients and steps of Newton–Schulz.
+        aside: on a stream beside that of the others.
     """
-    a, b, c = coefficients
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x  # the smaller Gram matrix
-    # The lower limit of the norm is torch.optim.Muon's: a gradient of zero must not become NaN.
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    with torch.autocast(x.device.type, enabled=False):
-        for _ in range(steps):
-            gram = torch.bmm(x, x.mT)
-            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+
+    def __init__(
+        self, indices: list[int], ns: tuple[Any, int], matrices: "Matrices | ReferenceMatrices", aside: bool
+    ) -> None:
+        self.indices, self.ns, self.matrices, self.aside = indices, ns, matrices, aside
 
 
 class _MatrixStepper(Stepper):
@@ -54,21 +68,57 @@ class _MatrixStepper(Stepper):
     The launch takes the orthogonalised matrices as gradients of SGD without momentum, the others as Adam's.
     """
 
+    def __init__(self, optimizer: Stepped) -> None:
+        super().__init__(optimizer)
+        self._kinds: dict[int, tuple[Any, ...]] = {}  # of each active matrix, by index
+        self._directions: dict[int, Tensor] = {}
+        self._members: list[_Members] = []
+        self._made: dict[tuple[Any, ...], Matrices | ReferenceMatrices] = {}
+        self._aside: dict[torch.device, torch.cuda.Stream] = {}
+
     def _complete(self, optimizer: Stepped) -> list[bool]:
         fresh = super()._complete(optimizer)
-        # Indices of active matrices, by the place of their hyperparameters, device, dtype and shape.
-        self._batches: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
-        self._directions: dict[int, Tensor] = {}  # by index
+        self._kinds, self._directions = {}, {}
+        together: defaultdict[tuple[Any, ...], list[int]] = defaultdict(list)
+        head = self._head(optimizer)
         for i, (param, place) in enumerate(zip(self._active, self._places, strict=True)):
             if place % 2:  # the second set of a group
                 continue
-            self._batches[place, *_kind(param)].append(i)
+            group = optimizer.param_groups[place // 2]
+            self._kinds[i] = _kind(param, group)
             # Allocated once: a new address makes the update rebuild its table, and a CUDA graph reads this one.
             self._directions[i] = torch.empty_like(param, dtype=compute_dtype(param)).detach()
             state = optimizer.state[param]
             if state.get("momentum_buffer") is None:
                 state["momentum_buffer"] = torch.zeros_like(param, dtype=compute_dtype(param)).detach()
+            if param.numel() and not has_no_memory(param):
+                dtype = _precision(param, group["ns_precision"], is_head=param is head)
+                by_kernel = _has_kernel(param, dtype, _shape(param, group))
+                ns = tuple(group["ns_coefficients"]), group["ns_steps"]
+                together[param.device, dtype, by_kernel, ns].append(i)
+        self._members = []
+        made, self._made = self._made, {}
+        for (device, dtype, by_kernel, ns), indices in together.items():
+            shapes = [_shape(self._active[i], optimizer.param_groups[self._places[i] // 2]) for i in indices]
+            # Made once for the same shapes: a CUDA graph reads their memory, and none can be made during a capture.
+            key = device, dtype, by_kernel, tuple(shapes)
+            matrices = self._made[key] = made.get(key) or _make_matrices(shapes, device, dtype, by_kernel)
+            # The few small products of a head leave a GPU idle, so the others run beside them.
+            aside = device.type == "cuda" and dtype != torch.bfloat16 and len(together) > 1
+            self._members.append(_Members(indices, ns, matrices, aside))
+        self._members.sort(key=lambda members: not members.aside)
+        for members in self._members:
+            device = self._active[members.indices[0]].device
+            if members.aside and device not in self._aside:
+                self._aside[device] = torch.cuda.Stream(device)
         return fresh
+
+    def _head(self, optimizer: Stepped) -> Tensor | None:
+        """The matrix whose row sum matters: the observed head, else the last that is no convolution."""
+        if self.observed is not None and self.observed.head is not None:
+            return self.observed.head
+        flat = [p for g in optimizer.param_groups for p in g["params"] if p.dim() == 2 + int(g["stacked"])]
+        return flat[-1] if flat else None
 
     def _has_states(self, optimizer: Stepped, param: Tensor, hypers: HyperSet) -> bool:
         if hypers.counts_steps:
@@ -77,14 +127,27 @@ class _MatrixStepper(Stepper):
 
     def directions(self, optimizer: Stepped, grads: list[Any]) -> list[Any]:
         check_grads(type(optimizer).__name__, self._active, grads, optimizer.state)
-        if any(_kind(self._active[i]) != tuple(kind) for (_, *kind), indices in self._batches.items() for i in indices):
-            self._complete(optimizer)
+        groups, places = optimizer.param_groups, self._places
+        if any(_kind(self._active[i], groups[places[i] // 2]) != kind for i, kind in self._kinds.items()):
+            self.prepare_again(optimizer)
         if capturing(self._active):
-            self._graphs.append(self._directions)
-        for (place, *_), indices in self._batches.items():
-            present = [i for i in indices if grads[i] is not None and not has_no_memory(self._active[i])]
-            if present:
-                self._orthogonalise(optimizer, place, present, grads)
+            self._graphs.append((self._directions, self._members))
+        for members in self._members:
+            present = [n for n, i in enumerate(members.indices) if grads[i] is not None]
+            if not present:
+                continue
+            if not members.aside:
+                self._orthogonalise(optimizer, members, present, grads)
+                continue
+            main = torch.cuda.current_stream(self._active[members.indices[0]].device)
+            aside = self._aside[main.device]
+            aside.wait_stream(main)
+            with torch.cuda.stream(aside):
+                self._orthogonalise(optimizer, members, present, grads)
+        for members in self._members:
+            if members.aside:
+                device = self._active[members.indices[0]].device
+                torch.cuda.current_stream(device).wait_stream(self._aside[device])
         return [grad if grad is None else self._directions.get(i, grad) for i, grad in enumerate(grads)]
 
     def step(self, optimizer: Stepped) -> None:
@@ -98,47 +161,102 @@ class _MatrixStepper(Stepper):
     def traced_step(self, optimizer: Stepped) -> None:
         self.step(optimizer)
 
-    def _orthogonalise(self, optimizer: Stepped, place: int, indices: list[int], grads: list[Tensor]) -> None:
-        """Update the momentum buffers of matrices of one shape, and write their `_directions`.
+    def _orthogonalise(self, optimizer: Stepped, members: _Members, present: list[int], grads: list[Tensor]) -> None:
+        """Update the momentum buffers of the `present` ones of these matrices, and write their `_directions`.
 
-        `indices` are those of the matrices `[A, …]`, or `[R, A, …]`, among the active parameters and `grads`; `place`
-        that of their hyperparameters. The kernel adds the coupled decay c·λ·W to a gradient, so it is subtracted here.
+        The update kernel adds the coupled decay c·λ·W to a gradient, so it is subtracted here.
         """
-        first = self._active[indices[0]]
-        group = optimizer.param_groups[place // 2]
-        dtype, shape, lead = compute_dtype(first), first.shape, int(group["stacked"])
-        rows, columns = shape[lead], math.prod(shape[lead + 1 :])
-        values = next(v for v in self.numbers.values if v.device == first.device)[place]
+        matrices, indices = members.matrices, members.indices
+        by_place: dict[int, list[Tensor]] = {}  # the same objects for all parameters of a group
+        views = {}
+        matrices.begin(present)
+        for n in present:
+            i = indices[n]
+            param, place = self._active[i], self._places[i]
+            group = optimizer.param_groups[place // 2]
+            if place not in by_place:
+                by_place[place] = [self._number(i, name) for name in ("beta1", "coupling", "weight_decay")]
+            buffer = optimizer.state[param]["momentum_buffer"]
+            order, tensors = _order(param, group), (grads[i], param, buffer, self._directions[i])
+            grad, w, v, out = (_runs_of(t.detach(), order, group) for t in tensors)
+            matrices.momentum(
+                n, grad, w, v, *by_place[place], nesterov=group["nesterov"], maximize=group["maximize"]
+            )  # fmt: skip
+            views[n] = w, out, place
+        matrices.orthogonalise(*members.ns)
+        for n, (w, out, place) in views.items():
+            group = optimizer.param_groups[place // 2]
+            scale = _SCALES[group["adjust_lr_fn"] or "original"](*_shape(self._active[indices[n]], group)[1:])
+            matrices.direction(n, w, out, *by_place[place], scale=scale)
+        matrices.end()
 
-        def number(name: str) -> Tensor:
-            """A hyperparameter in memory that a CUDA graph reads again at each replay; float64, 0-d or `[R]`."""
-            column = HYPERS.index(name)
-            tensor = self.numbers.read.get(len(HYPERS) * place + column)
-            return values[column] if tensor is None or tensor.device != first.device else tensor.double()
-
-        def broadcast(value: Tensor) -> Tensor:
-            return value.to(dtype).view(-1, *[1] * (len(shape) - 1)) if value.dim() else value.to(dtype)
-
-        coupled, beta = broadcast(number("coupling") * number("weight_decay")), number("beta1")
-        keep, new = broadcast(beta), broadcast(1 - beta)
-        # In float32, where torch.optim.Muon uses bfloat16: each iteration multiplies the rounding error of a row sum by
-        # up to 3.4.
-        x = torch.empty(len(indices), *shape, dtype=dtype, device=first.device)
-        for i, target in zip(indices, x, strict=True):
-            param = self._active[i]
-            grad = -grads[i].to(dtype) if group["maximize"] else grads[i].to(dtype)
-            grad = torch.addcmul(grad, param.to(dtype), coupled)
-            buffer = optimizer.state[param]["momentum_buffer"].lerp_(grad, new)
-            target.copy_(torch.lerp(grad, buffer, keep) if group["nesterov"] else buffer)
-        batch = x.view(len(indices) * math.prod(shape[:lead]), rows, columns)
-        x = newton_schulz(batch, group["ns_coefficients"], group["ns_steps"]).reshape(x.shape)
-        x *= _SCALES[group["adjust_lr_fn"] or "original"](rows, columns)
-        for i, direction in zip(indices, x, strict=True):
-            torch.addcmul(direction, self._active[i].to(dtype), coupled, value=-1, out=self._directions[i])
+    def _number(self, i: int, name: str) -> Tensor:
+        """A hyperparameter of an active parameter, in memory that a CUDA graph reads again; 0-d, `[1]` or `[R]`."""
+        device, place, column = self._active[i].device, self._places[i], HYPERS.index(name)
+        tensor = self.numbers.read.get(len(HYPERS) * place + column)
+        if tensor is not None and tensor.device == device:
+            return tensor
+        return next(v for v in self.numbers.values if v.device == device)[place, column]
 
 
-def _kind(param: Tensor) -> tuple[Any, ...]:
-    return param.device, param.dtype, param.shape
+def _kind(param: Tensor, group: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What the preparation of a matrix depends on."""
+    return param.device, param.dtype, param.shape, *(group[name] for name in _OF_NEWTON_SCHULZ)
+
+
+def _shape(param: Tensor, group: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Runs, rows and columns of a parameter's matrices."""
+    lead = int(group["stacked"])
+    return math.prod(param.shape[:lead]), param.shape[lead], math.prod(param.shape[lead + 1 :])
+
+
+def _precision(param: Tensor, setting: str, *, is_head: bool) -> torch.dtype:
+    """The dtype of Newton–Schulz."""
+    full = compute_dtype(param)
+    if setting == "auto":
+        return torch.bfloat16 if full == torch.float32 and not is_head and _is_fast(param) else full
+    return torch.bfloat16 if setting == "bfloat16" else full
+
+
+def _is_fast(param: Tensor) -> bool:
+    """Whether the parameter's device multiplies in bfloat16 faster than in float32."""
+    return param.is_cuda and (torch.version.hip is not None or torch.cuda.get_device_capability(param.device) >= (8, 0))
+
+
+def _has_kernel(param: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> bool:
+    """Whether our kernels orthogonalise matrices of these runs, rows and columns."""
+    fits = min(shape[1:]) <= MOST_SIDE and math.prod(shape[1:]) <= MOST_ELEMENTS
+    computed = dtype == torch.bfloat16 and compute_dtype(param) == torch.float32
+    # ROCm's multiprocessors have less shared memory than the tiles take.
+    runs = _is_fast(param) and torch.version.hip is None and why_no_kernel(param.device) is None
+    return fits and computed and runs
+
+
+def _make_matrices(
+    shapes: list[tuple[int, int, int]], device: torch.device, dtype: torch.dtype, by_kernel: bool
+) -> "Matrices | ReferenceMatrices":
+    if not by_kernel:
+        return ReferenceMatrices(shapes, device, dtype)
+    from ncollapse.kernels.newton_schulz.gpu import Matrices
+
+    return Matrices(shapes, device)
+
+
+def _order(param: Tensor, group: Mapping[str, Any]) -> list[int] | None:
+    """The dimensions, the columns in the order of the memory: Newton–Schulz leaves columns where they are.
+
+    None: they are in that order.
+    """
+    if param.is_contiguous():
+        return None
+    lead, strides = 1 + int(group["stacked"]), param.stride()
+    return [*range(lead), *sorted(range(lead, param.dim()), key=lambda d: -strides[d])]
+
+
+def _runs_of(tensor: Tensor, order: list[int] | None, group: Mapping[str, Any]) -> Tensor:
+    """A view `[R, rows, …]`, the dimensions of a parameter in this order."""
+    ordered = tensor if order is None else tensor.permute(order)
+    return ordered if group["stacked"] else ordered.unsqueeze(0)
 
 
 class Muon(Optimizer, aliases=("muonw",)):
@@ -155,7 +273,10 @@ class Muon(Optimizer, aliases=("muonw",)):
     direction is zero, and at c = 0 the row sum s = Wᵀ1 obeys s ← (1 − ηλ)s, as under SGDW without momentum and unlike
     under AdamW (`ufm.row_sum_factor`). But Newton–Schulz amplifies the rounding error of a row sum, relative to ‖V‖, by
     up to 3.4445⁵ = 485. In float32 the law therefore requires that the label's entry of ∇logits is computed as minus
-    the sum of the others: softmax minus one-hot has too large an error once the loss is small.
+    the sum of the others: softmax minus one-hot has too large an error once the loss is small. In bfloat16 it does not
+    hold: so the head's Newton–Schulz is in float32 everywhere, unless `ns_precision` says otherwise. The head is what
+    `observe(head=…)` was given, before or after the first step; without that the last matrix, in the order of the param
+    groups, that is no convolution.
 
     Args:
         params: parameters or param groups, as in `torch.optim`.
@@ -169,6 +290,9 @@ class Muon(Optimizer, aliases=("muonw",)):
         adjust_lr_fn: s of a matrix `[A, B]`: "match_rms_adamw", the default, 0.2·√max(A, B), with which AdamW's
             learning rates fit, so that one η serves the whole model (Liu et al., arXiv 2502.16982); "original" or None,
             the default of torch.optim.Muon, √max(1, A/B); "spectral_unclamped", √(A/B).
+        ns_precision: of Newton–Schulz, a group's setting. "auto", the default: bfloat16, as in torch.optim.Muon, for
+            matrices other than the head on a GPU that is fast in it (NVIDIA's from sm_80 on, ROCm's); else "full", the
+            dtype of the states (float32; float64 for float64 parameters). "bfloat16": for all, the head included.
         stacked: parameters are `[R, …]`, R runs that each train as by a Muon; numbers may be tensors `[R]`.
         maximize: ascend instead of descend.
         foreach, fused, capturable, differentiable: as in `SGD`.
@@ -194,13 +318,14 @@ class Muon(Optimizer, aliases=("muonw",)):
     def __init__(
         self, params: ParamsT, lr: Hyper = 1e-3, *, momentum: Hyper = 0.95, betas: tuple[Hyper, Hyper] = (0.9, 0.999),
         eps: Hyper = 1e-8, weight_decay: Hyper = 0.1, coupling: Hyper | None = None, nesterov: bool = True,
-        ns_coefficients: tuple[float, float, float] = _COEFFICIENTS, ns_steps: int = 5,
-        adjust_lr_fn: str | None = "match_rms_adamw", stacked: bool = False, maximize: bool = False,
-        foreach: bool | None = None, fused: bool | None = None, capturable: bool = False, differentiable: bool = False,
+        ns_coefficients: tuple[float, float, float] = COEFFICIENTS, ns_steps: int = 5,
+        adjust_lr_fn: str | None = "match_rms_adamw", ns_precision: str = "auto", stacked: bool = False,
+        maximize: bool = False, foreach: bool | None = None, fused: bool | None = None, capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:  # fmt: skip
         defaults: dict[str, Any] = {"nesterov": nesterov, "ns_coefficients": ns_coefficients, "ns_steps": ns_steps}
         defaults |= {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"adjust_lr_fn": adjust_lr_fn, "stacked": stacked}
+        defaults |= {"adjust_lr_fn": adjust_lr_fn, "ns_precision": ns_precision, "stacked": stacked}
         super().__init__(
             params, defaults, coupling,
             maximize=maximize, foreach=foreach, fused=fused, capturable=capturable, differentiable=differentiable,
@@ -235,6 +360,8 @@ class Muon(Optimizer, aliases=("muonw",)):
         super()._check_setting(name, value)
         if name == "adjust_lr_fn" and value is not None and value not in _SCALES:
             raise ValueError(f"Muon: adjust_lr_fn must be one of {', '.join(_SCALES)}; got {value!r}")
+        if name == "ns_precision" and value not in _PRECISIONS:
+            raise ValueError(f"Muon: ns_precision must be one of {', '.join(_PRECISIONS)}; got {value!r}")
         if name == "ns_coefficients" and (len(value) != 3 or not all(map(math.isfinite, value))):
             raise ValueError(f"Muon: ns_coefficients must be three numbers; got {value!r}")
         if name == "ns_steps" and (not isinstance(value, int) or not 0 < value < 100):
