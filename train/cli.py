@@ -5,15 +5,12 @@ import functools
 import operator
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
-import traceback
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -23,6 +20,7 @@ from tyro import conf
 
 import ncollapse
 from ncollapse.train.commands import theory
+from ncollapse.train.commands.failure import end, unforeseen
 from ncollapse.train.commands.overview import print_examples, print_overview
 from ncollapse.train.commands.setting_options import OneOfEach, SeveralOfEach
 from ncollapse.train.config import RunConfig, make_run, unknown
@@ -294,6 +292,26 @@ class Doctor:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Bench:
+    """Time the kernels on this machine beside PyTorch's: what is fast here."""
+
+    device: Annotated[str | None, hide_default] = None
+    """cpu, cuda, cuda:1 …; by default cuda where there is a GPU."""
+    seconds: float = 15.0
+    """How long to time; noise falls with it."""
+    json: Flag = False
+    """Print all numbers as JSON."""
+
+    def main(self, console: Console) -> None:
+        from ncollapse.train.commands.bench import bench_json, print_bench
+
+        if self.json:
+            print(bench_json(self.device, self.seconds))
+        else:
+            print_bench(self.device, self.seconds, console)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Completion:
     """Print the script that completes commands and options in a shell."""
 
@@ -309,7 +327,7 @@ class Completion:
 COMMANDS: dict[str, Any] = {
     kind.__name__.lower(): kind
     for kind in (
-        *(Demo, Run, Sweep, Status, Report, Findings, Rerun, Export, Merge, Check, Theory, Doctor, Completion),
+        *(Demo, Run, Sweep, Status, Report, Findings, Rerun, Export, Merge, Check, Theory, Doctor, Bench, Completion),
     )
 }
 _CONFIG = (conf.OmitSubcommandPrefixes, conf.OmitArgPrefixes, conf.FlagCreatePairsOff, conf.DisallowNone)
@@ -326,7 +344,7 @@ def parse(args: list[str]) -> Any:
         sys.exit(0 if args else 2)
     name, *rest = args
     if name not in COMMANDS:
-        _end(
+        end(
             f"options stand after the command: ncollapse COMMAND {name}; ncollapse --help lists the commands"
             if name.startswith("-")
             else unknown("command", name, tuple(COMMANDS)),
@@ -357,34 +375,14 @@ def main(args: list[str] | None = None) -> None:
     try:
         parse(args).main(console)
     except UserError as error:
-        _end(str(error), next((code for kind, code in _CODES.items() if isinstance(error, kind)), 1))
+        end(str(error), next((code for kind, code in _CODES.items() if isinstance(error, kind)), 1))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read the output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
         sys.exit(141)
     except Exception as error:
-        _end(_unforeseen(error), 3)
-
-
-def _end(text: str, code: int) -> NoReturn:
-    """Print the one line that a failed command ends with, and exit."""
-    Console(stderr=True).print(plain(f"ncollapse: {text}", "red"), soft_wrap=True)
-    sys.exit(code)
-
-
-def _unforeseen(error: Exception) -> str:
-    """Write the traceback of an error that nobody foresaw into a file, and return the line for the user."""
-    what = f"an error that ncollapse did not foresee: {type(error).__name__}: {error}"
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="ncollapse-", suffix=".log", delete=False, encoding="utf-8"
-        ) as log:
-            log.write(f"ncollapse {ncollapse.__version__}, {shlex.join(sys.argv)}\n\n{traceback.format_exc()}")
-    except (OSError, UnicodeEncodeError) as why:
-        traceback.print_exc()
-        return f"{what}; no log file could be written ({why})"
-    return f"{what}. Its traceback is in {log.name}; please report it"
+        end(unforeseen(error), 3)
 
 
 def _name_of(run: RunConfig) -> str:

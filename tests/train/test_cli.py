@@ -302,6 +302,7 @@ def test_options_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
         "export": ["--format", "--out"],
         "check": ["--salvage"],
         "doctor": ["--data-dir"],
+        "bench": ["--device", "--seconds", "--json"],
     }.items():
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])

@@ -42,6 +42,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     ),
     "theory": ("ncollapse theory", "ncollapse theory --momentum 0.9 --weight-decay 0.01 --steps 10000"),
     "doctor": ("ncollapse doctor", "ncollapse doctor --data-dir /data"),
+    "bench": ("ncollapse bench", "ncollapse bench --device cpu --seconds 30 --json"),
     "completion": (
         "source <(ncollapse completion bash)",
         "ncollapse completion fish > ~/.config/fish/completions/ncollapse.fish",
