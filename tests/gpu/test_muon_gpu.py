@@ -168,3 +168,20 @@ def test_a_step_does_not_synchronise(device: torch.device, tensors: bool) -> Non
     with nothing_waits():
         optimizer.param_groups[0]["eps"] = 1e-6
         optimizer.step()
+
+
+def test_the_law_of_the_row_sum_holds_with_hidden_matrices_in_bfloat16(device: torch.device) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 5)).to(device)
+    x, y = torch.randn(32, 8, device=device), torch.arange(32, device=device) % 5
+    optimizer = optim.Muon(model.parameters(), lr=0.02, weight_decay=0.5)
+    start = model[4].weight.detach().double().sum(0)
+    for _ in range(60):
+        logits = model(x)
+        gradient = logits.detach().softmax(1).scatter_(1, y[:, None], 0)
+        gradient.scatter_(1, y[:, None], -gradient.sum(1, keepdim=True))
+        optimizer.zero_grad()
+        logits.backward(gradient / 32)
+        optimizer.step()
+    expected = (1 - 0.02 * 0.5) ** 60 * start
+    assert (model[4].weight.detach().double().sum(0) - expected).norm() < 1e-3 * start.norm()
