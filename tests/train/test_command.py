@@ -1,5 +1,6 @@
 """The command on other terminals and in other environments: encodings, closed pipes, notebooks, missing libraries."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -31,6 +32,26 @@ def test_the_backend_of_a_notebook_does_not_reach_the_figures(swept: Path, tmp_p
     done = run("report", str(tmp_path), MPLBACKEND="module://backend_that_is_not_there")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+def test_no_color_is_heeded_on_a_terminal() -> None:
+    def shown(**env: str) -> bytes:
+        ours, theirs = os.openpty()
+        with os.fdopen(ours, "rb", 0) as terminal:
+            process = subprocess.Popen(
+                [*COMMAND, "doctor", "--help"], env=os.environ | {"TERM": "xterm"} | env, stdout=theirs
+            )
+            os.close(theirs)
+            text = b""
+            with contextlib.suppress(OSError):  # EIO, at the end on Linux
+                while part := terminal.read(4096):
+                    text += part
+            assert process.wait() == 0
+        return text
+
+    assert b"\x1b[" in shown(NO_COLOR="")
+    assert b"\x1b[" not in shown(NO_COLOR="1")
 
 
 def test_a_closed_pipe_is_no_traceback() -> None:
