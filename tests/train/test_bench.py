@@ -76,6 +76,12 @@ def test_a_ratio_that_varies_is_said_with_its_range() -> None:
     assert list(bench.lines([found], CPU))[-1].startswith("Ratios with a range varied")
 
 
+def test_rounds_that_disagree_on_the_faster_one_call_both_equal() -> None:
+    found = outcome("SGD", [{"ours": 2e-3, "torch's fused": 2e-3 * t} for t in (0.5, 0.6, 0.7, 1.1, 1.2)])
+    assert found.verdict == "equal"
+    assert found.words == "SGD: as fast as torch's fused (0.60 to 1.1); ours 2 ms"
+
+
 def test_the_slowest_verdict_comes_last() -> None:
     slow = outcome("SGD", [{"ours": 2.0, "torch's fused": 1.0}] * 5)
     fast = outcome("AdamW", [{"ours": 1.0, "torch's fused": 2.0}] * 5)

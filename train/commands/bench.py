@@ -40,6 +40,7 @@ from ncollapse.train.training.step import Step
 from ncollapse.train.training.updates import make_updates
 
 Take = Callable[[], Any]
+Verdict = Literal["fast", "equal", "slow"]
 
 #: Seconds that a turn should last: far above what the clock and waiting for a GPU cost.
 _TURN = 0.01
@@ -78,11 +79,17 @@ class Ratio:
     high: float
 
     @property
+    def verdict(self) -> Verdict:
+        """Equal where it is near to one, or where rounds disagree on which of the two is faster."""
+        if self.median >= _EQUAL and self.low > 1:
+            return "fast"
+        return "slow" if self.median <= 1 / _EQUAL and self.high < 1 else "equal"
+
+    @property
     def words(self) -> str:
-        if 1 / _EQUAL < self.median < _EQUAL:
-            return f"as fast as {self.other}"
         noise = f" ({_number(self.low)} to {_number(self.high)})" if self.high > _NOISY * self.low else ""
-        return f"{_number(self.median)} times {self.other}{noise}"
+        times = "as fast as" if self.verdict == "equal" else f"{_number(self.median)} times"
+        return f"{times} {self.other}{noise}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +101,10 @@ class Outcome:
     ratios: tuple[Ratio, ...]
 
     @property
-    def verdict(self) -> Literal["fast", "equal", "slow"]:
-        """Beside the fastest of the others."""
-        least = min(ratio.median for ratio in self.ratios)
-        return "fast" if least >= _EQUAL else "equal" if least > 1 / _EQUAL else "slow"
+    def verdict(self) -> Verdict:
+        """Fast where ours is faster than all the others, slow where one of them is faster."""
+        found = {ratio.verdict for ratio in self.ratios}
+        return "slow" if "slow" in found else "equal" if "equal" in found else "fast"
 
     @property
     def words(self) -> str:
@@ -328,9 +335,14 @@ def print_bench(device: str | None, seconds: float, console: Console) -> None:
 
 def lines(found: list[Outcome], device: torch.device) -> Iterator[str]:
     """What is printed."""
-    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    count = torch.get_num_threads()
+    threads = f", {count} thread{'s' * (count > 1)}" if device.type == "cpu" else ""
     yield f"{device_name(str(device))}{threads}, torch {torch.__version__}"
-    headings = {"fast": "Fast here", "equal": "As fast as PyTorch", "slow": "Slower here than PyTorch"}
+    headings: dict[Verdict, str] = {
+        "fast": "Fast here",
+        "equal": "As fast as PyTorch",
+        "slow": "Slower here than PyTorch",
+    }
     for verdict, heading in headings.items():
         said = [one.words for one in found if one.verdict == verdict]
         yield from [heading, *(f"  {words}" for words in said)] if said else []
