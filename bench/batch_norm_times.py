@@ -44,10 +44,9 @@ TOLERANCE = {"fp32": 2e-3, "bf16": 1e-2}
 MOMENTUM, EPS = 0.1, 1e-5
 GRAPH_STEPS = 10
 BASELINE, COMPILED = "torch", "torch compiled"
-#: Settings of `kernels.batch_norm`, each of which turns something newer off: loops that load in advance, the merging of
-#: parts by the last program of moments, that of backward's sums, one program for all rows of a small map.
+#: Settings of `kernels.batch_norm`, each of which turns something newer off: the merging of parts by the last program
+#: of moments, that of backward's sums, one program for all rows of a small map.
 NOVELTIES: dict[str, dict[str, Any]] = {
-    "not pipelined": {"STAGES": 1},
     "moments merged by a kernel": {"MERGED_ELEMENTS": 0},
     "sums merged by a kernel": {"MERGE_SUMS": False},
     "small maps in parts": {"SMALL_ROWS": 0},

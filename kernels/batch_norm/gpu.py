@@ -10,9 +10,9 @@ floating-point atomics on them, so that results are reproducible on a device. Ma
 kernel does forward, one backward. No launcher synchronises with the GPU.
 
 The constants below are calculated, those of a prototype measured (bench/results/prototypes-cuda.json). With a second
-kernel for every sum, and loops that are not pipelined, the kernels take 286 µs of a step of ResNet9 on an H100, where
-moving the maps alone takes 150 to 175 (bench/results/cnn-cuda.json). STAGES, MERGED_ELEMENTS, MERGE_SUMS, and
-`SMALL_ROWS` of `op` turn what is newer on and off, until batch_norm_times has timed both sides on a GPU.
+kernel for every sum the kernels take 286 µs of a step of ResNet9 on an H100, where moving the maps alone takes 150 to
+175 (bench/results/cnn-cuda.json). MERGED_ELEMENTS, MERGE_SUMS, and `SMALL_ROWS` of `op` turn what is newer on and off,
+until batch_norm_times has timed both sides on a GPU.
 """
 
 import torch
@@ -42,9 +42,6 @@ PROGRAMS = 4
 #: transaction, so that 64 channels make eight programs.
 PARTS, FINISHED = 512, 8
 FINISH_OPTIONS = OPTIONS | {"num_warps": 8}
-#: Tiles that the loops of the sums hold or have under way; 1: no loop is pipelined. With three, two tiles of each map
-#: are loaded while one is summed.
-STAGES = 3
 #: The most elements of a map whose moments the last program merges: 32 MB in half precision, which the second-level
 #: cache holds, so that one program per multiprocessor keeps up (measured to 26 MB). 0: a second kernel merges them.
 MERGED_ELEMENTS = 2**24
@@ -91,7 +88,7 @@ def launch_moments(
         arrived = zero_counters(blocks, x.device) if merge else partial
         kernels.moments_kernel[(parts * blocks,)](
             x, rows, rows_each, channels, partial, arrived, *results,
-            tile, columns, STAGES, MERGED_PARTS if merge else 0, **(MERGED_OPTIONS if merge else OPTIONS),
+            tile, columns, MERGED_PARTS if merge else 0, **(MERGED_OPTIONS if merge else OPTIONS),
         )  # fmt: skip
         if not merge:
             kernels.finish_moments_kernel[(_blocks(channels, FINISHED),)](
@@ -145,7 +142,7 @@ def launch_backward(
         arrived = zero_counters(blocks, x.device) if MERGE_SUMS else partial
         kernels.sums_kernel[(parts * blocks,)](
             grad, x, weight, bias, mean, rstd, rows, rows_each, height, width, channels, partial,
-            arrived, weight_grad, bias_grad, pool, tile, columns, STAGES, ADDED_PARTS if MERGE_SUMS else 0, **OPTIONS,
+            arrived, weight_grad, bias_grad, pool, tile, columns, ADDED_PARTS if MERGE_SUMS else 0, **OPTIONS,
         )  # fmt: skip
         if not MERGE_SUMS:
             kernels.finish_sums_kernel[(_blocks(channels, FINISHED),)](

@@ -10,8 +10,7 @@ together. Rows are counted in int32, elements in int64. All arithmetic is in flo
 - `parts` holds partial sums, `[…, parts, C]` float32: part p covers rows p·rows_each … (p + 1)·rows_each − 1.
 
 Two kernels sum over the rows in parts. With PARTS > 0 the last program of each block of channels to arrive merges the
-block's parts; with PARTS = 0 a kernel of its own does, `finish_…`. Either way the order is fixed, whoever is last. The
-loops of the sums load STAGES − 1 tiles in advance (`cp.async` into shared memory).
+block's parts; with PARTS = 0 a kernel of its own does, `finish_…`. Either way the order is fixed, whoever is last.
 """
 
 import triton
@@ -172,7 +171,7 @@ def _store_moments(
 def moments_kernel(
     x_ptr, rows, rows_each, channels, parts_ptr, arrived_ptr,
     mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, momentum, eps,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Compute each part's mean and sum of squared deviations: a program does COLUMNS channels of one part.
 
@@ -200,7 +199,7 @@ def moments_kernel(
     sums = tl.where(mask, x - shift[None, :], 0.0)
     squares = sums * sums
     # 2. Sum the deviations from the shift, and their squares, over the other rows.
-    for top in tl.range(start + ROWS, last, ROWS, num_stages=STAGES):
+    for top in range(start + ROWS, last, ROWS):
         mask = (top + lane < last)[:, None] & inside
         x = tl.load(x_ptr + _at(top + lane, column, channels), mask=mask, other=0.0).to(tl.float32)
         deviation = tl.where(mask, x - shift[None, :], 0.0)
@@ -294,7 +293,7 @@ def _merge_sums(parts_ptr, parts, channels, column, rstd_ptr, weight_grad_ptr, b
 def sums_kernel(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
     rows, rows_each, height, width, channels, parts_ptr, arrived_ptr, weight_grad_ptr, bias_grad_ptr,
-    POOL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
+    POOL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Compute the sums that the gradients need: a program does COLUMNS channels of one part of the gradient's rows.
 
@@ -316,7 +315,7 @@ def sums_kernel(
     mean, scale, bias = _affine(weight_ptr, bias_ptr, mean_ptr, rstd_ptr, column, channels)
     # 2. Sum over the part's rows.
     sums, products = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
-    for top in tl.range(start, last, ROWS, num_stages=STAGES):
+    for top in range(start, last, ROWS):
         row = top + tl.arange(0, ROWS)
         mask = (row < last)[:, None] & (column < channels)[None, :]
         at = _at(row, column, channels)

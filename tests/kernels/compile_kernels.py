@@ -113,7 +113,7 @@ def groups_under_way(ptx: str) -> int:
 
 def updates() -> Iterator[Variant]:
     pointers = {
-        "tensors_ptr": "*i64", "chunks_ptr": "*i64", "hypers_ptr": "*i64", "arrived_ptr": "*i32",
+        "tensors_ptr": "*i64", "source_ptr": "*i64", "chunks_ptr": "*i64", "hypers_ptr": "*i64", "arrived_ptr": "*i32",
         "scale_ptr": "*fp32", "inf_ptr": "*fp32", "partial_ptr": "*fp32", "norms_ptr": "*fp64",
     }  # fmt: skip
     variants = [(rule, dtype, False) for rule in (*range(len(RULES)), MIXED) for dtype in ("fp32", "bf16")]
@@ -200,17 +200,11 @@ def batch_norm() -> Iterator[Variant]:
             return {"ROWS": elements // columns, "COLUMNS": columns}
 
         many = channels == 512
-        before = many and dtype == "bf16"  # also as sums were before, with which batch_norm_times compares
-        sums: list[tuple[int, int, dict[str, Any]]] = [
-            (norm.STAGES, norm.MERGED_PARTS, norm.MERGED_OPTIONS),
-            (norm.STAGES, 0, norm.OPTIONS),
-            (1, 0, norm.OPTIONS),
-        ]
-        for stages, merged, options in sums[: 1 + many + before]:
-            constants = {"STAGES": stages, "PARTS": merged} | shape(norm.SUMMED)
-            fields = {"channels": channels, "stages": stages, "merged": merged}
-            yield variant("moments", constants, dtype, options=options, **fields)
-        for rows in (SMALL_ROWS, norm.LEAST_ROWS)[: many + before]:
+        both = many and dtype == "bf16"  # also with a second kernel, and few rows
+        for merged, options in ((norm.MERGED_PARTS, norm.MERGED_OPTIONS), (0, norm.OPTIONS))[: 1 + many]:
+            constants = {"PARTS": merged} | shape(norm.SUMMED)
+            yield variant("moments", constants, dtype, channels=channels, options=options, merged=merged)
+        for rows in (SMALL_ROWS, norm.LEAST_ROWS)[: many + both]:
             held = {"ROWS": rows, "COLUMNS": norm.SMALL_COLUMNS}
             fields = {"channels": channels, "rows": rows, "options": norm.SMALL_OPTIONS}
             yield variant("small_forward", {"HAS_RESIDUAL": True} | held, dtype, residual=True, **fields)
@@ -221,9 +215,9 @@ def batch_norm() -> Iterator[Variant]:
             for residual in (False,) if pool else (False, True):
                 constants = {"POOL": pool, "HAS_RESIDUAL": residual} | shape(written)
                 yield variant("apply", constants, dtype, residual=residual, **fields)
-            for stages, merged in ((norm.STAGES, norm.ADDED_PARTS), (1, 0))[: 1 + before]:
-                constants = {"POOL": pool, "STAGES": stages, "PARTS": merged} | shape(summed)
-                yield variant("sums", constants, dtype, stages=stages, merged=merged, **fields)
+            for merged in (norm.ADDED_PARTS, 0)[: 1 + both]:
+                constants = {"POOL": pool, "PARTS": merged} | shape(summed)
+                yield variant("sums", constants, dtype, merged=merged, **fields)
             yield variant("backward", {"POOL": pool} | shape(written), dtype, **fields)
 
 

@@ -189,18 +189,6 @@ def test_the_same_bits_whichever_program_is_last(
     assert order != sorted(order)
 
 
-@pytest.mark.parametrize(("way", "kind"), list(zip(IN_PARTS, ("pool", "plain"), strict=True)))
-def test_pipelining_changes_no_bit(device: torch.device, way: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = case((2, 5, 9, 9), torch.bfloat16, kind, device=device)
-    grad = gradient(given)
-    results = []
-    for stages in (1, 3):
-        choose(way, monkeypatch, stages=stages)
-        monkeypatch.setattr(gpu, "SUMMED", 64)
-        results.append(run(kernels, given, grad))
-    assert same_bits(*results)
-
-
 def test_each_launch_has_counters_of_its_own_which_end_at_zero(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,4 +327,3 @@ def test_by_default_the_size_decides() -> None:
     assert not op._is_small(maps, pool=False)
     assert 128 * 128 * 28 * 28 <= gpu.MERGED_ELEMENTS < 128 * 24 * 128 * 14 * 14
     assert gpu.MERGE_SUMS
-    assert gpu.STAGES == 3

@@ -28,8 +28,6 @@ NORM = {
     ("finish_moments", False): ((12, 0),), ("finish_sums", False): ((8, 0),),
     ("small_forward", False): ((5, 2), (7, 1)), ("small_backward", False): ((8, 2), (10, 1)),
 }  # fmt: skip
-# Of the loops of its sums: maps, and 128-bit copies of each by a thread in a tile, with float32 and with bfloat16 maps.
-LOOPS = {("moments", False): (1, (4, 2)), ("sums", False): (2, (4, 2)), ("sums", True): (5, (2, 1))}
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
@@ -86,24 +84,15 @@ def check_statistics(v: dict[str, Any]) -> None:
 def check_norm(v: dict[str, Any]) -> None:
     kind = v["kernel"].removeprefix("batch_norm "), v.get("pool", False)
     loads, stores = NORM[kind][v.get("dtype") == "bf16"]
-    if v["channels"] == 512 and v.get("stages", 1) > 1:
-        # Before the loop, all stages but one are copied; in the loop, one. Those stay under way while one is summed.
-        maps, copies = LOOPS[kind]
-        copied = maps * copies[v["dtype"] == "bf16"]
-        assert v["asynchronous_128"] == v["stages"] * copied, v
-        assert v["groups_under_way"] >= maps * (v["stages"] - 2), v
-        tile = 128 * 16 * copied  # bytes, by 128 threads
-        assert v["shared_bytes"] >= (v["stages"] - 1) * tile, v
-        assert 4 * v["shared_bytes"] <= 2**10 * 164, v  # four programs fit on a multiprocessor of an A100
-        assert v["spilled_bytes"] == 0, v
-    elif v["channels"] == 512:
-        assert v["asynchronous_128"] == 0, v
+    if v["channels"] == 512:
         large = v.get("rows", 0) > 256
         assert v["loads_128"] >= loads + (0 if not v.get("residual") else 1 if "rows" in v else 4) + 6 * large, v
         assert v["stores_128"] >= stores, v
         assert v["spilled_bytes"] == 0, v
     assert v["spilled_bytes"] <= 128, v  # with three channels, each element has its own address
-    assert v["float_atomics"] == 0, v  # their order would change the result
+    assert v["float_atomics"] == v["asynchronous_128"] == 0, (
+        v
+    )  # no order that changes; loops measured faster as they are
     # Four programs of 128 threads fit on a multiprocessor, as PROGRAMS assumes; three where one is launched; one of a
     # small map, of 256 threads.
     merged = kind[0] == "moments" and v["merged"] > 0

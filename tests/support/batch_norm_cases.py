@@ -105,7 +105,7 @@ def kernels(*arguments: Any) -> Tensor:
         return fused(*arguments)
 
 
-def choose(way: str, monkeypatch: pytest.MonkeyPatch, *, programs: int = 4, stages: int = 3) -> None:
+def choose(way: str, monkeypatch: pytest.MonkeyPatch, *, programs: int = 4) -> None:
     """Make the kernels sum in this way, whatever the maps' size; in Triton's interpreter with so many programs."""
     from ncollapse.kernels.batch_norm import gpu
 
@@ -113,7 +113,6 @@ def choose(way: str, monkeypatch: pytest.MonkeyPatch, *, programs: int = 4, stag
     monkeypatch.setattr(op, "SMALL_CHANNELS", 1)
     monkeypatch.setattr(gpu, "MERGED_ELEMENTS", 2**62 if way == "last program" else 0)
     monkeypatch.setattr(gpu, "MERGE_SUMS", way == "last program")
-    monkeypatch.setattr(gpu, "STAGES", stages)
     if not torch.cuda.is_available():
         monkeypatch.setattr(gpu, "PROGRAMS", 1)
         monkeypatch.setattr(gpu, "multiprocessors", lambda device: programs)
