@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.dataset import Dataset
 from ncollapse.train.plugins import Plugins
+from ncollapse.train.training import graphs
 from ncollapse.train.training.graphs import waits_for_gpu
 from ncollapse.train.training.loop import Training
 from ncollapse.train.training.step import Step
@@ -23,7 +24,7 @@ RECORDING: list[str] = []
 class Recorder:
     """Stands for `torch.cuda.graph`: computes, and at its end refuses what a GPU would refuse."""
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, graph: Any, stream: Any) -> None:
         self.graph = graph
 
     def __enter__(self) -> None:
@@ -53,6 +54,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "CUDAGraph": Graph, "graph": Recorder, "current_stream": lambda: "main", "set_stream": found.append,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, double)
+    monkeypatch.setattr(graphs, "main_stream", lambda: None)
     return found
 
 

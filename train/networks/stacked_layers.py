@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ncollapse.kernels.batch_norm import batch_norm_relu
+from ncollapse.train.networks import side_stream
 from ncollapse.train.networks.precision import exact_products
 
 # The most values per filter for which a convolution of the images is one matrix product.
@@ -185,18 +186,17 @@ def convolution(x: Batch, conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) 
         raise ValueError("a convolution of stacked runs takes maps")
     runs = len(weight)
     x = Batch(unshared(x, runs)) if conv.groups > 1 else x
-    weight = weight.flatten(0, 1).to(x.value.dtype)  # flatten gives a view, since `Stack` keeps weights channels-last
-    bias = None if bias is None else bias.view(-1).to(x.value.dtype)
     plain = conv.stride == conv.dilation == (1, 1) and not isinstance(conv.padding, str)
-    if x.shared and x.value.is_cuda and plain and is_small_filter(weight):
-        maps = convolve(x.value, weight, cast(tuple[int, int], conv.padding))
-        return Batch(maps if bias is None else maps + bias.view(-1, 1, 1))
-    groups = 1 if x.shared else runs * conv.groups
+    if x.shared and x.value.is_cuda and plain and is_small_filter(weight.detach()[0]):
+        filters = weight.flatten(0, 1).to(x.value.dtype)  # a view, since `Stack` keeps weights channels-last
+        maps = convolve(x.value, filters, cast(tuple[int, int], conv.padding))
+        return Batch(maps if bias is None else maps + bias.view(-1, 1, 1).to(maps.dtype))
+    groups, dtype = 1 if x.shared else runs * conv.groups, x.value.dtype
     inputs = (x.value, weight, bias)
     if _needs_float32(x.value):
-        inputs = x.value.float(), weight.float(), None if bias is None else bias.float()
-    maps = F.conv2d(*inputs, conv.stride, conv.padding, conv.dilation, groups)
-    return Batch(maps.to(x.value.dtype))
+        inputs = x.value.float(), weight.to(dtype).float(), None if bias is None else bias.to(dtype).float()
+    maps = side_stream.conv2d(*inputs, conv.stride, conv.padding, conv.dilation, groups)
+    return Batch(maps.to(dtype))
 
 
 def batch_norm(

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ncollapse.train.errors import blamed, out_of_memory
+from ncollapse.train.networks.side_stream import main_stream
 
 
 @contextmanager
@@ -48,7 +49,7 @@ def record_graph(work: Callable[[], None]) -> tuple[torch.cuda.CUDAGraph | None,
     """
     stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=main_stream()):
             work()
     except Exception as error:
         # The end of a recording that has failed raises an error too, with the first one as its context.
