@@ -45,6 +45,7 @@ wheel: $(VENV)/.installed-dev  ## dist/: a wheel for Linux and every Python from
 # Asked before the first record is written, which makes the checkout look dirty.
 bench: COMMIT := $(shell git describe --always --dirty --abbrev=12 --exclude='*')
 bench: $(VENV)/.installed-dev  ## time the demo, sweeps, the optimizers and the metrics, compile the kernels; record it in bench/results
+	$(BIN)/python -m pytest bench/kernels --benchmark-json=bench/results/kernels-cpu.json
 	$(BIN)/python -m pytest bench/demo_times.py --benchmark-json=bench/results/demo.json
 	$(BIN)/python -m bench.optimizer_times --device cpu --seconds 8 --commit "$(COMMIT)"
 	$(BIN)/python -m bench.statistics_times --device cpu --commit "$(COMMIT)"
