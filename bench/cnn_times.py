@@ -32,11 +32,11 @@ from bench.record import Record, first_line, timing_options
 from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
-from ncollapse.train.networks import stacked_layers
+from ncollapse.train.networks import side_stream, stacked_layers
 from ncollapse.train.networks.models import Classifier, build
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.plugins import Plugins
-from ncollapse.train.training.lane import Lane, Samples
+from ncollapse.train.training.lane import Lane, TrainingSamples
 from ncollapse.train.training.stack import Stack
 from ncollapse.train.training.step import Step
 from ncollapse.train.training.updates import make_updates
@@ -93,7 +93,7 @@ class Case:
         """The trainer's step."""
         run = RunConfig(model=self.model, precision=precision, lr=0.01)  # type: ignore[arg-type]
         stack = Stack.of([self.built()], self.device)
-        return Step([Lane(stack, make_updates(stack, [run], Plugins()), Samples(self.data))]), stack
+        return Step([Lane(stack, make_updates(stack, [run], Plugins()), TrainingSamples(self.data))]), stack
 
     def stepping(self, precision: str, around: Callable[[], Any] = contextlib.nullcontext) -> timing.Step:
         """Steps of the trainer, set up (and, on a GPU, captured) in a context."""
@@ -217,6 +217,18 @@ def cudnns_first_layer() -> Any:
     return mock.patch.object(stacked_layers, "is_small_filter", _none)
 
 
+def no_side_branch() -> Any:
+    """The trainer with all gradients one after the other."""
+    return mock.patch.object(side_stream, "BESIDE", False)
+
+
+def dependent_launches() -> Any:
+    """The trainer with batch norm's kernels launched before the one before them has ended."""
+    from ncollapse.kernels.batch_norm import gpu
+
+    return mock.patch.object(gpu, "DEPENDENT", True)
+
+
 def _none(weight: Tensor) -> bool:
     """A function, since a mock would keep the tensors that it is called with."""
     return False
@@ -247,6 +259,8 @@ def measured(case: Case, seconds: float, end: float, save: Callable[[dict[str, A
         "nc": lambda: case.stepping("bf16"),
         "nc, torch's batch norm": lambda: case.stepping("bf16", torchs_batch_norm),
         "nc, cuDNN's first layer": lambda: case.stepping("bf16", cudnns_first_layer),
+        "nc, no side branch": lambda: case.stepping("bf16", no_side_branch),
+        "nc, dependent launches": lambda: case.stepping("bf16", dependent_launches),
         "nc, cuDNN's trials": lambda: case.stepping("bf16", lambda: trials(deterministic=True)),
         "nc, any of cuDNN's trials": lambda: case.stepping("bf16", lambda: trials(deterministic=False)),
         "nc, tf32": lambda: case.stepping("tf32"),

@@ -18,6 +18,11 @@ class FakeEngine:
         cores, gpus: to train on.
         in_process: see `Engine`.
         share: of the processors' time that other programs leave to it.
+        branches: rates of runs as branches, from a number of them on.
+
+    Attributes:
+        measured: workers, size and `quick` of each measurement.
+        branches: the sizes of those of branches.
     """
 
     device = "fake"
@@ -31,11 +36,14 @@ class FakeEngine:
         gpus: int = 0,
         in_process: bool = True,
         share: float = 1.0,
+        branches: dict[int, float | None] | None = None,
     ) -> None:
         self._rates, self._room, self._cores, self._share = rates, room, cores, share
         self.gpus, self.in_process = gpus, in_process
         self.used: list[tuple[int, int, int]] = []
-        self.measured: list[tuple[int, int, bool]] = []  # workers, size, quick
+        self.measured: list[tuple[int, int, bool]] = []
+        self.branches: list[int] = []
+        self._of_branches = branches or {1: 1e-9}
 
     def slots(self, per_gpu: int) -> int:
         return min(self._cores, self.gpus * per_gpu) if self.gpus else self._cores
@@ -50,11 +58,15 @@ class FakeEngine:
         return self._room
 
     def measure_rate(
-        self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False, runs: Sequence[RunConfig] = ()
-    ) -> Rate | None:
+        self, key: StackKey, facts: DataFacts, size: int, *, branches: bool = False, quick: bool = False,
+        runs: Sequence[RunConfig] = (),
+    ) -> Rate | None:  # fmt: skip
         workers = self.used[-1][0]
         self.measured.append((workers, size, quick))
         rates = self._rates(workers) if callable(self._rates) else self._rates
+        if branches:
+            self.branches.append(size)
+            rates = self._of_branches
         rate = rates[max(known for known in rates if known <= size)]
         return rate if rate is None else Rate(rate * self._share, self._share)
 

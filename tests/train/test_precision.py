@@ -22,7 +22,7 @@ from ncollapse.train.networks.whole_module import WholeModule
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.columns import METRICS
 from ncollapse.train.results.record import Evaluation
-from ncollapse.train.training.lane import Lane, Samples
+from ncollapse.train.training.lane import Lane, TrainingSamples
 from ncollapse.train.training.loop import Training
 from ncollapse.train.training.stack import Stack
 from ncollapse.train.training.step import Step
@@ -43,7 +43,7 @@ def trained(run: RunConfig, data: Dataset) -> tuple[Training, list[Evaluation]]:
 def stack_and_step(model: str, data: Dataset, precision: str, **settings: Any) -> tuple[Stack, Step, torch.Tensor]:
     run = RunConfig(model=model, width=8, precision=precision, **settings)  # type: ignore[arg-type]
     stack = Stack.of([build(model, data.channels, data.size, 10, 0, width=8)], CPU)
-    return stack, Step([Lane(stack, make_updates(stack, [run], Plugins()), Samples(data))]), torch.arange(64)
+    return stack, Step([Lane(stack, make_updates(stack, [run], Plugins()), TrainingSamples(data))]), torch.arange(64)
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn", "resnet9", "vit", "densenet"])

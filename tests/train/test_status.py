@@ -54,7 +54,7 @@ def half(folder: Path) -> Path:
         "DELETE FROM stacks",
         f"INSERT INTO sessions (id, started, command, provenance) VALUES (2, '{START}', 'the [command]', '{{}}')",
         "INSERT INTO stacks (id, size, session, updated, begun_epoch, epoch) VALUES (1, 4, 1, 'long ago', 0, 4)",
-        f"INSERT INTO stacks VALUES (2, 4, 2, '{LATER}', 1, 2, '2-1.pt', 1)",
+        f"INSERT INTO stacks VALUES (2, 4, 0, 2, '{LATER}', 1, 2, '2-1.pt', 1)",
         "INSERT INTO stacks (id, size) VALUES (3, 4)",
         "UPDATE runs SET stack = 1 + position / 4, session = 1",
         "UPDATE runs SET session = 2, status = 'running', seconds = NULL WHERE stack = 2",

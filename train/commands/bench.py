@@ -34,7 +34,7 @@ from ncollapse.train.networks.models import build
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.provenance import describe_machine, device_name
-from ncollapse.train.training.lane import Lane, Samples
+from ncollapse.train.training.lane import Lane, TrainingSamples
 from ncollapse.train.training.stack import Stack
 from ncollapse.train.training.step import Step
 from ncollapse.train.training.updates import make_updates
@@ -256,7 +256,7 @@ def training_contest(model: str, runs: int, device: torch.device) -> Contest:
 
     def step_of(rows: slice) -> tuple[Step, Stack]:
         stack = Stack.of(made[rows], device)
-        return Step([Lane(stack, make_updates(stack, settings[rows], Plugins()), Samples(data))]), stack
+        return Step([Lane(stack, make_updates(stack, settings[rows], Plugins()), TrainingSamples(data))]), stack
 
     together, stack = step_of(slice(None))
     alone = [step_of(slice(r, r + 1)) for r in range(runs)]

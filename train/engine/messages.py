@@ -124,12 +124,13 @@ class Engine(Protocol):
         """How many runs fit into the memory of each worker, at least 1; None: not known before a measurement."""
 
     def measure_rate(
-        self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False, runs: Sequence[RunConfig] = ()
-    ) -> Rate | None:
+        self, key: StackKey, facts: DataFacts, size: int, *, branches: bool = False, quick: bool = False,
+        runs: Sequence[RunConfig] = (),
+    ) -> Rate | None:  # fmt: skip
         """How fast training is with a stack of `size` runs in every worker at once.
 
-        None where that does not fit in memory. `quick`: time a single step. `runs`: of the stack, where
-        `key.needs_runs`.
+        None where that does not fit in memory. `branches`: see `PlannedStack`. `quick`: time a single step. `runs`: of
+        the stack, where `key.needs_runs`.
         """
 
     def run(self, next_stack: Callable[[], PlannedStack | None]) -> Iterator[tuple[PlannedStack, Message]]:
@@ -152,6 +153,7 @@ class Engine(Protocol):
 def train_stack(
     runs: Sequence[RunConfig], load: Callable[[], Dataset], device: torch.device, settings: WorkerSettings,
     read_checkpoint: Callable[[], bytes] | None, stopping: Callable[[], bool] = lambda: False,
+    branches: bool = False,
 ) -> Iterator[Message]:  # fmt: skip
     """Train a stack in this process; ends with Finished, Stopped or Failed, whatever happens.
 
@@ -159,12 +161,13 @@ def train_stack(
         load: returns the data set on the device.
         read_checkpoint: returns the content of the checkpoint to continue from; None: from the beginning.
         stopping: is asked after each epoch whether to stop with a checkpoint.
+        branches: see `PlannedStack`.
     """
     try:
         data = load()
         checkpoint = None if read_checkpoint is None else read_checkpoint()
         training = Training(
-            runs, data, device, checkpoint=checkpoint, keep_weights=settings.keep_weights,
+            runs, data, device, branches=branches, checkpoint=checkpoint, keep_weights=settings.keep_weights,
             hopeless_after=settings.hopeless_after, plugins=settings.plugins, metrics=settings.metrics,
         )  # fmt: skip
         saved = time.monotonic()

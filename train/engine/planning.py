@@ -226,18 +226,24 @@ def plan_stacks(
     plan = policy.choose(engine)
     planned = group((one for one in stacks if one.id not in begun), lambda one: StackKey.of(one.runs[0]))
     new: list[RunConfig] = []
-    sizes = dict(plan.sizes) if before is None else before.sizes | plan.sizes
+    sizes, branches = dict(plan.sizes), plan.branches
+    if before is not None:
+        sizes, branches = before.sizes | sizes, branches | (before.branches - sizes.keys())
     for key, members in group(free, StackKey.of).items():
         wanted = {run.id for run in members}
         members_now = [{run.id for run in one.runs} for one in planned.get(key, ())]
         whole = {run for each in members_now if each & wanted for run in each} == wanted
         known, size = 0 if before is None else before.sizes.get(key, 0), plan.sizes[key]
+        same_form = size == 1 or before is None or (key in plan.branches) == (key in before.branches)
         # A smaller size is no other plan where it is that of the few runs that are left.
-        if whole and (size == known or known > size >= -(-len(members) // plan.workers)):
+        if whole and same_form and (size == known or known > size >= -(-len(members) // plan.workers)):
             sizes[key] = known
+            branches |= {key} & (frozenset() if before is None else before.branches)
         else:
             new += members
-    stored = {"engine": options.engine, "stack": stack, **dataclasses.replace(plan, sizes=sizes).as_dict()}
-    store.set_plan(make_stacks(new, plan.sizes.__getitem__, plan.workers), stored)
+    whole_plan = dataclasses.replace(plan, sizes=sizes, branches=branches)
+    stored = {"engine": options.engine, "stack": stack, **whole_plan.as_dict()}
+    made = make_stacks(new, plan.sizes.__getitem__, plan.workers)
+    store.set_plan(made, stored, branches=[StackKey.of(members[0]) in plan.branches for members in made])
     for line in plan.describe():
         console.print(plain(line))

@@ -66,7 +66,7 @@ def print_preview(
             plan = policy.choose(engine)
             rates = dict(plan.rates)
             for key, size in plan.sizes.items():
-                if key not in rates and (rate := policy.measure(engine, key, size, quick=True)):
+                if key not in rates and (rate := policy.measure(engine, key, size, key in plan.branches, quick=True)):
                     rates[key] = rate.alone
             for line in plan.describe():
                 tell(line)

@@ -140,7 +140,7 @@ class Cluster(Engine):
                     blind = isinstance(error, DataError)
                     continue
                 messages = task.remote(
-                    stack.runs, data, self._device, self._settings_ref, checkpoint, self._threads, flag
+                    stack.runs, data, self._device, self._settings_ref, checkpoint, self._threads, flag, stack.branches
                 )
                 self._in_flight[messages] = stack
             if not self._in_flight:
@@ -192,14 +192,15 @@ class Cluster(Engine):
         return max(1, min(fit // max(1, min(sharing[node], self._workers)) for node, fit in fits))
 
     def measure_rate(
-        self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False, runs: Sequence[RunConfig] = ()
-    ) -> Rate | None:
+        self, key: StackKey, facts: DataFacts, size: int, *, branches: bool = False, quick: bool = False,
+        runs: Sequence[RunConfig] = (),
+    ) -> Rate | None:  # fmt: skip
         """See `Engine`; measured by workers that share a machine or a GPU, and scaled to all workers."""
         if not self._probes:
             self._open_probes()
         errors = self._ray.exceptions
         try:
-            rates = self._ask("measure_rate", key, facts, size, quick, runs)
+            rates = self._ask("measure_rate", key, facts, size, branches, quick, runs)
         except (errors.RayActorError, errors.OutOfMemoryError):  # killed for the memory it took
             self._close_probes()
             return None
@@ -259,9 +260,10 @@ class _Probe:
         return ray.get_runtime_context().get_node_id(), room_on(self._device, key, facts, plugins=self._plugins)
 
     def measure_rate(
-        self, key: StackKey, facts: DataFacts, size: int, quick: bool, runs: Sequence[RunConfig]
+        self, key: StackKey, facts: DataFacts, size: int, branches: bool, quick: bool, runs: Sequence[RunConfig]
     ) -> Rate | None:
-        return measure_rate(key, facts, size, self._device, quick=quick, runs=runs, plugins=self._plugins)
+        how: dict[str, Any] = {"branches": branches, "quick": quick, "runs": runs}
+        return measure_rate(key, facts, size, self._device, plugins=self._plugins, **how)
 
 
 class _StopFlag:
@@ -279,7 +281,7 @@ class _StopFlag:
 
 def _train(
     runs: Sequence[RunConfig], data: list[Any], device: torch.device, settings: WorkerSettings,
-    checkpoint: bytes | None, threads: int, flag: Any,
+    checkpoint: bytes | None, threads: int, flag: Any, branches: bool,
 ) -> Iterator[Message]:  # fmt: skip
     """Train a stack; `data` holds a reference, since Ray would replace a bare one by a new copy for every task."""
     _set_up(threads)
@@ -298,7 +300,7 @@ def _train(
     def data_set() -> Dataset:
         return settings.load(runs[0].data_key, device) if data[0] is None else _data_set(data[0], device)
 
-    yield from train_stack(runs, data_set, device, settings, read, stopping)
+    yield from train_stack(runs, data_set, device, settings, read, stopping, branches)
 
 
 @functools.cache

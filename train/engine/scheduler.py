@@ -283,7 +283,7 @@ class _Sweep:
         say(self._console, f"{size} runs at once {why} ({failure.text}); continuing with stacks of {half}")
         key = StackKey.of(stack.runs[0])
         untried = [one for one in self._queue if one.checkpoint is None and StackKey.of(one.runs[0]) == key]
-        alike = [one for one in untried if len(one.runs) > half]
+        alike = [one for one in untried if len(one.runs) > half and one.branches == stack.branches]
         parts += [runs[i : i + half] for runs in map(self._left, alike) for i in range(0, len(runs), half)]
         self._replace(stack, parts, kept, alike)
 
@@ -343,7 +343,7 @@ class _Sweep:
         others: Sequence[PlannedStack],
     ) -> None:  # fmt: skip
         """Put parts of a stack, the first with checkpoints, and of others of the queue in their place."""
-        numbers = self._store.set_plan(parts, checkpoints=kept)
+        numbers = self._store.set_plan(parts, checkpoints=kept, branches=[stack.branches] * len(parts))
         self._store.end(stack)  # all its runs have ended or are in other stacks
         stored = {one.id: one for one in self._store.stacks()}
         self._queue = deque([stored[n] for n in numbers] + [one for one in self._queue if one not in others])

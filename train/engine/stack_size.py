@@ -1,4 +1,4 @@
-"""How many runs train in a stack, and how many stacks side by side: the policy, the same for every engine."""
+"""How many runs train in a stack, in which form, and how many stacks side by side: the policy of every engine."""
 
 import dataclasses
 import math
@@ -20,6 +20,8 @@ WORTH_MEASURING = 5.0
 WORTH_PROCESSES = 12.0
 #: Numbers of stacks that share a GPU: those that are tried.
 PER_GPU = (1, 2, 4)
+#: Numbers of runs that are tried as branches of one CUDA graph: four nearly fill a GPU (`bench/NOTES.md`).
+BRANCHES = (2, 3, 4)
 #: model -> runs per stack where there is too little work to measure. On a CPU linear layers gain the more the larger
 #: the stack, convolutions only up to a few runs (`bench/NOTES.md`).
 _USUAL = {"mlp": 32, "cnn": 4}
@@ -39,6 +41,7 @@ class Plan:
         workers, per_gpu: number of stacks that train side by side, and of those that share a GPU.
         threads: CPU threads of each worker.
         sizes: runs in a stack, at most.
+        branches: the keys whose runs are branches of one CUDA graph, each a program of its own; see `Training`.
         rates: training steps per second, summed over all runs in training, on a machine without other programs; without
             the keys that were not measured.
         measured: every measurement.
@@ -52,10 +55,14 @@ class Plan:
     measured: tuple[dict[str, Any], ...] = ()
     per_gpu: int = 1
     reasons: dict[StackKey, str] = dataclasses.field(default_factory=dict)
+    branches: frozenset[StackKey] = frozenset()
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the store keeps."""
-        stacks = [{**vars(key), "size": n, "steps_per_second": self.rates.get(key)} for key, n in self.sizes.items()]
+        stacks = [
+            {**vars(key), "size": n, "branches": key in self.branches, "steps_per_second": self.rates.get(key)}
+            for key, n in self.sizes.items()
+        ]
         return {
             "workers": self.workers, "threads": self.threads, "per_gpu": self.per_gpu,
             "stacks": stacks, "measured": list(self.measured),
@@ -74,6 +81,7 @@ class Plan:
             rates = {key: rate for key, stack in stacks.items() if (rate := stack.get("steps_per_second")) is not None}
             numbers = stored["workers"], stored.get("threads", 1), stored.get("per_gpu", 1)
             measured = tuple(stored.get("measured", ()))
+            branches = frozenset(key for key, stack in stacks.items() if stack.get("branches"))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"no plan: {error!r}") from None
         if not all(type(n) is int and 0 < n <= MOST_WORKERS for n in numbers):
@@ -83,7 +91,7 @@ class Plan:
         if not all(isinstance(rate, (int, float)) and 0 < rate < math.inf for rate in rates.values()):
             raise ValueError("no plan: its rates")
         workers, threads, per_gpu = numbers
-        return cls(workers, threads, sizes, rates, measured, per_gpu)
+        return cls(workers, threads, sizes, rates, measured, per_gpu, branches=branches)
 
     @property
     def others(self) -> float:
@@ -101,6 +109,8 @@ class Plan:
         for key, size in self.sizes.items():
             why = f", since {self.reasons[key]}," if key in self.reasons else ""
             stacks = f"one run at a time{why}" if size == 1 else f"stacks of up to {size} runs"
+            if size > 1 and key in self.branches:
+                stacks += " as branches of one CUDA graph"
             measured = f" (measured: {self.rates[key]:,.0f} training steps/s)" if key in self.rates else ""
             graphs = [one["graph"] for one in self.measured if one.get("shape") == str(key) and one.get("graph")]
             graph = f"; a CUDA graph holds {graphs[-1]}" if graphs else ""
@@ -142,7 +152,7 @@ class StackPolicy:
         if len(self.runs) == 1 or (isinstance(self.stack, int) and len(counts) == 1):
             return usual  # nothing to choose
         sizes = usual.sizes.items()
-        quick = {key: self.measure(engine, key, size, quick=True) for key, size in sizes}
+        quick = {key: self.measure(engine, key, size, key in usual.branches, quick=True) for key, size in sizes}
         seconds = self.seconds({key: None if rate is None else rate.alone for key, rate in quick.items()})
         if seconds < WORTH_MEASURING:
             return usual
@@ -198,57 +208,109 @@ class StackPolicy:
     def usual(self, engine: "Engine", plan: Plan) -> Plan:
         """Return the plan with the usual sizes for the models, or the user's, as far as they are known to fit."""
         engine.use(plan.workers, plan.threads, plan.per_gpu)
-        sizes = {}
+        sizes, branches = {}, set()
         for key, members in group(self.runs, StackKey.of).items():
             known = {} if self.before is None else self.before.sizes
             size = self.stack if isinstance(self.stack, int) else known.get(key, _USUAL.get(key.model, 1))
             sizes[key] = min(size, self._most(engine, key, len(members)))
-        return dataclasses.replace(plan, sizes=sizes, reasons=self._reasons())
+            if sizes[key] > 1 and self._branches_usually(engine, key):
+                branches.add(key)
+        return dataclasses.replace(plan, sizes=sizes, reasons=self._reasons(), branches=frozenset(branches))
 
     def grown(self, engine: "Engine", plan: Plan) -> Plan:
-        """Return the plan with the best measured size for each key: stacks grow as long as that pays."""
+        """Return the plan with the best measured size and form for each key: stacks grow as long as that pays."""
         engine.use(plan.workers, plan.threads, plan.per_gpu)
         sizes: dict[StackKey, int] = {}
         rates: dict[StackKey, float] = {}
-        measured = []
+        branches: set[StackKey] = set()
+        measured: list[dict[str, Any]] = []
         for key, members in group(self.runs, StackKey.of).items():
             most = self._most(engine, key, -(-len(members) // plan.workers))
-            # Where even that does not fit by the measurement, training tries, says so and halves it.
-            sizes[key] = min(self.stack, most) if isinstance(self.stack, int) else 1
-            tried: dict[int, float | None] = {}
+            (sizes[key], branched), rate = self._best(engine, plan, key, most, measured)
+            if rate is not None:
+                rates[key] = rate
+            if sizes[key] > 1 and branched:
+                branches.add(key)
+        return dataclasses.replace(
+            plan, sizes=sizes, rates=rates, measured=tuple(measured), reasons=self._reasons(),
+            branches=frozenset(branches),
+        )  # fmt: skip
 
-            def measure(size: int, key: StackKey = key, tried: dict[int, float | None] = tried) -> float | None:
-                if size not in tried:
-                    rate = self.measure(engine, key, size)
-                    tried[size] = None if rate is None else rate.alone
-                    one = {"shape": str(key), "workers": plan.workers, "threads": plan.threads, "size": size}
-                    found = {} if rate is None else {"share": round(rate.share, 3), "graph": rate.graph}
-                    measured.append({**one, "steps_per_second": tried[size], **found})
-                return tried[size]
+    def _best(
+        self, engine: "Engine", plan: Plan, key: StackKey, most: int, measured: list[dict[str, Any]]
+    ) -> tuple[tuple[int, bool], float | None]:
+        """Return size and form (whether branches) of the fastest stacks of at most `most` runs, and their rate.
 
-            for factor in (4, 2):  # first grow in large steps, then try the sizes next to the best
-                for size in self._candidates(sizes[key], most, factor):
-                    if size in tried:
-                        continue
-                    rate = measure(size)
-                    if rate is None:
-                        break
-                    better = _FASTER if size > sizes[key] else 1 / _FASTER
-                    if key not in rates or rate > better * rates[key]:
-                        sizes[key], rates[key] = size, rate
-                    elif factor == 4:
-                        break
-            known = None if self.before is None else self.before.sizes.get(key)
-            if known is not None and known != sizes[key] and known <= most and not isinstance(self.stack, int):
-                rate = measure(known)
-                if rate is not None and _MUCH_FASTER * rate >= rates.get(key, 0.0):
-                    sizes[key], rates[key] = known, rate
-        return dataclasses.replace(plan, sizes=sizes, rates=rates, measured=tuple(measured), reasons=self._reasons())
+        Every measurement is appended to `measured`.
+        """
+        # Where even that does not fit by the measurement, training tries, says so and halves it.
+        best, fastest = (1, False), 0.0
+        if isinstance(self.stack, int):
+            best = min(self.stack, most), self._branches_usually(engine, key)
+        tried: dict[tuple[int, bool], float | None] = {}
 
-    def measure(self, engine: "Engine", key: StackKey, size: int, *, quick: bool = False) -> "Rate | None":
+        def measure(size: int, branched: bool) -> float | None:
+            if (size, branched) not in tried:
+                rate = self.measure(engine, key, size, branched)
+                tried[size, branched] = None if rate is None else rate.alone
+                one = {"shape": str(key), "workers": plan.workers, "threads": plan.threads, "size": size}
+                form = {"branches": True} if branched else {}
+                found = {} if rate is None else {"share": round(rate.share, 3), "graph": rate.graph}
+                measured.append({**one, **form, "steps_per_second": tried[size, branched], **found})
+            return tried[size, branched]
+
+        def is_better(size: int, rate: float) -> bool:
+            return rate > (_FASTER if size > best[0] else 1 / _FASTER) * fastest
+
+        for factor in (4, 2):  # first grow in large steps, then try the sizes next to the best
+            for size in self._candidates(best[0], most, factor):
+                if (size, False) in tried:
+                    continue
+                rate = measure(size, False)
+                if rate is None:
+                    break
+                if is_better(size, rate):
+                    best, fastest = (size, False), rate
+                elif factor == 4:
+                    break
+        for size in self._branch_sizes(engine, key, most):
+            rate = measure(size, True)
+            if rate is None:
+                break
+            if is_better(size, rate):
+                best, fastest = (size, True), rate
+        known = None if self.before is None else (self.before.sizes.get(key, 0), key in self.before.branches)
+        if known and known != best and 0 < known[0] <= most and self.stack in ("auto", known[0]):
+            rate = measure(*known)
+            if rate is not None and _MUCH_FASTER * rate >= fastest:
+                best, fastest = known, rate
+        return best, fastest or None
+
+    def measure(
+        self, engine: "Engine", key: StackKey, size: int, branches: bool, *, quick: bool = False
+    ) -> "Rate | None":
         """Have the engine measure how fast stacks of `size` runs of a key train; see `Engine.measure_rate`."""
         runs = [run for run in self.runs if StackKey.of(run) == key][:size] if key.needs_runs else []
-        return engine.measure_rate(key, self.facts[key.data], size, quick=quick, runs=runs)
+        return engine.measure_rate(key, self.facts[key.data], size, branches=branches, quick=quick, runs=runs)
+
+    def _may_branch(self, engine: "Engine", key: StackKey) -> bool:
+        """Whether runs of a key are tried as branches: they have convolutions, whose groups gain little on a GPU."""
+        if not engine.gpus or self._why_alone(key):
+            return False
+        from ncollapse.train.engine.throughput import has_convolutions
+
+        return has_convolutions(key, self.facts[key.data], self.plugins)
+
+    def _branches_usually(self, engine: "Engine", key: StackKey) -> bool:
+        """Whether stacks of a key are branches where nothing is measured."""
+        if self.before is not None and key in self.before.sizes:
+            return key in self.before.branches
+        return isinstance(self.stack, int) and key.model not in _USUAL and self._may_branch(engine, key)
+
+    def _branch_sizes(self, engine: "Engine", key: StackKey, most: int) -> list[int]:
+        """The numbers of runs that are measured as branches."""
+        sizes = [min(self.stack, most)] if isinstance(self.stack, int) else [n for n in BRANCHES if n <= most]
+        return sizes if sizes and sizes[-1] > 1 and self._may_branch(engine, key) else []
 
     def _most(self, engine: "Engine", key: StackKey, runs: int) -> int:
         """The largest possible stack of `runs` runs."""

@@ -134,13 +134,14 @@ class ThisMachine(Engine):
         return max(1, room // max(1, len(self._workers)))
 
     def measure_rate(
-        self, key: StackKey, facts: DataFacts, size: int, *, quick: bool = False, runs: Sequence[RunConfig] = ()
-    ) -> Rate | None:
+        self, key: StackKey, facts: DataFacts, size: int, *, branches: bool = False, quick: bool = False,
+        runs: Sequence[RunConfig] = (),
+    ) -> Rate | None:  # fmt: skip
+        how: dict[str, Any] = {"branches": branches, "quick": quick, "runs": runs}
         if not self._workers:
-            plugins = self._settings.plugins
-            return measure_rate(key, facts, size, self._devices[0], quick=quick, runs=runs, plugins=plugins)
+            return measure_rate(key, facts, size, self._devices[0], plugins=self._settings.plugins, **how)
         for worker in self._workers:
-            worker.send((key, facts, size, quick, runs))
+            worker.send((key, facts, size, how))
         answers = [worker.receive() for worker in self._workers]
         failed = {i: answer for i, answer in enumerate(answers) if isinstance(answer, Failed)}
         for i, answer in failed.items():
@@ -232,7 +233,7 @@ class _Trainer:
 
         return train_stack(
             stack.runs, lambda: self._data_set(stack.runs[0].data_key), self._device, self._settings,
-            None if stack.checkpoint is None else read, lambda: bool(self._stopping.value),
+            None if stack.checkpoint is None else read, lambda: bool(self._stopping.value), stack.branches,
         )  # fmt: skip
 
     def _data_set(self, name: str) -> Dataset:
@@ -264,7 +265,7 @@ class _Worker:
         return 0
 
     def send(self, request: Any) -> None:
-        """Send a `PlannedStack` to train, or (key, facts, size, quick) to measure a rate."""
+        """Send a `PlannedStack` to train, or (key, facts, size, how) to measure a rate."""
         with contextlib.suppress(OSError):  # the process has ended: `receive` says so
             self.connection.send(request)
 
@@ -303,9 +304,8 @@ def _serve(
                 for message in trainer.train(request):
                     connection.send(message)
             else:
-                key, facts, size, quick, runs = request
-                plugins = settings.plugins
-                connection.send(measure_rate(key, facts, size, device, quick=quick, runs=runs, plugins=plugins))
+                key, facts, size, how = request
+                connection.send(measure_rate(key, facts, size, device, plugins=settings.plugins, **how))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent has ended
     except Exception as error:

@@ -19,7 +19,7 @@ from ncollapse.train.losses import make_loss
 from ncollapse.train.networks.architecture import Architecture, build
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.plugins import Plugins, kept_with_plugins
-from ncollapse.train.training.lane import Lane, Samples
+from ncollapse.train.training.lane import Lane, TrainingSamples
 from ncollapse.train.training.stack import make_stack
 from ncollapse.train.training.step import Step, why_no_graph
 from ncollapse.train.training.updates import make_updates
@@ -151,12 +151,19 @@ def _step(
         shared: dict[str, Any] = {n: getattr(key, n) for n in ("precision", "loss", "loss_options", "label_smoothing")}
         runs = [RunConfig(optimizer=rule, lr=1e-3, **shared) for rule in rules]
     runs = [runs[i % len(runs)] for i in range(size)]
-    samples, loss, lanes = Samples(data, key.augment), make_loss(runs[0], plugins), []
+    samples, loss, lanes = TrainingSamples(data, key.augment), make_loss(runs[0], plugins), []
     for members in [[run] for run in runs] if branches else [runs]:
         model = build(architecture, 0, plugins)
         stack = make_stack([model] * len(members), architecture, device, key.precision, plugins)
         lanes.append(Lane(stack, make_updates(stack, members, plugins), samples, loss))
     return Step(lanes, why_no_graph(architecture, key.precision, plugins))
+
+
+@kept_with_plugins
+def has_convolutions(key: StackKey, facts: DataFacts, plugins: Plugins = _NO_PLUGINS) -> bool:
+    """Return whether the model of a key has convolutions, which several runs compute in groups."""
+    model = build(Architecture.of(key, facts), 0, plugins)
+    return any(isinstance(module, torch.nn.modules.conv._ConvNd) for module in model.modules())
 
 
 @kept_with_plugins

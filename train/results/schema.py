@@ -63,6 +63,7 @@ TABLES: dict[str, dict[str, str]] = {
     "stacks": {
         "id": "INTEGER PRIMARY KEY",
         "size": "INTEGER NOT NULL",
+        "branches": "INTEGER NOT NULL DEFAULT 0",
         "session": "INTEGER REFERENCES sessions",
         "updated": "TEXT",
         "begun_epoch": "INTEGER NOT NULL DEFAULT 0",

@@ -50,12 +50,17 @@ _CHECKPOINT = re.compile(r"[0-9]+-[0-9]+\.pt(\.partial)?")
 
 @dataclasses.dataclass(frozen=True)
 class PlannedStack:
-    """Runs that train as one program, in order; they continue from `checkpoint`, of an epoch, if there is one."""
+    """Runs that train side by side, in order; they continue from `checkpoint`, of an epoch, if there is one.
+
+    Attributes:
+        branches: each is a program of its own, a branch of one CUDA graph; else all are one program.
+    """
 
     id: int
     runs: tuple[RunConfig, ...]
     checkpoint: Path | None = None
     epoch: int | None = None
+    branches: bool = False
 
 
 class Store:
@@ -202,16 +207,18 @@ class Store:
 
     def _stacks(self, which: str, *parameters: int) -> list[PlannedStack]:
         rows = self._database.rows(
-            "SELECT stack, checkpoint, checkpoint_epoch, runs.id, status FROM runs JOIN stacks ON stacks.id = stack "
+            "SELECT stack, checkpoint, checkpoint_epoch, branches, runs.id, status "
+            "FROM runs JOIN stacks ON stacks.id = stack "
             f"WHERE {which} ORDER BY stack, runs.id",
             *parameters,
         )
         stacks = []
-        for (stack, file, epoch), group in itertools.groupby(rows, key=lambda row: row[:3]):
-            members = [row[3:] for row in group]
+        for (stack, file, epoch, branches), group in itertools.groupby(rows, key=lambda row: row[:4]):
+            members = [row[4:] for row in group]
             if any(run in self._wanted and status not in schema.FINISHED for run, status in members):
                 runs = tuple(self._config(run) for run, _ in members)
-                stacks.append(PlannedStack(stack, runs, self._checkpoints / file if file else None, epoch))
+                checkpoint = self._checkpoints / file if file else None
+                stacks.append(PlannedStack(stack, runs, checkpoint, epoch, bool(branches)))
         return stacks
 
     def _config(self, run: str) -> RunConfig:
@@ -239,16 +246,21 @@ class Store:
 
     def set_plan(
         self, stacks: Sequence[Sequence[RunConfig]], engine: Mapping[str, Any] | None = None,
-        checkpoints: Sequence[tuple[int, bytes] | None] = (),
+        checkpoints: Sequence[tuple[int, bytes] | None] = (), branches: Sequence[bool] = (),
     ) -> list[int]:  # fmt: skip
         """Move runs into new stacks and return their numbers.
 
         Args:
             engine: is kept; it says how the runs train and why.
             checkpoints: for each of the first stacks, its epoch and the state of its training; None: it has none.
+            branches: for each of the first stacks, whether its runs are branches; see `PlannedStack`.
         """
         with self._database.transaction():
-            numbers = [self._insert_one("stacks", size=len(runs)) for runs in stacks]
+            forms = [*branches, *(False for _ in stacks[len(branches) :])]
+            numbers = [
+                self._insert_one("stacks", size=len(runs), branches=int(of))
+                for runs, of in zip(stacks, forms, strict=True)
+            ]
             for number, kept in zip(numbers, checkpoints, strict=False):
                 if kept is not None:
                     self._write_checkpoint(number, *kept)

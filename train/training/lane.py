@@ -16,7 +16,7 @@ from ncollapse.train.training.updates import Updates, in_memory_of_their_own
 _KEPT_BYTES = 2**22
 
 
-class Samples:
+class TrainingSamples:
     """The training samples of a data set, from which each step gathers a batch.
 
     Attributes:
@@ -47,7 +47,7 @@ class Lane:
         takers: the parameters whose `grad` the optimizers read.
     """
 
-    def __init__(self, stack: Stack, updates: Updates, samples: Samples, loss: Loss | None = None) -> None:
+    def __init__(self, stack: Stack, updates: Updates, samples: TrainingSamples, loss: Loss | None = None) -> None:
         self.stack, self.updates, self.samples = stack, updates, samples
         self._loss = loss or cross_entropy_loss()
         self._params = list(stack.params.values())

@@ -23,7 +23,7 @@ from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.record import Ended, Evaluation, Values, shown_epochs
 from ncollapse.train.training.checkpoints import OptimizerStates, read_state, serialised, write_state
 from ncollapse.train.training.evaluate import evaluate_stack
-from ncollapse.train.training.lane import Lane, Samples
+from ncollapse.train.training.lane import Lane, TrainingSamples
 from ncollapse.train.training.metric_functions import MetricFunctions
 from ncollapse.train.training.randomness import Generators, seeded
 from ncollapse.train.training.stack import Stack, make_stack
@@ -109,7 +109,7 @@ class Training:
             if branches:  # each with a module of its own, which may hold the run's weights
                 parts = [[build(architecture, run.seed, self._plugins)] for run in runs]
             stacks = [make_stack(part, architecture, device, config.precision, self._plugins) for part in parts]
-            self._samples = Samples(data, config.augment)
+            self._samples = TrainingSamples(data, config.augment)
             self._use(stacks)
             if checkpoint is not None:
                 self._restore(checkpoint)

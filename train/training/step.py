@@ -107,7 +107,7 @@ class Step:
         if not self._streams:
             yield lambda i: nullcontext()
             return
-        main, forked = torch.cuda.current_stream(), list[torch.cuda.Stream]()
+        main, forked = torch.cuda.current_stream(self._streams[0].device), list[torch.cuda.Stream]()
 
         @contextmanager
         def branch(i: int) -> Iterator[None]:
