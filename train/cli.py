@@ -20,7 +20,7 @@ from tyro import conf
 
 import ncollapse
 from ncollapse.train.commands import theory
-from ncollapse.train.commands.failure import end, unforeseen
+from ncollapse.train.commands.endings import end, unforeseen
 from ncollapse.train.commands.overview import print_examples, print_overview
 from ncollapse.train.commands.setting_options import OneOfEach, SeveralOfEach
 from ncollapse.train.config import RunConfig, make_run, unknown
