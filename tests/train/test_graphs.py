@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -132,6 +132,76 @@ def test_what_cannot_be_recorded_is_computed_step_by_step(digits: Dataset, strea
     before = values()
     step(torch.arange(16))
     assert not any(torch.equal(a, b) for a, b in zip(values(), before, strict=True))
+
+
+class Stream:
+    """Stands for a stream: notes for which others it waits, and which is the current one."""
+
+    device = "cuda:0"
+    log: ClassVar[list[str]] = []
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def wait_stream(self, other: "Stream") -> None:
+        Stream.log.append(f"{self.name} waits for {other.name}")
+
+    def __enter__(self) -> None:
+        Stream.log.append(f"on {self.name}")
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_lanes_fork_from_the_stream_of_the_step_and_join_it(
+    fails: bool, digits: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even after an error, since a recording cannot end before."""
+    runs = [RunConfig(limit=64, seed=seed) for seed in range(2)]
+    step = Training(runs, digits, torch.device("cpu"), branches=True)._step
+    step._streams = [Stream("a"), Stream("b")]  # type: ignore[list-item]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    Stream.log.clear()
+    batch = torch.stack([torch.arange(16), torch.arange(16, 32)])
+    of_lanes = []
+    for lane in step.lanes:
+        monkeypatch.setattr(lane, "gradients", lambda batch, views: of_lanes.append(batch.tolist()))
+        monkeypatch.setattr(lane.updates, "step", lambda: Stream.log.append("update"))
+    if fails:
+        monkeypatch.setattr(step.lanes[1], "gradients", lambda batch, views: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            step._work(batch, None)
+    else:
+        step._work(batch, None)
+        assert of_lanes == batch.tolist()
+    forks = ["a waits for main", "on a", "update", "b waits for main", "on b", *([] if fails else ["update"])]
+    assert Stream.log == [*forks, "main waits for a", "main waits for b"]
+
+
+def test_a_replay_gives_the_gradients_of_all_lanes_to_their_optimizers(digits: Dataset, streams: list[str]) -> None:
+    given: dict[str, Any] = {"optimizer": {"waiting": Waiting}}
+    plugins = Plugins(given=given)
+    runs = [
+        RunConfig(
+            code=plugins.code_of({"optimizer": "waiting"}), optimizer="waiting", limit=64, lr=lr, weight_decay=0.0
+        )
+        for lr in (0.1, 0.2)
+    ]
+    training = Training(runs, digits, torch.device("cpu"), plugins=plugins, branches=True)
+    step, batch = training._step, torch.arange(16)
+    step._capture(batch, None)
+    assert step.captured.startswith("forward and backward pass: ")
+    before = [{n: p.detach().clone() for n, p in lane.stack.params.items()} for lane in step.lanes]
+    grads = [{n: p.grad for n, p in lane.stack.params.items()} for lane in step.lanes]
+    for lane in step.lanes:
+        for param in lane.takers:
+            param.grad = None
+    step._replays[batch.shape](batch, None)
+    for run, lane, old, grad in zip(runs, step.lanes, before, grads, strict=True):
+        for name, param in lane.stack.params.items():
+            torch.testing.assert_close(param.detach(), old[name] - run.lr * grad[name])
 
 
 def test_memory_that_is_used_up_is_no_reason_against_graphs(

@@ -272,3 +272,102 @@ def test_runs_share_a_stack_only_with_the_same_model_data_and_loss() -> None:
 def test_a_key_that_was_stored_before_runs_could_name_code_is_read() -> None:
     stored = {"model": "cnn", "data": "digits", "limit": None, "batch_size": 64, "own_family": None}
     assert StackKey.from_dict(stored) == StackKey.of(RunConfig(model="cnn", batch_size=64))
+
+
+RESNET = RunConfig(model="resnet9")
+#: Training steps a second of ResNet9 on an H200: grouped, and as branches of one graph (bench/NOTES.md).
+GROUPED: Rates = {1: 996, 2: 790, 4: 872}
+BRANCHED: Rates = {2: 1305, 3: 1439, 4: 1484}
+
+
+def policy_of(model: str, runs: int, **options: Any) -> tuple[StackPolicy, StackKey]:
+    members = [RunConfig(model=model, lr=0.1 + i) for i in range(runs)]
+    facts = {"digits": dataclasses.replace(DIGITS, input_shape=(1, 16, 16))}
+    return StackPolicy(members, facts, **options), StackKey.of(members[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "runs", "room", "branched", "size", "measured"),
+    [
+        ("resnet9", 9, 9, BRANCHED, 4, [2, 3, 4]),
+        ("resnet9", 9, 3, BRANCHED, 3, [2, 3]),  # no room for more
+        ("resnet9", 2, 9, BRANCHED, 2, [2]),
+        ("resnet9", 9, 9, {2: 1305, 3: 1439, 4: 1450}, 3, [2, 3, 4]),  # hardly faster: a smaller stack loses less
+        ("resnet9", 9, 9, {2: 1305, 3: None}, 2, [2, 3]),
+        ("resnet9", 9, 9, {2: 1000}, 1, [2, 3, 4]),
+        ("resnet9", 1, 9, BRANCHED, 1, []),
+        ("mlp", 9, 9, BRANCHED, 1, []),  # of which stacks always gain more
+    ],
+)
+def test_branches_are_measured_beside_stacks_of_convolutional_networks(
+    model: str, runs: int, room: int, branched: Rates, size: int, measured: list[int]
+) -> None:
+    policy, key = policy_of(model, runs)
+    engine = FakeEngine(GROUPED, gpus=1, room=room, branches=branched)
+    plan = policy.grown(engine, Plan(1, 1))
+    assert (plan.sizes, plan.branches) == ({key: size}, {key} if size > 1 else frozenset())
+    assert engine.branches == measured
+    assert [one["size"] for one in plan.measured if one.get("branches")] == measured
+    assert Plan.from_dict(plan.as_dict()).branches == plan.branches
+    if size > 1:
+        assert f": stacks of up to {size} runs as branches of one CUDA graph in one process" in next(plan.describe())
+        assert plan.rates == {key: branched[size]}
+
+
+def test_small_networks_that_gain_more_in_one_program_are_no_branches() -> None:
+    policy, key = policy_of("cnn", 24)
+    plan = policy.grown(FakeEngine({1: 1000, 4: 4000, 16: 14_000}, gpus=1, branches=BRANCHED), Plan(1, 1))
+    assert (plan.sizes, plan.branches) == ({key: 16}, frozenset())
+
+
+def test_there_are_no_branches_without_a_gpu_or_of_models_that_draw() -> None:
+    policy, key = policy_of("resnet9", 9)
+    engine = FakeEngine(GROUPED, branches=BRANCHED)
+    assert policy.grown(engine, Plan(1, 1)).sizes == {key: 1}
+    plugins = Plugins(given={"model": {"mine": dropping}})
+    runs = [RunConfig(seed=seed, model="mine", code=plugins.code_of({"model": "mine"})) for seed in range(4)]
+    drawing = StackPolicy(runs, {"digits": DIGITS}, plugins=plugins)
+    on_gpu = FakeEngine(GROUPED, gpus=1, branches=BRANCHED)
+    assert set(drawing.grown(on_gpu, Plan(1, 1)).sizes.values()) == {1}
+    assert engine.branches == on_gpu.branches == []
+
+
+@pytest.mark.parametrize(
+    ("branched", "is_branched"), [({2: 1305}, True), ({2: 765}, False), ({2: None}, False)], ids=str
+)
+def test_of_a_size_that_the_user_says_the_faster_form_is_taken(branched: Rates, is_branched: bool) -> None:
+    policy, key = policy_of("resnet9", 9, stack=2)
+    engine = FakeEngine(GROUPED, gpus=1, branches=branched)
+    plan = policy.grown(engine, Plan(1, 1))
+    assert (plan.sizes, plan.branches) == ({key: 2}, {key} if is_branched else frozenset())
+    assert engine.branches == [2]
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus", "is_branched"),
+    [("resnet9", 1, True), ("resnet9", 0, False), ("cnn", 1, False), ("mlp", 1, False)],
+)
+def test_where_nothing_is_measured_large_networks_are_branches(model: str, gpus: int, is_branched: bool) -> None:
+    policy, key = policy_of(model, 9, stack=2, workers=1)
+    engine = FakeEngine(GROUPED, gpus=gpus)
+    plan = policy.choose(engine)
+    assert engine.measured == []
+    assert (plan.sizes, plan.branches) == ({key: 2}, {key} if is_branched else frozenset())
+    assert policy_of(model, 9)[0].usual(engine, Plan(1, 1)).branches == frozenset()
+
+
+def test_the_form_of_an_earlier_session_stays_unless_another_is_much_faster() -> None:
+    policy, key = policy_of("resnet9", 9)
+
+    def again(size: int, branches: bool, stack: int | str = "auto", faster: float = 1.0) -> tuple[int, bool]:
+        before = Plan(1, 1, {key: size}, branches=frozenset({key} if branches else ()))
+        engine = FakeEngine(GROUPED, gpus=1, branches={n: (r or 0) * faster for n, r in BRANCHED.items()})
+        plan = dataclasses.replace(policy, before=before, stack=stack).grown(engine, Plan(1, 1))
+        return plan.sizes[key], key in plan.branches
+
+    assert again(2, True) == (2, True)  # 4 are 1.14 times as fast
+    assert again(2, False) == (4, True)
+    assert again(1, False) == (4, True)
+    assert again(2, False, stack=2) == (2, True)
+    assert again(2, False, stack=2, faster=0.65) == (2, False)
+    assert again(4, False, faster=0.6) == (4, False)

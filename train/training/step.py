@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ncollapse.train.networks.architecture import Architecture
 from ncollapse.train.networks.forms import form_of
+from ncollapse.train.networks.side_stream import main_stream
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.training.graphs import record_graph, waits_for_gpu
 from ncollapse.train.training.lane import Lane
@@ -43,8 +44,10 @@ class Step:
     def __init__(self, lanes: Sequence[Lane], why_no_graph: str = "") -> None:
         self.lanes = list(lanes)
         device = lanes[0].stack.weight.device
-        fork = device.type == "cuda" and len(lanes) > 1
-        self._streams = [torch.cuda.Stream(device) for _ in lanes] if fork else []
+        self._streams: list[torch.cuda.Stream] = []
+        if device.type == "cuda" and len(lanes) > 1:
+            with torch.cuda.device(device):
+                self._streams = [main_stream(1 + i) for i in range(len(lanes))]  # 0 is that of the recording
         self._steps: Counter[torch.Size] = Counter()
         self._replays: dict[torch.Size, Callable[..., None]] = {}
         of_update = next(filter(None, (lane.updates.why_no_graph for lane in lanes)), "")
