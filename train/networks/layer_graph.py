@@ -130,9 +130,13 @@ class LayerGraph:
         if context.half:
             samples = samples.to(torch.bfloat16)
         plan = self._plan if context.outputs is None else self._watching
-        features = layers.unshared(plan.run(Batch.of(samples), context), context.runs)
-        weight, bias = self.parts.weight, self.parts.bias
-        return features, layers.head(features, context.tensors[weight], context.tensors[bias] if bias else None)
+        out = plan.run(Batch.of(samples), context)
+        weight = context.tensors[self.parts.weight]
+        bias = context.tensors[self.parts.bias] if self.parts.bias else None
+        if plan.pools and context.train:
+            return layers.pooled_head(out, weight, bias)
+        features = layers.unshared(steps.maximum_over_space(context, [out]) if plan.pools else out, context.runs)
+        return features, layers.head(features, weight, bias)
 
     def copied(self, name: str, value: Tensor) -> bool:
         """Return whether a parameter `[R, …]` may be replaced by a bfloat16 copy in the forward pass."""
@@ -144,6 +148,9 @@ class _Plan:
 
     Args:
         watched: nodes whose outputs are recorded, with the names of their modules.
+
+    Attributes:
+        pools: the steps end with maps, whose maxima over space are the features.
     """
 
     def __init__(self, model: nn.Module, graph: fx.Graph, parts: Parts, watched: dict[fx.Node, str]) -> None:
@@ -156,6 +163,7 @@ class _Plan:
         self._counters: list[str] = []
         self._input: fx.Node | None = None
         self._features: fx.Node | None = None
+        self.pools = False
         for node in graph.nodes:
             self._add(node)
         if self._features is None:
@@ -205,6 +213,8 @@ class _Plan:
             self._features = x
             if any(user.op != "output" for user in node.users):
                 raise NoLayerGraphError("the logits of the head are used within the model")
+            if self._fuses(x, steps.maximum_over_space, relu=False):
+                (self._features,), self.pools = self._steps.pop(x)[1], True
             return
         layer: LayerStep
         if isinstance(module, nn.Linear) and kind is nn.Linear:
@@ -357,6 +367,8 @@ class _Plan:
         if not isinstance(dims, tuple | list) or {d % 4 for d in dims if isinstance(d, int)} != {2, 3}:
             raise _no_form(node)
         reduce = _REDUCTIONS[node.target]
+        if reduce is torch.amax and not keep:
+            return partial(steps.maximum_over_space)
 
         def over(value: Tensor) -> Tensor:
             return reduce(value, (-2, -1), keepdim=keep)

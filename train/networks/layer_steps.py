@@ -56,6 +56,10 @@ def over_space(context: ForwardContext, xs: Sequence[Batch], *, function: Callab
     return layers.over_space(function, xs[0], context.runs)
 
 
+def maximum_over_space(context: ForwardContext, xs: Sequence[Batch]) -> Batch:
+    return layers.over_space(layers.maximum, xs[0], context.runs)
+
+
 def flatten(context: ForwardContext, xs: Sequence[Batch], *, length: int = -1) -> Batch:
     out = layers.flatten(xs[0], context.runs)
     if length not in (-1, out.value.shape[-1]):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ncollapse.kernels import pooled_head as fused
 from ncollapse.kernels.batch_norm import batch_norm_relu
 from ncollapse.train.networks import side_stream
 from ncollapse.train.networks.precision import exact_products
@@ -149,6 +150,17 @@ def head(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _Linear.apply(features.to(weight.dtype), weight, bias, False, True)
 
 
+def pooled_head(x: Batch, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute the maximum over space of maps, and the logits of these features as `head` does, by kernels if they fit.
+
+    The kernels save launches; without them torch's operations give the same numbers up to rounding.
+    """
+    if not x.shared and fused.why_no_kernel(x.value, weight, bias) is None:
+        return fused.pooled_head(x.value, weight, bias)
+    features = unshared(over_space(maximum, x, len(weight)), len(weight))
+    return features, head(features, weight, bias)
+
+
 def is_small_filter(weight: Tensor) -> bool:
     """Return whether filters `[O, C, h, w]` have so few values that `convolve` is the faster way."""
     return weight[0].numel() <= _MAX_VALUES
@@ -249,6 +261,11 @@ def over_space(reduce: Callable[[Tensor], Tensor], x: Batch, runs: int) -> Batch
         raise ValueError("only maps have a space")
     value = reduce(x.value)
     return Batch(value, shared=True) if x.shared else Batch(by_run(value, runs))
+
+
+def maximum(maps: Tensor) -> Tensor:
+    """Return each channel's maximum over space; its gradient is shared evenly by the pixels that have it."""
+    return maps.amax((-2, -1))
 
 
 def flatten(x: Batch, runs: int) -> Batch:
