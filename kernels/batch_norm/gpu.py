@@ -15,6 +15,8 @@ kernel for every sum the kernels take 286 µs of a step of ResNet9 on an H100, w
 until batch_norm_times has timed both sides on a GPU.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,9 @@ SUMMED = 2048
 WRITTEN = 8192
 #: Pooling windows per iteration, of four pixels each: with 8 per thread, each of the five maps is one 128-bit load.
 WINDOWS = 1024
+#: Whether a kernel is launched while the one before it on the stream still runs, and waits for it itself (programmatic
+#: dependent launch, of GPUs from sm_90 on). Off: unmeasured, predicted to take 10 µs from a step of ResNet9.
+DEPENDENT = False
 #: For every launch. Fused multiply-add is allowed: the reference does not fix how products and sums are rounded.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True, "maxnreg": 128}
 #: Programs per multiprocessor for sums: with 512 threads of two loads each, 16 KB are in flight per multiprocessor,
@@ -88,7 +93,7 @@ def launch_moments(
         arrived = zero_counters(blocks, x.device) if merge else partial
         kernels.moments_kernel[(parts * blocks,)](
             x, rows, rows_each, channels, partial, arrived, *results,
-            tile, columns, MERGED_PARTS if merge else 0, **(MERGED_OPTIONS if merge else OPTIONS),
+            tile, columns, MERGED_PARTS if merge else 0, **_options(MERGED_OPTIONS if merge else OPTIONS, x.device),
         )  # fmt: skip
         if not merge:
             kernels.finish_moments_kernel[(_blocks(channels, FINISHED),)](
@@ -105,7 +110,7 @@ def launch_small_forward(
     with torch.cuda.device_of(x):
         small_kernels.small_forward_kernel[(_blocks(channels, SMALL_COLUMNS),)](
             x, weight, bias, mean, rstd, running_mean, running_var, momentum, eps, x if residual is None else residual,
-            out, rows, channels, residual is not None, _held(rows), SMALL_COLUMNS, **SMALL_OPTIONS,
+            out, rows, channels, residual is not None, _held(rows), SMALL_COLUMNS, **_options(SMALL_OPTIONS, x.device),
         )  # fmt: skip
 
 
@@ -120,7 +125,7 @@ def launch_apply(
     with torch.cuda.device_of(x):
         kernels.apply_kernel[(_blocks(rows, tile) * _blocks(channels, columns),)](
             x, weight, bias, mean, rstd, x if residual is None else residual, out,
-            rows, *x.shape[2:], channels, pool, residual is not None, tile, columns, **OPTIONS,
+            rows, *x.shape[2:], channels, pool, residual is not None, tile, columns, **_options(OPTIONS, x.device),
         )  # fmt: skip
 
 
@@ -142,7 +147,8 @@ def launch_backward(
         arrived = zero_counters(blocks, x.device) if MERGE_SUMS else partial
         kernels.sums_kernel[(parts * blocks,)](
             grad, x, weight, bias, mean, rstd, rows, rows_each, height, width, channels, partial,
-            arrived, weight_grad, bias_grad, pool, tile, columns, ADDED_PARTS if MERGE_SUMS else 0, **OPTIONS,
+            arrived, weight_grad, bias_grad, pool, tile, columns, ADDED_PARTS if MERGE_SUMS else 0,
+            **_options(OPTIONS, x.device),
         )  # fmt: skip
         if not MERGE_SUMS:
             kernels.finish_sums_kernel[(_blocks(channels, FINISHED),)](
@@ -152,7 +158,7 @@ def launch_backward(
         rows = samples * _blocks(height, 2) * _blocks(width, 2) if pool else pixels
         kernels.backward_kernel[(_blocks(rows, tile) * blocks,)](
             grad, x, weight, bias, mean, rstd, weight_grad, bias_grad, x_grad,
-            rows, height, width, channels, pixels, pool, tile, columns, **OPTIONS,
+            rows, height, width, channels, pixels, pool, tile, columns, **_options(OPTIONS, x.device),
         )  # fmt: skip
 
 
@@ -165,8 +171,15 @@ def launch_small_backward(
     with torch.cuda.device_of(x):
         small_kernels.small_backward_kernel[(_blocks(channels, SMALL_COLUMNS),)](
             grad, x, weight, bias, mean, rstd, weight_grad, bias_grad, x_grad,
-            rows, channels, _held(rows), SMALL_COLUMNS, **SMALL_OPTIONS,
+            rows, channels, _held(rows), SMALL_COLUMNS, **_options(SMALL_OPTIONS, x.device),
         )  # fmt: skip
+
+
+def _options(options: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Options of a launch, and DEPENDENT."""
+    if DEPENDENT and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0):
+        return options | {"DEPENDENT": True, "launch_pdl": True}
+    return options | {"DEPENDENT": False}
 
 
 def _cut(

@@ -11,10 +11,27 @@ together. Rows are counted in int32, elements in int64. All arithmetic is in flo
 
 Two kernels sum over the rows in parts. With PARTS > 0 the last program of each block of channels to arrive merges the
 block's parts; with PARTS = 0 a kernel of its own does, `finish_…`. Either way the order is fixed, whoever is last.
+
+With DEPENDENT a kernel is launched while the one before it on the stream still runs: before it touches memory it waits
+until that has ended (`_wait_for_previous`), and before it writes its results it lets the next one start.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _wait_for_previous(DEPENDENT: tl.constexpr):
+    """Wait until the kernel before this one on the stream has ended, and so all before that, and is seen to have."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def _let_next_start(DEPENDENT: tl.constexpr):
+    """Allow the next kernel's programs on the multiprocessors, once all of this one's have got here, or have ended."""
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -171,7 +188,7 @@ def _store_moments(
 def moments_kernel(
     x_ptr, rows, rows_each, channels, parts_ptr, arrived_ptr,
     mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, momentum, eps,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Compute each part's mean and sum of squared deviations: a program does COLUMNS channels of one part.
 
@@ -186,6 +203,7 @@ def moments_kernel(
         mean_ptr, rstd_ptr: `[C]`, written: mean and 1/√(variance + eps).
         running_mean_ptr, running_var_ptr: `[C]`, updated with the unbiased variance.
     """
+    _wait_for_previous(DEPENDENT)
     # 1. Compute the shift from the first rows, and their deviations from it.
     part, column = _program(channels, COLUMNS)
     blocks = tl.cdiv(channels, COLUMNS)
@@ -205,6 +223,7 @@ def moments_kernel(
         deviation = tl.where(mask, x - shift[None, :], 0.0)
         sums += deviation
         squares += deviation * deviation
+    _let_next_start(DEPENDENT)
     # 3. Store the part's moments.
     total, count = tl.sum(sums, 0), (last - start).to(tl.float32)
     square = tl.sum(squares, 0) - total * (total / count)
@@ -241,7 +260,7 @@ def finish_moments_kernel(
 def apply_kernel(
     x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, residual_ptr, out_ptr,
     rows, height, width, channels,
-    POOL: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    POOL: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """relu(batch_norm(x)), then 2 × 2 max pooling, or plus a residual: a program writes ROWS × COLUMNS elements.
 
@@ -249,6 +268,7 @@ def apply_kernel(
         x_ptr: `[N·height·width, C]`.
         residual_ptr, out_ptr: `[rows, C]`: the residual, read with HAS_RESIDUAL, and the result, written.
     """
+    _wait_for_previous(DEPENDENT)
     # 1. Load scale and bias of the channels.
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tile, column = _program(channels, COLUMNS)
@@ -266,6 +286,7 @@ def apply_kernel(
     else:
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
         z = _normalised(x, mean, scale, bias, dtype)
+    _let_next_start(DEPENDENT)
     # 3. Apply ReLU, which keeps NaN, and add the residual.
     z = tl.where(z <= 0, 0.0, z)
     if HAS_RESIDUAL:
@@ -293,7 +314,7 @@ def _merge_sums(parts_ptr, parts, channels, column, rstd_ptr, weight_grad_ptr, b
 def sums_kernel(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
     rows, rows_each, height, width, channels, parts_ptr, arrived_ptr, weight_grad_ptr, bias_grad_ptr,
-    POOL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr,
+    POOL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Compute the sums that the gradients need: a program does COLUMNS channels of one part of the gradient's rows.
 
@@ -305,6 +326,7 @@ def sums_kernel(
         arrived_ptr: see `_is_last`; unused with PARTS = 0, as are the next two.
         weight_grad_ptr, bias_grad_ptr: `[C]`, written: rstd·Σ g·(x − mean), and Σ g.
     """
+    _wait_for_previous(DEPENDENT)
     # 1. Load scale and bias of the channels.
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     part, column = _program(channels, COLUMNS)
@@ -333,6 +355,7 @@ def sums_kernel(
         g = tl.where(z <= 0, 0.0, g)  # where z is NaN the gradient passes
         sums += g
         products += g * (x - mean)
+    _let_next_start(DEPENDENT)
     # 3. Store the part's sums.
     out = parts_ptr + part.to(tl.int64) * channels + column
     tl.store(out, tl.sum(sums, 0), mask=column < channels)
@@ -357,7 +380,7 @@ def finish_sums_kernel(
 def backward_kernel(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, weight_grad_ptr, bias_grad_ptr, out_ptr,
     rows, height, width, channels, samples,
-    POOL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    POOL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x: (g − mean of g − (x − mean)·rstd²·mean of g·(x − mean))·rstd·weight, g as in `sums_kernel`.
 
@@ -369,6 +392,7 @@ def backward_kernel(
         weight_grad_ptr, bias_grad_ptr: `[C]`, from `finish_sums_kernel`.
         rows: pixels, or with POOL windows, including those that an odd height or width cuts off.
     """
+    _wait_for_previous(DEPENDENT)
     # 1. Load the channels' vectors.
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tile, column = _program(channels, COLUMNS)
@@ -394,6 +418,7 @@ def backward_kernel(
         g3, g = tl.where(fourth, g, 0.0), tl.where(fourth, 0.0, g)
         g2, g = tl.where(third, g, 0.0), tl.where(third, 0.0, g)
         g1, g = tl.where(second, g, 0.0), tl.where(second, 0.0, g)
+        _let_next_start(DEPENDENT)
         # 3. Store the gradients of the window's four pixels.
         out = out_ptr + _at(corner, column, channels)
         tl.store(out, ((g - grad_mean - (x0 - mean) * coefficient) * scale).to(dtype), mask=exists[:, None] & inside)
@@ -410,4 +435,5 @@ def backward_kernel(
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
         g = tl.where(_normalised(x, mean, scale, bias, dtype) <= 0, 0.0, g)
+        _let_next_start(DEPENDENT)
         tl.store(out_ptr + at, ((g - grad_mean - (x - mean) * coefficient) * scale).to(dtype), mask=mask)

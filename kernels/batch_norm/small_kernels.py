@@ -7,15 +7,24 @@ arguments. ROWS is a power of two, at least the number of rows.
 import triton
 import triton.language as tl
 
-from ncollapse.kernels.batch_norm.gpu_kernels import _affine, _at, _normalised, _store_moments
+from ncollapse.kernels.batch_norm.gpu_kernels import (
+    _affine,
+    _at,
+    _let_next_start,
+    _normalised,
+    _store_moments,
+    _wait_for_previous,
+)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def small_forward_kernel(
     x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, momentum, eps,
     residual_ptr, out_ptr, rows, channels, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """relu(batch_norm(x)), plus a residual: what `moments_kernel` and `apply_kernel` write."""
+    _wait_for_previous(DEPENDENT)
     # 1. Load all rows.
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     row, column = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -34,6 +43,7 @@ def small_forward_kernel(
     rstd = _store_moments(
         mean, square, rows, column, channels, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, momentum, eps
     )
+    _let_next_start(DEPENDENT)
     # 3. Normalise, apply ReLU, which keeps NaN, and add the residual.
     inside = column < channels
     scale, bias = rstd * tl.load(weight_ptr + column, mask=inside), tl.load(bias_ptr + column, mask=inside)
@@ -48,8 +58,10 @@ def small_forward_kernel(
 def small_backward_kernel(
     grad_ptr, x_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, weight_grad_ptr, bias_grad_ptr, out_ptr,
     rows, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of x, weight and bias: what `sums_kernel` and `backward_kernel` write."""
+    _wait_for_previous(DEPENDENT)
     # 1. Load all rows; the gradient is zero where ReLU did not pass the value.
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     row, column = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -66,6 +78,7 @@ def small_backward_kernel(
     weight_grad = products * rstd
     tl.store(bias_grad_ptr + column, sums, mask=inside)
     tl.store(weight_grad_ptr + column, weight_grad, mask=inside)
+    _let_next_start(DEPENDENT)
     # 3. Compute the gradient of x.
     grad_mean, coefficient = (sums / total)[None, :], (rstd * (weight_grad / total))[None, :]
     tl.store(out_ptr + at, ((g - grad_mean - (x - mean) * coefficient) * scale).to(dtype), mask=mask)

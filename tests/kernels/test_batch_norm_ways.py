@@ -313,6 +313,53 @@ def test_two_streams_run_side_by_side(device: torch.device, monkeypatch: pytest.
         assert all(torch.equal(each, expected) for each in found)
 
 
+@only("cuda")
+@pytest.mark.parametrize(("way", "kind"), WAYS_OF_KINDS)
+def test_dependent_launches_change_no_bit(
+    device: torch.device, way: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kernel reads what the one before it writes, and follows it at once: called one by one, and in a graph."""
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        pytest.skip("no kernel starts there before the one before it has ended")
+    choose(way, monkeypatch)
+    given = case((16, 64, 8, 8), torch.bfloat16, kind, device=device)
+    leaves = [given.x.requires_grad_(), given.weight.requires_grad_(), given.bias.requires_grad_()]
+
+    def layers() -> tuple[Tensor, ...]:
+        y, running = given.x, (given.running_mean.clone(), given.running_var.clone())
+        for _ in range(3):
+            added = y if kind == "residual" else None
+            y = forward(kernels, Case(y, given.weight, given.bias, *running, added, given.pool))
+        return y.detach(), *running, *torch.autograd.grad(y, leaves, y.detach().cos())
+
+    expected = layers()
+    monkeypatch.setattr(gpu, "DEPENDENT", True)
+    results, graph = [layers() for _ in range(20)], torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layers()
+    for _ in range(20):
+        graph.replay()
+        results.append(tuple(each.clone() for each in captured))
+    for found in results:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+def test_launches_are_dependent_only_where_they_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, generations = torch.device("cuda", 0), [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: generations[-1])
+    options = {"num_warps": 4}
+    assert not gpu.DEPENDENT  # unmeasured
+    assert gpu._options(options, device) == {"num_warps": 4, "DEPENDENT": False}
+    monkeypatch.setattr(gpu, "DEPENDENT", True)
+    assert gpu._options(options, device) == {"num_warps": 4, "DEPENDENT": True, "launch_pdl": True}
+    generations.append((8, 9))
+    assert gpu._options(options, device) == {"num_warps": 4, "DEPENDENT": False}
+    generations.append((9, 4))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert gpu._options(options, device) == {"num_warps": 4, "DEPENDENT": False}
+    assert options == {"num_warps": 4}
+
+
 def moments(x: Tensor) -> Tensor:
     running = x.new_zeros(2, x.shape[1], dtype=torch.float32)
     return torch.stack(moments_op(x, *running, MOMENTUM, EPS))
