@@ -3,9 +3,14 @@
 python -m bench.cnn_times --device cuda      records bench/results/cnn-cuda.json
 
 One run, batches of 128 images of Fashion-MNIST's size (random: speed does not depend on them), SGD with momentum.
-"nc" is the trainer's step in bfloat16: on a GPU one CUDA graph. Beside it, with a piece taken out: "nc, torch's batch
-norm", "nc, cuDNN's first layer", "nc, cuDNN's trials" (`torch.backends.cudnn.benchmark`: algorithms are chosen by the
-clock) and "nc, any of cuDNN's trials" (not deterministic); and "nc, fp32", "nc, tf32".
+"nc" is the trainer's step in bfloat16: on a GPU one CUDA graph. Beside it, with a piece changed:
+- "nc, torch's batch norm", "nc, cuDNN's first layer": torch's operations in place of ours;
+- "nc, no side branch": the gradients of weights in line with the others;
+- "nc, dependent launches": batch norm's kernels start while the one before them still runs;
+- "nc, cuDNN's trials" (`torch.backends.cudnn.benchmark`: algorithms are chosen by the clock) and "nc, any of cuDNN's
+  trials" (not deterministic);
+- "nc, fp32", "nc, tf32".
+
 "plain" is what most people write: a DataLoader with two workers over PIL images, torch.optim, one operation after the
 other, float32. "eager" has the data on the device, channels-last, autocast to bfloat16 and torch's fused SGD;
 "compiled" the same under torch.compile(mode="max-autotune"). First the trainer's step and the eager one are shown to
@@ -187,11 +192,11 @@ class Case:
         source = batches(len(self.data.train_y), self.device)
         with arithmetic("bf16"):
             for _ in range(5):
-                step._run(next(source), None)
+                step._work(next(source), None)
             kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
             with torch.profiler.profile(activities=kinds) as profiler:
                 for _ in range(10):
-                    step._run(next(source), None)
+                    step._work(next(source), None)
                 torch.cuda.synchronize()
         events = [
             {"operation": event.key, "us": round(event.self_device_time_total / 10, 2), "calls": event.count / 10}
