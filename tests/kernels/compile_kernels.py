@@ -10,7 +10,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ncollapse.kernels.batch_norm.op import SMALL_ROWS
 from ncollapse.kernels.class_stats import gpu as stats
 from ncollapse.kernels.class_stats import gpu_kernels
 from ncollapse.kernels.cross_entropy import gpu as cross_entropy
+from ncollapse.kernels.pooled_head import gpu as head
 from ncollapse.kernels.update import gpu as update
 from ncollapse.kernels.update.reference import RULES
 from ncollapse.kernels.update.table import MIXED
@@ -45,6 +46,7 @@ class Variant:
         constants: values known at compile time, integers that are 1 included.
         sixteen: integers known to be multiples of 16, as all pointers are.
         options: those of the launch.
+        since: the first architecture that has what it needs.
     """
 
     fields: dict[str, Any]
@@ -53,6 +55,7 @@ class Variant:
     constants: dict[str, Any]
     sixteen: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
+    since: int = 80
 
     def compiled(self, arch: int) -> Any:
         """Triton's binary, with its texts in `asm`."""
@@ -84,6 +87,7 @@ class Variant:
             "asynchronous_128": asynchronous, "groups_under_way": groups_under_way(ptx),
             "matrix_products": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
             "float_atomics": len(re.findall(r"\b(?:atom|red)\.[.\w:]*\bf(?:16|32|64)", ptx)),
+            "dependent": follows(ptx),
         }  # fmt: skip
 
     def text(self, arch: int, stage: str) -> str:
@@ -111,6 +115,16 @@ def groups_under_way(ptx: str) -> int:
     return max(map(int, re.findall(r"cp\.async\.wait_group\s+(\d+)", ptx)), default=0)
 
 
+def follows(ptx: str) -> bool:
+    """Whether it may be launched before its predecessor has ended: it then waits before all accesses to memory."""
+    before, *after = re.split(r"\bgriddepcontrol\.wait\s*;", ptx, maxsplit=1)
+    if not after:
+        return False
+    assert not re.search(r"\b(?:ld|st|atom|red|cp\.async)\S*\.global|\bbra\b|\bgriddepcontrol\b", before), before
+    assert re.search(r"\bgriddepcontrol\.launch_dependents\s*;", after[0]), after
+    return True
+
+
 def updates() -> Iterator[Variant]:
     pointers = {
         "tensors_ptr": "*i64", "source_ptr": "*i64", "chunks_ptr": "*i64", "hypers_ptr": "*i64", "arrived_ptr": "*i32",
@@ -134,7 +148,7 @@ def class_stats() -> Iterator[Variant]:
     """With the features of a layer: `[B, d]`, dense, d a multiple of 16."""
     batch, labels, counts = {"batch_ptr": "*i32"}, {"labels_ptr": "*i64"}, {"counts_ptr": "*i64"}
     sixteen = ("dim", "stride_run", "stride_row")
-    block, tile = {"BLOCK": stats.BLOCK}, {"ROWS": stats.ROWS, "COLUMNS": stats.COLUMNS}
+    tile = {"ROWS": stats.ROWS, "COLUMNS": stats.COLUMNS}
     real = {f"{name}_ptr": "*fp32" for name in ("shifts", "part_sums", "part_squares", "axes")}
     kept = {"sums_ptr": "*fp64", "squares_ptr": "*fp64"}
     moves = {"moves_ptr": "*fp64", "flags_ptr": "*i32"}
@@ -157,17 +171,26 @@ def class_stats() -> Iterator[Variant]:
         for classes in (16, 32, 64, stats.MOST_CLASSES):
             options = stats.gather_options(classes)
             parts = {"sums_ptr": "*fp32", "squares_ptr": "*fp32"}
-            yield variant(
-                "gather", features | parts, tile | {"CLASSES": classes}, options, dtype=dtype, classes=classes
-            )
+            summing = tile | {"CLASSES": classes, "STAGES": stats.STAGES}
+            yield variant("gather", features | parts, summing, options, dtype=dtype, classes=classes)
         yield variant("split", features | {"out_ptr": "*bf16"}, tile, dtype=dtype)
         for axes in (16, 64):
             constants = {"ROWS": stats.ROWS, "STEP": stats.STEP, "AXES": axes}
             yield variant("project", features | {"out_ptr": "*fp32"}, constants, dtype=dtype, axes=axes)
-    adding = {"PROPAGATE": False, "PARTS": stats.PARTS, "BLOCK": stats.ADDED}
+    adding = {
+        "PROPAGATE": False, "PARTS": stats.PARTS, "BLOCK": stats.ADDED,
+        "SQUARED_PARTS": stats.SQUARED_PARTS, "SQUARED": stats.SQUARED,
+    }  # fmt: skip
     yield variant("commit", batch | counts | kept | {"refused_ptr": "*i64"}, adding)
     moment = batch | moves | {"highs_ptr": "*fp32", "lows_ptr": "*fp32", "scatter_ptr": "*fp32"}
-    yield variant("add_moment", moment, block | {"MOVES": True, "PROPAGATE": False, "CLASSES": stats.CLASSES})
+    constants = {
+        "MOVES": True,
+        "PROPAGATE": False,
+        "CLASSES": stats.CLASSES,
+        "SIDE": stats.SIDE,
+        "STAGES": stats.STAGES,
+    }
+    yield variant("add_moment", moment, constants)
 
 
 def batch_norm() -> Iterator[Variant]:
@@ -187,6 +210,8 @@ def batch_norm() -> Iterator[Variant]:
         known = {n: t for n, t in (real | maps).items() if n in kernel.arg_names}
         named = {"kernel": f"batch_norm {name}", "channels": channels} | ({"dtype": dtype} if dtype else {})
         sixteen = () if channels % 16 else ("channels",)
+        if "DEPENDENT" in kernel.arg_names:
+            constants |= {"DEPENDENT": False}
         return Variant(named | fields, kernel, known, constants, sixteen, options)
 
     finish = {"PARTS": norm.PARTS, "COLUMNS": norm.FINISHED}
@@ -221,6 +246,17 @@ def batch_norm() -> Iterator[Variant]:
             yield variant("backward", {"POOL": pool} | shape(written), dtype, **fields)
 
 
+def dependent() -> Iterator[Variant]:
+    """Batch norm's kernels as `gpu.DEPENDENT` launches them."""
+    for v in batch_norm():
+        usual = v.fields["channels"] == 512 and v.fields.get("dtype") == "bf16" and v.fields.get("merged") != 0
+        if "DEPENDENT" in v.constants and usual:
+            yield replace(
+                v, fields=v.fields | {"launch": "dependent"}, constants=v.constants | {"DEPENDENT": True},
+                options=v.options | {"launch_pdl": True}, since=90,
+            )  # fmt: skip
+
+
 def cross_entropies() -> Iterator[Variant]:
     """With dense logits of ten and of a thousand classes."""
     for classes in (10, 1000):
@@ -233,7 +269,33 @@ def cross_entropies() -> Iterator[Variant]:
         )  # fmt: skip
 
 
-KINDS: tuple[Callable[[], Iterator[Variant]], ...] = (updates, class_stats, batch_norm, cross_entropies)
+def pooled_heads() -> Iterator[Variant]:
+    """As ResNet9 and VGG9 end, and maps of few and of many channels, of one run."""
+    real = {
+        f"{name}_ptr": "*fp32"
+        for name in ("weight", "bias", "ties", "logits", "logits_grad", "weight_grad", "bias_grad")
+    }
+    of_grad = {"SAMPLES": head.SAMPLES, "GRAD_CLASSES": head.GRAD_CLASSES, "GRAD_COLUMNS": head.GRAD_COLUMNS}
+    for dtype, pixels, classes, channels in (
+        ("bf16", 9, 10, 512), ("fp32", 9, 10, 512), ("bf16", 49, 10, 32), ("fp32", 49, 128, head.MOST_CHANNELS)
+    ):  # fmt: skip
+        maps = {f"{name}_ptr": f"*{dtype}" for name in ("maps", "features", "features_grad", "maps_grad")}
+        sizes = dict(zip(("PIXELS", "CLASSES", "COLUMNS"), head.tile(pixels, classes, channels), strict=True))
+        for name, flags in (("forward", {"HAS_BIAS": True}), ("backward", {"HAS_FEATURES_GRAD": False} | of_grad)):
+            kernel = getattr(head, f"pooled_head_{name}_kernel")
+            known = {n: t for n, t in (real | maps).items() if n in kernel.arg_names}
+            fields = {"kernel": f"pooled_head {name}", "dtype": dtype, "channels": channels}
+            yield Variant(fields, kernel, known, {"runs": 1} | sizes | flags, ("channels",), head.OPTIONS)
+
+
+KINDS: tuple[Callable[[], Iterator[Variant]], ...] = (
+    updates,
+    class_stats,
+    batch_norm,
+    dependent,
+    cross_entropies,
+    pooled_heads,
+)
 
 
 def main() -> None:
@@ -245,7 +307,7 @@ def main() -> None:
     arches = [int(word.removeprefix("sm_")) for word in options.words if "=" not in word]
     kept = [v for kind in KINDS for v in kind() if wanted.items() <= {k: str(x) for k, x in v.fields.items()}.items()]
     if not options.show:
-        print(json.dumps([variant.record(arch) for arch in arches for variant in kept], indent=0))
+        print(json.dumps([v.record(arch) for arch in arches for v in kept if arch >= v.since], indent=0))
     elif len(kept) == len(arches) == 1:
         print(kept[0].text(arches[0], options.show))
     else:
