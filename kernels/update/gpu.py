@@ -29,6 +29,7 @@ _STEP, _COPY = tl.constexpr(Col.STEP.value), tl.constexpr(Col.COPY.value)
 _NUMEL, _HYPER = tl.constexpr(Col.NUMEL.value), tl.constexpr(Col.HYPER.value)
 _FLAGS, _RUN = tl.constexpr(Col.FLAGS.value), tl.constexpr(Col.RUN.value)
 _COLUMNS, _HYPER_COLUMNS = tl.constexpr(len(Col)), tl.constexpr(layout.HYPER_COLUMNS)
+_UNFILLED = tl.constexpr(layout.UNFILLED)
 _WIDE, _CODE = tl.constexpr(layout.WIDE), tl.constexpr(layout.CODE)
 _RULE_MASK = tl.constexpr(layout.RULE_MASK)
 _MAXIMIZE, _NESTEROV = tl.constexpr(layout.MAXIMIZE), tl.constexpr(layout.NESTEROV)
@@ -39,6 +40,21 @@ _LR, _DECAY, _COUPLING, _BETA1, _BETA2, _EPS = map(tl.constexpr, range(len(layou
 def block_size(param: torch.dtype) -> int:
     """Elements per iteration of a program: enough for 128-bit vectors of the parameters."""
     return BLOCK * 2 if param.itemsize == 2 else BLOCK
+
+
+@triton.jit
+def _entry(tensors_ptr, source_ptr, at, mask, FILLS: tl.constexpr):
+    """Load entries of the table; with FILLS, those that are unfilled from the host's memory, and fill them in.
+
+    Programs that meet an unfilled entry at the same time write the same value. Each entry tells by itself whether it is
+    filled, so that the order of their writes does not matter.
+    """
+    entry = tl.load(tensors_ptr + at, mask=mask, other=0)
+    if FILLS:
+        unfilled = entry == _UNFILLED
+        entry = tl.where(unfilled, tl.load(source_ptr + at, mask=unfilled, other=0), entry)
+        tl.store(tensors_ptr + at, entry, mask=unfilled)
+    return entry
 
 
 @triton.jit
@@ -62,10 +78,10 @@ def _at(address, dtype: tl.constexpr, offset, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_rows", "n_runs"])
 def _update_kernel(
-    tensors_ptr, n_rows, chunks_ptr, hypers_ptr, arrived_ptr, scale_ptr, inf_ptr, partial_ptr, norms_ptr,
+    tensors_ptr, source_ptr, n_rows, chunks_ptr, hypers_ptr, arrived_ptr, scale_ptr, inf_ptr, partial_ptr, norms_ptr,
     n_runs, PARAM: tl.constexpr, GRAD: tl.constexpr, REAL: tl.constexpr, RULE: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_INF: tl.constexpr, HAS_COPY: tl.constexpr, HAS_NORMS: tl.constexpr, ADD: tl.constexpr,
-    HAS_STEPS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_STEPS: tl.constexpr, FILLS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Update every parameter in a table: W ← W − rate·direction − decoupled·W, in place, with its states.
 
@@ -75,6 +91,7 @@ def _update_kernel(
     Args:
         tensors_ptr, chunks_ptr, hypers_ptr: `[n_rows, len(Col)]`, `[programs, 2]` and `[sets, HYPER_COLUMNS]` int64,
             as `table.py` describes them.
+        source_ptr: like `tensors`, in the host's memory, read with FILLS: the entries that are `UNFILLED` in `tensors`.
         arrived_ptr: `[1]` int32, the number of programs that have finished; 0 before and after the launch.
         scale_ptr, inf_ptr: `[1]` float32, read with HAS_SCALE, HAS_INF: divides the gradients; not 0: change nothing.
         partial_ptr: `[programs, 2]` float32, each program's squared norms of gradient and change, if HAS_NORMS.
@@ -85,12 +102,17 @@ def _update_kernel(
     """
     # 1. Find the parameter, and its addresses.
     program = tl.program_id(0).to(tl.int64)
-    row = tensors_ptr + tl.load(chunks_ptr + 2 * program) * _COLUMNS
+    row = tl.load(chunks_ptr + 2 * program) * _COLUMNS
     start = tl.load(chunks_ptr + 2 * program + 1)
-    param, grad = tl.load(row + _PARAM), tl.load(row + _GRAD)
-    first, second = tl.load(row + _FIRST), tl.load(row + _SECOND)
-    numel, hyper, flags = tl.load(row + _NUMEL), tl.load(row + _HYPER), tl.load(row + _FLAGS)
-    copy = tl.load(row + _COPY)
+    there = program >= 0
+    param = _entry(tensors_ptr, source_ptr, row + _PARAM, there, FILLS)
+    grad = _entry(tensors_ptr, source_ptr, row + _GRAD, there, FILLS)
+    first = _entry(tensors_ptr, source_ptr, row + _FIRST, there, FILLS)
+    second = _entry(tensors_ptr, source_ptr, row + _SECOND, there, FILLS)
+    copy = _entry(tensors_ptr, source_ptr, row + _COPY, there, FILLS)
+    numel = _entry(tensors_ptr, source_ptr, row + _NUMEL, there, FILLS)
+    hyper = _entry(tensors_ptr, source_ptr, row + _HYPER, there, FILLS)
+    flags = _entry(tensors_ptr, source_ptr, row + _FLAGS, there, FILLS)
     # 2. Compute the scalars in float64, as the reference does, and round them once.
     wide = tl.load(hypers_ptr + hyper * _HYPER_COLUMNS + _WIDE)
     code = tl.load(hypers_ptr + hyper * _HYPER_COLUMNS + _CODE)
@@ -104,7 +126,7 @@ def _update_kernel(
     damp = tl.where(((flags & _FRESH) != 0) | (first == 0), 1.0, 1.0 - beta2).to(REAL)
     rate, root = lr, tl.full((), 1.0, tl.float64)
     if HAS_STEPS:
-        step = tl.load(row + _STEP)
+        step = _entry(tensors_ptr, source_ptr, row + _STEP, there, FILLS)
         if (step != 0) & (rule == ADAM):
             t = (tl.load(step.to(tl.pointer_type(tl.float32))) + 1.0).to(tl.float64)
             # Triton has no pow; the error of exp(t log β) in float64 is far below float32's.
@@ -154,8 +176,8 @@ def _update_kernel(
             tl.store(arrived_ptr, 0)
             if skip == 0:
                 _finish(
-                    tensors_ptr, n_rows, chunks_ptr, partial_ptr, norms_ptr, n_runs, programs,
-                    HAS_NORMS, ADD, HAS_STEPS,
+                    tensors_ptr, source_ptr, n_rows, chunks_ptr, partial_ptr, norms_ptr, n_runs, programs,
+                    HAS_NORMS, ADD, HAS_STEPS, FILLS,
                 )  # fmt: skip
             elif HAS_NORMS:
                 for i in range(0, 2 * n_runs):
@@ -214,18 +236,19 @@ def _block(
 
 @triton.jit
 def _finish(
-    tensors_ptr, n_rows, chunks_ptr, partial_ptr, norms_ptr, n_runs, programs,
-    HAS_NORMS: tl.constexpr, ADD: tl.constexpr, HAS_STEPS: tl.constexpr,
+    tensors_ptr, source_ptr, n_rows, chunks_ptr, partial_ptr, norms_ptr, n_runs, programs,
+    HAS_NORMS: tl.constexpr, ADD: tl.constexpr, HAS_STEPS: tl.constexpr, FILLS: tl.constexpr,
 ):  # fmt: skip
     """Count the step, and sum the programs' norms in a fixed order, so that the result is reproducible."""
     lanes = tl.arange(0, 128)
     if HAS_STEPS:
         for i in range(0, n_rows, 128):
-            row = tensors_ptr + (i + lanes) * _COLUMNS
+            row = (i + lanes).to(tl.int64) * _COLUMNS
             mask = i + lanes < n_rows
-            step, grad = tl.load(row + _STEP, mask=mask, other=0), tl.load(row + _GRAD, mask=mask, other=0)
+            step = _entry(tensors_ptr, source_ptr, row + _STEP, mask, FILLS)
+            grad = _entry(tensors_ptr, source_ptr, row + _GRAD, mask, FILLS)
             # The runs of a parameter share a count.
-            mask = (step != 0) & (grad != 0) & (tl.load(row + _RUN, mask=mask, other=1) == 0)
+            mask = (step != 0) & (grad != 0) & (_entry(tensors_ptr, source_ptr, row + _RUN, mask, FILLS) == 0)
             pointers = step.to(tl.pointer_type(tl.float32))
             tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + 1.0, mask=mask)
     if HAS_NORMS:
@@ -234,7 +257,7 @@ def _finish(
             for i in range(0, programs, 128):
                 mask = i + lanes < programs
                 rows = tl.load(chunks_ptr + 2 * (i + lanes), mask=mask, other=0)
-                in_run = mask & (tl.load(tensors_ptr + rows * _COLUMNS + _RUN, mask=mask, other=-1) == run)
+                in_run = mask & (_entry(tensors_ptr, source_ptr, rows * _COLUMNS + _RUN, mask, FILLS) == run)
                 part = partial_ptr + 2 * (i + lanes)
                 # Bypass the L1 cache, which does not see the writes of other programs.
                 grads += tl.load(part, mask=in_run, other=0.0, cache_modifier=".cg").to(tl.float64)
@@ -269,13 +292,13 @@ def launch_update(table: Table, scratch: Scratch, grad_scale: Tensor | None, fou
             return launch_update(table, scratch, grad_scale, found_inf)
     norms, unused = table.norms, table.tensors
     return _update_kernel[(table.programs,)](
-        table.tensors, len(table.tensors), table.chunks, table.hypers.table, scratch.arrived,
+        table.tensors, table.source, len(table.tensors), table.chunks, table.hypers.table, scratch.arrived,
         unused if grad_scale is None else grad_scale, unused if found_inf is None else found_inf,
         scratch.partial, unused if norms is None else norms, 0 if norms is None else len(norms),
         PARAM=_TYPES[table.param], GRAD=_TYPES[table.grad],
         REAL=_TYPES[torch.float64 if table.param == torch.float64 else torch.float32], RULE=table.hypers.rule,
         HAS_SCALE=grad_scale is not None, HAS_INF=found_inf is not None, HAS_COPY=table.has_copies,
-        HAS_NORMS=norms is not None, ADD=table.add, HAS_STEPS=table.counts_steps,
+        HAS_NORMS=norms is not None, ADD=table.add, HAS_STEPS=table.counts_steps, FILLS=layout.FILLED_ONCE,
         BLOCK=block_size(table.param), CHUNK=CHUNK, num_warps=WARPS,
         # Round products and sums separately, as the reference does; the kernel is bound by memory anyway.
         enable_fp_fusion=False,

@@ -12,6 +12,7 @@ from torch import Tensor
 from ncollapse.kernels import operators
 from ncollapse.kernels.tensors import CHANGED, FOREIGN, Fingerprint, has_no_memory, storage_needed
 from ncollapse.kernels.update import cpu
+from ncollapse.kernels.update.graph_memory import keep_for_graph
 from ncollapse.kernels.update.reference import Slot, declared, update_reference
 from ncollapse.kernels.update.table import Col, Extras, HyperTable, Lists, Rows, Table, Tensors, same_layout
 
@@ -47,14 +48,17 @@ class Update:
         codes: for each set, the `code` of each stacked run.
         places: of the tensors `live` of `step`: each replaces the number of this place in the flattened `values`.
         fresh: for each parameter, whether no step was taken yet (`Slot.fresh`); none by default.
+        captured: a list for what CUDA graphs hold addresses of, where torch cannot keep it alive (`keep_for_graph`): it
+            must live as long as the graphs.
 
     Warns:
         UserWarning: (once for each reason) the slower reference updates some parameters, and why.
     """
 
     def __init__(
-        self, sets: list[int], codes: list[list[int]], places: Sequence[int] = (), fresh: Sequence[bool] = ()
-    ) -> None:
+        self, sets: list[int], codes: list[list[int]], places: Sequence[int] = (), fresh: Sequence[bool] = (),
+        captured: list[Any] | None = None,
+    ) -> None:  # fmt: skip
         self._sets, self._codes, self._places = sets, codes, list(places)
         self.fresh = list(fresh) or [False] * len(sets)
         self._seen = Fingerprint(optional=Col.GRAD, written=sum(1 << column for column in _WRITTEN))
@@ -66,7 +70,7 @@ class Update:
         self._turns: list[int] | None = None  # None: make new tables
         # Of each parameter's last gradient: the kinds of both, its dtype, whether it lay in memory as the parameter.
         self._grads: dict[int, tuple[list[bytes], torch.dtype, bool]] = {}
-        self._captured: list[Any] = []  # tensors whose addresses CUDA graphs hold, kept alive after the buckets go
+        self._captured = [] if captured is None else captured
 
     @property
     def launches(self) -> int:
@@ -136,7 +140,10 @@ class Update:
 
             gpu.launch_update(bucket.table, bucket.scratch, scale, inf)
             if torch.cuda.is_current_stream_capturing():
-                self._captured.append((bucket.table, bucket.table.tensors, bucket.scratch))
+                table, scratch = bucket.table, bucket.scratch
+                launched = table.tensors, table.source, table.chunks, table.norms, scratch.arrived, scratch.partial
+                hypers = table.hypers.table, table.hypers.values, *table.hypers.live.values()
+                keep_for_graph([*launched, *hypers, scale, inf], self._captured, until_idle=True)
                 self._filled = False  # the replay fills the table, not the capture: the next step fills it again
 
     def _matrix(self) -> Rows:

@@ -32,8 +32,8 @@ _lock = Lock()
 # The last tables used.
 _updates: OrderedDict[Any, Update] = OrderedDict()
 _KEPT = 16
-# Tables that CUDA graphs use.
-_captured: list[Update] = []
+# Memory that CUDA graphs use.
+_captured: list[Any] = []
 
 
 def _update(
@@ -49,12 +49,11 @@ def _update(
         if update is None:
             left = iter(codes)
             fresh = [bool(p & FRESH) for p in parts]
-            update = _updates[key] = Update(sets, [list(islice(left, n)) for n in runs], live_places, fresh)
+            codes_of_sets = [list(islice(left, n)) for n in runs]
+            update = _updates[key] = Update(sets, codes_of_sets, live_places, fresh, _captured)
             if len(_updates) > _KEPT:
                 _updates.popitem(last=False)
         _updates.move_to_end(key)
-        if params[0].is_cuda and torch.cuda.is_current_stream_capturing():
-            _captured.append(update)
         spread = (
             _spread(tensors, parts, bit) if tensors else []
             for tensors, bit in ((firsts, FIRST), (seconds, SECOND), (steps, STEP), (copies, COPY))

@@ -8,6 +8,10 @@ A launch reads three int64 tensors on the device of the parameters:
 - `hypers [sets, HYPER_COLUMNS]`: per set of hyperparameters, the addresses of its numbers `HYPERS`, a bit mask of those
   that are float64 (the others are float32), and the code of its rule.
 
+A captured step has a table of its own. Its addresses are known only during the capture, when nothing may be copied to
+the device but by the graph itself, in every replay. So the host writes the table into pinned memory, which a GPU can
+read, and the kernel takes from there what is `UNFILLED` in `tensors`: all in the first replay, nothing later.
+
 Kernels read numbers through addresses, so that a captured CUDA graph or a compiled step sees a learning rate that a
 schedule writes later. Columns, flags and numbers are defined here; the Triton kernel imports them, and `cpu.py`
 compares them with those compiled into the C++ kernel.
@@ -23,6 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ncollapse.kernels.update.graph_memory import free_ended
 from ncollapse.kernels.update.reference import RULES, Hyper, Settings, Slot, compute_dtype, declared
 
 Rows = npt.NDArray[np.int64]
@@ -39,7 +44,12 @@ MIXED = -1
 ALIGNED, FRESH = 1, 2
 # Rules without a kernel have numbers from here on, which no kernel knows.
 _NO_KERNEL = 128
-# A captured step keeps its table for replays, in pinned memory allocated before: that of so many steps at least.
+#: Stands in `tensors` for an entry that the kernel is yet to read from the host's memory; no entry has this value.
+UNFILLED = -1
+#: Whether the first replay of a captured step fills its table (not measured yet); else a copy from the host within the
+#: graph does, in every replay (8 to 9 µs, measured).
+FILLED_ONCE = True
+# Memory for the tables of captured steps is allocated before the capture: that of so many steps at least.
 _SPARES = 32
 
 
@@ -223,9 +233,10 @@ class Table:
         self.programs = len(chunks)
         self.chunks = upload(chunks, self.device)
         self.counts_steps = any(s.step is not None for s in lists.slots)
-        self.tensors = self.chunks  # replaced by `point`
-        self._spares: list[Tensor] = []
-        self._captured: list[Tensor] = []
+        #: `tensors`, and where the kernel finds what is `UNFILLED` in it. `point` replaces both.
+        self.tensors = self.source = self.chunks
+        # For captured steps: tables on the device, unfilled, and in pinned memory.
+        self._spares: list[tuple[Tensor, Tensor]] = []
 
     def point(self, addresses: Rows) -> None:
         """Fill `tensors` with the addresses `[NUMEL, parameters]` of the parameters' tensors; 0 for those they lack.
@@ -239,25 +250,34 @@ class Table:
         rows[:, : Col.NUMEL] = addresses.T
         together = np.bitwise_or.reduce(addresses[[Col.PARAM, Col.GRAD, Col.FIRST, Col.SECOND, Col.COPY]])
         rows[:, Col.FLAGS] |= np.where(together % 16 == 0, ALIGNED, 0)
-        self.tensors = self._upload(rows)
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.tensors, self.source = self._captured(rows)
+        else:
+            self.tensors = self.source = upload(rows, self.device)
+            if self.device.type == "cuda":
+                self._allocate_spares(rows)
 
-    def _upload(self, rows: Rows) -> Tensor:
-        if self.device.type != "cuda":
-            return upload(rows, self.device)
-        if not torch.cuda.is_current_stream_capturing():
-            # Pinned memory cannot be allocated during a capture: allocate some for later captures.
-            if len(self._spares) < _SPARES:
-                spares = torch.empty(_SPARES, *rows.shape, dtype=torch.int64, device="cpu", pin_memory=True)
-                self._spares += spares.unbind()
-            return upload(rows, self.device)
+    def _captured(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The table of a captured step, and its source. Both must live as long as the graph."""
         if not self._spares:
             raise RuntimeError(
                 f"after a step outside of a CUDA graph, at least {_SPARES} optimizer steps can be captured; "
                 "take another step outside of a graph before capturing more"
             )
-        # A replay copies the table again, so its source must not change.
-        self._captured.append(self._spares.pop())
-        return upload(rows, self.device, self._captured[-1])
+        unfilled, pinned = self._spares.pop()
+        pinned.copy_(torch.from_numpy(rows))
+        if FILLED_ONCE:
+            return unfilled, pinned
+        return torch.empty_like(unfilled).copy_(pinned, non_blocking=True), pinned
+
+    def _allocate_spares(self, rows: Rows) -> None:
+        if len(self._spares) < _SPARES:
+            free_ended()
+            shape = _SPARES, *rows.shape
+            # Not of the graph's own pool: a replay would write other things there before.
+            unfilled = torch.full(shape, UNFILLED, dtype=torch.int64, device=self.device)
+            pinned = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=True)
+            self._spares += zip(unfilled.unbind(), pinned.unbind(), strict=True)
 
 
 def _cut(spans: Rows, size: int) -> Rows:
@@ -269,10 +289,9 @@ def _cut(spans: Rows, size: int) -> Rows:
     return np.stack([span, nth * size], axis=1)
 
 
-def upload(rows: Rows, device: torch.device, pinned: Tensor | None = None) -> Tensor:
-    """Copy an int64 array to a device without synchronising; through the pinned buffer, if given."""
+def upload(rows: Rows, device: torch.device) -> Tensor:
+    """Copy an int64 array to a device without synchronising."""
     host = torch.from_numpy(np.ascontiguousarray(rows))
     if device.type != "cuda":
         return host.to(device)
-    source = host.pin_memory() if pinned is None else pinned.copy_(host)
-    return torch.empty_like(host, device=device).copy_(source, non_blocking=True)
+    return torch.empty_like(host, device=device).copy_(host.pin_memory(), non_blocking=True)

@@ -1,32 +1,16 @@
 """The optimizers on a GPU: one launch, no synchronisation, gradient scaling, stacked runs, mixed devices."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
-from gpu_training import assert_same, batches, captured_step, every_optimizer, train_step, two_networks
+from gpu_training import assert_same, batches, captured_step, every_optimizer, gpu_work, train_step, two_networks
 from ncollapse import optim
 from waiting import nothing_waits
-
-
-def gpu_work(step: Callable[[], Any], folder: Path) -> dict[str, list[str]]:
-    """Return the names of kernels, copies and fills that a step runs on the GPU."""
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize()
-    profiler.export_chrome_trace(str(folder / "trace.json"))
-    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    wanted = ("kernel", "gpu_memcpy", "gpu_memset")
-    return {cat: [e["name"] for e in events if e.get("cat") == cat] for cat in wanted}
-
 
 PAIRS = {
     "SGD": (optim.SGD, torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}),

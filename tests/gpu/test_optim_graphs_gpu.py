@@ -1,14 +1,27 @@
 """The optimizers in CUDA graphs and under torch.compile, on a GPU."""
 
+import gc
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gpu_training import OPTIMIZERS, assert_same, batches, captured_step, every_optimizer, train_step, two_networks
+from gpu_training import (
+    OPTIMIZERS,
+    assert_same,
+    batches,
+    captured_step,
+    every_optimizer,
+    gpu_work,
+    train_step,
+    two_networks,
+)
 from ncollapse import optim
+from ncollapse.kernels.update import table
+from ncollapse.kernels.update.graph_memory import free_ended
 
 
 def warm_up(step: Callable[[], Any], times: int = 3) -> None:
@@ -95,6 +108,71 @@ def test_a_graph_outlives_eager_steps_with_other_gradients(device: torch.device)
         torch.cuda.synchronize()
         del garbage
     assert_same(a, b, first, second)
+
+
+@pytest.mark.parametrize("once", [True, False], ids=["filled once", "copied in each replay"])
+def test_a_replay_is_the_kernel_alone(
+    device: torch.device, once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And equals eager steps: replays read what the first one has filled in."""
+    monkeypatch.setattr(table, "FILLED_ONCE", once)
+    a, b = two_networks(device)
+    first, second = optim.Adam(a.parameters(), lr=0.01), optim.Adam(b.parameters(), lr=0.01)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    warm_up(first.step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first.step()
+    for _ in range(3):
+        second.step()
+    for _ in range(3):
+        graph.replay()
+        second.step()
+    gpu_work(graph.replay, tmp_path)  # the first profile of a process may be incomplete
+    work = gpu_work(graph.replay, tmp_path)
+    assert work["kernel"] == ["_update_kernel"]
+    assert len(work["gpu_memcpy"]) == (0 if once else 1)
+    for _ in range(2):
+        second.step()
+    torch.cuda.synchronize()
+    assert_same(a, b, first, second)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.cuda.CUDAGraph, "retain_object"), reason="torch keeps nothing alive for a graph before 2.15"
+)
+def test_what_a_graph_holds_outlives_the_optimizer_and_is_freed_with_the_graph(device: torch.device) -> None:
+    a, b = two_networks(device)
+    first, second = optim.Adam(a.parameters(), lr=0.01), optim.Adam(b.parameters(), lr=0.01)
+    grads = [torch.randn_like(p) for p in a.parameters()]
+    for model in (a, b):
+        for p, g in zip(model.parameters(), grads, strict=True):
+            p.grad = g
+    warm_up(first.step)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first.step()
+    for p in a.parameters():
+        p.grad = None
+    del first
+    gc.collect()
+    # If states or tables were freed, these would overwrite them.
+    garbage = [torch.zeros(n, dtype=torch.int64, device=device) for n in (12, 36, 64, 512, 5000) * 20]
+    for _ in range(3):
+        graph.replay()
+    for _ in range(6):
+        second.step()
+    torch.cuda.synchronize()
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    del garbage
+    gc.collect()
+    before = torch.cuda.memory_allocated(device)
+    del graph
+    gc.collect()
+    free_ended()
+    assert torch.cuda.memory_allocated(device) < before
 
 
 def test_a_capture_before_the_first_step_is_refused(device: torch.device) -> None:

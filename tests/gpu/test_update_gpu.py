@@ -6,6 +6,7 @@ tests/kernels/test_update_kernels.py compares the same kernel with the reference
 import pytest
 import torch
 
+from ncollapse import optim
 from ncollapse.kernels.update import gpu
 from ncollapse.kernels.update.reference import Slot
 from ncollapse.kernels.update.table import Extras, Lists, Table
@@ -37,3 +38,19 @@ def test_tensors_of_more_than_two_to_the_31_elements(device: torch.device) -> No
     h = numbers("sgd", lr=0.5, weight_decay=0.0, beta1=0.0)
     launch_triton(Lists([param], [Slot()], [0]), [grad], hyper_table(["sgd"], [h], device))
     assert not param.any()  # 1 − 0.5 · 2, everywhere
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_parameters_on_two_gpus(device: torch.device) -> None:
+    """Each is updated on its own, whichever is the current one."""
+    params = [torch.randn(1000, device=f"cuda:{i}") for i in (0, 1)]
+    twins = [p.cpu() for p in params]
+    for p in (*params, *twins):
+        p.grad = torch.ones_like(p)
+    ours, theirs = optim.Adam(params, lr=0.1), optim.Adam(twins, lr=0.1)
+    for current in (0, 1, 0):
+        with torch.cuda.device(current):
+            ours.step()
+            assert torch.cuda.current_device() == current
+        theirs.step()
+    assert all(torch.equal(p.cpu(), q) for p, q in zip(params, twins, strict=True))

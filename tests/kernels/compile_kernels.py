@@ -30,7 +30,7 @@ from ncollapse.kernels.cross_entropy import gpu as cross_entropy
 from ncollapse.kernels.pooled_head import gpu as head
 from ncollapse.kernels.update import gpu as update
 from ncollapse.kernels.update.reference import RULES
-from ncollapse.kernels.update.table import MIXED
+from ncollapse.kernels.update.table import FILLED_ONCE, MIXED
 
 _TYPES = {"fp32": tl.float32, "bf16": tl.bfloat16, "fp64": tl.float64}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -136,7 +136,7 @@ def updates() -> Iterator[Variant]:
         constants = {
             "PARAM": param, "GRAD": param, "REAL": tl.float64 if dtype == "fp64" else tl.float32, "RULE": rule,
             "HAS_SCALE": extras, "HAS_INF": extras, "HAS_COPY": extras, "HAS_NORMS": extras, "ADD": False,
-            "HAS_STEPS": rule in (2, MIXED), "BLOCK": update.block_size(_DTYPES[dtype]),
+            "HAS_STEPS": rule in (2, MIXED), "FILLS": FILLED_ONCE, "BLOCK": update.block_size(_DTYPES[dtype]),
             "CHUNK": update.CHUNK,
         }  # fmt: skip
         name = {"kernel": "update", "rule": [*RULES, "mixed"][rule], "dtype": dtype, "extras": extras}

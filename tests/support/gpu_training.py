@@ -1,12 +1,15 @@
 """Small models, optimizers and train steps for the tests that need a GPU."""
 
 import copy
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from ncollapse import optim
 
@@ -54,6 +57,18 @@ def captured_step(model: nn.Module, optimizer: Any, x: Tensor) -> torch.cuda.CUD
     with torch.cuda.graph(graph):
         train_step(model, optimizer, x)
     return graph
+
+
+def gpu_work(step: Callable[[], Any], folder: Path) -> dict[str, list[str]]:
+    """Return the names of kernels, copies and fills that a step runs on the GPU."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    profiler.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    wanted = ("kernel", "gpu_memcpy", "gpu_memset")
+    return {cat: [e["name"] for e in events if e.get("cat") == cat] for cat in wanted}
 
 
 def assert_same(a: nn.Module, b: nn.Module, first: Any, second: Any) -> None:

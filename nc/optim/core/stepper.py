@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ncollapse.kernels.operators import compile_time_constant
 from ncollapse.kernels.tensors import gradients_of, has_no_memory, same_objects, values_of
+from ncollapse.kernels.update.graph_memory import keep_for_graph
 from ncollapse.kernels.update.launch import Update
 from ncollapse.kernels.update.op import parts, update_op
 from ncollapse.kernels.update.reference import compute_dtype
@@ -66,7 +67,7 @@ class Stepper:
         self._update = Update([], [])
         self._traced: Tensors | None = None  # what a compiled step contains
         self._lock = Lock()
-        self._graphs: list[Any] = []  # keeps alive what CUDA graphs hold addresses of
+        self._graphs: list[Any] = []  # what CUDA graphs hold addresses of, where torch cannot keep it alive
 
     def prepare(self, optimizer: Stepped, params: list[Tensor], present: list[bool]) -> None:
         """Make states and lists for the parameters that are `present`, a flag for each of `params`, or were before."""
@@ -106,7 +107,7 @@ class Stepper:
         self._params, self._states = params, list(optimizer.state.values())
         devices = list(dict.fromkeys(p.device for p in self._active if not has_no_memory(p)))
         self.numbers.fill(sets, devices)
-        self._update = Update(places, self.numbers.codes, list(self.numbers.read), fresh)
+        self._update = Update(places, self.numbers.codes, list(self.numbers.read), fresh, self._graphs)
         self.fresh = any(fresh)
         self.stale = False
 
@@ -204,7 +205,7 @@ class Stepper:
             torch.autograd.graph.increment_version(self._active)
         if capturing(params):
             self.live = True
-            self._graphs.append((self._update, numbers.values, numbers.read, tensors, extras))
+            keep_for_graph(chain(*tensors), self._graphs)
         self.stale = self.fresh
 
     def _present(self, grads: list[Any]) -> int:
