@@ -5,6 +5,7 @@ python -m bench.cnn_times --device cuda      records bench/results/cnn-cuda.json
 One run, batches of 128 images of Fashion-MNIST's size (random: speed does not depend on them), SGD with momentum.
 "nc" is the trainer's step in bfloat16: on a GPU one CUDA graph. Beside it, with a piece changed:
 - "nc, torch's batch norm", "nc, cuDNN's first layer": torch's operations in place of ours;
+- "nc, torch's tail": maximum over space and head, forward and backward, by torch's operations;
 - "nc, no side branch": the gradients of weights in line with the others;
 - "nc, dependent launches": batch norm's kernels start while the one before them still runs;
 - "nc, cuDNN's trials" (`torch.backends.cudnn.benchmark`: algorithms are chosen by the clock) and "nc, any of cuDNN's
@@ -35,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import timing
 from bench.record import Record, first_line, timing_options
 from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
+from ncollapse.kernels.pooled_head import op as pooled_head_op
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.networks import side_stream, stacked_layers
@@ -222,6 +224,11 @@ def cudnns_first_layer() -> Any:
     return mock.patch.object(stacked_layers, "is_small_filter", _none)
 
 
+def torchs_tail() -> Any:
+    """The trainer with torch's operations from the last maps to the logits."""
+    return mock.patch.object(pooled_head_op, "ENABLED", False)
+
+
 def no_side_branch() -> Any:
     """The trainer with all gradients one after the other."""
     return mock.patch.object(side_stream, "BESIDE", False)
@@ -264,6 +271,7 @@ def measured(case: Case, seconds: float, end: float, save: Callable[[dict[str, A
         "nc": lambda: case.stepping("bf16"),
         "nc, torch's batch norm": lambda: case.stepping("bf16", torchs_batch_norm),
         "nc, cuDNN's first layer": lambda: case.stepping("bf16", cudnns_first_layer),
+        "nc, torch's tail": lambda: case.stepping("bf16", torchs_tail),
         "nc, no side branch": lambda: case.stepping("bf16", no_side_branch),
         "nc, dependent launches": lambda: case.stepping("bf16", dependent_launches),
         "nc, cuDNN's trials": lambda: case.stepping("bf16", lambda: trials(deterministic=True)),

@@ -32,7 +32,7 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit(do_not_specialize=["batch"])
-def forward_kernel(
+def pooled_head_forward_kernel(
     maps_ptr, weight_ptr, bias_ptr, features_ptr, ties_ptr, logits_ptr, runs, batch, pixels, channels, classes,
     HAS_BIAS: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["batch", "parts"])
-def backward_kernel(
+def pooled_head_backward_kernel(
     logits_grad_ptr, features_grad_ptr, maps_ptr, weight_ptr, features_ptr, ties_ptr,
     maps_grad_ptr, weight_grad_ptr, bias_grad_ptr, runs, batch, pixels, channels, classes, parts,
     HAS_FEATURES_GRAD: tl.constexpr, PIXELS: tl.constexpr, CLASSES: tl.constexpr, COLUMNS: tl.constexpr,
@@ -180,7 +180,7 @@ def launch_forward(
     if not batch:
         return
     with torch.cuda.device_of(maps):  # Triton launches on the current device
-        forward_kernel[(runs * batch,)](
+        pooled_head_forward_kernel[(runs * batch,)](
             maps, weight, weight if bias is None else bias, features, ties, logits,
             runs, batch, pixels, channels, classes, bias is not None, *tile(pixels, classes, channels), **OPTIONS,
         )  # fmt: skip
@@ -195,7 +195,7 @@ def launch_backward(
     channels, pixels = weight.shape[2], maps.shape[2] * maps.shape[3]
     parts = runs * -(-channels // GRAD_COLUMNS) * -(-classes // GRAD_CLASSES)
     with torch.cuda.device_of(maps):
-        backward_kernel[(parts + runs * batch,)](
+        pooled_head_backward_kernel[(parts + runs * batch,)](
             logits_grad, features if features_grad is None else features_grad, maps, weight, features, ties,
             maps_grad, weight_grad, bias_grad, runs, batch, pixels, channels, classes, parts,
             features_grad is not None, *tile(pixels, classes, channels),
