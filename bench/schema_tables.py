@@ -11,7 +11,7 @@ _ROWS = {
     "metrics": "a run and evaluated epoch",
     "layers": 'a run with `layers = "all"`, evaluated epoch and block',
     "geometry": "a run and kept epoch: the bytes of a `Snapshot`",
-    "stacks": "a stack: runs that train as one program, with its progress",
+    "stacks": "a stack: runs that train side by side, with its progress",
     "sessions": "a start of the sweep: command, and versions, commit and device as JSON",
     "meta": "the grid's name, the plan, fingerprints of data and code, metrics of your own",
 }

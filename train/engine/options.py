@@ -53,7 +53,7 @@ class Options(KeepOptions):
     engine: Literal["local", "ray"] = "local"
     """local: all cores or GPUs of this machine. ray: a Ray cluster."""
     stack: Literal["auto"] | int = "auto"
-    """Runs that train as one program; auto measures what is fastest."""
+    """Runs that train as one program, or as branches of one CUDA graph; auto measures what is fastest."""
     workers: Literal["auto"] | int = "auto"
     """Processes of the local engine that train side by side; auto measures what is fastest."""
     ray_address: Annotated[str | None, hide_default] = None

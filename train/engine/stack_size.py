@@ -213,7 +213,7 @@ class StackPolicy:
             known = {} if self.before is None else self.before.sizes
             size = self.stack if isinstance(self.stack, int) else known.get(key, _USUAL.get(key.model, 1))
             sizes[key] = min(size, self._most(engine, key, len(members)))
-            if sizes[key] > 1 and self._branches_usually(engine, key):
+            if self._branches_usually(engine, key, sizes[key]):
                 branches.add(key)
         return dataclasses.replace(plan, sizes=sizes, reasons=self._reasons(), branches=frozenset(branches))
 
@@ -229,7 +229,7 @@ class StackPolicy:
             (sizes[key], branched), rate = self._best(engine, plan, key, most, measured)
             if rate is not None:
                 rates[key] = rate
-            if sizes[key] > 1 and branched:
+            if branched:
                 branches.add(key)
         return dataclasses.replace(
             plan, sizes=sizes, rates=rates, measured=tuple(measured), reasons=self._reasons(),
@@ -243,10 +243,7 @@ class StackPolicy:
 
         Every measurement is appended to `measured`.
         """
-        # Where even that does not fit by the measurement, training tries, says so and halves it.
         best, fastest = (1, False), 0.0
-        if isinstance(self.stack, int):
-            best = min(self.stack, most), self._branches_usually(engine, key)
         tried: dict[tuple[int, bool], float | None] = {}
 
         def measure(size: int, branched: bool) -> float | None:
@@ -262,6 +259,11 @@ class StackPolicy:
         def is_better(size: int, rate: float) -> bool:
             return rate > (_FASTER if size > best[0] else 1 / _FASTER) * fastest
 
+        if isinstance(self.stack, int):
+            # Where even that does not fit by the measurement, training tries, says so and halves it.
+            size = min(self.stack, most)
+            best = size, self._branches_usually(engine, key, size)
+            return best, measure(*best)
         for factor in (4, 2):  # first grow in large steps, then try the sizes next to the best
             for size in self._candidates(best[0], most, factor):
                 if (size, False) in tried:
@@ -273,14 +275,14 @@ class StackPolicy:
                     best, fastest = (size, False), rate
                 elif factor == 4:
                     break
-        for size in self._branch_sizes(engine, key, most):
-            rate = measure(size, True)
+        for size in BRANCHES if most > 1 and self._may_branch(engine, key) else ():
+            rate = measure(size, True) if size <= most else None
             if rate is None:
                 break
             if is_better(size, rate):
                 best, fastest = (size, True), rate
         known = None if self.before is None else (self.before.sizes.get(key, 0), key in self.before.branches)
-        if known and known != best and 0 < known[0] <= most and self.stack in ("auto", known[0]):
+        if known and known != best and 0 < known[0] <= most:
             rate = measure(*known)
             if rate is not None and _MUCH_FASTER * rate >= fastest:
                 best, fastest = known, rate
@@ -301,16 +303,15 @@ class StackPolicy:
 
         return has_convolutions(key, self.facts[key.data], self.plugins)
 
-    def _branches_usually(self, engine: "Engine", key: StackKey) -> bool:
-        """Whether stacks of a key are branches where nothing is measured."""
-        if self.before is not None and key in self.before.sizes:
-            return key in self.before.branches
-        return isinstance(self.stack, int) and key.model not in _USUAL and self._may_branch(engine, key)
+    def _branches_usually(self, engine: "Engine", key: StackKey, size: int) -> bool:
+        """Whether stacks of a size are branches where no measurement says so: a size that the user says fixes the form.
 
-    def _branch_sizes(self, engine: "Engine", key: StackKey, most: int) -> list[int]:
-        """The numbers of runs that are measured as branches."""
-        sizes = [min(self.stack, most)] if isinstance(self.stack, int) else [n for n in BRANCHES if n <= most]
-        return sizes if sizes and sizes[-1] > 1 and self._may_branch(engine, key) else []
+        Up to four runs of a convolutional network are, unless it is one of which stacks are usually larger.
+        """
+        if size > 1 and self.before is not None and self.before.sizes.get(key, 1) > 1:
+            return key in self.before.branches
+        said = isinstance(self.stack, int) and 1 < size <= BRANCHES[-1] and key.model not in _USUAL
+        return said and self._may_branch(engine, key)
 
     def _most(self, engine: "Engine", key: StackKey, runs: int) -> int:
         """The largest possible stack of `runs` runs."""
@@ -335,8 +336,6 @@ class StackPolicy:
         return {key: why for key, members in counts if len(members) > 1 and (why := self._why_alone(key))}
 
     def _candidates(self, best: int, most: int, factor: int) -> list[int]:
-        if isinstance(self.stack, int):
-            return [min(self.stack, most)]
         if factor == 2:
             return [size for size in (max(1, best // 2), min(2 * best, most)) if size != best]
         sizes = [1]

@@ -2,7 +2,7 @@
 
 Tables: `runs`, one row per run of the grid with its settings and status; `metrics`, one row per run and evaluated
 epoch; `layers`, the same per block, of runs with `layers` = "all"; `geometry`, the bytes of a `Snapshot` per run and
-epoch of `shown_epochs`; `stacks`, the runs that train as one program, with their progress; `sessions`, one row per
+epoch of `shown_epochs`; `stacks`, the runs that train side by side, with their progress; `sessions`, one row per
 start of a sweep with command, versions, commit and device; `meta`.
 
 A column can be added in any version: it has a default or may be NULL; a table too, which `LATER` names. A database
