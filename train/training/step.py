@@ -88,7 +88,12 @@ class Step:
 
     def _work(self, batch: Tensor, views: Tensor | None, *, update: bool = True) -> None:
         """Compute the gradients of all lanes, and with `update` take their updates."""
-        by_run = len(self.lanes) > 1 and self.lanes[0].samples.indexed and batch.dim() == 2
+        if len(self.lanes) == 1:  # without what a step of a small network would notice
+            self.lanes[0].gradients(batch, views)
+            if update:
+                self.lanes[0].updates.step()
+            return
+        by_run = self.lanes[0].samples.indexed and batch.dim() == 2
         with self._branches() as branch:
             for i, lane in enumerate(self.lanes):
                 with branch(i), self._turn(i):
