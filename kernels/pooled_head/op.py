@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from ncollapse.kernels import operators
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Whether the kernels are used at all: they are not timed on a GPU yet (`python -m bench.cnn_times` does so).
+#: Whether the kernels are used at all: they are not timed on a GPU yet (`python -m bench.step_times` does so).
 ENABLED = True
 #: With more, matrix products by libraries are faster than a program for each sample that reads all weights, or one for
 #: each few channels that reads all samples. The most channels are `MOST_CHANNELS` of `gpu`, which needs Triton.
