@@ -277,10 +277,9 @@ class StackPolicy:
                     break
         for size in BRANCHES if most > 1 and self._may_branch(engine, key) else ():
             rate = measure(size, True) if size <= most else None
-            if rate is None:
+            if rate is None or not is_better(size, rate):
                 break
-            if is_better(size, rate):
-                best, fastest = (size, True), rate
+            best, fastest = (size, True), rate
         known = None if self.before is None else (self.before.sizes.get(key, 0), key in self.before.branches)
         if known and known != best and 0 < known[0] <= most:
             rate = measure(*known)
