@@ -8,9 +8,12 @@ from torch import Tensor, nn
 
 from ncollapse.train.config import RunConfig, is_own
 from ncollapse.train.data.dataset import Dataset
+from ncollapse.train.engine.grouping import StackKey
+from ncollapse.train.engine.throughput import DataFacts, measure_rate
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training.checkpoints import OptimizerStates
+from ncollapse.train.training.lane import Lane
 from ncollapse.train.training.loop import Training
 
 CPU = torch.device("cpu")
@@ -189,3 +192,16 @@ def test_branches_share_the_images_that_crops_need(digits: Dataset) -> None:
     runs, _ = CASES["bfloat16, augmented, seeds"]
     first, second = Training(runs, digits, CPU, branches=True)._step.lanes
     assert first.samples is second.samples
+
+
+def test_branches_are_measured_and_may_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    key, facts = StackKey.of(RunConfig(model="cnn", augment="flip-crop")), DataFacts((1, 8, 8), 10, 1437, "")
+    rate = measure_rate(key, facts, 2, CPU, branches=True, quick=True)
+    assert rate is not None
+    assert rate.steps > 0
+
+    def exhausted(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Lane, "gradients", exhausted)
+    assert measure_rate(key, facts, 2, CPU, branches=True) is None
