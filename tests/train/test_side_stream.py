@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ncollapse.kernels.convolution import op as small
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.networks import side_stream
@@ -89,6 +90,41 @@ def test_gradients_twice_are_refused(forked: None) -> None:
     (grad,) = torch.autograd.grad(out.square().sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("values", [False, True])
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_maps_of_few_pixels_have_kernels_of_ours(
+    in_graph: bool, values: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Whether values or gradients, in a captured graph or not; a bias leaves values to torch."""
+    without, with_bias = layer(Layer()), layer(Layer(bias=True))
+    expected = [gradients(Layer(), *without), gradients(Layer(bias=True), *with_bias)]
+    called: list[str] = []
+
+    def convolution(x: Tensor, weight: Tensor) -> Tensor:
+        called.append("values")
+        return F.conv2d(x, weight, padding=1)
+
+    def input_grad(grad: Tensor, weight: Tensor) -> Tensor:
+        called.append("gradient")
+        assert grad.is_contiguous(memory_format=torch.channels_last)
+        return F.conv_transpose2d(grad, weight, padding=1)
+
+    monkeypatch.setattr(small, "VALUES", values)
+    monkeypatch.setattr(small, "GRADIENTS", not values)
+    monkeypatch.setattr(small, "fits", lambda x, weight, *settings: settings == ((1, 1), (1, 1), (1, 1), 1))
+    monkeypatch.setattr(small, "small_convolution", convolution)
+    monkeypatch.setattr(small, "small_convolution_input_grad", input_grad)
+    if in_graph:
+        request.getfixturevalue("forked")
+    found = [gradients(Layer(), *without), gradients(Layer(bias=True), *with_bias)]
+    assert called == (["values"] if values else ["gradient", "gradient"])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    strided = Layer(stride=2)
+    gradients(strided, *layer(strided))
+    assert len(called) == 2 - values
 
 
 @pytest.mark.parametrize("settings", [{}, {"precision": "bf16"}], ids=str)

@@ -16,13 +16,15 @@ This is for capture alone: a graph holds the order of its branches, while eager 
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from ncollapse.kernels.convolution import op as small
 
 #: Whether captured graphs have the side branch. Measured with a prototype, not yet as it is here: `cnn_times` times
 #: both, and `False` is the graph without a branch.
@@ -68,7 +70,8 @@ def conv2d(
 ) -> Tensor:  # fmt: skip
     """Compute `F.conv2d` with the weights of R runs; in a captured graph their gradients get a side branch.
 
-    The values and gradients have the same bits either way.
+    The values and gradients have the same bits either way. Maps of few pixels may have kernels of ours, here and there
+    (`kernels.convolution`).
 
     Args:
         x: `[N, C, H, W]`.
@@ -78,15 +81,20 @@ def conv2d(
     Returns:
         `[N, R·O, H', W']`, in x's dtype.
     """
-    if isinstance(padding, str) or not _forks(x, weight):
+    forks, ours = _forks(x, weight), small.VALUES or small.GRADIENTS
+    if isinstance(padding, str) or not (forks or ours):
         return F.conv2d(x, *_filters(x, weight, bias), stride, padding, dilation, groups)
     settings = _Settings(stride, padding, dilation, groups)
     with torch.no_grad():
         filters, vector = _filters(x, weight, bias)
-        out = F.conv2d(x, filters, vector, *settings)
-    with _side_stream():
+        fits = ours and small.fits(x, filters, *settings)
+        if fits and small.VALUES and vector is None:
+            out = small.small_convolution(x, filters)
+        else:
+            out = F.conv2d(x, filters, vector, *settings)
+    with _side_stream() if forks else nullcontext():
         weights = _Weights.apply(weight, bias, x.detach(), filters, out, settings)
-    return _Maps.apply(x, filters, out, weights, settings)
+    return _Maps.apply(x, filters, out, weights, settings, fits and small.GRADIENTS)
 
 
 def _forks(x: Tensor, weight: Tensor) -> bool:
@@ -138,9 +146,11 @@ class _Maps(torch.autograd.Function):
     """The result, as a function of x, and of `_Weights`, which gets its gradient as it is."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, filters: Tensor, out: Tensor, weights: Tensor, settings: _Settings) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, filters: Tensor, out: Tensor, weights: Tensor, settings: _Settings, ours: bool
+    ) -> Tensor:
         ctx.save_for_backward(x, filters)
-        ctx.settings = settings
+        ctx.settings, ctx.ours = settings, ours
         return out.detach()
 
     @staticmethod
@@ -149,6 +159,8 @@ class _Maps(torch.autograd.Function):
         x, filters = ctx.saved_tensors
         # Launched before the side stream is told to wait, so that it begins first.
         x_grad = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0] and ctx.ours:
+            x_grad = small.small_convolution_input_grad(grad.contiguous(memory_format=torch.channels_last), filters)
+        elif ctx.needs_input_grad[0]:
             x_grad, _, _ = _gradients(grad, x, filters, None, ctx.settings, [True, False, False])
-        return x_grad, None, None, grad, None
+        return x_grad, None, None, grad, None, None
