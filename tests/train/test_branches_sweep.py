@@ -21,7 +21,9 @@ from ncollapse.train.engine.scheduler import sweep
 from ncollapse.train.engine.stack_size import StackPolicy
 from ncollapse.train.errors import InterruptError
 from ncollapse.train.grid import Grid
+from ncollapse.train.results.merging import merge_folders
 from ncollapse.train.results.reader import query
+from ncollapse.train.results.salvage import salvage_folder
 from ncollapse.train.results.schema import FILE
 from sweep_results import assert_same
 
@@ -102,6 +104,29 @@ def test_halved_stacks_keep_their_form(
     assert sizes == [4, 2, 2]
     assert forms(tmp_path) == [(2, 1), (2, 1)]
     assert_same(alone, tmp_path, but="stack")
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("copied", ["merged", "salvaged"])
+def test_copies_of_a_folder_go_on_in_the_form_of_their_stacks(
+    run_sweep: Callable[..., int], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: str
+) -> None:
+    begun, others = (Grid("half", GRID.runs[part]) for part in (slice(2), slice(2, 4)))
+    with monkeypatch.context() as patch:
+        interrupt_after(5, patch)
+        with pytest.raises(InterruptError):
+            run_sweep(begun, tmp_path / "cut", stack=2, checkpoint_minutes=0)
+    if copied == "merged":
+        run_sweep(others, tmp_path / "others", stack=1)
+        merge_folders([tmp_path / "cut", tmp_path / "others"], tmp_path / "copy")
+    else:
+        salvage_folder(tmp_path / "cut", tmp_path / "copy")
+    assert forms(tmp_path / "copy")[0] == (2, 1)
+    monkeypatch.setattr(StackPolicy, "_may_branch", lambda *args: False)
+    run_sweep(begun, tmp_path / "copy", stack=2)
+    monkeypatch.undo()
+    run_sweep(GRID, tmp_path / "copy", stack=1)
+    assert_same(alone, tmp_path / "copy", but="stack")
 
 
 def test_stacks_of_an_older_store_are_one_program(run_sweep: Callable[..., int], tmp_path: Path) -> None:

@@ -286,7 +286,8 @@ def _copy_stacks(
     for stack, row in source.stacks.items():
         if stack not in used:
             continue
-        new = _insert(db, "stacks", {"size": row["size"], "session": sessions.get(row["session"])})
+        form = {"size": row["size"], "branches": int(row["branches"] == 1)}
+        new = _insert(db, "stacks", form | {"session": sessions.get(row["session"])})
         epoch = source.checkpoints.get(stack, -1) if source.whole(stack) else -1
         if epoch >= 0:
             (out / "checkpoints").mkdir(exist_ok=True)

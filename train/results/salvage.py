@@ -148,7 +148,7 @@ def _copy_meta(source: sqlite3.Connection, target: sqlite3.Connection, folder: P
 
 def _copy_plan(target: sqlite3.Connection, stacks: dict[int, dict[str, Any]], checkpoints: dict[int, int]) -> None:
     for number, row in stacks.items():
-        values: dict[str, Any] = {"id": number, "size": row["size"]}
+        values: dict[str, Any] = {"id": number, "size": row["size"], "branches": int(row.get("branches") == 1)}
         if number in checkpoints:
             epoch = checkpoints[number]
             values |= {"checkpoint": file_name(number, epoch), "checkpoint_epoch": epoch, "epoch": epoch}
