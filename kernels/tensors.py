@@ -113,6 +113,11 @@ class Fingerprint:
         return mask
 
 
+def tensor_of(values: Any) -> Tensor:
+    """A tensor as it is; of an array, a number or a list, one on the CPU, whatever torch's default device is."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+
+
 def has_memory_of_its_own(cls: type) -> bool:
     """Whether tensors of a class are no wrappers of others: not FakeTensor, DTensor and the like."""
     return issubclass(cls, Tensor) and cls.__torch_dispatch__ is Tensor.__torch_dispatch__

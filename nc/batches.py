@@ -6,9 +6,10 @@ from itertools import islice
 from typing import Any, TypeGuard
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from ncollapse.kernels.tensors import tensor_of
 
 #: An iterable of batches or of samples, a data set, or one pair of tensors or arrays (inputs, labels).
 Loader = Iterable[Any] | Dataset[Any]
@@ -33,7 +34,7 @@ def labelled_batches(loader: Loader, batch_size: int, batch: Batch | None = None
         if len(inputs) != len(labels):
             raise ValueError(f"measure: {len(inputs)} inputs and {len(labels)} labels")
         # On the CPU it shows without a wait for a GPU whether labels are to be ignored.
-        labels = torch.as_tensor(labels).cpu()
+        labels = tensor_of(labels).cpu()
         for start in range(0, len(inputs), batch_size):
             rows = slice(start, start + batch_size)
             yield split((inputs[rows], labels[rows]))
@@ -129,7 +130,7 @@ def is_array(value: Any) -> TypeGuard[Tensor | np.ndarray[Any, Any]]:
 def _may_be_labels(value: Any, *, strict: bool) -> bool:
     """Whether it can be labels. `strict`: integers only, where something else may be the labels."""
     if isinstance(value, int | np.integer) or is_array(value):
-        return not strict or not (torch.as_tensor(value).is_floating_point() and np.ndim(value) != 2)
+        return not strict or not (tensor_of(value).is_floating_point() and np.ndim(value) != 2)
     if isinstance(value, Mapping):  # of several heads
         return bool(value) and all(_may_be_labels(each, strict=strict) for each in value.values())
     return isinstance(value, list | tuple) and all(isinstance(each, int) for each in value)

@@ -26,6 +26,7 @@ from ncollapse.heads import (
     predict_alike,
     tensors_in,
 )
+from ncollapse.kernels.tensors import tensor_of
 from ncollapse.samples import Pool, pooled
 
 #: A head, or what is or holds it: a layer, by name or itself; None: the whole model.
@@ -269,7 +270,7 @@ def _call(model: nn.Module, inputs: Any) -> Any:
 
     def moved(value: Any) -> Any:
         if isinstance(value, np.ndarray):
-            value = torch.as_tensor(value)
+            value = tensor_of(value)
             # NumPy's floats are float64 unless asked otherwise; those of a model hardly ever.
             if state is not None and value.is_floating_point() and state.is_floating_point():
                 value = value.to(state.dtype)

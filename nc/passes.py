@@ -13,6 +13,7 @@ from torch import Tensor
 from ncollapse.batches import Batch, Loader, batch_count, inputs_and_labels, is_array, is_pair, labelled_batches
 from ncollapse.heads import HeadCall
 from ncollapse.hooks import Forward
+from ncollapse.kernels.tensors import tensor_of
 from ncollapse.measurement import Measurement
 from ncollapse.process_group import in_step, run_in_all, told_by_all
 from ncollapse.progress import tracked
@@ -198,6 +199,6 @@ def _any_labels(labels: Any, call: HeadCall, ignore_index: int | None) -> Tensor
     """Return labels `[B]` of some class, or `[B, *P]` where each token has one, in which those to ignore remain."""
     shape = call.features.shape[:-1]
     if np.shape(labels) == tuple(shape):
-        labels = torch.as_tensor(labels)
+        labels = tensor_of(labels)
         return labels.masked_fill(labels != ignore_index, 0) if ignore_index is not None else torch.zeros_like(labels)
-    return torch.zeros(shape[:1], dtype=torch.int64)
+    return torch.zeros(shape[:1], dtype=torch.int64, device="cpu")

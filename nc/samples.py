@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ncollapse.heads import HeadCall, logits_in, predict_alike
+from ncollapse.kernels.tensors import tensor_of
 
 #: The token that is taken, or the mean over all.
 TokenPool = Literal["mean", "first", "last"]
@@ -40,7 +41,7 @@ def select_samples(
             "head=ncollapse.Head(features=…, weight=…, logits=…)"
         )
     places, classes = features.shape[1:-1], logits.shape[-1]
-    labels = torch.as_tensor(labels)
+    labels = tensor_of(labels)
     if places and labels.shape == features.shape[:-1]:  # a label for each token or place
         keep = labels.new_ones(labels.shape, dtype=torch.bool) if mask is None else mask.to(labels.device).bool()
         labels, keep = class_indices(labels.flatten(), classes), keep.expand(labels.shape).flatten()

@@ -198,8 +198,8 @@ def try_loss(run: RunConfig, plugins: Plugins, num_classes: int) -> None:
     what = f"loss {run.loss} ({plugins.where('loss', run.loss)})"
     generator = torch.Generator().manual_seed(0)
     samples = 2 * num_classes + 3  # another number than K, so that shapes cannot be mistaken
-    logits = torch.randn(samples, num_classes, generator=generator).requires_grad_()
-    labels = torch.arange(samples) % num_classes
+    logits = torch.randn(samples, num_classes, generator=generator, device="cpu").requires_grad_()
+    labels = torch.arange(samples, device="cpu") % num_classes
     values = loss.per_sample(logits, labels)
     if not isinstance(values, Tensor):
         raise UserError(f"{what} must return a tensor [B], one value for each sample; it returns {values!r:.60}")
@@ -227,7 +227,10 @@ def chance_level(loss: Loss, labels: Tensor, num_classes: int) -> float:
     It is searched for over the logits that all samples share.
     """
     shares = labels.cpu().bincount(minlength=num_classes) / len(labels)
-    logits, classes = torch.zeros(num_classes, requires_grad=True), torch.arange(num_classes)
+    logits, classes = (
+        torch.zeros(num_classes, requires_grad=True, device="cpu"),
+        torch.arange(num_classes, device="cpu"),
+    )
     search = torch.optim.LBFGS([logits], max_iter=100, line_search_fn="strong_wolfe")
 
     def mean() -> Tensor:

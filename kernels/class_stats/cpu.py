@@ -38,7 +38,7 @@ def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -
             "the batch is not added. Smaller batches need fewer of them"
         )
     if bad_labels or (bad_values and not propagate):
-        state.refused.add_(torch.tensor([1, bad_labels, bad_values]))
+        state.refused.add_(torch.tensor([1, bad_labels, bad_values], device="cpu"))
     elif state.scatter is not None and labels.numel():
         for rows, row_labels in zip(features.split(_ROWS, -2), labels.split(_ROWS), strict=True):
             if state.axes is None:

@@ -85,9 +85,11 @@ class Matrices:
             for i in range(padded[m][0] // SIDE)
             for j in range(padded[m][1] // SIDE)
         ]
-        self._tables = [torch.tensor(t, dtype=torch.int64).to(self._device) for t in (grams, squares, polynomials)]
+        self._tables = [
+            torch.tensor(t, dtype=torch.int64, device="cpu").to(self._device) for t in (grams, squares, polynomials)
+        ]
         self._triangle, self._rectangle = (
-            torch.tensor(t, dtype=torch.int32).to(self._device) for t in (triangle, rectangle)
+            torch.tensor(t, dtype=torch.int32, device="cpu").to(self._device) for t in (triangle, rectangle)
         )
 
     def begin(self, present: Sequence[int]) -> None:

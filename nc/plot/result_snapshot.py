@@ -34,7 +34,7 @@ def snapshot_of(
     if (features is None) != (labels is None):
         raise ValueError(f"plot.geometry: features [N, {means.shape[-1]}] need labels [N], and labels features")
     if features is None or labels is None:
-        features, labels = means.new_empty(0, means.shape[-1]), torch.empty(0, dtype=torch.int64)
+        features, labels = means.new_empty(0, means.shape[-1]), torch.empty(0, dtype=torch.int64, device="cpu")
     if features.shape != (len(labels), means.shape[-1]) or labels.dim() != 1:
         raise ValueError(
             f"plot.geometry: features must be [N, {means.shape[-1]}] and labels [N]; got {tuple(features.shape)} and "
@@ -49,7 +49,7 @@ def snapshot_of(
     if len(three) == 3:
         w, x, y = (part.detach().cpu() for part in (weight, features, labels))
         found, planar = in_plane(
-            w[three].double()[None], means[three][None], x[None], y, torch.tensor(three), most=len(y)
+            w[three].double()[None], means[three][None], x[None], y, torch.tensor(three, device="cpu"), most=len(y)
         )  # fmt: skip
         if flat := bool(planar):
             of_plane = {name: part[0] for name, part in found.items()}

@@ -81,7 +81,7 @@ def simulate(
     names = [] if callable(optimizer) else [optimizer] if isinstance(optimizer, str) else list(optimizer)
     several = not callable(optimizer) and not isinstance(optimizer, str)
     runs = 1 if callable(optimizer) else len(names)
-    schedule = torch.tensor(learning_rates(lr, steps, (runs,) if several else ()).reshape(-1, steps).T)
+    schedule = torch.tensor(learning_rates(lr, steps, (runs,) if several else ()).reshape(-1, steps).T, device="cpu")
     changes = set(((schedule.diff(dim=0) != 0).any(1).nonzero().flatten() + 1).tolist())
     at = _recorded(record, steps)
     generator = torch.Generator().manual_seed(seed)
@@ -138,8 +138,8 @@ class _Model:
         self.parameters = [self.W, self.H] if trained else [self.W]
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
-        self._labels = torch.arange(self.K).repeat_interleave(N // self.K)
-        self._targets = torch.eye(self.K, dtype=torch.float64)[:, self._labels]  # Yᵀ, [K, N]
+        self._labels = torch.arange(self.K, device="cpu").repeat_interleave(N // self.K)
+        self._targets = torch.eye(self.K, dtype=torch.float64, device="cpu")[:, self._labels]  # Yᵀ, [K, N]
         self._others = (1 - self._targets) / N
 
     def gradients(self) -> None:
@@ -215,10 +215,10 @@ def _recorded(record: int | Sequence[int], steps: int) -> set[int]:
 
 
 def _weight(K: int, d: int, start: ArrayLike | None, generator: torch.Generator) -> Tensor:
-    drawn = (2 * torch.rand(K, d, dtype=torch.float64, generator=generator) - 1) / d**0.5
+    drawn = (2 * torch.rand(K, d, dtype=torch.float64, generator=generator, device="cpu") - 1) / d**0.5
     if start is None:
         return drawn
-    weight = torch.tensor(np.asarray(start, dtype=np.float64))
+    weight = torch.tensor(np.asarray(start, dtype=np.float64), device="cpu")
     if weight.shape != (K, d):
         raise ValueError(f"start is W_0, of shape {(K, d)}; got shape {tuple(weight.shape)}")
     return weight
@@ -227,10 +227,10 @@ def _weight(K: int, d: int, start: ArrayLike | None, generator: torch.Generator)
 def _features(K: int, d: int, n: int, features: Features, generator: torch.Generator) -> Tensor:
     """H: `[K·n, d]` if free, else `[K, d]`."""
     if features == "free":
-        return torch.randn(K * n, d, dtype=torch.float64, generator=generator)
+        return torch.randn(K * n, d, dtype=torch.float64, generator=generator, device="cpu")
     if features == "fixed":
-        return torch.eye(K, d, dtype=torch.float64)
+        return torch.eye(K, d, dtype=torch.float64, device="cpu")
     # I − 11ᵀ/K in an orthonormal basis of its K − 1 dimensions, embedded in d dimensions by a random rotation.
-    simplex = torch.linalg.eigh(torch.eye(K, dtype=torch.float64) - 1 / K).eigenvectors[:, 1:]
-    rotation = torch.linalg.qr(torch.randn(d, K - 1, dtype=torch.float64, generator=generator)).Q
+    simplex = torch.linalg.eigh(torch.eye(K, dtype=torch.float64, device="cpu") - 1 / K).eigenvectors[:, 1:]
+    rotation = torch.linalg.qr(torch.randn(d, K - 1, dtype=torch.float64, generator=generator, device="cpu")).Q
     return (K / (K - 1)) ** 0.5 * simplex @ rotation.mT

@@ -84,7 +84,7 @@ def trajectories(setting: Setting) -> "list[Trajectory]":
         couplings = [c for name in names if (c := TABLE[name].coupling) is not None]
         run = ufm.simulate(
             names, setting.classes, setting.d, seed=setting.seed, betas=(setting.momentum, 0.999),
-            coupling=torch.tensor(couplings, dtype=torch.float64), **shared,
+            coupling=torch.tensor(couplings, dtype=torch.float64, device="cpu"), **shared,
         )  # fmt: skip
         for name, c, start, nc0 in zip(names, couplings, run.start, run.nc0, strict=True):
             prediction = ufm.predict(

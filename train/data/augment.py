@@ -21,11 +21,11 @@ def draw_views(augment: str, samples: int, generator: torch.Generator) -> Tensor
     """
     if augment == "none":
         return None
-    views = torch.zeros(samples, 3, dtype=torch.int64)
+    views = torch.zeros(samples, 3, dtype=torch.int64, device="cpu")
     if "crop" in augment:
-        views[:, :2] = torch.randint(2 * PAD + 1, (samples, 2), generator=generator)
+        views[:, :2] = torch.randint(2 * PAD + 1, (samples, 2), generator=generator, device="cpu")
     if "flip" in augment:
-        views[:, 2] = torch.randint(2, (samples,), generator=generator)
+        views[:, 2] = torch.randint(2, (samples,), generator=generator, device="cpu")
     return views
 
 

@@ -119,7 +119,7 @@ def read_all(dataset: Any, what: str) -> tuple[Tensor, list[Any]]:
             f"{what}: {samples:,} samples {list(first.shape)} take {needed / 2**30:.1f} GiB, of {free / 2**30:.1f} "
             "that are free: stream them, with in_memory = false"
         )
-    everything = torch.empty((samples, *first.shape), dtype=first.dtype)
+    everything = torch.empty((samples, *first.shape), dtype=first.dtype, device="cpu")
     everything[0], labels = first, [label_of(label, f"{what}: the label of sample 0")]
     for i in tracked(range(1, samples), samples - 1, _bar(), f"reading {what}"):
         x, label = sample(dataset, i, i, what)

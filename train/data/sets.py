@@ -170,7 +170,7 @@ def _read_split(folder: Path) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     if len(shapes) > 1 or tensors[0].shape[1] != tensors[0].shape[2]:
         raise UserError(f"imagefolder {folder}: images must be square and all of one size; found {sorted(shapes)[:5]}")
     # Folders are read class by class, and --limit would take the first class alone: shuffle, with a fixed seed.
-    order = torch.randperm(len(tensors), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(tensors), generator=torch.Generator().manual_seed(0), device="cpu")
     return torch.stack(tensors)[order], torch.tensor(targets)[order], classes
 
 

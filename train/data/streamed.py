@@ -72,12 +72,12 @@ class Streamed(Dataset):
         shape: torch.Size | None = None
         for of, y, name in zip((train, val), labels[:2], names, strict=True):
             digest.update(y.numpy().data)
-            for i in sorted(set(torch.linspace(0, len(y) - 1, _SAMPLES).long().tolist())):
+            for i in sorted(set(torch.linspace(0, len(y) - 1, _SAMPLES, device="cpu").long().tolist())):
                 x = _read(of, i, i, y, shape, name)
                 shape = x.shape
                 digest.update(x.numpy().data)
         assert shape is not None
-        none = torch.empty(0, *shape)
+        none = torch.empty(0, *shape, device="cpu")
         return Streamed(
             none, labels.train, none, labels.val, labels.classes, digest.hexdigest()[:16], labels.notes,
             train=train, val=val, what=what,
@@ -102,7 +102,7 @@ class Streamed(Dataset):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """See `Dataset`; raises what `batches` does."""
         labels = self.train_y if split == "train" else self.val_y
-        return self._pass(split, torch.arange(len(labels)), batch_size, device, 0)
+        return self._pass(split, torch.arange(len(labels), device="cpu"), batch_size, device, 0)
 
     def _pass(
         self, split: Split, order: Tensor, batch_size: int, device: torch.device, seed: int

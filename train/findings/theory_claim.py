@@ -65,8 +65,8 @@ def _simulate(setting: Setting) -> dict[str, list[_Run]]:
         found = ufm.simulate(
             [name for name, _ in runs], setting.classes, setting.d, n=1, lr=lrs, steps=setting.steps, features="fixed",
             record=_RECORDED, seed=setting.seed, weight_decay=setting.weight_decay,
-            momentum=torch.tensor([momentum for _, momentum in runs], dtype=torch.float64),
-            coupling=torch.tensor(couplings, dtype=torch.float64),
+            momentum=torch.tensor([momentum for _, momentum in runs], dtype=torch.float64, device="cpu"),
+            coupling=torch.tensor(couplings, dtype=torch.float64, device="cpu"),
         )  # fmt: skip
     simulated: dict[str, list[_Run]] = {}
     for (name, momentum), coupling, start, nc0 in zip(runs, couplings, found.start, found.nc0, strict=True):

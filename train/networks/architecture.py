@@ -86,8 +86,8 @@ class Architecture:
         """Draw samples `[samples, …]`: normal numbers, of integers 0 and 1."""
         shape = (samples, *self.input_shape)
         if self.input_dtype.is_floating_point:
-            return torch.randn(shape, generator=generator, dtype=self.input_dtype)
-        return torch.randint(0, 2, shape, generator=generator).to(self.input_dtype)
+            return torch.randn(shape, generator=generator, dtype=self.input_dtype, device="cpu")
+        return torch.randint(0, 2, shape, generator=generator, device="cpu").to(self.input_dtype)
 
     def example_samples(self) -> int:
         """Return a small number of samples that no other dimension of theirs has."""
@@ -112,7 +112,7 @@ def build(architecture: Architecture, seed: int, plugins: Plugins) -> nn.Module:
     what = f"model {a.model}"
     factory = plugins.find("model", a.model)
     arguments = _arguments(a, factory, f"{what} ({plugins.where('model', a.model)})")
-    with seeded_as_by_hand(seed):
+    with seeded_as_by_hand(seed), torch.device("cpu"):
         try:
             model = factory(**arguments)
             if isinstance(model, nn.Module) and any(map(is_lazy, (*model.parameters(), *model.buffers()))):

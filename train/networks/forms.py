@@ -184,7 +184,7 @@ def _results(models: Sequence[nn.Module], program: Program, samples: Tensor, *, 
     context = ForwardContext(len(models), tensors, train=True, half=half)
     features, logits = program(samples, context)
     generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(logits.shape[1:], generator=generator, dtype=logits.dtype).expand_as(logits)
+    weights = torch.randn(logits.shape[1:], generator=generator, dtype=logits.dtype, device="cpu").expand_as(logits)
     grads = torch.autograd.grad(logits, list(trained.values()), weights, allow_unused=True, materialize_grads=True)
     outputs: dict[str, Tensor] = {}
     with torch.no_grad():

@@ -152,6 +152,6 @@ def build(name: str, channels: int, size: int, num_classes: int, seed: int, widt
     random state stays as it was.
     """
     options = {} if width is None else {"width": width}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(seed)
         return MODELS[name](channels, size, num_classes, **options)

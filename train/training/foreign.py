@@ -154,7 +154,7 @@ def _check_signature(runs: Sequence[RunConfig], plugins: Plugins) -> None:
 
 def _small_params() -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(*shape, generator=generator)) for shape in ((3, 5), (4,))]
+    return [nn.Parameter(torch.randn(*shape, generator=generator, device="cpu")) for shape in ((3, 5), (4,))]
 
 
 def _try_steps(run: RunConfig, plugins: Plugins) -> None:
@@ -166,7 +166,7 @@ def _try_steps(run: RunConfig, plugins: Plugins) -> None:
         for step in steps:
             generator = torch.Generator().manual_seed(step)
             for param in params:
-                param.grad = torch.randn(param.shape, generator=generator)
+                param.grad = torch.randn(param.shape, generator=generator, device="cpu")
             with seeded(_CPU, step):
                 optimizer.step()
 

@@ -50,7 +50,8 @@ class Training:
         data: on the device.
         branches: train each run as a program of its own, all of which share each step's CUDA graph as its branches,
             instead of all runs as one program. A run then has the bits that it has when trained alone on the same
-            device. What cannot be captured, and on a CPU everything, is computed run by run.
+            device, unless its optimizer draws random numbers within a graph. What cannot be captured, and on a CPU
+            everything, is computed run by run.
         checkpoint: the result of `checkpoint()` in a training of the same runs. Training continues from it, bit for bit
             on the same device with the same versions; in the other form of `branches` up to rounding.
         keep_weights: whether evaluations hold the final weights of the runs that end.
@@ -103,11 +104,12 @@ class Training:
                     chance_loss(data.train_y) if plain else chance_level(self._loss, data.train_y, data.num_classes)
                 )
                 self._hopeless_loss = _LEFT_CHANCE * chance
-            models = {seed: build(architecture, seed, self._plugins) for seed in seeds}
             self._why_no_graph = why_no_graph(architecture, config.precision, self._plugins)
-            parts = [[models[run.seed] for run in runs]]
             if branches:  # each with a module of its own, which may hold the run's weights
                 parts = [[build(architecture, run.seed, self._plugins)] for run in runs]
+            else:
+                models = {seed: build(architecture, seed, self._plugins) for seed in seeds}
+                parts = [[models[run.seed] for run in runs]]
             stacks = [make_stack(part, architecture, device, config.precision, self._plugins) for part in parts]
             self._samples = TrainingSamples(data, config.augment)
             self._use(stacks)
@@ -213,7 +215,7 @@ class Training:
         if len(self._step.lanes) > 1 and runs[0].own:  # what a run draws is what it would draw alone
             self._step.generators = [Generators.of(self._device, run.seed, self.epoch, 0) for run in runs]
         samples, augment, size = len(self.data.train_y), runs[0].augment, runs[0].batch_size
-        orders = {seed: torch.randperm(samples, generator=g) for seed, g in self._generators.items()}
+        orders = {seed: torch.randperm(samples, generator=g, device="cpu") for seed, g in self._generators.items()}
         if isinstance(self.data, Streamed):
             with arithmetic(runs[0].precision):
                 for x, y in self.data.batches(orders[runs[0].seed], size, self._device):

@@ -133,10 +133,10 @@ def try_metric(name: str, plugins: Plugins, num_classes: int = 10, dim: int = 64
     """
     metrics = MetricFunctions.of([name], plugins)
     generator = torch.Generator().manual_seed(0)
-    labels = torch.arange(5 * num_classes) % num_classes
-    weight = torch.randn(num_classes, dim, generator=generator)
-    features = torch.randn(num_classes, dim, generator=generator)[labels]
-    features += 0.3 * torch.randn(features.shape, generator=generator)
+    labels = torch.arange(5 * num_classes, device="cpu") % num_classes
+    weight = torch.randn(num_classes, dim, generator=generator, device="cpu")
+    features = torch.randn(num_classes, dim, generator=generator, device="cpu")[labels]
+    features += 0.3 * torch.randn(features.shape, generator=generator, device="cpu")
     stats = ClassStats(num_classes, dim)
     stats.update(features, labels)
     if 4 * num_classes <= dim:  # as in an evaluation
