@@ -6,8 +6,8 @@ from torch import Tensor
 from ncollapse.kernels import operators
 
 #: Whether the values, and the gradients of maps, are computed by the kernels where `fits` says so. Off: unmeasured as
-#: they are here (`python -m bench.step_times` times each). By prototypes and their model values gain nothing, gradients
-#: 21 µs of a step of ResNet9, but 5 where weights' gradients run beside them, and lose 5 where two runs do.
+#: they are here (`python -m bench.step_times` times both). By a prototype and a model values gain nothing; gradients
+#: take 25 µs from a step of ResNet9, but 5 where weights' gradients run beside them, and two runs side by side lose 5.
 VALUES, GRADIENTS = False, False
 #: The most pixels of a map: at 3 × 3 cuDNN computes 81 taps of which 49 are inside; at 7 × 7, 441 of which 361 are, and
 #: there the prototype was no faster. With fewer images half of a tile is idle, with more cuDNN fills the GPU; with
@@ -16,7 +16,7 @@ MOST_PIXELS, IMAGES, LEAST_CHANNELS = 9, (64, 256), 256
 #: Channels must be a multiple of this, the width of a tile.
 MULTIPLE = 128
 #: Bytes of shared memory that a program has room in: four stages of 32 KB, and barriers. Data centres' GPUs have it.
-_SHARED = 129 * 2**10
+SHARED = 129 * 2**10
 _LARGEST = 2**31  # offsets within a tensor are int32
 
 
@@ -109,4 +109,4 @@ def _runs_on(device: torch.device) -> bool:
     if operators.why_no_kernel(device) is not None or torch.version.hip is not None:
         return False
     properties = torch.cuda.get_device_properties(device)
-    return properties.major >= 8 and properties.shared_memory_per_block_optin >= _SHARED
+    return properties.major >= 8 and properties.shared_memory_per_block_optin >= SHARED

@@ -26,6 +26,8 @@ from ncollapse.kernels.batch_norm import small_kernels as small_norm_kernels
 from ncollapse.kernels.batch_norm.op import SMALL_ROWS
 from ncollapse.kernels.class_stats import gpu as stats
 from ncollapse.kernels.class_stats import gpu_kernels
+from ncollapse.kernels.convolution import gpu as convolution
+from ncollapse.kernels.convolution import gpu_kernels as convolution_kernels
 from ncollapse.kernels.cross_entropy import gpu as cross_entropy
 from ncollapse.kernels.pooled_head import gpu as head
 from ncollapse.kernels.update import gpu as update
@@ -85,7 +87,8 @@ class Variant:
             "arch": f"sm_{arch}", "registers": registers, "spilled_bytes": stack + local,
             "shared_bytes": binary.metadata.shared, "loads_128": loads, "stores_128": stores,
             "asynchronous_128": asynchronous, "groups_under_way": groups_under_way(ptx),
-            "matrix_products": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
+            "matrix_products": len(products := re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx)),
+            "matrix_units": sorted(set(products)),
             "float_atomics": len(re.findall(r"\b(?:atom|red)\.[.\w:]*\bf(?:16|32|64)", ptx)),
             "dependent": follows(ptx),
         }  # fmt: skip
@@ -288,6 +291,27 @@ def pooled_heads() -> Iterator[Variant]:
             yield Variant(fields, kernel, known, {"runs": 1} | sizes | flags, ("channels",), head.OPTIONS)
 
 
+def convolutions() -> Iterator[Variant]:
+    """ResNet9's last two: values, gradients of maps, and without parts."""
+    maps = {"HEIGHT": 3, "WIDTH": 3, "OUTPUTS": 512}
+    tile = {name: getattr(convolution, name) for name in ("IMAGES", "COLUMNS", "STEP", "STAGES")}
+    for flip, parts in ((False, True), (True, True), (True, False)):
+        yield Variant(
+            {"kernel": "convolution", "flip": flip, "parts": parts}, convolution_kernels.convolution_kernel,
+            {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*fp32" if parts else "*bf16"},
+            maps | tile | {"INPUTS": 512, "FLIP": flip}, options=convolution.OPTIONS,
+        )  # fmt: skip
+    added = {
+        "IMAGES": convolution.ADDED_IMAGES,
+        "COLUMNS": convolution.ADDED_COLUMNS,
+        "CHUNKS": 512 // convolution.STEP,
+    }
+    yield Variant(
+        {"kernel": "convolution add_parts"}, convolution_kernels.add_parts_kernel,
+        {"parts_ptr": "*fp32", "out_ptr": "*bf16"}, maps | added | {"PARTS": 5}, options=convolution.ADD_OPTIONS,
+    )  # fmt: skip
+
+
 KINDS: tuple[Callable[[], Iterator[Variant]], ...] = (
     updates,
     class_stats,
@@ -295,6 +319,7 @@ KINDS: tuple[Callable[[], Iterator[Variant]], ...] = (
     dependent,
     cross_entropies,
     pooled_heads,
+    convolutions,
 )
 
 

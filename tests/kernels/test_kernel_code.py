@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from ncollapse.kernels.convolution.op import SHARED
+
 # Per rule, the tensors that it reads and writes. Each takes one 128-bit access per thread; float32 states of bfloat16
 # parameters, and all tensors in float64, take two.
 ACCESSES = {"sgd": (3, 2), "signum": (3, 2), "adam": (4, 3), "lion": (3, 2), "mixed": (4, 3)}
@@ -29,6 +31,8 @@ NORM = {
     ("small_forward", False): ((5, 2), (7, 1)), ("small_backward", False): ((8, 2), (10, 1)),
 }  # fmt: skip
 
+UNITS = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
 def test_accesses_are_wide_and_no_register_is_spilled(arch: str) -> None:
@@ -39,11 +43,11 @@ def test_accesses_are_wide_and_no_register_is_spilled(arch: str) -> None:
     assert done.returncode == 0, done.stderr
     variants = json.loads(done.stdout)
     updates = [v for v in variants if v["kernel"] == "update"]
-    statistics, norms, slopes, heads = (
+    statistics, norms, slopes, heads, convolutions = kinds = [
         [v for v in variants if v["kernel"].split()[0] == kind]
-        for kind in ("class_stats", "batch_norm", "cross_entropy", "pooled_head")
-    )
-    assert len(updates) + len(statistics) + len(norms) + len(slopes) + len(heads) == len(variants)
+        for kind in ("class_stats", "batch_norm", "cross_entropy", "pooled_head", "convolution")
+    ]
+    assert len(updates) + sum(map(len, kinds)) == len(variants)
     assert {v["rule"] for v in updates} == ACCESSES.keys()
     assert {v["kernel"] for v in statistics} == {f"class_stats {name}" for name in STATISTICS}
     for v in updates:
@@ -57,6 +61,9 @@ def test_accesses_are_wide_and_no_register_is_spilled(arch: str) -> None:
     assert {v["kernel"] for v in heads} == {"pooled_head forward", "pooled_head backward"}
     for v in heads:
         check_head(v)
+    assert len(convolutions) == 4
+    for v in convolutions:
+        check_convolution(v)
     for v in slopes:
         assert v["spilled_bytes"] == v["float_atomics"] == 0, v
         assert v["registers"] <= 64, v
@@ -111,3 +118,19 @@ def check_head(v: dict[str, Any]) -> None:
         assert v["loads_128"] >= (16 if v["dtype"] == "bf16" else 24), v
         assert v["stores_128"] >= (0 if "forward" in v["kernel"] else 4), v
     assert v["registers"] <= (168 if v["channels"] > 32 else 128), v
+
+
+def check_convolution(v: dict[str, Any]) -> None:
+    assert v["spilled_bytes"] == v["float_atomics"] == 0, v
+    if "add_parts" in v["kernel"]:
+        assert v["loads_128"] >= 2 * 5, v
+        assert v["stores_128"] >= 1, v
+        assert v["registers"] <= 64, v
+        return
+    assert v["matrix_units"] == [UNITS[v["arch"]]], v
+    # Three steps are copied before the loop and one in it, eight copies each; two stay under way, each two groups.
+    assert v["asynchronous_128"] >= 32, v
+    assert v["groups_under_way"] == 4, v
+    assert v["stores_128"] >= (16 if v["parts"] else 8), v
+    assert v["shared_bytes"] <= SHARED, v
+    assert v["registers"] <= 255, v
