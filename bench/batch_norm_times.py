@@ -1,6 +1,7 @@
 """Batch norm with ReLU, pooling or a residual, and the cross-entropy's gradient, against torch's operations on a GPU.
 
-python -m bench.batch_norm_times --minutes 2
+python -m bench.batch_norm_times --device cuda --minutes 2
+python -m bench.batch_norm_times          to see that it works: small maps, no graphs, torch's operations throughout
 
 Every case first checks what the candidates compute against float64; then they take turns, and nothing is asserted of
 time. Of each is recorded, in microseconds:
@@ -20,9 +21,10 @@ without any, and `nc, dependent launches` with one more (`SWITCHES`): what is no
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -30,8 +32,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.record import Record, first_line, recording
-from bench.timing import Step, Yardstick, captured, compared, gpu, wall_cuda
+from bench.record import Record, first_line, timing_options
+from bench.timing import Step, Yardstick, captured, compared, gpu, wall_cpu, wall_cuda
 from ncollapse.kernels.batch_norm import batch_norm_relu, op
 from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
 from ncollapse.kernels.cross_entropy import cross_entropy_grad
@@ -78,11 +80,12 @@ RESNET9 = [
 ]  # fmt: skip
 
 
-def cases() -> list[Case]:
-    """The most telling first: time may run out."""
+def cases(device: str) -> list[Case]:
+    """The most telling first, those of ResNet9: time may run out."""
     found = [Case(128, channels, size, kind) for channels, size, kind in RESNET9]
     found += [Case(128, 24 * 16, 28, "pool"), Case(128, 24 * 32, 14, "pool"), Case(1024, 64, 28, "plain")]
-    return [*found, *(Case(1024, 128, 28, kind) for kind in ("pool", "residual")), Case(128, 64, 28, "plain", "fp32")]
+    found += [*(Case(1024, 128, 28, kind) for kind in ("pool", "residual")), Case(128, 64, 28, "plain", "fp32")]
+    return found if device == "cuda" else [replace(case, samples=4, channels=8) for case in dict.fromkeys(found)]
 
 
 class Maps:
@@ -166,14 +169,19 @@ def differences(maps: Maps, ways: dict[str, Callable[..., Tensor]], tolerance: f
 
 
 def run(
-    case: Case, seconds: float, copy: Yardstick, result: dict[str, Any], save: Callable[[], None], *, compiled: bool
-) -> None:
-    """Fill what is recorded of a case, and save it after each group of timings."""
-    maps, ways = Maps(case, "cuda"), candidates(compiled)
+    case: Case, seconds: float, copy: Yardstick | None, result: dict[str, Any], save: Callable[[], None], *,
+    compiled: bool,
+) -> None:  # fmt: skip
+    """Fill what is recorded of a case, and save it after each group of timings.
+
+    Args:
+        copy: None: on a CPU.
+    """
+    maps, ways = Maps(case, "cpu" if copy is None else "cuda"), candidates(compiled)
     result["difference"] = differences(maps, ways, TOLERANCE[case.dtype])
     steps: dict[str, Step] = {name: lambda way=way: maps.step(way) for name, way in ways.items()}
     unswitched = {name: step for name, step in steps.items() if name not in SWITCHES}
-    result["eager"], _ = compared(unswitched, wall_cuda, seconds, BASELINE)
+    result["eager"], _ = compared(unswitched, wall_cpu if copy is None else wall_cuda, seconds, BASELINE)
     save()
 
     def forwards(way: Callable[..., Tensor]) -> Step:
@@ -181,6 +189,9 @@ def run(
 
     once = {name: forwards(way) for name, way in ways.items()}
     for group, timed, moved in (("step", steps, maps.step_bytes), ("forward", once, maps.forward_bytes)):
+        if copy is None:
+            result[group], _ = compared(timed, wall_cpu, seconds, BASELINE)
+            continue
         replays = {}
         for name, step in timed.items():
             with switched(name):
@@ -195,25 +206,28 @@ def run(
         save()
 
 
-def cross_entropy(seconds: float) -> dict[str, Any]:
+def cross_entropy(device: str, seconds: float) -> dict[str, Any]:
     """Of 24 runs, of one, and of a thousand classes."""
-    return {str(list(s)): slopes(s, seconds) for s in ((24, 128, 10), (1, 128, 10), (1, 1024, 1000))}
+    return {str(list(s)): slopes(s, device, seconds) for s in ((24, 128, 10), (1, 128, 10), (1, 1024, 1000))}
 
 
-def slopes(shape: tuple[int, int, int], seconds: float) -> dict[str, Any]:
-    logits, labels = torch.randn(shape, device="cuda"), torch.randint(shape[2], shape[:2], device="cuda")
+def slopes(shape: tuple[int, int, int], device: str, seconds: float) -> dict[str, Any]:
+    logits, labels = torch.randn(shape, device=device), torch.randint(shape[2], shape[:2], device=device)
     ways = {"nc": cross_entropy_grad, BASELINE: cross_entropy_grad_reference}
     exact = cross_entropy_grad_reference(logits.double(), labels)
     for name, way in ways.items():
         apart = float((way(logits, labels).double() - exact).norm() / exact.norm())
         assert apart <= 1e-6, f"{name} is {apart:.1e} from float64"
-    steps = {name: captured(lambda way=way: way(logits, labels), GRAPH_STEPS) for name, way in ways.items()}
-    return compared(steps, gpu, seconds, BASELINE, GRAPH_STEPS)[0]
+    steps: dict[str, Step] = {name: lambda way=way: way(logits, labels) for name, way in ways.items()}
+    if device == "cpu":
+        return compared(steps, wall_cpu, seconds, BASELINE)[0]
+    replays = {name: captured(step, GRAPH_STEPS) for name, step in steps.items()}
+    return compared(replays, gpu, seconds, BASELINE, GRAPH_STEPS)[0]
 
 
-def whole_network(results: list[dict[str, Any]]) -> dict[str, Any] | None:
+def whole_network(results: list[dict[str, Any]], device: str) -> dict[str, Any] | None:
     """Microseconds of a step in all layers of ResNet9; None if they were not all timed."""
-    layers = {str(Case(128, channels, size, kind)) for channels, size, kind in RESNET9}
+    layers = {str(case) for case in cases(device)[: len(RESNET9)]}
     timed = [r["step"] for r in results if r["case"] in layers and "step" in r]
     if len(timed) < len(layers):
         return None
@@ -225,26 +239,23 @@ def line(result: dict[str, Any]) -> str:
     """A case in a line: our median, our speed against torch's operations, and our share of a copy's bandwidth."""
     if "refused" in result:
         return f"{result['case']:<40} refused: {result['refused']}"
-    parts = [f"{group} {result[group]['nc']['median']:8.1f} µs ({result[group]['nc']['speed']:5.2f}×)"
-             for group in ("eager", "step", "forward")]  # fmt: skip
-    return f"{result['case']:<40} {'  '.join(parts)}  {result['step']['nc']['share']:.0%} of a copy"
+    ours = {group: result[group]["nc"] for group in ("eager", "step", "forward")}
+    parts = [f"{group} {one['median']:8.1f} µs ({one.get('speed', math.nan):5.2f}×)" for group, one in ours.items()]
+    share = result["step"]["nc"].get("share")
+    return f"{result['case']:<40} {'  '.join(parts)}" + (f"  {share:.0%} of a copy" if share else "")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = recording(__doc__)
-    parser.add_argument("--minutes", type=float, default=2.0, help="what is timed by then is recorded")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each group of timings")
-    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which takes seconds a case")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("batch_norm_times: there is no CUDA GPU here; on a CPU these operations are torch's own")
-        return 1
-    end = time.monotonic() + 60 * options.minutes
-    command = f"python -m bench.batch_norm_times --minutes {options.minutes:g} --seconds {options.seconds:g}"
+    flags = {"no-compile": "leave out torch.compile, which takes seconds a case"}
+    options = timing_options(__doc__, arguments, seconds=1.0, flags=flags)
+    device, end = options.device, time.monotonic() + 60 * options.minutes
+    limits = f"--seconds {options.seconds:g} --minutes {options.minutes:g}"
+    command = f"python -m bench.batch_norm_times --device {device} {limits}"
     command += " --no-compile" if options.no_compile else ""
-    record = Record(options.out / "norm-cuda.json", command, "cuda", options.commit)
+    record = Record(options.out / f"norm-{device}.json", command, device, options.commit)
     record.data |= {"tolerance": TOLERANCE, "baseline": BASELINE, "cases": [], "left_out": []}
-    copy, todo = Yardstick("cuda", 0), cases()
+    copy = Yardstick("cuda", 0) if device == "cuda" else None
+    todo = [case for case in cases(device) if options.only in str(case)]
     for n, case in enumerate(todo):
         if time.monotonic() > end:
             record.data["left_out"] = [str(c) for c in todo[n:]]
@@ -256,12 +267,13 @@ def main(arguments: list[str] | None = None) -> int:
             run(case, options.seconds, copy, result, record.save, compiled=not options.no_compile)
         except Exception as error:  # one case does not cost the others
             result["refused"] = first_line(error)
-        record.data["resnet9"] = whole_network(record.data["cases"])
+        record.data["resnet9"] = whole_network(record.data["cases"], device)
         record.save()
         print(line(result), flush=True)
-        torch.cuda.empty_cache()
+        if device == "cuda":
+            torch.cuda.empty_cache()
     try:
-        record.data["cross_entropy"] = cross_entropy(options.seconds / 2)
+        record.data["cross_entropy"] = cross_entropy(device, options.seconds / 2)
     except Exception as error:
         record.data["cross_entropy"] = {"refused": first_line(error)}
     record.save()

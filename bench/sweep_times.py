@@ -24,11 +24,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from bench import timing
-from bench.record import Record, timing_options
+from bench.record import Record, first_line, timing_options
 from ncollapse import metrics
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset, load
-from ncollapse.train.engine.grouping import make_stacks
+from ncollapse.train.engine.grouping import StackKey, make_stacks
 from ncollapse.train.engine.messages import Engine, Failed, WorkerSettings
 from ncollapse.train.engine.stack_size import StackPolicy
 from ncollapse.train.engine.this_machine import ThisMachine
@@ -111,9 +111,17 @@ def sequential(
     return models
 
 
-def engine_run(engine: Engine, stacks: list[list[RunConfig]]) -> dict[str, dict[str, float]]:
-    """Train stacks on an engine that has been started; run -> its last metrics."""
-    planned = iter([PlannedStack(n, tuple(runs)) for n, runs in enumerate(stacks)])
+def engine_run(
+    engine: Engine, stacks: list[list[RunConfig]], branches: frozenset[StackKey] = frozenset()
+) -> dict[str, dict[str, float]]:
+    """Train stacks on an engine that has been started; run -> its last metrics.
+
+    Args:
+        branches: the keys whose stacks are branches of a graph.
+    """
+    planned = iter(
+        [PlannedStack(n, tuple(runs), branches=StackKey.of(runs[0]) in branches) for n, runs in enumerate(stacks)]
+    )
     found: dict[str, dict[str, float]] = {}
     for stack, message in engine.run(lambda: next(planned, None)):
         if isinstance(message, Evaluation):
@@ -141,8 +149,11 @@ def clock(step: timing.Step, steps: int) -> float:
     return measure(step, steps) * getattr(step, "factor", 1.0)
 
 
-def case(model: str, count: int, epochs: int, device: torch.device, samples: int, seconds: float) -> dict[str, Any]:
-    """Time the candidates on `count` runs; the record of a case."""
+def case(
+    model: str, count: int, epochs: int, device: torch.device, samples: int, seconds: float,
+    record: dict[str, Any], save: Callable[[], None],
+) -> None:  # fmt: skip
+    """Time the candidates on `count` runs; fill the record of a case, and save it as it grows."""
     load_data = functools.partial(images, samples=samples)
     data = load_data("digits", device)
     runs, threads = runs_of(model, count, epochs), torch.get_num_threads()
@@ -152,11 +163,15 @@ def case(model: str, count: int, epochs: int, device: torch.device, samples: int
     try:
         plan = StackPolicy(_much(runs), facts).choose(engine)
         chosen = time.perf_counter() - began
+        record |= {
+            "runs": count, "epochs": epochs, "chosen": plan.as_dict(), "seconds_to_choose_and_start": round(chosen, 2)
+        }  # fmt: skip
+        save()
         stacks = make_stacks(runs, plan.sizes.__getitem__, plan.workers)
-        check(engine_run(engine, stacks), runs[:ALONE], data, device)
+        check(engine_run(engine, stacks, plan.branches), runs[:ALONE], data, device)
         few, part = runs[:ALONE], count / ALONE
         steps: dict[str, timing.Step] = {
-            "engine": scaled(lambda: engine_run(engine, stacks), 1, threads),
+            "engine": scaled(lambda: engine_run(engine, stacks, plan.branches), 1, threads),
             "engine, alone": scaled(lambda: engine_run(engine, [[r] for r in runs[: 2 * ALONE]]), part / 2, threads),
             "plain": scaled(lambda: plain(few, data, device), part, threads),
         }
@@ -165,18 +180,23 @@ def case(model: str, count: int, epochs: int, device: torch.device, samples: int
         ):
             name = f"sequential{', channels last' if last else ''}, {count_threads} threads"
             steps[name] = scaled(functools.partial(sequential, few, data, device, last), part, count_threads)
+
+        def so_far(timings: dict[str, timing.Timing]) -> None:
+            record.update(compared(timings, count, epochs))
+            save()
+
         # No rounds are taken again for what others do: the engine's own processes would count among those.
-        timings, _ = timing.interleaved(steps, clock, seconds)
+        timing.interleaved(steps, clock, seconds, so_far=so_far)
     finally:
         engine.close()
         torch.set_num_threads(threads)
+
+
+def compared(timings: dict[str, timing.Timing], count: int, epochs: int) -> dict[str, Any]:
+    """The timings as they are recorded, with the engine's speed against the others'."""
     best = min((name for name in timings if name.startswith("sequential")), key=lambda name: timings[name].median)
     per_run = {name: timing.median / 1e6 / count * 200 / epochs for name, timing in timings.items()}
     group: dict[str, Any] = {
-        "runs": count,
-        "epochs": epochs,
-        "chosen": plan.as_dict(),
-        "seconds_to_choose_and_start": round(chosen, 2),
         "best_sequential": best,
         "speed_against_plain": round(per_run["plain"] / per_run["engine"], 2),
         "speed_against_best_sequential": round(per_run[best] / per_run["engine"], 2),
@@ -199,7 +219,7 @@ def check(found: dict[str, dict[str, float]], runs: list[RunConfig], data: Datas
             raise AssertionError(f"{run.describe()}: NC0 {found[run.id]['nc0']} by the engine, {nc0} by the loop")
 
 
-def cases(device: torch.device) -> Iterator[tuple[str, Callable[[float], dict[str, Any]]]]:
+def cases(device: torch.device) -> Iterator[tuple[str, Callable[[float, dict[str, Any], Callable[[], None]], None]]]:
     """Name and measurement of each case, the most telling first."""
     grid: list[tuple[str, int, int, int]]
     if device.type == "cpu":
@@ -214,7 +234,7 @@ def cases(device: torch.device) -> Iterator[tuple[str, Callable[[float], dict[st
         )
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     options = timing_options(__doc__, arguments, seconds=20.0)
     device = torch.device(options.device)
     record = Record(
@@ -228,8 +248,14 @@ def main(arguments: list[str] | None = None) -> None:
     for name, measured in cases(device):
         if options.only not in name or time.monotonic() > end:
             continue
-        group = record.data["cases"][name] = measured(options.seconds)
-        record.save()
+        group = record.data["cases"][name] = {}
+        try:
+            measured(options.seconds, group, record.save)
+        except Exception as error:  # one case does not cost the others
+            group["refused"] = first_line(error)
+            record.save()
+            print(f"{name}: refused: {group['refused']}", file=sys.stderr, flush=True)
+            continue
         print(
             f"{name}: {group['engine']['runs_per_minute_of_200_epochs']} runs/min; "
             f"{group['speed_against_plain']} × plain, {group['speed_against_best_sequential']} × the best sequential "
@@ -237,7 +263,8 @@ def main(arguments: list[str] | None = None) -> None:
             file=sys.stderr,
             flush=True,
         )
+    return 1 if any("refused" in group for group in record.data["cases"].values()) else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

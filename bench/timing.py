@@ -21,6 +21,7 @@ _Round = tuple[dict[str, float], float]  # microseconds a step of each; processo
 TURN = 0.02  # seconds that a turn should last at least: far above the clock's and the synchronisation's cost
 MOST_STEPS = 1000
 ROUNDS = (5, 101)
+LONG = 10 * TURN  # seconds of a step from which two are enough before it is timed
 PATIENCE = 30.0  # seconds that rounds on a CPU which others disturbed are taken again
 QUIET = 0.15  # processors that others may take from us: the system's clock for that ticks a hundred times a second
 
@@ -70,14 +71,17 @@ def gpu(step: Step, steps: int) -> float:
 
 
 def interleaved(
-    steps: dict[str, Step], clock: Clock, seconds: float, inner: int = 1, patience: float = 0.0
-) -> tuple[dict[str, Timing], float]:
+    steps: dict[str, Step], clock: Clock, seconds: float, inner: int = 1, patience: float = 0.0,
+    so_far: Callable[[dict[str, Timing]], None] | None = None,
+) -> tuple[dict[str, Timing], float]:  # fmt: skip
     """Time the candidates in turns for so many seconds, five rounds at the least.
 
     Args:
         inner: optimizer steps in a step.
         patience: for how many more seconds to wait for rounds in which we had the processors that our threads need. If
             enough come, only they count.
+        so_far: called after each round but the first, with what has been timed by then: for steps of seconds, in which
+            time may run out.
 
     Returns:
         What was timed, and how many processors too many everybody else kept busy in the rounds that count.
@@ -85,8 +89,11 @@ def interleaved(
     spare = max(0, (os.cpu_count() or 1) - torch.get_num_threads())
     counts = {}
     for name, step in steps.items():
-        clock(step, 2)
-        counts[name] = min(MOST_STEPS, max(1, math.ceil(TURN / (clock(step, 3) / 3))))
+        clock(step, 1)
+        one = clock(step, 1)
+        if one < LONG:
+            one = clock(step, 3) / 3
+        counts[name] = min(MOST_STEPS, max(1, math.ceil(TURN / one)))
     quiet: list[_Round] = []
     disturbed: list[_Round] = []
     names, shuffle, end = list(steps), random.Random(0).shuffle, time.perf_counter() + seconds
@@ -101,6 +108,8 @@ def interleaved(
             now = time.perf_counter()
             busy = max(0.0, (others_seconds() - others) / (now - start) - spare)
             (disturbed if patience and busy > QUIET else quiet).append((taken, busy))
+            if so_far is not None and len(quiet) + len(disturbed) > 1:
+                so_far(_timings(quiet + disturbed, counts))
             enough = now > end if len(quiet) >= ROUNDS[0] else now > end + patience
             if enough and len(quiet) + len(disturbed) >= ROUNDS[0]:
                 break
@@ -109,8 +118,7 @@ def interleaved(
     finally:
         gc.enable()
     rounds = quiet if len(quiet) >= ROUNDS[0] else quiet + disturbed
-    timings = {name: _timing([taken[name] for taken, _ in rounds], counts[name]) for name in steps}
-    return timings, statistics.fmean(busy for _, busy in rounds)
+    return _timings(rounds, counts), statistics.fmean(busy for _, busy in rounds)
 
 
 def compared(
@@ -129,6 +137,10 @@ def compared(
         if baseline in timings and name != "yardstick" and not disturbed:
             group[name]["speed"] = round(timings[baseline].median / timing.median, 3)
     return group, disturbed
+
+
+def _timings(rounds: list[_Round], counts: dict[str, int]) -> dict[str, Timing]:
+    return {name: _timing([taken[name] for taken, _ in rounds], count) for name, count in counts.items()}
 
 
 def _timing(each: list[float], count: int) -> Timing:

@@ -23,7 +23,7 @@ def arithmetic(precision: str) -> Iterator[None]:
     """Set the matrix-product precision, and deterministic algorithms.
 
     cuDNN's autotuning (`torch.backends.cudnn.benchmark`) is off, since it chooses algorithms by time and so not always
-    the same; `bench/cnn_times.py` measures what that costs.
+    the same; `bench/results/cnn-cuda.json` has what that costs.
     """
     product = "tf32" if precision == "tf32" else "ieee"
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
