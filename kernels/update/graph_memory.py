@@ -23,7 +23,7 @@ def keep_for_graph(tensors: Iterable[Tensor | None], otherwise: list[Any], *, un
     # The graph must not keep alive what users attach to their tensors: it may lead back to the graph.
     held = [t.detach() for t in tensors if t is not None]
     try:
-        graph = torch.cuda.CUDAGraph.get_currently_capturing_graph()
+        graph: Any = torch.cuda.CUDAGraph.get_currently_capturing_graph()
     except (AttributeError, RuntimeError):  # torch is too old, or does not capture: another library does
         graph = None
     if not hasattr(graph, "retain_object"):

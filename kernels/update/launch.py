@@ -13,8 +13,18 @@ from ncollapse.kernels import operators
 from ncollapse.kernels.tensors import CHANGED, FOREIGN, Fingerprint, has_no_memory, storage_needed
 from ncollapse.kernels.update import cpu
 from ncollapse.kernels.update.graph_memory import keep_for_graph
-from ncollapse.kernels.update.reference import Slot, declared, update_reference
-from ncollapse.kernels.update.table import Col, Extras, HyperTable, Lists, Rows, Table, Tensors, same_layout
+from ncollapse.kernels.update.reference import Slot, declared, in_float64, update_reference
+from ncollapse.kernels.update.table import (
+    Col,
+    Extras,
+    HyperTable,
+    Lists,
+    Rows,
+    Table,
+    Tensors,
+    numbers_device,
+    same_layout,
+)
 
 # The dtype that gradients may have other than the parameter's own.
 _GRADS = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32, torch.float16: torch.float32}
@@ -86,7 +96,7 @@ class Update:
 
         Args:
             tensors: the same parameters at every step, with their gradients, states and copies.
-            values: for each device of the parameters, `[sets, len(HYPERS)]` float64, as in `HyperTable`.
+            values: for each `numbers_device` of the parameters, `[sets, len(HYPERS)]` float64, as in `HyperTable`.
             live: tensors that replace numbers of `values`, as in `HyperTable`; each on the device of parameters.
             norms: a result, as in `Extras`.
             grad_scale, found_inf: as in `update_reference`.
@@ -185,7 +195,7 @@ class Update:
                 self._grads[i] = [self._seen.kinds[column][i] for column in (Col.PARAM, Col.GRAD)], grad.dtype, alike
             if foreign and has_no_memory(param):  # a meta or fake tensor: there is nothing to compute
                 continue
-            if param.device not in self._hypers:
+            if numbers_device(param.device) not in self._hypers:
                 raise RuntimeError(f"there are no hyperparameters on {param.device}, where a parameter is")
             both, dtype, alike = self._grads.get(i, ([], param.dtype, True))
             if both != [self._seen.kinds[column][i] for column in (Col.PARAM, Col.GRAD)]:
@@ -200,7 +210,7 @@ class Update:
             elif fits:
                 from ncollapse.kernels.update import gpu
 
-                bucket.table = Table(part, grad_dtype, self._hypers[device], gpu.CHUNK)
+                bucket.table = Table(part, grad_dtype, self._hypers[numbers_device(device)], gpu.CHUNK)
                 bucket.scratch = gpu.Scratch(bucket.table)
             self._buckets.append(bucket)
 
@@ -208,7 +218,7 @@ class Update:
         """Whether a kernel can update a parameter; warns where it cannot."""
         param = lists.params[i]
         reason = why_no_kernel(param.device)
-        names, slot = self._hypers[param.device].names[lists.sets[i]], lists.slots[i]
+        names, slot = self._hypers[numbers_device(param.device)].names[lists.sets[i]], lists.slots[i]
         for name in dict.fromkeys(names):
             rule = declared(name)
             no_second = slot.second is None or slot.step is None
@@ -237,19 +247,20 @@ class Update:
         for i, (param, grad, slot, group) in enumerate(zip(lists.params, grads, lists.slots, lists.sets, strict=True)):
             if grad is None:
                 continue
-            hypers = self._hypers[param.device]
+            hypers = self._hypers[numbers_device(param.device)]
             before = param.detach().clone() if extras.norms is not None else param
             update_reference(hypers.rules(group), [param], [grad], [slot], hypers.settings(group), grad_scale=scale)
             if extras.norms is not None:
-                raw = grad.double() if scale is None else grad.double() / scale
-                for k, change in enumerate((raw, param.double() - before.double())):
+                raw = in_float64(grad) if scale is None else in_float64(grad) / scale.item()
+                for k, change in enumerate((raw, in_float64(param) - in_float64(before))):
                     extras.norms[:, k] += change.square().reshape(len(extras.norms), -1).sum(1)
             if extras.copies and (copy := extras.copies[i]) is not None:
                 copy.copy_(param)
 
 
 def _hyper_table(values: Tensor, live: Sequence[Tensor], places: Sequence[int], codes: list[list[int]]) -> HyperTable:
-    on_device = [(t, place) for t, place in zip(live, places, strict=True) if t.device == values.device]
+    pairs = zip(live, places, strict=True)
+    on_device = [(t, place) for t, place in pairs if numbers_device(t.device) == values.device]
     return HyperTable(values, [t for t, _ in on_device], [place for _, place in on_device], codes)
 
 

@@ -6,11 +6,13 @@ regularisation (SGD, Adam), c = 0 decoupled decay (SGDW, AdamW; Loshchilov & Hut
 
 float16 and bfloat16 parameters are updated in float32, with float32 state, and rounded once. Scalars are computed in
 float64 and rounded once, and every product and sum of tensors is rounded separately (no fused multiply-add), so the
-kernels can be tested to the last bit.
+kernels can be tested to the last bit. On a device without float64 (MPS) scalars are computed on the CPU, and Adam's
+root in float32, whose last bit may differ.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,15 +60,39 @@ def compute_dtype(param: Tensor) -> torch.dtype:
     return torch.float32 if param.dtype.itemsize < 4 else param.dtype
 
 
+@cache
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64."""
+    if device.type in ("cpu", "cuda", "meta"):
+        return True
+    try:
+        torch.ones(1, dtype=torch.float64, device=device).sqrt()
+    except (TypeError, RuntimeError):
+        return False
+    return True
+
+
+def in_float64(tensor: Tensor) -> Tensor:
+    """A tensor in float64; on the CPU if its device has none."""
+    return tensor.double() if has_float64(tensor.device) else tensor.cpu().double()
+
+
 def _over(value: Hyper, param: Tensor) -> Hyper:
     """Return a scalar unchanged; round a per-run vector `[R]` and shape it to broadcast over a parameter `[R, …]`."""
     if not isinstance(value, Tensor):
         return value
-    return value.to(compute_dtype(param)).view(-1, *[1] * (param.dim() - 1)) if value.dim() else value.item()
+    if not value.dim():
+        return value.item()
+    return value.to(compute_dtype(param)).to(param.device).view(-1, *[1] * (param.dim() - 1))
 
 
 def _double(value: Hyper) -> Hyper:
-    return value.double() if isinstance(value, Tensor) else value
+    return in_float64(value) if isinstance(value, Tensor) else value
+
+
+def _root(x: Tensor) -> Tensor:
+    # Through float64, so that the float32 root is correctly rounded: some CPU libraries' float32 root is not.
+    return x.double().sqrt().to(x.dtype) if has_float64(x.device) else x.sqrt()
 
 
 def _sgd(g: Tensor, slot: Slot, h: Settings) -> tuple[Tensor, Hyper]:
@@ -104,8 +130,7 @@ def _adam(g: Tensor, slot: Slot, h: Settings) -> tuple[Tensor, Hyper]:
     beta1, beta2 = _double(h.beta1), _double(h.beta2)  # 1 − 0.999¹ keeps only four digits in float32
     slot.first.add_((g - slot.first) * _over(1 - beta1, g))
     slot.second.copy_(slot.second * _over(beta2, g) + g * g * _over(1 - beta2, g))
-    # Through float64, so that the float32 root is correctly rounded: some CPU libraries' float32 root is not.
-    denominator = slot.second.double().sqrt().to(g.dtype) * _over((1 - beta2**t) ** -0.5, g) + _over(h.eps, g)
+    denominator = _root(slot.second) * _over((1 - beta2**t) ** -0.5, g) + _over(h.eps, g)
     return slot.first / denominator, _double(h.lr) / (1 - beta1**t)
 
 

@@ -81,11 +81,19 @@ class Tensors(NamedTuple):
     copies: list[Any]
 
 
+def numbers_device(device: torch.device) -> torch.device:
+    """Where the hyperparameters of a device's parameters are: on it if a kernel reads them there, else on the CPU.
+
+    The reference takes them one by one, and the device may not have float64.
+    """
+    return device if device.type == "cuda" else torch.device("cpu")
+
+
 class HyperTable:
     """G sets of hyperparameters on one device, each for one run or for R stacked runs.
 
     Args:
-        values: `[G, len(HYPERS)]` float64 on the device; a number that is not in `live` is read from here.
+        values: `[G, len(HYPERS)]` float64 on the `numbers_device`; a number that is not in `live` is read from here.
         live: tensors, float32 or float64, on the device, 0-d or `[R]`, read at every step.
         slots: for each of `live`, the index of the number that it replaces in the flattened `values`.
         codes: for each set, the `code` of each run: R numbers.

@@ -175,3 +175,16 @@ def test_parameters_on_both_devices(device: torch.device) -> None:
                 group["lr"] *= 0.5
     assert torch.equal(on_gpu, alone[0])
     assert torch.equal(on_cpu, alone[1])
+
+
+@pytest.mark.compiled
+def test_a_learning_rate_on_the_cpu_for_parameters_on_both_devices(device: torch.device) -> None:
+    rate = torch.tensor(0.5)
+    params = [nn.Parameter(torch.ones(700, device=d)) for d in (device, "cpu")]
+    optimizer = optim.SGD(params, lr=rate)
+    for expected in (0.5, 0.25):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        rate.mul_(0.5)  # read at every step
+        assert all((p == expected).all() for p in params)

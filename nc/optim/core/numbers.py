@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ncollapse.kernels.update.reference import Hyper
-from ncollapse.kernels.update.table import HYPERS
+from ncollapse.kernels.update.table import HYPERS, numbers_device
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Numbers:
 
     Attributes:
         host: `[G, 6]` float64 on the CPU; 0 where the user gave a tensor.
-        values: the same on each device; on the CPU the same tensor.
+        values: the same on each `numbers_device`; on the CPU the same tensor.
         read: the user's tensors that the kernel reads itself, by their places in `values`.
-        copied: the user's CPU tensors for parameters on other devices, by their places.
+        copied: the user's CPU tensors, if parameters on other devices need copies in `values`, by their places.
         codes: for each set, the code of each run.
     """
 
@@ -53,12 +53,14 @@ class Numbers:
         self.host = torch.tensor(rows, dtype=torch.float64, device="cpu").view(-1, len(HYPERS))
         # Reuse the existing tensors if they fit: a CUDA graph may hold their addresses.
         old = {v.device: v for v in self.values if v.shape == self.host.shape and v.device.type != "cpu"}
-        self.values = [old.get(d, self.host.to(d)) if d.type != "cpu" else self.host for d in devices]
+        places = dict.fromkeys(map(numbers_device, devices))
+        self.values = [old.get(d, self.host.to(d)) if d.type != "cpu" else self.host for d in places]
         self.flush()
         flat = enumerate(each.numbers[name] for each in sets for name in HYPERS)
         tensors = {place: number for place, number in flat if isinstance(number, Tensor)}
-        self.read = {place: t for place, t in tensors.items() if t.device in devices}
-        self.copied = {place: t for place, t in tensors.items() if t.device not in devices}
+        self.read = {k: t for k, t in tensors.items() if numbers_device(t.device) in places and not t.is_meta}
+        elsewhere = any(device.type != "cpu" for device in places)
+        self.copied = {k: t for k, t in tensors.items() if t.device.type == "cpu" and elsewhere}
 
     def write(self, row: int, numbers: dict[str, Hyper]) -> None:
         """Take a set's numbers, each of the kind that it was: `flush` sends plain ones to the devices."""
@@ -66,9 +68,10 @@ class Numbers:
             place = row * len(HYPERS) + column
             if not isinstance(number := numbers[name], Tensor):
                 self.host[row, column] = number
-            elif self.read.get(place, number) is not number:
+                continue
+            if self.read.get(place, number) is not number:
                 self.read = {**self.read, place: number}  # a CUDA graph keeps what the old dict holds
-            elif place in self.copied:
+            if place in self.copied:
                 self.copied[place] = number
         self._dirty = True
 

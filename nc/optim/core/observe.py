@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ncollapse.kernels.update.reference import has_float64, in_float64
 from ncollapse.kernels.update.table import Extras
 
 
@@ -32,7 +33,7 @@ class Observed:
     @property
     def row_sum(self) -> Tensor | None:
         """Wᵀ1, float64 `[d]` or `[R, d]`; None without a head."""
-        return None if self.head is None else self.head.detach().double().sum(-2)
+        return None if self.head is None else in_float64(self.head.detach()).sum(-2)
 
     @property
     def nc0(self) -> Tensor:
@@ -64,7 +65,7 @@ class Observed:
 
     def check(self, owner: str, params: Iterable[Tensor]) -> None:
         """Raise ValueError for parameters on another device than the norms."""
-        if self._norms is not None and any(p.device != self._norms.device for p in params):
+        if self._norms is not None and any(_norms_device(p) != self._norms.device for p in params):
             raise ValueError(f"{owner}: norms are taken over parameters on one device; these are on several")
 
     def follow(self, params: Iterable[Tensor]) -> None:
@@ -86,8 +87,13 @@ def observed(owner: str, params: Sequence[Tensor], runs: int, head: Tensor | Non
         if head.dim() - 2 not in ({0, 1} if runs == 1 else {1}):
             raise ValueError(f"{owner}: the head must be a weight [K, d]; got shape {tuple(head.shape)}")
     unknown = float("nan")
-    squares = torch.full((runs, 2), unknown, dtype=torch.float64, device=params[0].device) if norms else None
+    squares = torch.full((runs, 2), unknown, dtype=torch.float64, device=_norms_device(params[0])) if norms else None
     result = Observed(head, {}, runs > 1, bf16, squares)
     result.check(owner, params)
     result.follow(params)
     return result
+
+
+def _norms_device(param: Tensor) -> torch.device:
+    """Where the norms of a parameter are summed: on the CPU if its device has no float64."""
+    return param.device if has_float64(param.device) else torch.device("cpu")
