@@ -31,7 +31,7 @@ ADDED_IMAGES, ADDED_COLUMNS = 16, 64
 ADD_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-def launch(x: Tensor, weight: Tensor, flip: bool, out: Tensor) -> None:
+def launch_convolution(x: Tensor, weight: Tensor, flip: bool, out: Tensor) -> None:
     """Write the convolution of x into `out`, or with `flip` the gradient of the maps from that of the result, x.
 
     Args:

@@ -65,7 +65,7 @@ def _computed(x: Tensor, weight: Tensor, *, flip: bool) -> Tensor:
         samples, weight.shape[int(flip)], height, width, dtype=x.dtype, device=x.device,
         memory_format=torch.channels_last,
     )  # fmt: skip
-    gpu.launch(x, weight, flip, out)
+    gpu.launch_convolution(x, weight, flip, out)
     return out
 
 

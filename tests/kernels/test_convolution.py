@@ -67,39 +67,52 @@ def computed(x: Tensor, weight: Tensor, flip: bool) -> Tensor:
 
 
 def check(ours: Tensor, x: Tensor, weight: Tensor, flip: bool) -> None:
-    """Within a rounding to bfloat16 of each value, and float32's of the sums."""
+    """Within a rounding to bfloat16 of each value, and those of sums, which tensor cores truncate."""
     exact = REFERENCES[flip](x.double(), weight.double())
     assert ours.shape == exact.shape
     assert ours.dtype == torch.bfloat16
     assert ours.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(ours.double(), exact, rtol=2**-7, atol=2e-6 * math.sqrt(9 * x.shape[1]))
+    torch.testing.assert_close(ours.double(), exact, rtol=2**-7, atol=1e-4 * math.sqrt(9 * x.shape[1]))
 
 
 # One pixel; one row; one column; all kinds of pixels; more images than a tile; the channels of the two differ.
 SMALL = [(3, 1, 1, 3, 3), (18, 2, 1, 1, 2), (1, 1, 2, 1, 1), (2, 1, 1, 4, 1), (5, 2, 1, 2, 3)]
+# Few kinds, as each is compiled; the number of images is not of the kind.
 LARGE = [
-    (128, 4, 4, 3, 3), (44, 4, 4, 3, 3), (256, 2, 4, 3, 3), (128, 4, 4, 1, 1), (100, 3, 5, 2, 3), (64, 1, 1, 7, 7),
-    (130, 2, 1, 1, 2),
+    (128, 4, 4, 3, 3), (44, 4, 4, 3, 3), (256, 4, 4, 3, 3), (1, 4, 4, 3, 3), (128, 4, 4, 1, 1), (130, 3, 5, 2, 3),
+    (64, 1, 1, 7, 7),
 ]  # fmt: skip
+VALUES_AND_GRADIENT = pytest.mark.parametrize("flip", [False, True], ids=["values", "gradient"])
 
 
-@pytest.mark.parametrize("flip", [False, True], ids=["values", "gradient"])
+@VALUES_AND_GRADIENT
 @pytest.mark.parametrize("programs", [1, 30, 1000], indirect=True)
-@cases("size", SMALL, LARGE)
+@cases("size", SMALL, backends=["interpreter"])
 def test_shapes(device: torch.device, size: Size, programs: int, flip: bool) -> None:
     """Whole tiles; parts of which some pixels have fewer; a part for every step."""
     x, weight = tensors(size, flip, device)
     check(computed(x, weight, flip), x, weight, flip)
 
 
-@pytest.mark.parametrize("flip", [False, True], ids=["values", "gradient"])
+@VALUES_AND_GRADIENT
+@cases("size", LARGE, backends=["cuda"])
+def test_large_shapes(device: torch.device, size: Size, flip: bool) -> None:
+    x, weight = tensors(size, flip, device)
+    ours = computed(x, weight, flip)
+    check(ours, x, weight, flip)
+    for _ in range(20):  # a race would show some time
+        assert torch.equal(computed(x, weight, flip), ours)
+
+
+@VALUES_AND_GRADIENT
 @pytest.mark.parametrize("programs", [30], indirect=True)
 def test_a_value_that_is_not_finite_reaches_its_neighbours_alone(
     device: torch.device, flip: bool, programs: int
 ) -> None:
     x, weight = tensors((5, 1, 1, 4, 4), flip, device)
     x[3, 7, 0, 0], x[1, 9, 3, 3] = math.nan, math.inf
-    ours, exact = computed(x, weight, flip), REFERENCES[flip](x.double(), weight.double())
+    ours = computed(x, weight, flip).cpu()
+    exact = REFERENCES[flip](x.cpu().double(), weight.cpu().double())  # a transform would spread it
     assert torch.equal(ours.isfinite(), exact.isfinite())
     assert torch.equal(ours.isnan(), exact.isnan())
     assert not ours[3, :, :2, :2].isfinite().any()
@@ -107,7 +120,7 @@ def test_a_value_that_is_not_finite_reaches_its_neighbours_alone(
     assert ours.isfinite().sum() == ours.numel() - 2 * 4 * ours.shape[1]
 
 
-@pytest.mark.parametrize("flip", [False, True], ids=["values", "gradient"])
+@VALUES_AND_GRADIENT
 def test_what_lies_outside_is_left_out(device: torch.device, flip: bool) -> None:
     """For maps of one pixel only the filter's middle counts."""
     x, weight = tensors((3, 1, 1, 1, 1), flip, device)
@@ -129,7 +142,7 @@ def test_the_order_of_programs_does_not_matter(
     assert order[0] > order[1]
 
 
-@pytest.mark.parametrize("flip", [False, True], ids=["values", "gradient"])
+@VALUES_AND_GRADIENT
 def test_no_image_gives_none(device: torch.device, flip: bool) -> None:
     x, weight = tensors((0, 1, 2, 3, 3), flip, device)
     assert computed(x, weight, flip).shape == (0, op.MULTIPLE * (1 if flip else 2), 3, 3)
