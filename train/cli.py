@@ -20,7 +20,7 @@ from tyro import conf
 
 import ncollapse
 from ncollapse.train.commands import theory
-from ncollapse.train.commands.endings import end, unforeseen
+from ncollapse.train.commands.endings import Terminal, end, unforeseen
 from ncollapse.train.commands.overview import print_examples, print_overview
 from ncollapse.train.commands.setting_options import OneOfEach, SeveralOfEach
 from ncollapse.train.config import RunConfig, make_run, unknown
@@ -363,7 +363,7 @@ def main(args: list[str] | None = None) -> None:
 
     It exits with 0, 1 after a `UserError`, 2 for bad arguments, 3 after an error that nobody foresaw, 4 where all runs
     have ended but some diverged, 75 where a signal or --minutes has stopped a sweep that is to be continued, 130 after
-    Ctrl-C.
+    Ctrl-C, 141 where whoever read the output has gone.
     """
     args = sys.argv[1:] if args is None else args
     if args in (["--version"], ["-V"]):
@@ -371,7 +371,7 @@ def main(args: list[str] | None = None) -> None:
         return
     # Batch systems end a job with SIGTERM; a sweep handles it otherwise.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    console = Console()
+    console = Terminal()
     try:
         parse(args).main(console)
     except UserError as error:

@@ -1,5 +1,6 @@
 """The command line as a user sees it: options, messages, exit codes."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -197,6 +198,16 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
         process.stdout = None
         _, said = process.communicate()
     assert (process.returncode, said) == (141, "")
+
+
+def test_a_reader_that_has_gone_while_a_table_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8") as gone:
+        monkeypatch.setattr("sys.stdout", gone)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["doctor"])
+    assert stop.value.code == 141
 
 
 def test_an_unforeseen_error_is_one_line_and_a_log(

@@ -12,6 +12,14 @@ import ncollapse
 from ncollapse.train.formatting import plain
 
 
+class Terminal(Console):
+    """A console whose command ends as others do when whoever reads the output has gone; rich exits with 1."""
+
+    def on_broken_pipe(self) -> NoReturn:
+        self.quiet = True  # what is still to be printed while the command ends
+        raise BrokenPipeError
+
+
 def end(text: str, code: int) -> NoReturn:
     """Print the one line that a failed command ends with, and exit."""
     Console(stderr=True).print(plain(f"ncollapse: {text}", "red"), soft_wrap=True)
