@@ -134,6 +134,19 @@ class Update:
         for bucket in self._buckets:
             self._launch(bucket, tensors, extras, grad_scale, found_inf)
 
+    def unfinished(self) -> bool:
+        """Whether a launch has ended before all of its programs did; waits for the device. Not during a capture.
+
+        Such a launch has left its counter behind, with which no later one would count steps: it is reset.
+        """
+        scratches = [bucket.scratch for bucket in self._buckets if bucket.scratch is not None]
+        for device in {scratch.arrived.device for scratch in scratches if scratch.arrived.is_cuda}:
+            torch.cuda.synchronize(device)  # a step may run on another stream
+        left = [scratch for scratch in scratches if scratch.arrived.item() != 0]
+        for scratch in left:
+            scratch.arrived.zero_()
+        return bool(left)
+
     def _launch(
         self, bucket: _Bucket, tensors: Tensors, extras: Extras, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:

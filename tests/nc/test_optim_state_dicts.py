@@ -1,6 +1,7 @@
 """State dicts: users' own entries, back and forth, Adam's and AdamW's."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,3 +198,22 @@ def test_a_vector_that_does_not_fit_is_refused_on_load() -> None:
     with pytest.raises(ValueError, match="3 stacked runs"):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_a_step_that_the_kernel_has_not_finished_is_told_once() -> None:
+    """As a launch leaves its counter that ends early: no later one would count steps."""
+    w = parameter()
+    optimizer = optim.Adam([w])
+    take(optimizer)
+    arrived = torch.tensor([1], dtype=torch.int32)
+    [bucket] = optimizer._stepper._update._buckets
+    bucket.scratch = SimpleNamespace(arrived=arrived)
+    with pytest.raises(RuntimeError, match=r"Adam: the update kernel was interrupted within a step"):
+        optimizer.state_dict()
+    assert arrived.item() == 0
+    assert optimizer.state_dict()["state"][0]["step"] == 3
+    # A plan has a counter of its own.
+    arrived.fill_(1)
+    optimizer.load_state_dict(torch.optim.Adam([parameter()]).state_dict())
+    take(optimizer)
+    assert optimizer.state_dict()["state"][0]["step"] == 3

@@ -188,6 +188,15 @@ class Optimizer(torch.optim.Optimizer):
             for param in group["params"]:
                 check_param(type(self).__name__, param, hypers.numbers)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the param groups as in `torch.optim`; waits for the GPU.
+
+        Raises:
+            RuntimeError: the update kernel was interrupted within a step; only once.
+        """
+        self._stepper.check_finished(self)
+        return super().state_dict()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict, also one of torch.optim's class; half-precision parameters keep their float32 states.
 

@@ -208,6 +208,14 @@ class Stepper:
             keep_for_graph(chain(*tensors), self._graphs)
         self.stale = self.fresh
 
+    def check_finished(self, optimizer: Stepped) -> None:
+        """Raise RuntimeError, once, if the update kernel has not finished a step; synchronises."""
+        if not capturing(self._params) and self._update.unfinished():
+            raise RuntimeError(
+                f"{type(optimizer).__name__}: the update kernel was interrupted within a step, so that some parameters "
+                "and states are updated and others are not; load an earlier state dict, or ask again to get this one"
+            )
+
     def _present(self, grads: list[Any]) -> int:
         """How many of the active parameters have gradients."""
         return sum(grads[i] is not None for i in self._chosen or ())
