@@ -57,11 +57,11 @@ bench: $(VENV)/.installed-dev  ## time the demo, sweeps, the optimizers and the 
 	$(BIN)/python tests/kernels/compile_kernels.py sm_80 sm_90 sm_100 > bench/results/kernel-code.json
 
 MINUTES ?= 25
-gpu: $(VENV)/.installed-dev  ## on a machine with a CUDA GPU: its tests, tuning and benchmarks, in ten minutes; then the paper's table
+gpu: $(VENV)/.installed-dev  ## on a machine with a CUDA GPU: its tests and benchmarks, in ten minutes; then the paper's table
 	$(BIN)/python bench/gpu.py
-	$(BIN)/python -m bench.gpu_table --speed-share 0 --minutes $(MINUTES) $(if $(DATA),--data-dir $(DATA))
+	$(BIN)/python -m bench.gpu_table --minutes $(MINUTES) $(if $(DATA),--data-dir $(DATA))
 
-gpu-table: $(VENV)/.installed-dev  ## on a machine with a CUDA GPU and Fashion-MNIST: a step of the CNNs, and the paper's table
+gpu-table: $(VENV)/.installed-dev  ## on a machine with a CUDA GPU and Fashion-MNIST: the rows that the paper's table lacks
 	$(BIN)/python -m bench.gpu_table --minutes $(MINUTES) $(if $(DATA),--data-dir $(DATA))
 
 format: $(VENV)/.installed-dev  ## put the code in the project's format

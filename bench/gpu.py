@@ -3,6 +3,7 @@
 make gpu                                             in a checkout
 python bench/gpu.py --out DIR --wheels .whl          on a bare machine with PyTorch, Triton and pytest
 python bench/gpu.py --out DIR --from cnn             go on where an earlier call was cut short
+python bench/gpu.py --out DIR --steps table --data-dir DIR     the rows that the paper's table lacks
 python bench/gpu.py --out DIR --device cpu --quick   try every step on a CPU, with small sizes
 
 Each step has its seconds and is killed there. It saves its record after every case, tests after every test. DIR/gpu.tgz
@@ -39,6 +40,7 @@ class Step:
     seconds: float
     command: str
     timed: float = 0.0  # seconds for each group of timings of a script that records; 0: it is none
+    asked: bool = False  # only where it is named
 
 
 #: Those of code that has never run on a GPU, and those of what only a GPU can show, come first.
@@ -61,6 +63,7 @@ STEPS = (
     Step("norm", 45, "-m bench.batch_norm_times --no-compile", timed=0.2),
     Step("sweep", 65, "-m bench.sweep_times --only cnn", timed=10.0),
     Step("races", 40, f"{_PYTEST} {_RACES} -k 'twenty and 700 and adam or every and last and pool'"),
+    Step("table", 290, "-m bench.gpu_table", asked=True),
 )
 _KEPT = 12  # lines of a step's output that the report keeps: what it ended with
 _PACKED = 10.0  # seconds between two archives
@@ -137,14 +140,17 @@ def arguments_of(step: Step, options: argparse.Namespace, records: Path) -> list
     arguments = shlex.split(step.command.format(large="100M" if cuda else "resnet9"))
     if "pytest" in arguments:
         arguments += ["-p", "bench.gpu_tests", "--first", ",".join(FIRST_TESTS), "--reports", f"{records}/tests.jsonl"]
-    if step.name == "tests":
         workers = min(12, max(1, (os.cpu_count() or 1) - 2))
-        arguments += ["-p", "xdist", "-n", str(workers)]
+        return [*arguments, *(["-p", "xdist", "-n", str(workers)] if step.name == "tests" else [])]
+    arguments += ["--out", str(records), "--minutes", f"{(step.seconds - 12) / 60:.2f}", "--device", options.device]
+    arguments += ["--commit", options.commit] if options.commit else []
     if step.timed:
-        timed = 0.05 if options.quick else step.timed
-        arguments += ["--seconds", str(timed), "--out", str(records), "--minutes", f"{(step.seconds - 12) / 60:.2f}"]
-        arguments += ["--device", options.device]
-        arguments += ["--commit", options.commit] if options.commit else []
+        arguments += ["--seconds", str(0.05 if options.quick else step.timed)]
+    if step.name == "table":
+        arguments += ["--folder", str(records.parents[1] / "results")]  # its checkpoints are too large to bring home
+        arguments += ["--data-dir", str(options.data_dir.resolve())] if options.data_dir else []
+    if step.name == "table" and options.quick:
+        arguments += shlex.split("-- --data digits --model mlp --epochs 2 --stack 3 --workers 1")
     return arguments
 
 
@@ -161,7 +167,8 @@ def install(wheels: Path, target: Path, log: Path) -> None:
 def chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Step]:
     """The steps to run."""
     names = [step.name for step in STEPS]
-    wanted = [name.strip() for name in options.steps.split(",") if name.strip()] or names
+    wanted = [name.strip() for name in options.steps.split(",") if name.strip()]
+    wanted = wanted or [step.name for step in STEPS if not step.asked]
     if unknown := {*wanted, *([options.start] if options.start else [])} - set(names):
         parser.error(f"unknown steps {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     first = names.index(options.start) if options.start else 0
@@ -174,6 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of gpu.tgz")
     parser.add_argument("--steps", default="", help=f"separated by commas, in place of all: {names}")
     parser.add_argument("--from", dest="start", default="", metavar="STEP", help="begin there, and add to gpu.tgz")
+    parser.add_argument("--data-dir", type=Path, help="of the table: where Fashion-MNIST is, compressed or not")
     parser.add_argument("--wheels", type=Path, help="a folder of packages that the machine lacks")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument(

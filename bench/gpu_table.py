@@ -1,16 +1,23 @@
-"""The CNNs on a GPU: what a step takes, then the paper's table, as many runs as the time allows.
+"""The rows that the paper's table lacks, on a GPU, as many runs as the time allows.
 
 make gpu-table MINUTES=25 DATA=DIR
-python -m bench.gpu_table --minutes 25 --data-dir DIR [--out DIR] [-- OPTIONS OF ncollapse sweep]
+python -m bench.gpu_table --minutes 5 --data-dir DIR [--out DIR] [-- OPTIONS OF ncollapse sweep]
+python bench/gpu.py --steps table --data-dir DIR --out DIR --wheels .whl        the same on a bare machine
+python -m bench.gpu_table --join FILE         add the runs of such a record to bench/results/paper-table.json
 
-First `bench.cnn_times` (cnn-cuda.json), then `ncollapse sweep paper-table`: the six optimizers at decay 5e-4, then the
-other decays. paper-table.json is written after each, of the runs that have ended by then and of those that were under
-way (`epoch` says how far they had come); the results folders stay, and the same command goes on in them.
+`ncollapse sweep` of bench/missing_rows.toml, or of another grid or preset (`--grid paper-table`). All three runs at
+once are branches of one CUDA graph (`-- --stack 2 --workers 1`: two, then one). DIR/paper-table.json is written every
+ten seconds, of the runs that have ended by then and of those under way (`epoch` says how far they have come,
+`side_by_side` how many trained together). The results folder stays, and the same command goes on in it. Data may be
+compressed (FILE.gz).
 """
 
 import argparse
+import gzip
 import json
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +25,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from bench.gpu import run, why_not
+from bench.gpu import ROOT, run, why_not
 from bench.record import RESULTS, Record
 from ncollapse.train import load_metrics, load_runs
 from ncollapse.train.errors import NoResultsError
@@ -33,6 +40,8 @@ PAPER = {
     "sgdw": {"nc0_norm": 0.55, "nc1": 0.26, "nc2": 0.46, "nc3": 0.80},
 }
 _SETTINGS = ("optimizer", "lr", "momentum", "weight_decay", "coupling", "precision", "seed", "epochs", "model", "data")
+_ENDING = 15.0  # seconds before the end at which the sweep is to stop by itself
+EXIT_STOPPED = 75  # of a sweep that has stopped by --minutes
 _METRICS = ("nc0", "nc1", "nc2", "nc3", "nc3_difference", "nc4", "train_accuracy", "train_loss", "val_accuracy")
 
 
@@ -51,6 +60,7 @@ def trained(folder: Path) -> list[dict[str, Any]]:
     for _, one in runs.iterrows():
         own, predicted = epochs[epochs.run == one.id], predicted_nc0(one)
         values = {name: one[name] for name in ("id", *_SETTINGS, "status", "seconds", "epoch")}
+        values["side_by_side"] = int((runs["stack"] == one["stack"]).sum())
         values |= {"nc0_norm": one.nc0**0.5, "nc0_norm_start": one.nc0_start**0.5}
         values["nc0_norm_predicted"] = None if predicted is None else predicted[one.epoch] ** 0.5
         values |= {name: one[name] for name in _METRICS}
@@ -65,6 +75,60 @@ def _plain(value: Any) -> Any:
     return None if pd.isna(value) else value.item() if isinstance(value, np.generic) else value
 
 
+def unpacked(data_dir: Path, target: Path) -> Path:
+    """The folder of data with its compressed files unpacked, elsewhere; the folder itself if there are none."""
+    packed = sorted(data_dir.rglob("*.gz"))
+    if not packed:
+        return data_dir
+    for path in packed:
+        plain = target / path.relative_to(data_dir).with_suffix("")
+        plain.parent.mkdir(parents=True, exist_ok=True)
+        with gzip.open(path) as source, plain.open("wb") as file:
+            shutil.copyfileobj(source, file)
+    return target
+
+
+def join(path: Path, to: Path) -> None:
+    """Add a record's runs to another one's, each with the device and the commit that trained it."""
+    record, found = json.loads(to.read_text()), json.loads(path.read_text())
+    machine = {"device": found["machine"]["device"], "commit": found["machine"]["commit"]}
+    rows = {row["id"]: row for row in record["runs"]}
+    for row in found["runs"]:
+        if rows.get(row["id"], {}).get("status") != "done":
+            rows[row["id"]] = row | machine
+    record["runs"] = list(rows.values())
+    to.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def train(options: argparse.Namespace, extra: list[str], scratch: Path) -> int:
+    """Train the grid until the time is up, and record its runs."""
+    end = time.monotonic() + 60 * options.minutes
+    command = f"python -m bench.gpu_table --minutes {options.minutes:g} --grid {Path(options.grid).name}"
+    device = "cuda" if options.device == "cuda" else "cpu"
+    record = Record(options.out.resolve() / "paper-table.json", command, device, options.commit)
+    record.data |= {"sweep": extra, "paper": PAPER, "runs": []}
+
+    def save() -> None:
+        record.data["runs"] = trained(options.folder)
+        record.save()
+
+    sweep = ["-m", "ncollapse.train", "sweep", options.grid, "--out", str(options.folder), "--device", options.device]
+    if options.data_dir is not None:
+        sweep += ["--data-dir", str(unpacked(options.data_dir, scratch / "data"))]
+    left = end - time.monotonic()
+    sweep += ["--minutes", f"{max(0.1, (left - _ENDING) / 60):.2f}"]
+    log = scratch / "sweep.log"
+    status = run([*sweep, *extra], left, log, meanwhile=save)
+    save()
+    print(log.read_text()[-4000:])
+    for row in record.data["runs"]:
+        print(
+            json.dumps({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items() if key != "nc0_at"})
+        )
+    print(f"gpu-table: {len(record.data['runs'])} runs in {record.path}")
+    return 0 if status in (0, None, EXIT_STOPPED) else 1
+
+
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     cut = arguments.index("--") if "--" in arguments else len(arguments)
@@ -72,46 +136,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=25.0, help="for everything together")
     parser.add_argument("--data-dir", type=Path, help="where Fashion-MNIST is; by default $NCOLLAPSE_DATA, else ./data")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
-    parser.add_argument("--folder", type=Path, default=Path("results"), help="of the sweeps' results folders")
+    parser.add_argument("--grid", default=str(ROOT / "bench" / "missing_rows.toml"), help="a TOML file, or a preset")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
+    parser.add_argument("--folder", type=Path, default=Path("results") / "paper-table", help="the results folder")
     parser.add_argument("--device", default="cuda", help="cpu: to see that it works")
-    parser.add_argument("--speed-share", type=float, default=0.4, help="of the time, for the speed of a step")
     parser.add_argument("--commit", help="of the sources, where git cannot tell")
+    parser.add_argument("--join", type=Path, metavar="FILE", help="train nothing, add this record's runs to the table")
     options = parser.parse_args(own)
+    if options.join is not None:
+        join(options.join, RESULTS / "paper-table.json")
+        return 0
     if options.device == "cuda" and (reason := why_not()):
         print(f"gpu-table: nothing was run: {reason}.", file=sys.stderr)
         return 1
-    end = time.monotonic() + 60 * options.minutes
-    out, commit = options.out.resolve(), ["--commit", options.commit] if options.commit else []
-    failed = []
-    if options.speed_share > 0:
-        seconds = 60 * options.minutes * options.speed_share
-        speed = ["-m", "bench.cnn_times", "--device", options.device, "--out", str(out), *commit]
-        status, output = run([*speed, "--minutes", f"{max(0.1, seconds / 60 - 2):.2f}"], seconds)
-        print(output, flush=True)
-        failed += ["cnn_times"] if status not in (0, None) else []
-    command = f"python -m bench.gpu_table --minutes {options.minutes:g}"
-    record = Record(out / "paper-table.json", command, "cuda" if options.device == "cuda" else "cpu", options.commit)
-    record.data |= {"sweep": extra, "paper": PAPER, "runs": []}
-    place = ["--device", options.device, *(["--data-dir", str(options.data_dir)] if options.data_dir else [])]
-    folders = {"reference": ["--weight-decay", "5e-4"], "decays": []}
-    for name, chosen in folders.items():
-        left = end - time.monotonic() - 5
-        if left < 20:
-            print(f"gpu-table: no time is left for {name}", flush=True)
-            break
-        folder = options.folder / f"paper-table-{name}"
-        sweep = ["-m", "ncollapse.train", "sweep", "paper-table", "--out", str(folder), *place, *chosen, *extra]
-        status, output = run(sweep, left)
-        print(output[-4000:], flush=True)
-        failed += [name] if status not in (0, None) else []
-        found = {row["id"]: row for one in folders for row in trained(options.folder / f"paper-table-{one}")}
-        record.data["runs"] = list(found.values())
-        record.save()
-    for row in record.data["runs"]:
-        print(json.dumps({key: round(v, 5) if isinstance(v, float) else v for key, v in row.items()}))
-    print(f"gpu-table: {len(record.data['runs'])} runs in {out / 'paper-table.json'}")
-    return 1 if failed else 0
+    with tempfile.TemporaryDirectory() as scratch:
+        return train(options, extra or ["--stack", "3", "--workers", "1"], Path(scratch))
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def compared(
     Nothing is said of speed then, nor of the yardstick's.
     """
     on_cpu = clock is wall_cpu
-    timings, others = interleaved(steps, clock, seconds, inner, PATIENCE if on_cpu else 0.0)
+    timings, others = interleaved(steps, clock, seconds, inner, min(PATIENCE, 10 * seconds) if on_cpu else 0.0)
     disturbed = on_cpu and others > QUIET
     group: dict[str, Any] = {"others": round(others, 2)} if on_cpu and not math.isnan(others) else {}
     for name, timing in timings.items():
