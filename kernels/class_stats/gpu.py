@@ -25,13 +25,20 @@ ROWS, COLUMNS, MOST_CLASSES = 32, 64, 128  # samples and features of a tile; the
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 PROGRAMS = 4  # per multiprocessor, for sums
 MOST_BLOCKS = 65_535  # programs along the second and third axis of a grid
-#: Features per iteration of a projection; elements per program or iteration of an addition.
-STEP, BLOCK = 32, 1024
-#: Parts of a batch loaded at once, and elements per program, when the parts are added: loading part by part would wait
-#: for memory hundreds of times.
-PARTS, ADDED = 64, 32
+STEP = 32  # features per iteration of a projection
+SIDE = 32  # rows and columns of a block of the second moment that a program adds
+#: Parts of a batch loaded at once, and elements per program, when the parts of sums are added, and those of squares, of
+#: which there are more: loading part by part would wait for memory hundreds of times.
+PARTS, ADDED, SQUARED_PARTS, SQUARED = 128, 16, 1024, 2
+#: Tiles of the sums whose loads are under way at once. Unmeasured; 1: no copies ahead, as before.
+STAGES = 3
 #: Samples per matrix product: with more, tensor cores sum the terms less accurately than needed. Products per call.
 PRODUCT, PRODUCTS = 2048, 8
+#: A product with too few blocks for the multiprocessors is summed in up to so many pieces, of at least so many samples.
+#: Unmeasured; 1 piece: as before.
+PIECES, PIECE = 4, 256
+#: Rows and columns of the blocks in which cuBLAS computes such products; another size costs time alone.
+PRODUCT_BLOCK = 128, 256
 
 
 def gather_options(classes: int) -> dict[str, int | bool]:
@@ -69,11 +76,11 @@ def add_batch(features: Tensor, labels: Tensor, state: State, propagate: bool) -
         squares = features.new_empty(parts, columns, runs, classes, dtype=torch.float32)
         kernels.gather_kernel[(columns, parts, runs * blocks)](
             features, *strides, labels, state.shifts, rows, rows_each, dim, classes, blocks, sums, squares, batch,
-            ROWS, COLUMNS, classes_each, **gather_options(classes_each),
+            ROWS, COLUMNS, classes_each, STAGES, **gather_options(classes_each),
         )  # fmt: skip
-        kernels.commit_kernel[(triton.cdiv(classes * dim, ADDED) + triton.cdiv(classes, ADDED), runs)](
-            sums, squares, batch, parts, parts * columns, dim, classes,
-            state.counts, state.sums, state.squares, state.refused, propagate, PARTS, ADDED, **OPTIONS,
+        kernels.commit_kernel[(triton.cdiv(classes * dim, ADDED) + triton.cdiv(classes, SQUARED), runs)](
+            sums, squares, batch, parts, parts * columns, dim, classes, state.counts, state.sums, state.squares,
+            state.refused, propagate, PARTS, ADDED, SQUARED_PARTS, SQUARED, **OPTIONS,
         )  # fmt: skip
         if state.scatter is None:
             return
@@ -113,7 +120,8 @@ def _moment(
 ) -> None:
     assert state.scatter is not None
     (runs, *strides), (rows, dim), classes = _runs_and_strides(features), features.shape[-2:], len(state.counts)
-    product = min(rows, PRODUCT)
+    product = triton.cdiv(min(rows, PRODUCT), PIECES) * PIECES  # samples after the last are zeros
+    side = triton.cdiv(dim, SIDE)
     for start in range(0, rows, PRODUCT * PRODUCTS):
         products = min(PRODUCTS, triton.cdiv(rows - start, product))
         halves = features.new_empty(runs * products, product, 2 * dim, dtype=torch.bfloat16)
@@ -121,11 +129,10 @@ def _moment(
             features, *strides, labels, state.shifts, start, rows, dim, classes, halves, products * product,
             ROWS, COLUMNS, **OPTIONS,
         )  # fmt: skip
-        high, low = halves[..., :dim].mT, halves[..., dim:]
-        highs, lows = _product(high, halves), _product(low.mT, low)
-        kernels.add_moment_kernel[(triton.cdiv(dim * dim, BLOCK), runs)](
-            highs, lows, products, dim, batch, classes, moves, flags, state.scatter,
-            start == 0, propagate, CLASSES, BLOCK, **OPTIONS,
+        highs, lows = _product(halves, slice(dim), slice(None)), _product(halves, slice(dim, None), slice(dim, None))
+        kernels.add_moment_kernel[(side, side, runs)](
+            highs, lows, len(highs) // runs, len(lows) // runs, dim, batch, classes, moves, flags, state.scatter,
+            start == 0, propagate, CLASSES, SIDE, STAGES, **OPTIONS,
         )  # fmt: skip
 
 
@@ -134,8 +141,22 @@ def _check_blocks(count: int, what: str) -> None:
         raise ValueError(f"class statistics on a GPU: {what} are more than the {MOST_BLOCKS:,} that a launch can have")
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Batched product of bfloat16 matrices, in float32."""
+def pieces(results: int, height: int, width: int, samples: int, multiprocessors: int) -> int:
+    """In how many pieces to sum each of so many products, a power of two, for every multiprocessor to have a block."""
+    blocks = results * triton.cdiv(height, PRODUCT_BLOCK[0]) * triton.cdiv(width, PRODUCT_BLOCK[1])
+    found = 1
+    while 2 * found <= PIECES and 2 * found * blocks <= multiprocessors and samples >= 2 * found * PIECE:
+        found *= 2
+    return found
+
+
+def _product(halves: Tensor, left: slice, right: slice) -> Tensor:
+    """Products of columns of `halves` `[N, samples, 2 d]` bfloat16, in float32; of each its pieces in a row."""
+    (results, samples, columns), device = halves.shape, halves.device
+    height, width = (len(range(columns)[each]) for each in (left, right))
+    count = pieces(results, height, width, samples, multiprocessors(device))
+    cut = halves.view(results * count, samples // count, columns)
+    a, b = cut[..., left].mT, cut[..., right]
     # Without CUDA, in Triton's interpreter.
     return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 

@@ -122,20 +122,26 @@ def shifts_kernel(
 
 
 @triton.jit
-def _tile(
-    features_ptr, stride_row, stride_column, labels_ptr, shifts_ptr, classes, dim, row, column, last,
-):  # fmt: skip
-    """Load a tile of one run: labels `[ROWS]` int32, centred values and values `[ROWS, COLUMNS]` float32.
-
-    Outside of the batch, and where the label is wrong, values are 0 and the label is −1 or below.
-    """
-    label = tl.load(labels_ptr + row, mask=row < last, other=-1).to(tl.int32)
-    label = tl.where(label < classes, label, -1)
-    inside = (label >= 0)[:, None] & (column < dim)[None, :]
+def _values(features_ptr, stride_row, stride_column, dim, row, column, last):
+    """Load a tile of one run, `[ROWS, COLUMNS]` float32, 0 outside of the batch, without waiting for its labels."""
+    inside = (row < last)[:, None] & (column < dim)[None, :]
     value_ptr = features_ptr + row.to(tl.int64)[:, None] * stride_row + column.to(tl.int64)[None, :] * stride_column
-    value = tl.load(value_ptr, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(value_ptr, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _labels(labels_ptr, classes, row, last):
+    """Load the labels `[ROWS]` int32 of a tile; −1 outside of the batch and where they are wrong."""
+    label = tl.load(labels_ptr + row, mask=row < last, other=-1).to(tl.int32)
+    return tl.where((label >= 0) & (label < classes), label, -1)
+
+
+@triton.jit
+def _centred(value, label, shifts_ptr, dim, column):
+    """h − s_y of a tile, `[ROWS, COLUMNS]` float32; 0 where there is no label."""
+    inside = (label >= 0)[:, None] & (column < dim)[None, :]
     shift = tl.load(shifts_ptr + label.to(tl.int64)[:, None] * dim + column[None, :], mask=inside, other=0.0)
-    return label, value - shift, value
+    return tl.where(inside, value - shift, 0.0)
 
 
 @triton.jit
@@ -148,6 +154,7 @@ def _cut(x):
 def gather_kernel(
     features_ptr, stride_run, stride_row, stride_column, labels_ptr, shifts_ptr, rows, rows_each, dim, classes, blocks,
     sums_ptr, squares_ptr, batch_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CLASSES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sum centred features and their squares by class, over parts of the batch.
 
@@ -158,45 +165,59 @@ def gather_kernel(
         blocks: the number of blocks of classes.
         sums_ptr: `[parts, R, K, d]` float32, written: Σ (h − s_k).
         squares_ptr: `[parts, column blocks, R, K]` float32, written: Σ of the squares over the block's features.
-        batch_ptr: `[2 K + 2]` int32; values that are not finite are added to the last number.
+        batch_ptr: `[2 K + 2]` int32; values that are not finite, of samples with a class, are added to the last number.
+        STAGES: tiles whose loads are under way at once.
     """
     # 1. Find the program's features, classes and rows.
     block, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
     run, first_class = (tl.program_id(2) // blocks).to(tl.int64), (tl.program_id(2) % blocks) * CLASSES
     runs = tl.num_programs(2) // blocks
+    features_ptr += run * stride_run
+    shifts_ptr += run * classes * dim
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     k = first_class + tl.arange(0, CLASSES)
     start = (part * rows_each).to(tl.int32)
     last = tl.minimum(start + rows_each, rows)
-    sums, squares = tl.zeros((CLASSES, COLUMNS), tl.float32), tl.zeros((CLASSES,), tl.float32)
-    not_finite = 0
-    # 2. Sum tile by tile.
-    for top in range(start, last, ROWS):
+    sums, of_rows = tl.zeros((CLASSES, COLUMNS), tl.float32), tl.zeros((CLASSES, ROWS), tl.float32)
+    # 2. Sum tile by tile. Shifts are loaded where needed, from the first-level cache, not copied ahead as values are.
+    for top in tl.range(start, last, ROWS, num_stages=STAGES):
         row = top + tl.arange(0, ROWS)
-        label, centred, value = _tile(
-            features_ptr + run * stride_run, stride_row, stride_column, labels_ptr, shifts_ptr + run * classes * dim,
-            classes, dim, row, column, last,
-        )  # fmt: skip
-        square = tl.sum(centred * centred, 1)
-        # A value that is not finite makes its square, and so this sum, not finite: else skip the count.
-        if tl.max((square - square != 0).to(tl.int32), 0) > 0:
-            not_finite += tl.sum(tl.sum((value - value != 0).to(tl.int32), 1), 0)
+        value = _values(features_ptr, stride_row, stride_column, dim, row, column, last)
+        label = _labels(labels_ptr, classes, row, last)
         match = label[None, :] == k[:, None]
         # In a batch sorted by class a tile has few classes, so most blocks of classes have nothing to add.
         if tl.max(match.to(tl.int32)) > 0:
-            squares += tl.sum(tl.where(match, square[None, :], 0.0), 1)
-            # Two tf32 numbers hold at least 22 bits, and the ones are exact. Tensor cores truncate when accumulating,
-            # so accumulate only within one tile.
-            high, ones = _cut(centred), match.to(tl.float32)
-            tile = tl.dot(ones, centred - high, input_precision="tf32")
-            sums += tl.dot(ones, high, tile, input_precision="tf32")
-    # 3. Store the part's sums, and count the values that are not finite.
+            centred = _centred(value, label, shifts_ptr, dim, column)
+            of_rows += tl.where(match, tl.sum(centred * centred, 1)[None, :], 0.0)
+            sums += _summed(match, centred)
+    squares = tl.sum(of_rows, 1)
+    # 3. Store the part's sums.
     out = ((part * runs + run) * classes + k)[:, None] * dim + column[None, :]
     tl.store(sums_ptr + out, sums, mask=(k < classes)[:, None] & (column < dim)[None, :])
     out = ((part * tl.num_programs(0) + block) * runs + run) * classes + k
     tl.store(squares_ptr + out, squares, mask=k < classes)
-    if (first_class == 0) & (not_finite > 0):
+    # 4. A value that is not finite makes its square, and so a sum, not finite: only then count them.
+    if tl.max((squares - squares != 0).to(tl.int32), 0) > 0:
+        not_finite = 0
+        for top in range(start, last, ROWS):
+            row = top + tl.arange(0, ROWS)
+            value = _values(features_ptr, stride_row, stride_column, dim, row, column, last)
+            label = _labels(labels_ptr, classes, row, last)
+            ours = (label >= first_class) & (label < first_class + CLASSES)
+            not_finite += tl.sum(tl.sum((ours[:, None] & (value - value != 0)).to(tl.int32), 1), 0)
         tl.atomic_add(batch_ptr + 2 * classes + 1, not_finite, sem="relaxed")
+
+
+@triton.jit
+def _summed(match, centred):
+    """The sums of a tile by class, `[CLASSES, COLUMNS]` float32.
+
+    Two tf32 numbers hold at least 22 bits, and the ones are exact. Tensor cores truncate when they accumulate, so they
+    do within one tile only.
+    """
+    high, ones = _cut(centred), match.to(tl.float32)
+    low = tl.dot(ones, centred - high, input_precision="tf32")
+    return tl.dot(ones, high, low, input_precision="tf32")
 
 
 @triton.jit
@@ -215,10 +236,12 @@ def commit_kernel(
     part_sums_ptr, part_squares_ptr, batch_ptr, parts, squared_parts, dim, classes,
     counts_ptr, sums_ptr, squares_ptr, refused_ptr,
     PROPAGATE: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    SQUARED_PARTS: tl.constexpr, SQUARED: tl.constexpr,
 ):  # fmt: skip
     """Add the parts to the statistics, or count the batch as refused.
 
-    Program (i, r) adds BLOCK elements for run r: the first ⌈K·d / BLOCK⌉ programs sums, the others squares and counts.
+    Program (i, r) is of run r: the first ⌈K·d / BLOCK⌉ programs add BLOCK elements of the sums each, PARTS parts at a
+    time; the others squares and counts of SQUARED classes, SQUARED_PARTS parts at a time.
 
     Args:
         part_sums_ptr, part_squares_ptr: `[parts, R, K, d]` and `[squared_parts, R, K]` float32.
@@ -226,36 +249,40 @@ def commit_kernel(
         refused_ptr: `[3]` int64, updated: refused batches, their wrong labels, their values that are not finite.
         PROPAGATE: whether to accept values that are not finite.
     """
-    # 1. Decide whether the batch is refused.
+    # 1. Decide whether the batch is refused. What is added below does not wait for it.
     program, run, runs = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     wrong, not_finite = tl.load(batch_ptr + 2 * classes), tl.load(batch_ptr + 2 * classes + 1)
     refused = wrong > 0
     if not PROPAGATE:
         refused = refused | (not_finite > 0)
+    if refused & (program == 0) & (run == 0):
+        tl.store(refused_ptr, tl.load(refused_ptr) + 1)
+        tl.store(refused_ptr + 1, tl.load(refused_ptr + 1) + wrong)
+        if not PROPAGATE:
+            tl.store(refused_ptr + 2, tl.load(refused_ptr + 2) + not_finite)
     size = classes * dim
     summing = tl.cdiv(size, BLOCK)
-    if refused:
-        if (program == 0) & (run == 0):
-            tl.store(refused_ptr, tl.load(refused_ptr) + 1)
-            tl.store(refused_ptr + 1, tl.load(refused_ptr + 1) + wrong)
-            if not PROPAGATE:
-                tl.store(refused_ptr + 2, tl.load(refused_ptr + 2) + not_finite)
     # 2. Add sums, or squares and counts.
-    elif program < summing:
+    if program < summing:
         i = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        total = _added(part_sums_ptr + run * size, parts, runs.to(tl.int64) * size, i, i < size, PARTS, BLOCK)
         sum_ptr = sums_ptr + run * size + i
-        tl.store(sum_ptr, tl.load(sum_ptr, mask=i < size) + total, mask=i < size)
+        total = tl.load(sum_ptr, mask=i < size)
+        total += _added(part_sums_ptr + run * size, parts, runs.to(tl.int64) * size, i, i < size, PARTS, BLOCK)
+        if not refused:
+            tl.store(sum_ptr, total, mask=i < size)
     else:
-        k = (program - summing) * BLOCK + tl.arange(0, BLOCK)
-        square = _added(
-            part_squares_ptr + run * classes, squared_parts, runs.to(tl.int64) * classes, k, k < classes, PARTS, BLOCK
-        )  # fmt: skip
+        k = (program - summing) * SQUARED + tl.arange(0, SQUARED)
         square_ptr = squares_ptr + run * classes + k
-        tl.store(square_ptr, tl.load(square_ptr, mask=k < classes) + square, mask=k < classes)
-        if run == 0:
-            count = tl.load(counts_ptr + k, mask=k < classes) + tl.load(batch_ptr + k, mask=k < classes)
-            tl.store(counts_ptr + k, count, mask=k < classes)
+        square = tl.load(square_ptr, mask=k < classes)
+        count = tl.load(counts_ptr + k, mask=k < classes) + tl.load(batch_ptr + k, mask=k < classes)
+        square += _added(
+            part_squares_ptr + run * classes, squared_parts, runs.to(tl.int64) * classes, k, k < classes,
+            SQUARED_PARTS, SQUARED,
+        )  # fmt: skip
+        if not refused:
+            tl.store(square_ptr, square, mask=k < classes)
+            if run == 0:
+                tl.store(counts_ptr + k, count, mask=k < classes)
 
 
 @triton.jit(do_not_specialize=["start", "rows"])
@@ -271,10 +298,9 @@ def split_kernel(
     run = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    _, centred, _ = _tile(
-        features_ptr + run * stride_run, stride_row, stride_column, labels_ptr, shifts_ptr + run * classes * dim,
-        classes, dim, start + row, column, rows,
-    )  # fmt: skip
+    value = _values(features_ptr + run * stride_run, stride_row, stride_column, dim, start + row, column, rows)
+    label = _labels(labels_ptr, classes, start + row, rows)
+    centred = _centred(value, label, shifts_ptr + run * classes * dim, dim, column)
     high = centred.to(tl.bfloat16)
     low = (centred - high.to(tl.float32)).to(tl.bfloat16)
     high_ptr = out_ptr + (run * out_rows + row)[:, None] * 2 * dim + column[None, :]
@@ -283,52 +309,58 @@ def split_kernel(
     tl.store(high_ptr + dim, low, mask=mask)
 
 
-@triton.jit(do_not_specialize=["dim"])
+@triton.jit(do_not_specialize=["high_parts", "low_parts"])
 def add_moment_kernel(
-    highs_ptr, lows_ptr, products, dim, batch_ptr, classes, moves_ptr, flags_ptr, scatter_ptr,
-    MOVES: tl.constexpr, PROPAGATE: tl.constexpr, CLASSES: tl.constexpr, BLOCK: tl.constexpr,
+    highs_ptr, lows_ptr, high_parts, low_parts, dim, batch_ptr, classes, moves_ptr, flags_ptr, scatter_ptr,
+    MOVES: tl.constexpr, PROPAGATE: tl.constexpr, CLASSES: tl.constexpr, SIDE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """scatter += Σ (HᵀH + HᵀL + LᵀH + LᵀL) over the products, if the batch is not refused; with MOVES, `moves` before.
+    """scatter += Σ (HᵀH + HᵀL + LᵀH + LᵀL) over the parts, if the batch is not refused; with MOVES, `moves` before.
 
-    Program (i, r) does BLOCK elements of run r. All in float32: `highs` `[R, products, d, 2 d]` holds HᵀH and HᵀL side
-    by side, `lows` `[R, products, d, d]` LᵀL; `scatter` is `[R, d, d]`.
+    Program (i, j, r) does SIDE × SIDE elements of run r, in block row i and block column j; none above the diagonal,
+    where the scatter is not valid. All in float32: `highs` `[R, high_parts, d, 2 d]` holds HᵀH and HᵀL side by side,
+    `lows` `[R, low_parts, d, d]` LᵀL; `scatter` is `[R, d, d]`.
     """
-    run = tl.program_id(1).to(tl.int64)
+    if tl.program_id(1) > tl.program_id(0):
+        return
+    run = tl.program_id(2).to(tl.int64)
     size = dim.to(tl.int64) * dim
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    i, j, inside = index // dim, index % dim, index < size
-    element_ptr = scatter_ptr + run * size + index
+    i, j = tl.program_id(0) * SIDE + tl.arange(0, SIDE), tl.program_id(1) * SIDE + tl.arange(0, SIDE)
+    row, column = i.to(tl.int64)[:, None], j.to(tl.int64)[:, None]
+    inside = (i < dim)[:, None] & (j < dim)[None, :]
+    mirrored = (j < dim)[:, None] & (i < dim)[None, :]
+    element_ptr = scatter_ptr + run * size + row * dim + j[None, :]
+    scatter = tl.load(element_ptr, mask=inside, other=0.0)
     # 1. Move the samples of earlier batches to the new shifts.
     if MOVES:
         for start in range(0, classes, CLASSES):
             k = start + tl.arange(0, CLASSES)
             if tl.max(tl.load(flags_ptr + run * classes + k, mask=k < classes, other=0), 0) > 0:
-                total = tl.zeros((BLOCK,), tl.float64)
+                change = tl.zeros((SIDE, SIDE), tl.float64)
                 for one in range(start, tl.minimum(start + CLASSES, classes)):
                     if tl.load(flags_ptr + run * classes + one) > 0:
                         a_ptr = moves_ptr + (run * classes + one) * 2 * dim
-                        a_i, a_j = (
-                            tl.load(a_ptr + i, mask=inside, other=0.0),
-                            tl.load(a_ptr + j, mask=inside, other=0.0),
-                        )
-                        delta_i = tl.load(a_ptr + dim + i, mask=inside, other=0.0)
-                        delta_j = tl.load(a_ptr + dim + j, mask=inside, other=0.0)
-                        total += a_i * delta_j + delta_i * a_j
-                scatter = tl.load(element_ptr, mask=inside).to(tl.float64) + total
-                tl.store(element_ptr, scatter.to(tl.float32), mask=inside)
-    # 2. Add the products.
+                        a_i, a_j = tl.load(a_ptr + i, mask=i < dim), tl.load(a_ptr + j, mask=j < dim)
+                        delta_i = tl.load(a_ptr + dim + i, mask=i < dim)
+                        delta_j = tl.load(a_ptr + dim + j, mask=j < dim)
+                        change += a_i[:, None] * delta_j[None, :] + delta_i[:, None] * a_j[None, :]
+                scatter = (scatter.to(tl.float64) + change).to(tl.float32)
+    # 2. Add the products. LᵀH is HᵀL mirrored: its rows are loaded as they lie, and transposed here.
     refused = tl.load(batch_ptr + 2 * classes) > 0
     if not PROPAGATE:
         refused = refused | (tl.load(batch_ptr + 2 * classes + 1) > 0)
+    total = tl.zeros((SIDE, SIDE), tl.float32)
+    for part in tl.range(0, high_parts, num_stages=STAGES):
+        high_ptr = highs_ptr + (run * high_parts + part) * 2 * size
+        high = tl.load(high_ptr + row * 2 * dim + j[None, :], mask=inside, other=0.0)
+        mixed = tl.load(high_ptr + row * 2 * dim + dim + j[None, :], mask=inside, other=0.0)
+        other = tl.load(high_ptr + column * 2 * dim + dim + i[None, :], mask=mirrored, other=0.0)
+        total += high + (mixed + tl.trans(other))
+    for part in tl.range(0, low_parts, num_stages=STAGES):
+        low_ptr = lows_ptr + (run * low_parts + part) * size
+        total += tl.load(low_ptr + row * dim + j[None, :], mask=inside, other=0.0)
     if not refused:
-        total = tl.zeros((BLOCK,), tl.float32)
-        for product in range(0, products):
-            high = highs_ptr + (run * products + product) * 2 * size
-            mixed = tl.load(high + i * 2 * dim + dim + j, mask=inside, other=0.0)
-            mixed += tl.load(high + j * 2 * dim + dim + i, mask=inside, other=0.0)
-            low = tl.load(lows_ptr + (run * products + product) * size + index, mask=inside, other=0.0)
-            total += tl.load(high + i * 2 * dim + j, mask=inside, other=0.0) + (mixed + low)
-        tl.store(element_ptr, tl.load(element_ptr, mask=inside) + total, mask=inside)
+        scatter += total
+    tl.store(element_ptr, scatter, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -343,13 +375,14 @@ def project_kernel(
     run = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     axis = tl.program_id(1) * AXES + tl.arange(0, AXES)
+    features_ptr += run * stride_run
+    shifts_ptr += run * classes * dim
+    label = _labels(labels_ptr, classes, row, rows)
     total = tl.zeros((ROWS, AXES), tl.float32)
     for start in range(0, dim, STEP):
         column = start + tl.arange(0, STEP)
-        _, centred, _ = _tile(
-            features_ptr + run * stride_run, stride_row, stride_column, labels_ptr, shifts_ptr + run * classes * dim,
-            classes, dim, row, column, rows,
-        )  # fmt: skip
+        value = _values(features_ptr, stride_row, stride_column, dim, row, column, rows)
+        centred = _centred(value, label, shifts_ptr, dim, column)
         axis_ptr = axes_ptr + (run * n_axes + axis)[None, :] * dim + column[:, None]
         axes = tl.load(axis_ptr, mask=(axis < n_axes)[None, :] & (column < dim)[:, None], other=0.0)
         # As tf32x3, but each step's sum is added in float32: tensor cores truncate when accumulating.
