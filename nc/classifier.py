@@ -123,7 +123,7 @@ def measure(
     earlier = previous if isinstance(previous, Mapping) else dict.fromkeys(heads, previous)
     loaders = [each for each in (loader, test, ood) if each is not None]
     if moment == "projected" and any(isinstance(each, Iterator) for each in (loader, test)):
-        raise ValueError("measure: moment='projected' needs two passes over the data, and an iterator allows one")
+        raise ValueError("measure: moment='projected' may need two passes over the data, and an iterator allows one")
     if group is None and any(isinstance(getattr(each, "sampler", None), DistributedSampler) for each in loaders):
         warnings.warn(
             "measure: the loader has a DistributedSampler, and the result is of this process's share of the data only; "

@@ -23,13 +23,14 @@ class Measurement:
     second pass over the same data. With `previous` neither is needed. Nothing waits for a GPU before `end_pass`.
 
     As long as they are kept, and there are few classes, NC1 takes their second moment between the class means from
-    them at the end, at the cost of N × d × K; else all of it is summed, at that of N × d × d.
+    them at the end, at the cost of N × d × K; else all of it is summed, at that of N × d × d, unless `moment` is
+    "projected".
 
     Args:
         weight: W of the head, `[K, d]`, or `[R, K, d]` of stacked runs. `*` below is R or nothing.
         names: the metrics to compute, of `HEAD_METRICS`.
         moment: "full" keeps d × d values for the head and each layer, if it must. "projected" keeps at most K × K, for
-            wide layers, and needs a second pass.
+            wide layers; NC1 needs a second pass unless the features are kept until then.
         previous: `[*, K, d]` float64, class means of an earlier measurement, which NC4 then takes for the nearest mean.
         by_layer: whether to look for the nearest mean in each further layer too, as NC4 does in the head's features.
         previous_of_layers: name -> `[*, K, d']`, the means that it then takes. If there are `previous` ones, layers
@@ -72,6 +73,7 @@ class Measurement:
         self.means: Tensor | None = None
         self.means_of_layers: dict[str, Tensor] = {}
         self._first_pass = True
+        self._second: list[ClassStats] = []  # gathered in a second pass
         self.samples = 0
         runs = weight.shape[:-2]
         self._correct = torch.zeros(runs, dtype=torch.int64, device=weight.device)
@@ -100,12 +102,14 @@ class Measurement:
         needs_logits = not {"nc4", "train_accuracy"}.isdisjoint(self._names)
         if needs_logits and logits is None:
             raise ValueError("Measurement.add: NC4 and the accuracy need logits")
-        if self._first_pass or self._moment == "projected":
-            self.stats.update(features, labels.to(features.device))
-            for name, h in (layers or {}).items():
-                if name not in self.layers:
-                    self._begin_layer(name, h)
-                self.layers[name].update(h, labels.to(h.device))
+        gathered = [(self.stats, features)]
+        for name, h in (layers or {}).items():
+            if name not in self.layers:
+                self._begin_layer(name, h)
+            gathered.append((self.layers[name], h))
+        for stats, h in gathered:
+            if self._first_pass or stats in self._second:
+                stats.update(h, labels.to(h.device))
         if self._first_pass:
             self.samples += len(labels)
         if logits is None or not needs_logits:
@@ -131,19 +135,15 @@ class Measurement:
         self._reduce_statistics()
         self.means = self.stats.means
         self.means_of_layers = {name: stats.means for name, stats in self.layers.items()}
-        if self._moment == "full":
-            self.stats = self._with_moment(self.stats, self._nearest)
-            self.layers = {
-                name: self._with_moment(stats, self._nearest_of_layers.get(name)) for name, stats in self.layers.items()
-            }
-        again = self._moment == "projected"
+        self.stats = self._with_moment(self.stats, self._nearest)
+        self.layers = {
+            name: self._with_moment(stats, self._nearest_of_layers.get(name)) for name, stats in self.layers.items()
+        }
+        again = bool(self._second)
         if self._nearest is not None:
             again |= self._nearest.end_pass(self.means)
         for name, nearest in self._nearest_of_layers.items():
             again |= nearest.end_pass(self.means_of_layers[name])
-        if self._moment == "projected":
-            self.stats = self.stats.projected()
-            self.layers = {name: stats.projected() for name, stats in self.layers.items()}
         return again if self._group is None else any(told_by_all(again, self._group))
 
     def finish(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -159,8 +159,8 @@ class Measurement:
         if self._first_pass:
             self.end_pass()
         if self._group is not None:
-            if self._moment == "projected":
-                self._reduce_statistics()
+            for stats in self._second:
+                stats.all_reduce(self._group)
             nearest = self._all_nearest()
             counts = self._correct.new_tensor([self.samples, *(each.compared for each in nearest)])
             for tensor in (counts, self._correct, *(each.counts for each in nearest)):
@@ -204,7 +204,8 @@ class Measurement:
         self.layers[name] = self._statistics(features.shape[-1], name, features.device, first)
 
     def _counts(self, device: torch.device, means: Tensor | None) -> NearestCounts:
-        keep = self._moment == "full" and self._bytes_left > 0
+        # With means, "full" sums the whole second moment.
+        keep = self._bytes_left > 0 and (means is None or self._moment == "projected")
         return NearestCounts(self._weight.shape[:-1], device, means, keep=keep)
 
     def _all_nearest(self) -> list[NearestCounts]:
@@ -239,10 +240,13 @@ class Measurement:
         return whole
 
     def _with_moment(self, stats: ClassStats, nearest: NearestCounts | None) -> ClassStats:
-        """Return statistics with the second moment between the class means, from the features that are kept."""
-        if stats.moment != "trace" or nearest is None:
+        """Return statistics with the second moment between the class means, from the kept features or a second pass."""
+        if stats.moment != "trace":
             return stats
         projected = stats.projected()
+        if nearest is None or not nearest.keeps:
+            self._second.append(projected)
+            return projected
         for features, labels, _ in nearest.kept():
             projected.update(features, labels)
         if self._group is not None:

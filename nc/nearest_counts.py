@@ -18,8 +18,8 @@ class NearestCounts:
     Args:
         shape, device: `(*, K)` and device of the counts.
         means: `[*, K, d]` float64, with which each batch is compared at once.
-        keep: keep the features until `end_pass` gives the means; else, without means, batches are left to a second
-            pass.
+        keep: keep the features until `end_pass`, which gives the means; else, without means, batches are left to a
+            second pass.
 
     Attributes:
         counts: `[*, K, 3]` int64.
@@ -31,7 +31,7 @@ class NearestCounts:
         self.compared = 0
         self._nearest: NearestMean | None = None
         self._means = None if means is None else means.to(device)
-        self._kept: list[tuple[Tensor, Tensor, Tensor]] | None = [] if keep and means is None else None
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] | None = [] if keep else None
 
     def add(self, features: Tensor, labels: Tensor, predicted: Tensor) -> int:
         """Compare or keep a batch, as in `metrics.agreement`; return the bytes of features that are kept of it."""
@@ -60,14 +60,17 @@ class NearestCounts:
         self._kept = None
 
     def end_pass(self, means: Tensor) -> bool:
-        """Compare what was kept with these means; return whether a second pass is needed, which takes them too."""
-        kept, done = self._kept, self._means is not None
+        """Compare what was kept; return whether a second pass is needed, which takes these means too.
+
+        If each batch was compared at once, there is nothing to do.
+        """
+        kept, compared = self._kept, self._means is not None
         self._kept, self._means = None, None
-        if kept is not None:
+        if not compared and kept is None:
+            self._means = means.to(self.counts.device)
+        elif not compared and kept is not None:
             for batch in _joined(kept):
                 self._compare(*batch, means)
-        elif not done:
-            self._means = means.to(self.counts.device)
         return self._means is not None
 
     def _compare(self, features: Tensor, labels: Tensor, predicted: Tensor, means: Tensor) -> None:

@@ -17,7 +17,7 @@ from ncollapse.kernels.tensors import tensor_of
 from ncollapse.measurement import Measurement
 from ncollapse.process_group import in_step, run_in_all, told_by_all
 from ncollapse.progress import tracked
-from ncollapse.samples import Pool, select_samples
+from ncollapse.samples import Pool, Selected, select_samples
 
 
 class Samples(NamedTuple):
@@ -122,7 +122,11 @@ class Passes:
     def _samples(
         self, loader: Loader, what: str, *, without_labels: bool = False
     ) -> Iterator[tuple[str, str, HeadCall, Samples]]:
-        """Run the model over the data; yield key, name and call of each head with the samples of each batch."""
+        """Run the model over the data; yield key, name and call of each head with the samples of each batch.
+
+        Where a GPU must tell which samples are used, a batch comes one late: the GPU computes the next one meanwhile.
+        """
+        late: list[tuple[str, str, HeadCall, Selected]] = []
         batch = self.batch
         if without_labels:
             batch = batch or _inputs_and_perhaps_labels
@@ -139,6 +143,7 @@ class Passes:
             if not is_new:
                 continue
             mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+            new: list[tuple[str, str, HeadCall, Selected]] = []
             for key, (name, call) in zip(self.keys, forward.heads, strict=True):
                 of_head = labels.get(key) if isinstance(labels, Mapping) else labels
                 if without_labels:
@@ -147,11 +152,16 @@ class Passes:
                     raise ValueError(
                         f"measure: a batch has labels of {', '.join(labels)}, and none of the head {key!r}"
                     )
-                samples = select_samples(
+                selected = select_samples(
                     call, forward.output, of_head, forward.layers,
                     pool=self.pool, mask=mask, ignore_index=self.ignore_index,
                 )  # fmt: skip
-                yield key, name, call, Samples(*samples)
+                new.append((key, name, call, selected))
+            ready, late = (late, new) if any(each.waits for *_, each in new) else (late + new, [])
+            for key, name, call, selected in ready:
+                yield key, name, call, Samples(*selected.samples())
+        for key, name, call, selected in late:
+            yield key, name, call, Samples(*selected.samples())
 
     def _told(self, mine: int) -> list[int]:
         return [mine] if self.group is None else told_by_all(mine, self.group)

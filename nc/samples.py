@@ -16,11 +16,43 @@ TokenPool = Literal["mean", "first", "last"]
 Pool = Callable[[Any], Tensor] | TokenPool
 
 
+class Selected:
+    """The samples of a batch, of which some may have to be left out; which ones, a GPU tells when it comes to it.
+
+    Attributes:
+        waits: whether a GPU must be waited for.
+    """
+
+    def __init__(
+        self, features: Tensor, logits: Tensor, labels: Tensor, layers: dict[str, Tensor], keep: Tensor | None
+    ) -> None:
+        self.waits = keep is not None and keep.is_cuda
+        # A loader may use the memory of its labels again.
+        self._features, self._logits, self._layers = features, logits, layers
+        self._labels, self._keep = labels.clone() if self.waits else labels, keep
+        if keep is not None:
+            self._all_kept = keep.all().to("cpu", non_blocking=self.waits)
+            self._told = torch.cuda.current_stream(keep.device).record_event() if self.waits else None
+
+    def samples(self) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Return features `[N, d]`, logits `[N, K]`, labels `[N]` and name -> features `[N, d']` of each layer."""
+        features, logits, labels, layers = self._features, self._logits, self._labels, self._layers
+        if self._keep is not None:
+            if self._told is not None:
+                self._told.synchronize()
+            if not bool(self._all_kept):
+                rows = self._keep.nonzero().squeeze(1)
+                features, logits, *chosen = (h[rows.to(h.device)] for h in (features, logits, *layers.values()))
+                labels, layers = labels[rows], dict(zip(layers, chosen, strict=True))
+        # Without the wait for the GPU of a copy that blocks.
+        return features, logits, labels.to(features.device, non_blocking=True), layers
+
+
 def select_samples(
     call: HeadCall, output: Any, labels: Any, layers: Mapping[str, Any], *,
     pool: Pool | None, mask: Tensor | None, ignore_index: int | None,
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Return features `[N, d]`, logits `[N, K]`, labels `[N]` and name -> features `[N, d']` of each layer.
+) -> Selected:  # fmt: skip
+    """Choose the samples of a batch.
 
     Args:
         call: of the head.
@@ -59,12 +91,7 @@ def select_samples(
     if ignore_index is not None:
         used = labels != ignore_index
         keep = used if keep is None else keep & used
-    if keep is not None and not bool(keep.all()):
-        rows = keep.nonzero().squeeze(1)
-        features, logits, *chosen = (h[rows.to(h.device)] for h in (features, logits, *of_layers.values()))
-        labels, of_layers = labels[rows], dict(zip(of_layers, chosen, strict=True))
-    # Without the wait for the GPU of a copy that blocks.
-    return features, logits, labels.to(features.device, non_blocking=True), of_layers
+    return Selected(features, logits, labels, of_layers, keep)
 
 
 def class_indices(labels: Tensor, classes: int) -> Tensor:

@@ -160,15 +160,23 @@ def test_nc4_is_exact_in_one_pass_or_two_and_approximate_with_earlier_means(data
     assert unknown.nc1 == kept.nc1
 
 
-def test_projected_takes_two_passes_and_agrees(data: Pair) -> None:
+@pytest.mark.parametrize(
+    ("several", "passes"),
+    [({}, 1), ({"keep_bytes": 0}, 2), ({"further": False}, 2), ({"layers": (), "further": False}, 1)],
+    ids=["all kept", "nothing kept", "head kept", "head alone"],
+)
+def test_projected_takes_a_second_pass_for_what_is_not_kept_and_agrees(
+    several: dict[str, Any], passes: int, data: Pair
+) -> None:
     model = Counting(Net())
-    options: dict[str, Any] = {"head": "model.fc", "layers": ("model.stem",)}
-    expected = numbers(measure(model, data, **options))
-    model.samples = 0
-    assert numbers(measure(model, data, moment="projected", **options)) == pytest.approx(
-        expected, rel=1e-4, nan_ok=True
-    )
-    assert model.samples == 400
+    options: dict[str, Any] = {"head": "model.fc", "layers": ("model.stem",)} | several
+    result = measure(model, data, moment="projected", **options)
+    assert model.samples == 200 * passes
+    for earlier, ours in (
+        (None, result), (result, measure(model, data, moment="projected", previous=result, **options)),
+    ):  # fmt: skip
+        expected = measure(model, data, previous=earlier, **(options | {"keep_bytes": 2**30}))
+        assert numbers(ours) == pytest.approx(numbers(expected), rel=1e-4, nan_ok=True)
     with pytest.raises(ValueError, match="an iterator allows one"):
         measure(model, iter([data]), moment="projected", head="model.fc")
 
