@@ -97,7 +97,7 @@ def run(
     began = packed = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
-            [*prefix, sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            [*prefix, sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT, process_group=0,
             **where,
         )  # fmt: skip
         try:
@@ -296,4 +296,5 @@ def pack(archive: Path, folders: dict[str, Path]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the step that runs is ended too
     raise SystemExit(main())

@@ -149,6 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"measure of ResNet9 over its forward passes: {over:+.1%}", flush=True)
     except Exception as error:  # it does not cost the others either
         record.data["measure"] = {"refused": first_line(error)}
+    record.save()
     todo = [case for case in cases(options.device) if options.only in str(case)]
     for n, case in enumerate(todo):
         if time.monotonic() > end:

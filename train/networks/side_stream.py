@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ncollapse.kernels.convolution import op as small
 
-#: Whether captured graphs have the side branch. Measured with a prototype, not yet as it is here: `cnn_times` times
+#: Whether captured graphs have the side branch. Measured with a prototype, not yet as it is here: `step_times` times
 #: both, and `False` is the graph without a branch.
 BESIDE = True
 
