@@ -97,7 +97,7 @@ def launch_moments(
         )  # fmt: skip
         if not merge:
             kernels.finish_moments_kernel[(_blocks(channels, FINISHED),)](
-                partial, parts, rows, rows_each, channels, *results, PARTS, FINISHED, **FINISH_OPTIONS
+                partial, parts, rows, rows_each, channels, *results, PARTS, FINISHED, **_allowed(FINISH_OPTIONS)
             )
 
 
@@ -152,7 +152,7 @@ def launch_backward(
         )  # fmt: skip
         if not MERGE_SUMS:
             kernels.finish_sums_kernel[(_blocks(channels, FINISHED),)](
-                partial, parts, channels, rstd, weight_grad, bias_grad, PARTS, FINISHED, **FINISH_OPTIONS
+                partial, parts, channels, rstd, weight_grad, bias_grad, PARTS, FINISHED, **_allowed(FINISH_OPTIONS)
             )
         tile = elements_per_program(x.dtype, pool) // columns
         rows = samples * _blocks(height, 2) * _blocks(width, 2) if pool else pixels
@@ -177,9 +177,15 @@ def launch_small_backward(
 
 def _options(options: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Options of a launch, and DEPENDENT."""
+    options = _allowed(options)
     if DEPENDENT and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0):
         return options | {"DEPENDENT": True, "launch_pdl": True}
     return options | {"DEPENDENT": False}
+
+
+def _allowed(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a launch without those that Triton refuses for AMD's GPUs."""
+    return options if torch.version.hip is None else {k: v for k, v in options.items() if k != "maxnreg"}
 
 
 def _cut(

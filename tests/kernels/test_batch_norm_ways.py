@@ -360,6 +360,20 @@ def test_launches_are_dependent_only_where_they_can_be(monkeypatch: pytest.Monke
     assert options == {"num_warps": 4}
 
 
+def test_options_are_those_that_triton_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For AMD's GPUs it refuses what it does not know."""
+    compiler = pytest.importorskip("triton.backends.amd.compiler")
+    options = gpu.OPTIONS, gpu.MERGED_OPTIONS, gpu.FINISH_OPTIONS, gpu.SMALL_OPTIONS
+    assert all(gpu._allowed(each) == each for each in options)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(gpu, "DEPENDENT", True)
+    for each in options:
+        allowed = gpu._options(each, torch.device("cuda", 0))
+        assert not allowed.pop("DEPENDENT")
+        assert allowed.keys() <= compiler.HIPOptions.__dataclass_fields__.keys()
+        assert allowed["num_warps"] == each["num_warps"]
+
+
 def moments(x: Tensor) -> Tensor:
     running = x.new_zeros(2, x.shape[1], dtype=torch.float32)
     return torch.stack(moments_op(x, *running, MOMENTUM, EPS))
