@@ -1,7 +1,8 @@
 """Steps in CUDA graphs, with a double for the GPU's recorder: gradients of single runs, and what cannot be recorded."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import pytest
@@ -19,6 +20,8 @@ from ncollapse.train.training.step import Step
 
 #: Whether work is recorded now.
 RECORDING: list[str] = []
+#: The current device, if any was made that.
+DEVICES: list[str] = []
 
 
 class Recorder:
@@ -28,6 +31,7 @@ class Recorder:
         self.graph = graph
 
     def __enter__(self) -> None:
+        assert DEVICES == ["cpu"], "the device of the tensors must be the current one"
         RECORDING.append("recording")
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -46,12 +50,22 @@ class Graph:
         Graph.resets += 1
 
 
+@contextmanager
+def made_current(device: torch.device) -> Iterator[None]:
+    DEVICES.append(device.type)
+    try:
+        yield
+    finally:
+        DEVICES.pop()
+
+
 @pytest.fixture
 def streams(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The streams that were set."""
     found: list[str] = []
     for name, double in {
         "CUDAGraph": Graph, "graph": Recorder, "current_stream": lambda: "main", "set_stream": found.append,
+        "device": made_current,
     }.items():  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, double)
     monkeypatch.setattr(graphs, "main_stream", lambda: None)

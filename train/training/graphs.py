@@ -38,8 +38,10 @@ def waits_for_gpu() -> Iterator[list[str]]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-def record_graph(work: Callable[[], None]) -> tuple[torch.cuda.CUDAGraph | None, str]:
-    """Record the GPU's part of some work, without doing it, in a CUDA graph.
+def record_graph(work: Callable[[], None], device: torch.device) -> tuple[torch.cuda.CUDAGraph | None, str]:
+    """Record a GPU's part of some work, without doing it, in a CUDA graph.
+
+    The GPU need not be the current one: a recording on a stream of another would be empty, and so would its replays.
 
     Returns:
         The graph and ""; or None and why it cannot be recorded: then nothing is left of the attempt.
@@ -47,20 +49,21 @@ def record_graph(work: Callable[[], None]) -> tuple[torch.cuda.CUDAGraph | None,
     Raises:
         RuntimeError: memory is used up.
     """
-    stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=main_stream()):
-            work()
-    except Exception as error:
-        # The end of a recording that has failed raises an error too, with the first one as its context.
-        first: BaseException = error
-        while first.__context__ is not None and not out_of_memory(first):
-            first = first.__context__
-        # Where the end has failed, the stream of the recording is still the current one. The stream and the allocator
-        # are free for others once the graph is reset.
-        torch.cuda.set_stream(stream)
-        graph.reset()
-        if out_of_memory(first):
-            raise first from None
-        return None, blamed(first)
-    return graph, ""
+    with torch.cuda.device(device):
+        stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=main_stream()):
+                work()
+        except Exception as error:
+            # The end of a recording that has failed raises an error too, with the first one as its context.
+            first: BaseException = error
+            while first.__context__ is not None and not out_of_memory(first):
+                first = first.__context__
+            # Where the end has failed, the stream of the recording is still the current one. The stream and the
+            # allocator are free for others once the graph is reset.
+            torch.cuda.set_stream(stream)
+            graph.reset()
+            if out_of_memory(first):
+                raise first from None
+            return None, blamed(first)
+        return graph, ""

@@ -160,10 +160,11 @@ class Step:
             finally:
                 self._recording = False
 
-        graph, reason = record_graph(work)
+        device = self.lanes[0].stack.weight.device
+        graph, reason = record_graph(work, device)
         if graph is None and with_update:
             self._update_in_graph, with_update, of_update = False, False, reason
-            graph, reason = record_graph(work)
+            graph, reason = record_graph(work, device)
             self.captured = captured(of_update, "")
         if graph is None:
             self._use_no_graphs(reason)
