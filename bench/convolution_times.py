@@ -1,6 +1,6 @@
 """Convolutions of maps of few pixels by our kernels and by cuDNN: the values, and the gradients of the maps, on a GPU.
 
-python -m bench.convolution_times      records bench/results/convolution-cuda.json
+python -m bench.convolution_times --device cuda      records bench/results/convolution-cuda.json
 
 Every case first checks both against float32's convolution of the same numbers, then they take turns in CUDA graphs of
 ten; nothing is asserted of time. Recorded are microseconds, and `difference`, ‖difference‖/‖value‖. "nc, parts alone"
@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.record import Record, first_line, recording
+from bench.record import Record, first_line, timing_options
 from bench.timing import Step, captured, compared, gpu
 from ncollapse.kernels.convolution import small_convolution, small_convolution_input_grad
 from ncollapse.kernels.convolution.reference import (
@@ -94,21 +94,21 @@ def run(case: Case, direction: str, seconds: float) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = recording(__doc__)
-    parser.add_argument("--minutes", type=float, default=1.0, help="what is timed by then is recorded")
-    parser.add_argument("--seconds", type=float, default=0.5, help="for each group of timings")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("convolution_times: there is no CUDA GPU here; on a CPU these convolutions are torch's own")
+    options = timing_options(__doc__, arguments, seconds=0.5)
+    if options.device != "cuda":
+        print("convolution_times: --device cuda is needed; on a CPU these convolutions are torch's own")
         return 1
     end = time.monotonic() + 60 * options.minutes
-    command = f"python -m bench.convolution_times --minutes {options.minutes:g} --seconds {options.seconds:g}"
+    limits = f"--seconds {options.seconds:g} --minutes {options.minutes:g}"
+    command = f"python -m bench.convolution_times --device cuda {limits}"
     record = Record(options.out / "convolution-cuda.json", command, "cuda", options.commit)
     record.data |= {"tolerance": TOLERANCE, "baseline": BASELINE, "cases": [], "left_out": []}
     refused = 0
     for case in CASES:
         for direction in WAYS:
             name = f"{case}, {direction}"
+            if options.only not in name:
+                continue
             if time.monotonic() > end:
                 record.data["left_out"].append(name)
                 continue

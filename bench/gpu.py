@@ -41,6 +41,7 @@ class Step:
     command: str
     timed: float = 0.0  # seconds for each group of timings of a script that records; 0: it is none
     asked: bool = False  # only where it is named
+    on_cpu: bool = True  # else a trial on a CPU ends with its help
 
 
 #: Those of code that has never run on a GPU, and those of what only a GPU can show, come first.
@@ -53,16 +54,17 @@ _PYTEST = "-m pytest -m gpu -q -p no:cacheprovider"
 _RACES = "tests/kernels/test_update_kernels.py tests/kernels/test_batch_norm_ways.py"
 
 STEPS = (
-    Step("tests", 115, f"{_PYTEST} tests/gpu tests/kernels --maxfail=60 --durations=5"),
+    Step("tests", 110, f"{_PYTEST} tests/gpu tests/kernels --maxfail=60 --durations=5"),
     Step("steps", 100, "-m bench.step_times", timed=1.0),
-    Step("muon", 28, "-m bench.muon_times", timed=1.0),
+    Step("muon", 25, "-m bench.muon_times", timed=1.0),
     Step("cnn", 55, "-m bench.cnn_times", timed=1.0),
     Step("statistics", 45, "-m bench.statistics_times", timed=0.5),
-    Step("large", 32, "-m bench.optimizer_times --no-compile --only {large}", timed=0.2),
+    Step("large", 28, "-m bench.optimizer_times --no-compile --only {large}", timed=0.2),
     Step("tiny", 22, "-m bench.optimizer_times --no-compile --only tiny", timed=0.2),
-    Step("norm", 45, "-m bench.batch_norm_times --no-compile", timed=0.2),
-    Step("sweep", 63, "-m bench.sweep_times --only cnn", timed=10.0),
-    Step("races", 35, f"{_PYTEST} {_RACES} -k 'twenty and 700 and adam or every and last and pool'"),
+    Step("small", 20, "-m bench.convolution_times", timed=0.2, on_cpu=False),
+    Step("norm", 38, "-m bench.batch_norm_times --no-compile", timed=0.2),
+    Step("sweep", 66, "-m bench.sweep_times --only cnn", timed=10.0),
+    Step("races", 31, f"{_PYTEST} {_RACES} -k 'twenty and 700 and adam or every and last and pool'"),
     Step("table", 290, "-m bench.gpu_table", asked=True),
 )
 _KEPT = 12  # lines of a step's output that the report keeps: what it ended with
