@@ -61,7 +61,7 @@ STEPS = (
     Step("statistics", 45, "-m bench.statistics_times", timed=0.5),
     Step("large", 28, "-m bench.optimizer_times --no-compile --only {large}", timed=0.2),
     Step("tiny", 22, "-m bench.optimizer_times --no-compile --only tiny", timed=0.2),
-    Step("small", 20, "-m bench.convolution_times", timed=0.2, on_cpu=False),
+    Step("convolutions", 20, "-m bench.convolution_times", timed=0.2, on_cpu=False),
     Step("norm", 38, "-m bench.batch_norm_times --no-compile", timed=0.2),
     Step("sweep", 66, "-m bench.sweep_times --only cnn", timed=10.0),
     Step("races", 31, f"{_PYTEST} {_RACES} -k 'twenty and 700 and adam or every and last and pool'"),
