@@ -174,7 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = timing_options(__doc__, arguments, seconds=3.0, flags=flags, values={"before": "time a commit's, too"})
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache  # what is compiled is compiled anew,
-        torch.compile(lambda x: x + 1)(torch.ones(2, device=options.device))  # and the compiler's own start not counted
+        if not options.no_compile:  # and the compiler's own start not counted
+            torch.compile(lambda x: x + 1)(torch.ones(2, device=options.device))
         return record_all(options)
 
 

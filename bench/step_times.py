@@ -150,7 +150,7 @@ def measured(
         if time.monotonic() > end:
             record.setdefault("left_out", []).append(name)
             continue
-        gc.collect()  # graphs of the candidate before, which must not be freed during a capture
+        gc.collect()  # the graph of the candidate before, which must not be freed during a capture
         try:
             step, _, others = stepping(case, candidate)
             apart = float((others - after).norm() / (after - start).norm())
@@ -167,6 +167,7 @@ def measured(
             "difference": float(f"{apart:.1e}"),
         }  # fmt: skip
         save()
+        del step
     record["kernels"] = kernels(ours, on_gpu, trace)
     save()
 
