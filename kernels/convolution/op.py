@@ -109,5 +109,4 @@ def _runs_on(device: torch.device) -> bool:
     if operators.why_no_kernel(device) is not None or torch.version.hip is not None:
         return False
     properties = torch.cuda.get_device_properties(device)
-    # Before torch 2.6 a device does not tell its memory: then cuDNN computes.
-    return properties.major >= 8 and getattr(properties, "shared_memory_per_block_optin", 0) >= SHARED
+    return properties.major >= 8 and properties.shared_memory_per_block_optin >= SHARED

@@ -5,6 +5,7 @@ The interpreter truncates to bfloat16 where a GPU rounds, so values may differ b
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -213,3 +214,21 @@ def test_the_kernels_are_for_few_pixels_of_many_channels(monkeypatch: pytest.Mon
         assert not fit(usual, **other)
     x, weight = tensors((64, 2, 2, 1, 1), False, CPU)
     assert not fits(x, weight, (1, 1), (1, 1), (1, 1), 1)
+
+
+def test_the_kernels_are_for_gpus_with_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An A100, an RTX 4090, a T4; an A100's numbers under ROCm; no Triton."""
+    device = torch.device("cuda", 0)
+    found = []
+    for major, shared in ((8, 166912), (8, 101376), (7, 166912)):
+        properties = SimpleNamespace(major=major, shared_memory_per_block_optin=shared)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, p=properties: p)
+        found.append(op._runs_on(device))
+    assert found == [True, False, False]
+    properties.major = 8
+    assert op._runs_on(device)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "7.0")
+        assert not op._runs_on(device)
+    monkeypatch.setattr(op.operators, "why_no_kernel", lambda device: "Triton is not installed")
+    assert not op._runs_on(device)
