@@ -33,6 +33,8 @@ int32_t (*get_layout)(Handle, int32_t *);
 int32_t (*get_storage_size)(Handle, int64_t *);
 int32_t (*get_storage_offset)(Handle, int64_t *);
 void (*bump_version)(Handle);  // C++: void torch::autograd::impl::bump_version(const at::Tensor &); may be missing
+const void *(*get_grad)(Handle);  // C++: const at::Tensor &c10::TensorImpl::grad() const; may be missing
+PyObject *(*wrap)(const void *);  // C++: PyObject *THPVariable_Wrap(const at::TensorBase &); may be missing
 int32_t strided, cpu, cuda;
 size_t (*element_size)(int32_t);
 int64_t item_sizes[256];  // by dtype, as far as asked
@@ -269,6 +271,18 @@ PyObject *values(PyObject *, PyObject *args) {
   return result;
 }
 
+// The gradient of a tensor of a usual type: a new reference, or null without an exception if it must be asked otherwise.
+// What `Tensor.grad` does, without the way through Python's descriptors.
+inline PyObject *gradient(PyObject *object) {
+  if (!get_grad || !wrap) return nullptr;
+  try {
+    return wrap(get_grad(*static_cast<Handle *>(handle_of(object))));
+  } catch (...) {
+    PyErr_Clear();
+    return nullptr;
+  }
+}
+
 // gradients(list, descriptor) -> list of the `grad` of each, by the descriptor of torch.Tensor.grad.
 PyObject *gradients(PyObject *, PyObject *args) {
   PyObject *tensors, *descriptor;
@@ -282,9 +296,10 @@ PyObject *gradients(PyObject *, PyObject *args) {
     fetch(objects, i, {3});
     PyObject *tensor = objects[i];
     auto *type = reinterpret_cast<PyObject *>(Py_TYPE(tensor));
+    const bool is_usual = type == usual[0] || type == usual[1];
+    PyObject *grad = is_usual ? gradient(tensor) : nullptr;
     // A class of the user's may have a `grad` of its own.
-    PyObject *grad = type == usual[0] || type == usual[1] ? get(descriptor, tensor, type)
-                                                          : PyObject_GetAttrString(tensor, "grad");
+    if (!grad) grad = is_usual ? get(descriptor, tensor, type) : PyObject_GetAttrString(tensor, "grad");
     if (!grad || PyList_SetItem(result, i, grad)) Py_CLEAR(result);
   }
   return result;
@@ -292,9 +307,9 @@ PyObject *gradients(PyObject *, PyObject *args) {
 
 // bind(offset, strided, cpu, cuda, *functions)
 PyObject *bind(PyObject *, PyObject *args) {
-  unsigned long long f[12];
-  if (!PyArg_ParseTuple(args, "niiiKKKKKKKKKKKK", &tensor_offset, &strided, &cpu, &cuda, f, f + 1, f + 2, f + 3, f + 4,
-                        f + 5, f + 6, f + 7, f + 8, f + 9, f + 10, f + 11))
+  unsigned long long f[14];
+  if (!PyArg_ParseTuple(args, "niiiKKKKKKKKKKKKKK", &tensor_offset, &strided, &cpu, &cuda, f, f + 1, f + 2, f + 3, f + 4,
+                        f + 5, f + 6, f + 7, f + 8, f + 9, f + 10, f + 11, f + 12, f + 13))
     return nullptr;
   const auto set = [](auto &function, unsigned long long address) {
     function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(address);
@@ -302,6 +317,7 @@ PyObject *bind(PyObject *, PyObject *args) {
   set(get_data_ptr, f[0]), set(get_dim, f[1]), set(get_sizes, f[2]), set(get_strides, f[3]), set(get_dtype, f[4]);
   set(get_device_type, f[5]), set(get_device_index, f[6]), set(get_layout, f[7]), set(get_storage_size, f[8]);
   set(get_storage_offset, f[9]), set(element_size, f[10]), set(bump_version, f[11]);
+  set(get_grad, f[12]), set(wrap, f[13]);
   Py_RETURN_NONE;
 }
 

@@ -30,6 +30,8 @@ _FUNCTIONS = (
 )  # fmt: skip
 # void torch::autograd::impl::bump_version(const at::Tensor &)
 _BUMP_VERSION = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
+# const at::Tensor &c10::TensorImpl::grad() const; PyObject *THPVariable_Wrap(const at::TensorBase &)
+_GRAD, _WRAP = "_ZNK3c1010TensorImpl4gradEv", "_Z16THPVariable_WrapRKN2at10TensorBaseE"
 
 #: Lists of tensors and Nones.
 Columns = tuple[list[Any], ...]
@@ -183,10 +185,8 @@ def _bind() -> tuple[Any, bool]:
         return None, False
     from ncollapse.kernels import _tensors
 
-    folder = os.path.join(os.path.dirname(torch.__file__), "lib")
-    names = [name for name in os.listdir(folder) if name.split(".")[0].removeprefix("lib") == "torch_cpu"]
     try:
-        library = ctypes.CDLL(os.path.join(folder, names[0]))
+        library = _library("torch_cpu")
         functions = [getattr(library, f"aoti_torch_{name}") for name in _FUNCTIONS]
         codes = [
             getattr(library, f"aoti_torch_{name}")()
@@ -202,12 +202,31 @@ def _bind() -> tuple[Any, bool]:
             break
     else:
         return None, False
-    bump = getattr(library, _BUMP_VERSION, None)
-    _tensors.bind(offset, *codes, *map(_pointer, functions), 0 if bump is None else _pointer(bump))
+    bump = _address("torch_cpu", _BUMP_VERSION)
+    bound = offset, *codes, *map(_pointer, functions), bump
+    _tensors.bind(*bound, _address("c10", _GRAD), _address("torch_python", _WRAP))
     for cls in (Tensor, torch.nn.Parameter):
         _tensors.accept(cls)
         _accepted.add(cls)
-    return _tensors, bump is not None
+    examples[1].grad = examples[0][0]
+    if not _tensors.same(_tensors.gradients(list(examples[::-1]), Tensor.grad), [examples[1].grad, None]):
+        _tensors.bind(*bound, 0, 0)
+    return _tensors, bump != 0
+
+
+def _library(name: str) -> ctypes.CDLL:
+    """One of torch's libraries; IndexError or OSError if there is none."""
+    folder = os.path.join(os.path.dirname(torch.__file__), "lib")
+    files = [each for each in os.listdir(folder) if each.split(".")[0].removeprefix("lib") == name]
+    return ctypes.CDLL(os.path.join(folder, files[0]))
+
+
+def _address(library: str, function: str) -> int:
+    """The address of a C++ function, which is no part of torch's stable interface; 0 if there is none."""
+    try:
+        return _pointer(getattr(_library(library), function))
+    except (OSError, AttributeError, IndexError):
+        return 0
 
 
 def _pointer(function: Any) -> int:
