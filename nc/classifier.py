@@ -188,18 +188,19 @@ def _by_name(model: nn.Module, head: HeadLike | Heads) -> dict[str, HeadLike] | 
 def _result(measured: MeasuredHead, test: NCResult | None, strange: Tensor | None, more: bool) -> NCResult:
     """Compute the numbers; `strange` is the mean of out-of-distribution features."""
     measurement = measured.measurement
-    values, values_of_layers = measurement.finish()
+    values, values_of_layers = measurement.finish(on_cpu=True)
     stats = measurement.stats
+    weight, bias = measured.weight.to(stats.device), None if measured.bias is None else measured.bias.to(stats.device)
     nearest: dict[str, Any] = {}
     matrices: dict[str, Tensor] = {}
     if more:
-        added, matrices = further_of_head(measured.weight, measured.bias, stats)
+        added, matrices = further_of_head(weight, bias, stats)
         values |= added
         nearest = nearest_numbers(measurement.agreement())
         for name, of_layer in values_of_layers.items():
             of_layer |= further_of_layer(measurement.layers[name])
     if strange is not None:
-        values["nc5"] = metrics.nc5(strange.unsqueeze(0), stats)
+        values["nc5"] = metrics.nc5(strange.unsqueeze(0).to(stats.device), stats)
     numbers = to_numbers(values)
     numbers["degenerate"] = bool(numbers["degenerate"])
     layers = {

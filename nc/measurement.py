@@ -14,6 +14,9 @@ from ncollapse.stats import ClassStats, Moment
 
 # Of features this many times as wide as there are classes the second moment costs less between the class means alone.
 _FEW_CLASSES = 4
+# The metrics are a thousand operations, each of which costs a launch on a GPU. If their products take up to so many
+# multiplications, a CPU is quicker.
+_SMALL = 2**22
 
 
 class Measurement:
@@ -146,8 +149,11 @@ class Measurement:
             again |= nearest.end_pass(self.means_of_layers[name])
         return again if self._group is None else any(told_by_all(again, self._group))
 
-    def finish(self) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    def finish(self, *, on_cpu: bool = False) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """Compute the metrics.
+
+        Args:
+            on_cpu: move the statistics to the CPU before, if they are small enough to be quicker there.
 
         Returns:
             name -> value `[*]` of each metric of the head, and for each further layer the same of its features. NC4 is
@@ -169,6 +175,8 @@ class Measurement:
             for each, samples in zip(nearest, compared, strict=True):
                 each.compared = samples
             self._group = None  # from here on all processes have all
+        if on_cpu and all(map(_is_small, (self.stats, *self.layers.values()))):
+            self._to_cpu()
         values = {name: of(self.stats) for name, of in OF_LAYER.items() if name in self._names}
         values |= {name: of(self._weight, self.stats) for name, of in OF_HEAD.items() if name in self._names}
         if self._nearest is not None and self.means is not None:
@@ -190,6 +198,15 @@ class Measurement:
         if nearest is None or means is None or nearest.compared < self.samples:
             return None
         return nearest.counts.masked_fill(~self._usable(means)[..., None, None], 0)
+
+    def _to_cpu(self) -> None:
+        for stats in (self.stats, *self.layers.values()):
+            stats.to("cpu")
+        self._weight, self._correct = self._weight.cpu(), self._correct.cpu()
+        self.means = None if self.means is None else self.means.cpu()
+        self.means_of_layers = {name: means.cpu() for name, means in self.means_of_layers.items()}
+        for nearest in self._all_nearest():
+            nearest.counts = nearest.counts.cpu()
 
     def _usable(self, means: Tensor) -> Tensor:
         """Return whether the means of the classes with samples are finite, `[*]` bool; else nothing is near."""
@@ -257,6 +274,11 @@ class Measurement:
         if self._group is not None:
             for stats in (self.stats, *self.layers.values()):
                 stats.all_reduce(self._group)
+
+
+def _is_small(stats: ClassStats) -> bool:
+    squared = stats.dim if stats.moment == "full" else stats.num_classes
+    return (stats.runs or 1) * stats.num_classes * stats.dim * squared <= _SMALL
 
 
 def to_numbers(values: Mapping[str, Tensor]) -> dict[str, Any]:

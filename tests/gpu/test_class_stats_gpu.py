@@ -4,6 +4,8 @@ tests/kernels/test_class_stats_kernels.py compares the same kernels with float64
 """
 
 import math
+import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +91,28 @@ def test_in_a_compiled_function(device: torch.device) -> None:
         step(x, y)
         eager.update(torch.relu(x @ weight.T), y)
     torch.testing.assert_close(stats.within_cov(), eager.within_cov(), rtol=1e-4, atol=1e-4)
+
+
+def test_no_batch_waits_for_the_gpu(device: torch.device) -> None:
+    """A measurement waits as often with six batches as with three, with labels on the GPU too."""
+    model = torch.nn.Sequential(torch.nn.Linear(12, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)).to(device)
+    x, y = torch.randn(600, 12, device=device), torch.randint(4, (600,), device=device)
+
+    def waits(batches: int, **options: Any) -> int:
+        size = 600 // batches
+        loader = list(zip(x.split(size), y.split(size), strict=True))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                measure(model, loader, head="2", layers=("0",), **options)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+    for options in ({}, {"moment": "projected"}):
+        measure(model, (x, y), head="2", layers=("0",), **options)  # compiles
+        assert waits(6, **options) == waits(3, **options) > 0
 
 
 def test_measure_and_moving_to_the_cpu(device: torch.device) -> None:

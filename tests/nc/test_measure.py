@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ncollapse import ClassStats, NCCallback, measure, metrics
 from ncollapse.result import LayerResult, NCResult
+from ncollapse.samples import Selected
 
 Pair = tuple[Tensor, Tensor]
 
@@ -158,6 +159,26 @@ def test_nc4_is_exact_in_one_pass_or_two_and_approximate_with_earlier_means(data
         unknown = measure(model, iter([data]), head="model.fc", keep_bytes=100)
     assert math.isnan(unknown.nc4)
     assert unknown.nc1 == kept.nc1
+
+
+def test_a_batch_that_comes_late_has_its_own_samples(data: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a GPU must tell whether labels are to be ignored: the next batch runs meanwhile."""
+    model, labels = Counting(Net()), data[1].clone()
+    labels[[3, 60, 61, 199]] = -100
+    expected = numbers(measure(model, (data[0], labels), head="model.fc", layers=("model.stem",), batch_size=30))
+    begin, ran = Selected.__init__, list[int]()
+
+    def late(self: Selected, *args: Any) -> None:
+        begin(self, *args)
+        self.waits = True
+
+    samples = Selected.samples
+    monkeypatch.setattr(Selected, "__init__", late)
+    monkeypatch.setattr(Selected, "samples", lambda self: (ran.append(model.samples), samples(self))[1])
+    model.samples = 0
+    ours = numbers(measure(model, (data[0], labels), head="model.fc", layers=("model.stem",), batch_size=30))
+    assert ours == pytest.approx(expected, nan_ok=True)
+    assert ran == [60, 90, 120, 150, 180, 200, 200]
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,21 @@ def test_the_second_moment_comes_from_the_kept_features_or_from_all_batches(kept
     assert counts[..., 0].sum(-1).unique().tolist() == [N]
 
 
+@pytest.mark.parametrize(("limit", "moves"), [(10 * K * 6 * K * K, True), (K * 6 * K * K - 1, False)])
+def test_small_statistics_move_to_the_cpu_at_the_end(limit: int, moves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, dim = torch.arange(N) % K, 6 * K
+    features, weight = torch.randn(N, dim) + 2 * torch.eye(K, dim)[labels], torch.randn(K, dim)
+    monkeypatch.setattr("ncollapse.measurement._SMALL", limit)
+    moved: list[str] = []
+    to = ClassStats.to
+    monkeypatch.setattr(ClassStats, "to", lambda self, device: (moved.append(str(device)), to(self, device))[1])
+    measurement = Measurement(weight, by_layer=True)
+    add(measurement, features, features @ weight.T, labels)
+    measurement.finish(on_cpu=True)
+    assert moved == ["cpu"] * 2 * moves
+    assert measurement.agreement("block") is not None
+
+
 def test_nc4_is_nan_without_the_second_pass_and_of_a_run_that_is_not_finite(batch: tuple[Tensor, ...]) -> None:
     weight, features, logits, labels = batch
     measurement = Measurement(weight, keep_bytes=0)
