@@ -9,13 +9,15 @@ Candidates take turns; nothing is asserted of time. Of each case of features nea
   two passes; `per sample` is timed on some samples and scaled (`scaled_from`); `read` is the features once, and nothing
   else;
 - `update`: adding the batches alone, with GB/s of features; on a GPU in a CUDA graph by its own clock, beside a device
-  copy (`share`) and a product of bfloat16 matrices of as many operations as the second moment needs (`product`);
+  copy (`share`) and a product of bfloat16 matrices of as many operations as the second moment needs (`product`), and
+  with each of `OFF` turned off: what it gains is the difference;
 - `number`: NC1 from gathered statistics alone, and the pseudo-inverse of Σ_B that it does without.
 
 `measure`: a whole `ncollapse.measure` of ResNet9 against the forward passes over the same images alone.
 """
 
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from ncollapse import ClassStats, measure
 from ncollapse.metrics import nc1
 from ncollapse.train.networks import models
 
+#: What is not measured yet, in the launchers of the kernels: moments, name of a switch, and its value when it is off.
+OFF = ((("full", "trace"), "STAGES", 1), (("full",), "PIECES", 1))
 #: Images, and in a batch, of the measurement of a whole network.
 IMAGES = {"cpu": (512, 256), "cuda": (60_000, 1000)}
 
@@ -85,7 +89,9 @@ def updates(case: Case, data: Features, device: str, seconds: float) -> dict[str
         # (H + L)ᵀ(H + L) is three products of d × d by samples.
         half = torch.randn(3 * case.samples, case.dim, device=device).bfloat16()
         steps |= {"copy": copy.step, "product": lambda: half.T @ half}
-        group, _ = compared({name: captured(s) for name, s in steps.items()}, gpu, seconds, None)
+        graphs = {name: captured(s) for name, s in steps.items()}
+        graphs |= {f"{name}, no {switch.lower()}": graph for name, switch, graph in turned_off(steps)}
+        group, _ = compared(graphs, gpu, seconds, None)
         rate = copy.bytes / group["copy"]["median"]
         for name in ("nc full", "nc trace", "read"):
             group[name]["share"] = round(size / group[name]["median"] / rate, 3)
@@ -95,6 +101,20 @@ def updates(case: Case, data: Features, device: str, seconds: float) -> dict[str
     for name in ("nc full", "nc trace", "read"):
         group[name]["gb_per_s"] = round(size / group[name]["median"] / 1e3, 1)
     return group
+
+
+def turned_off(steps: dict[str, Step]) -> Iterator[tuple[str, str, Step]]:
+    """Graphs of the updates that are captured with one switch of `OFF` turned off: name, switch, graph."""
+    from ncollapse.kernels.class_stats import gpu as launchers
+
+    for moments, switch, off in OFF:
+        on = getattr(launchers, switch)
+        setattr(launchers, switch, off)
+        try:
+            for name in (f"nc {moment}" for moment in moments):
+                yield name, switch, captured(steps[name])
+        finally:
+            setattr(launchers, switch, on)
 
 
 def whole_network(device: str, seconds: float) -> dict[str, Any]:
@@ -115,9 +135,10 @@ def whole_network(device: str, seconds: float) -> dict[str, Any]:
         "forward": forward,
         "measure": lambda: measure(model, parts, head=head),
         "measure, projected": lambda: measure(model, parts, head=head, moment="projected"),
+        "measure, two passes": lambda: measure(model, parts, head=head, moment="projected", keep_bytes=0),
     }
     group, _ = compared(steps, wall_cpu if device == "cpu" else wall_cuda, seconds, None)
-    for name in ("measure", "measure, projected"):
+    for name in ("measure", "measure, projected", "measure, two passes"):
         group[name]["over_forward"] = round(group[name]["median"] / group["forward"]["median"] - 1, 4)
     return {"images": images, "batch": size} | group
 

@@ -323,7 +323,7 @@ def add_moment_kernel(
     if tl.program_id(1) > tl.program_id(0):
         return
     run = tl.program_id(2).to(tl.int64)
-    size = dim.to(tl.int64) * dim
+    size = tl.cast(dim, tl.int64) * dim  # as a constant it has no `to`
     i, j = tl.program_id(0) * SIDE + tl.arange(0, SIDE), tl.program_id(1) * SIDE + tl.arange(0, SIDE)
     row, column = i.to(tl.int64)[:, None], j.to(tl.int64)[:, None]
     inside = (i < dim)[:, None] & (j < dim)[None, :]

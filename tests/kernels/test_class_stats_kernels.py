@@ -288,6 +288,24 @@ def test_several_products_and_calls(both: Both, runs: int | None, moment: str, m
     both(empty(4, 20, moment, runs=runs), batch(500, 4, 20, runs=runs), batch(100, 4, 20, runs=runs))
 
 
+@pytest.mark.parametrize("runs", [None, 2])
+@only("interpreter")
+def test_products_in_pieces(both: Both, runs: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the blocks of the results are fewer than the multiprocessors; 33 is no multiple of the pieces."""
+    monkeypatch.setattr(gpu, "PIECE", 4)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda _: 16)
+    both(empty(3, 40, "full", runs=runs), batch(33, 3, 40, runs=runs), batch(9, 3, 40, runs=runs))
+
+
+def test_a_product_has_pieces_for_all_multiprocessors() -> None:
+    assert gpu.pieces(8, 512, 1024, 2048, 132) == 1  # 128 blocks
+    assert gpu.pieces(8, 512, 512, 2048, 132) == 2  # 64
+    assert gpu.pieces(1, 512, 1024, 1024, 132) == 4  # 16
+    assert gpu.pieces(1, 512, 512, 1024, 132) == gpu.PIECES
+    assert gpu.pieces(1, 512, 512, 1020, 132) == 2  # a piece has at least 256 samples
+    assert gpu.pieces(1, 40, 40, 100, 132) == 1
+
+
 @only("cuda")
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_several_calls_of_the_matrix_product(both: Both, device: torch.device, moment: str) -> None:
