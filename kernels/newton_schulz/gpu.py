@@ -17,10 +17,15 @@ from ncollapse.kernels.newton_schulz.gpu_kernels import (
     polynomial_kernel,
     symmetric_kernel,
 )
-from ncollapse.kernels.newton_schulz.reference import Factors, as_shaped, direction_reference, momentum_reference
+from ncollapse.kernels.newton_schulz.reference import (
+    SIDE,
+    Factors,
+    as_shaped,
+    direction_reference,
+    momentum_reference,
+    padded_sides,
+)
 
-#: Multiple of a matrix's sides in memory, and rows and columns of a tile of `polynomial_kernel`.
-SIDE = 128
 #: Side of a tile of `symmetric_kernel`: 512 rows have 36 on and below the diagonal, and all matrices of ResNet9
 #: 128, for the 132 multiprocessors of an H100.
 TILE = 64
@@ -35,21 +40,21 @@ BLOCK = 2048
 ELEMENTWISE = {"num_warps": 8, "enable_fp_fusion": True}
 
 
-def _padded(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+def _up_to(n: int, multiple: int) -> int:
+    return triton.cdiv(n, multiple) * multiple
 
 
 class Matrices:
     """As `ReferenceMatrices`, in bfloat16, with one launch for each product of an iteration, whatever the shapes.
 
     Args:
-        shapes: for each parameter its runs, rows and columns, rows · columns from 1 to MOST_ELEMENTS.
+        shapes: for each parameter its runs, rows and columns: its elements with the padding up to MOST_ELEMENTS.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, int, int]], device: torch.device) -> None:
         self._shapes, self._device = list(shapes), device
         sides = [sorted(shape[1:]) for shape in shapes for _ in range(shape[0])]  # of each matrix: short, long
-        padded = [(_padded(short, SIDE), _padded(long, SIDE)) for short, long in sides]
+        padded = [padded_sides(*each) for each in sides]
         ends, gram_ends = [0], [0]
         for short, long in padded:
             ends.append(ends[-1] + short * long)
@@ -71,9 +76,9 @@ class Matrices:
         counts = [_programs(short * long)[0] for short, long in sides]
         for i, ((short, long), (pitch, long_pitch)) in enumerate(zip(sides, padded, strict=True)):
             x, gram, parts = (ends[i], long_pitch), (gram_ends[i], pitch), counts[i]
-            grams.append((*x, _padded(long, STEP), *gram, parts))
-            squares.append((*gram, _padded(short, STEP), *gram, parts))
-            polynomials.append((*x, _padded(short, STEP), *gram, parts))
+            grams.append((*x, _up_to(long, STEP), *gram, parts))
+            squares.append((*gram, _up_to(short, STEP), *gram, parts))
+            polynomials.append((*x, _up_to(short, STEP), *gram, parts, short, long))
         # The longest programs first, so that the last ones to end are short.
         order = sorted(range(len(sides)), key=lambda i: -padded[i][1])
         triangle = [
@@ -91,6 +96,10 @@ class Matrices:
         self._triangle, self._rectangle = (
             torch.tensor(t, dtype=torch.int32, device="cpu").to(self._device) for t in (triangle, rectangle)
         )
+
+    def memory(self) -> list[Tensor]:
+        """What a CUDA graph of a step holds addresses of."""
+        return [*self._x, self._gram, self._factor, self._parts, *self._tables, self._triangle, self._rectangle]
 
     def begin(self, present: Sequence[int]) -> None:
         """Begin a step: without effect, since the matrices of parameters without gradients are computed as well."""
@@ -158,7 +167,7 @@ class Matrices:
 def _view(x: Tensor, start: int, shape: tuple[int, int, int]) -> Tensor:
     """The matrices `[R, rows, columns]` of a parameter in the padded buffer; tall ones lie transposed."""
     runs, rows, columns = shape
-    short, long = _padded(min(rows, columns), SIDE), _padded(max(rows, columns), SIDE)
+    short, long = padded_sides(rows, columns)
     within = x[start : start + runs * short * long].view(runs, short, long)
     return within[:, :rows, :columns] if rows <= columns else within[:, :columns, :rows].mT
 

@@ -73,14 +73,14 @@ def polynomial_kernel(
     Args:
         x_ptr, out_ptr: bfloat16, at the same offsets.
         factor_ptr: F, square, bfloat16.
-        matrices_ptr: `[matrices, 6]` int64: offset of X, elements from row to row, rows (a multiple of STEP); offset of
-            F, elements from row to row; the number of parts of ‖X‖².
+        matrices_ptr: `[matrices, 8]` int64: offset of X, elements from row to row, rows (a multiple of STEP); offset of
+            F, elements from row to row; the number of parts of ‖X‖²; rows and columns without the padding.
         tiles_ptr, parts_ptr: as for `symmetric_kernel`; with NORMALISE the result is divided by ‖X‖.
     """
     # 1. Find the matrix and the tile.
     tile = tiles_ptr + tl.program_id(0) * 3
     matrix, i, j = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
-    place = matrices_ptr + matrix * 6
+    place = matrices_ptr + matrix * 8
     offset = tl.multiple_of(tl.load(place), 64)
     pitch = tl.multiple_of(tl.load(place + 1).to(tl.int32), 64)
     depth = tl.load(place + 2).to(tl.int32)
@@ -99,7 +99,9 @@ def polynomial_kernel(
     total += itself * tl.load(x_ptr + place_in).to(tl.float32)
     if NORMALISE:
         total /= tl.sqrt(_norm_square(parts_ptr + matrix * PARTS, tl.load(place + 5), PARTS))
-    tl.store(out_ptr + place_in, total.to(tl.bfloat16))
+    # NaN in the matrix would get into its padding too, and stay there in later steps. (A mask would narrow the stores.)
+    inside = (row < tl.load(place + 6))[:, None] & (column < tl.load(place + 7))[None, :]
+    tl.store(out_ptr + place_in, tl.where(inside, total, 0.0).to(tl.bfloat16))
 
 
 @triton.jit

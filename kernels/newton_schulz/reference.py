@@ -10,8 +10,16 @@ from torch import Tensor
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 #: The least norm by which a matrix is divided, torch.optim.Muon's: a gradient of zero must not become NaN.
 LEAST_NORM = 1e-7
-#: The most elements of a matrix that the kernels take, which count them in int32.
+#: Multiple of a matrix's sides in the kernels' memory, and rows and columns of a tile of a product with the matrix.
+SIDE = 128
+#: The most elements of a matrix with its padding that the kernels take, which count them in int32.
 MOST_ELEMENTS = 2**30
+
+
+def padded_sides(rows: int, columns: int) -> tuple[int, int]:
+    """The smaller and the larger side of a matrix in the kernels' memory."""
+    short, long = (-(-side // SIDE) * SIDE for side in sorted((rows, columns)))
+    return short, long
 
 
 def newton_schulz(x: Tensor, coefficients: tuple[float, float, float] = COEFFICIENTS, steps: int = 5) -> Tensor:
@@ -98,6 +106,10 @@ class ReferenceMatrices:
         self._x: dict[int, Tensor] = {}  # of a parameter, `[R, rows, columns]`
         self._whole: dict[tuple[int, int], Tensor] = {}
         self._factors: dict[tuple[Any, ...], tuple[Factors, tuple[Tensor, ...]]] = {}
+
+    def memory(self) -> list[Tensor]:
+        """What a CUDA graph of a step holds addresses of, beside what was allocated in its capture: nothing."""
+        return []
 
     def begin(self, present: Sequence[int]) -> None:
         """Begin a step in which the parameters with these indices have gradients."""

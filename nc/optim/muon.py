@@ -15,9 +15,11 @@ from ncollapse.kernels.newton_schulz.reference import (
     MOST_ELEMENTS,
     ReferenceMatrices,
     newton_schulz,
+    padded_sides,
 )
 from ncollapse.kernels.operators import why_no_kernel
 from ncollapse.kernels.tensors import has_no_memory
+from ncollapse.kernels.update.graph_memory import keep_for_graph
 from ncollapse.kernels.update.reference import Hyper, compute_dtype
 from ncollapse.kernels.update.table import HYPERS, code
 from ncollapse.optim.adam import Adam
@@ -131,7 +133,8 @@ class _MatrixStepper(Stepper):
         if any(_kind(self._active[i], groups[places[i] // 2]) != kind for i, kind in self._kinds.items()):
             self.prepare_again(optimizer)
         if capturing(self._active):
-            self._graphs.append((self._directions, self._members))
+            kept = (t for members in self._members for t in members.matrices.memory())
+            keep_for_graph([*self._directions.values(), *kept], self._graphs)
         for members in self._members:
             present = [n for n, i in enumerate(members.indices) if grads[i] is not None]
             if not present:
@@ -225,7 +228,7 @@ def _is_fast(param: Tensor) -> bool:
 
 def _has_kernel(param: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) -> bool:
     """Whether our kernels orthogonalise matrices of these runs, rows and columns."""
-    fits = min(shape[1:]) <= MOST_SIDE and math.prod(shape[1:]) <= MOST_ELEMENTS
+    fits = min(shape[1:]) <= MOST_SIDE and math.prod(padded_sides(*shape[1:])) <= MOST_ELEMENTS
     computed = dtype == torch.bfloat16 and compute_dtype(param) == torch.float32
     # ROCm's multiprocessors have less shared memory than the tiles take.
     runs = _is_fast(param) and torch.version.hip is None and why_no_kernel(param.device) is None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import bfloat16_products
+import interpreter
 from ncollapse.kernels.newton_schulz.gpu import SIDE, TILE, Matrices
 from ncollapse.kernels.newton_schulz.reference import (
     COEFFICIENTS,
@@ -134,6 +135,26 @@ def test_the_triangle_is_mirrored_and_the_padding_stays_zero(device: torch.devic
     # Nothing of a step is left for the next.
     ((_, again),) = step(matrices, tensors, hypers)
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_step_that_is_not_finite_leaves_nothing_for_the_next(device: torch.device, value: float) -> None:
+    """As when an earlier state dict is loaded; nor do steps without the gradient of a matrix whose norm was tiny."""
+    shapes = [(1, 10, 40), (1, 140, 20)]
+    matrices, tensors = Matrices(shapes, device), given(shapes, device)
+    hypers = [numbers(device)] * 2
+    expected = step(Matrices(shapes, device), tensors, hypers)
+    broken, tiny = ([[t.clone() for t in each] for each in tensors] for _ in range(2))
+    broken[0][0][0, 3, 5] = broken[1][0][0, 130, 7] = value
+    for t in tiny[0] + tiny[1]:
+        t *= 1e-12
+    with interpreter.quiet():
+        assert all(out.isnan().any() for _, out in step(matrices, broken, hypers))
+        step(matrices, tiny, hypers)
+        for _ in range(2):
+            matrices.orthogonalise(COEFFICIENTS, STEPS)
+    for ours, theirs in zip(step(matrices, tensors, hypers), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_the_reference_computes_those_that_are_present(device: torch.device) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import bfloat16_products
 from muon_cases import close, give_gradients, parameters
@@ -93,3 +93,35 @@ def test_memory_is_made_once(kernels: list[int]) -> None:
                       for x in members.matrices._x}  # fmt: skip
     assert kernels == [1, 1, 1]
     assert len(addresses) == 2
+
+
+def test_a_graph_keeps_what_the_kernels_read_and_write(kernels: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the optimizer prepares for other matrices, or is gone."""
+    params, optimizer = make(lambda p: p.clone(), ())
+    give_gradients(params, 0)
+    optimizer.step()
+    kept: list[Tensor] = []
+    monkeypatch.setattr(muon, "capturing", lambda params: True)
+    monkeypatch.setattr(muon, "keep_for_graph", lambda tensors, otherwise: kept.extend(tensors))
+    optimizer.step()
+    stepper: Any = optimizer._stepper
+    read, held = set(), {t.untyped_storage().data_ptr() for t in kept}
+    for members in stepper._members:
+        for value in vars(members.matrices).values():
+            tensors = value if isinstance(value, list) else [value]
+            read |= {t.untyped_storage().data_ptr() for t in tensors if isinstance(t, Tensor)}
+    assert read <= held
+    assert {d.data_ptr() for d in stepper._directions.values()} <= held
+
+
+def test_the_padding_counts_among_the_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offsets in the padded memory are int32."""
+    monkeypatch.setattr(muon, "_is_fast", lambda param: True)
+    monkeypatch.setattr(muon, "why_no_kernel", lambda device: None)
+    param, half = torch.empty(0), torch.bfloat16
+    assert muon._has_kernel(param, half, (1, 512, 4608))
+    assert muon._has_kernel(param, half, (1, 2, 2**23))
+    assert not muon._has_kernel(param, half, (1, 2, 2**23 + 1))
+    assert not muon._has_kernel(param, half, (1, 2**28, 3))
+    assert not muon._has_kernel(param, half, (1, muon.MOST_SIDE + 1, muon.MOST_SIDE + 1))
+    assert not muon._has_kernel(param, torch.float32, (1, 512, 4608))
