@@ -6,10 +6,10 @@ from torch import Tensor
 from ncollapse.kernels import operators
 
 #: Whether the values, and the gradients of maps, are computed by the kernels where `fits` says so. Off: unmeasured as
-#: they are here (`python -m bench.step_times` times both). By a prototype and a model values gain nothing; gradients
-#: take 25 µs from a step of ResNet9, but 5 where weights' gradients run beside them, and two runs side by side lose 5.
-#: Before one is turned on for good, `_runs_on` must ask for Triton 3.7.1 on compute capability 9.0 and later: older ones
-#: put no fence (`fence.proxy.async`) between asynchronous copies and the products that read what was copied.
+#: they are here (`python -m bench.step_times` times both). By a prototype and a model gradients take 25 µs from a step
+#: of ResNet9, but 5 where weights' gradients run beside them, values 6 at most; two runs side by side lose 5 to 14.
+#: Before one is turned on for good, `_runs_on` must ask for Triton 3.7.1 from compute capability 9.0 on: older ones put
+#: no fence (`fence.proxy.async`) between asynchronous copies and the products that read what was copied.
 VALUES, GRADIENTS = False, False
 #: The most pixels of a map: at 3 × 3 cuDNN computes 81 taps of which 49 are inside; at 7 × 7, 441 of which 361 are, and
 #: there the prototype was no faster. With fewer images half of a tile is idle, with more cuDNN fills the GPU; with
