@@ -31,8 +31,8 @@ docs: $(VENV)/.installed-dev  ## build/site: the documentation, with the noteboo
 lowest:  ## the tests of kernels, metrics and trainer with the lowest versions that pyproject.toml allows, in build/lowest
 	$(PYTHON) -m venv --clear build/lowest
 	build/lowest/bin/python -m pip --disable-pip-version-check install --quiet uv
-	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct '.[test]'
-	build/lowest/bin/python -m pytest -n auto -W ignore::DeprecationWarning tests/nc tests/kernels tests/train
+	build/lowest/bin/uv pip install --quiet --python build/lowest/bin/python --resolution lowest-direct '.[test,parquet,tensorboard,optimizers]'
+	build/lowest/bin/python -m pytest -n auto -W ignore::DeprecationWarning -W 'ignore:Mean of empty slice:RuntimeWarning' tests/nc tests/kernels tests/train
 
 wheel: $(VENV)/.installed-dev  ## dist/: a wheel for Linux and every Python from 3.11 on, checked in those that are here, and the sources
 	rm -rf build dist

@@ -146,8 +146,8 @@ def test_borders_of_one_data_set_side_by_side(grid: Grid, tmp_path: Path) -> Non
     one, other = (load_metrics(tmp_path / name) for name in ("all", "parts"))
     assert one.equals(other)
     runs = load_runs(tmp_path / "all")
-    assert runs.pad.tolist() == [0, 0, 2, 2, 3, 3]
-    assert runs.groupby("stack").pad.nunique().max() == 1
+    assert runs["pad"].tolist() == [0, 0, 2, 2, 3, 3]
+    assert runs.groupby("stack")["pad"].nunique().max() == 1
     for run in grid.runs[::2]:
         data = load("digits", CPU, data_dir=None, download=False, pad=run.pad)
         *_, last, _ = Training([run], data, CPU)
