@@ -44,11 +44,13 @@ MODELS = ("resnet9", "vgg9")
 Setting = tuple[str, str, Any]
 _NORM, _NORM_OP = "ncollapse.kernels.batch_norm.gpu", "ncollapse.kernels.batch_norm.op"
 _TAIL, _SMALL = "ncollapse.kernels.pooled_head.op", "ncollapse.kernels.convolution.op"
+_TABLE = "ncollapse.kernels.update.table"
 _NO_SIDE = ("ncollapse.train.networks.side_stream", "BESIDE", False)
 #: Candidate -> what it changes, the most telling first.
 SWITCHES: dict[str, tuple[Setting, ...]] = {
     "no side branch": (_NO_SIDE,),
     "torch's tail": ((_TAIL, "ENABLED", False),),
+    "update's table in the graph": ((_TABLE, "FILLED_ONCE", False),),
     "small convolutions' gradients ours": ((_SMALL, "GRADIENTS", True),),
     "small convolutions ours": ((_SMALL, "GRADIENTS", True), (_SMALL, "VALUES", True)),
 } | {
@@ -94,12 +96,8 @@ def weights(stack: Stack) -> Tensor:
 def stepping(case: Case, candidate: Candidate) -> tuple[timing.Step, Tensor, Tensor]:
     """Steps of a candidate, the first of which are taken; a run's weights before them and after."""
     run = RunConfig(model=case.model, precision="bf16", optimizer=candidate.optimizer, lr=1e-3)  # type: ignore[arg-type]
-    samples, lanes = TrainingSamples(case.data), []
-    for _ in range(candidate.runs):
-        stack = Stack.of([case.built()], case.device)
-        lanes.append(Lane(stack, make_updates(stack, [run], Plugins()), samples))
-    start, source = weights(lanes[0].stack), batches(len(case.data.train_y), case.device)
-    step, on_gpu = Step(lanes), case.device.type == "cuda"
+    samples, lanes, on_gpu = TrainingSamples(case.data), list[Lane](), case.device.type == "cuda"
+    source = batches(len(case.data.train_y), case.device)
     around = contextlib.nullcontext if on_gpu else lambda: changed(candidate.settings)  # a graph stays as captured
 
     def one() -> None:
@@ -107,6 +105,10 @@ def stepping(case: Case, candidate: Candidate) -> tuple[timing.Step, Tensor, Ten
             step(next(source))
 
     with changed(candidate.settings):
+        for _ in range(candidate.runs):
+            stack = Stack.of([case.built()], case.device)
+            lanes.append(Lane(stack, make_updates(stack, [run], Plugins()), samples))
+        start, step = weights(lanes[0].stack), Step(lanes)
         for _ in range(_SET_UP):
             one()
     if on_gpu and step.captured != "forward pass, backward pass and update":
