@@ -1,7 +1,9 @@
 """Shared by all tests: threads, Triton's interpreter, markers and seeds."""
 
+import importlib.util
 import os
 import re
+from pathlib import Path
 
 # Tests run in parallel, one process per core: more threads than that would fight for the cores.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -24,6 +26,18 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU")
     if NO_CPU_KERNEL:  # then all else must work on the reference, which says so
         config.addinivalue_line("filterwarnings", f"ignore:plain PyTorch.*{re.escape(NO_CPU_KERNEL)}")
+
+
+#: An import of Triton's kernels at the head of a module of tests.
+_OF_TRITON = re.compile(r"^from ncollapse\.kernels\S*(\.gpu\S* import | import (.*\W)?gpu\b)", re.MULTILINE)
+_NO_TRITON = importlib.util.find_spec("triton") is None
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out the tests of Triton's kernels where there is no Triton: macOS, Windows."""
+    if _NO_TRITON and collection_path.suffix == ".py" and _OF_TRITON.search(collection_path.read_text("utf-8")):
+        return True
+    return None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
