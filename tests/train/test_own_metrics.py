@@ -112,7 +112,7 @@ def test_a_damaged_name_is_one_sentence_and_left_out_of_a_copy(tmp_path: Path) -
 def test_they_are_exported_with_their_meaning(tmp_path: Path, format: Format) -> None:
     plant(tmp_path, [FIRST, SECOND], MARGIN)
     runs, epochs, columns = export_results(tmp_path, format)
-    read = pd.read_parquet if format == "parquet" else functools.partial(pd.read_csv, float_precision="round_trip")
+    read = pd.read_parquet if format == "parquet" else functools.partial(pd.read_csv, engine="python")
     assert read(runs).margin.notna().all()
     assert read(epochs).margin.tolist() == load_metrics(tmp_path).margin.tolist()
     meanings = pd.read_csv(columns).set_index(["table", "column"]).meaning

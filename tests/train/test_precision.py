@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ncollapse import ufm
+from ncollapse.kernels.newton_schulz.reference import ReferenceMatrices
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset, load
 from ncollapse.train.networks import whole_module
@@ -150,6 +151,23 @@ def test_arithmetic_is_set_and_restored() -> None:
     with pytest.raises(KeyError), arithmetic("tf32"):
         raise KeyError
     assert flags() == before
+
+
+def test_muon_multiplies_the_heads_gradient_without_rounding(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the head itself: on a GPU tf32 would end the law of the row sum."""
+    run, seen = RunConfig(model="mlp", optimizer="muonw", precision="tf32", limit=64), list[str]()
+    step = Training([run], digits, CPU)._step
+    products = ReferenceMatrices.orthogonalise
+
+    def noted(self: Any, *arguments: Any) -> None:
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        products(self, *arguments)
+
+    monkeypatch.setattr(ReferenceMatrices, "orthogonalise", noted)
+    with arithmetic("tf32"):
+        step(torch.arange(16))
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    assert set(seen) == {"ieee"}
 
 
 @pytest.mark.parametrize(("model", "precision"), [("resnet9", "fp32"), ("resnet9", "bf16"), ("vgg9", "bf16")])

@@ -73,7 +73,7 @@ def test_a_part_for_each_loss(page: tuple[str, Path, str]) -> None:
 
 def test_the_tables_have_every_optimizer_and_metric(page: tuple[str, Path, str], folder: Path) -> None:
     text, out, _ = page
-    best = pd.read_csv(out / "tables" / "best-mlp-digits.csv", float_precision="round_trip")
+    best = pd.read_csv(out / "tables" / "best-mlp-digits.csv", engine="python")
     variants = [f'{SOAP} {{"eps": 0.5, "precondition_frequency": {f}}}' for f in (1, 10)]
     assert best.optimizer.tolist() == ["adam", "adamw", NADAM, *variants]
     runs = load_runs(folder)
