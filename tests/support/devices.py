@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 #: a machine without a C++ compiler has none. One tuple, so that the order is the same in every version of pytest.
 GPU_WARNINGS = ("ignore", "error:plain PyTorch", r"ignore:plain PyTorch.*without a C\+\+ compiler")
 GPU_MARKS = (pytest.mark.gpu, pytest.mark.filterwarnings(*GPU_WARNINGS))
+NEEDS_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
 
 class Backend(NamedTuple):
@@ -45,7 +47,7 @@ def backend_fixture(*names: str) -> Any:
 
 def parameter(name: str, *values: Any) -> Any:
     """A backend, and values that a test gets with it, as a parameter."""
-    marks = {"cpu": [pytest.mark.compiled], "interpreter": [], "cuda": GPU_MARKS}[name]
+    marks = {"cpu": [pytest.mark.compiled], "interpreter": [NEEDS_TRITON], "cuda": GPU_MARKS}[name]
     return pytest.param(name, *values, marks=marks)
 
 
