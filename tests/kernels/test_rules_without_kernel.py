@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from devices import NEEDS_TRITON
 from ncollapse.kernels import operators
 from ncollapse.kernels.update import cpu
 from ncollapse.kernels.update.launch import Update
@@ -111,6 +112,7 @@ def test_the_cpu_kernel_refuses_an_unknown_number(mine: str, beside: list[str]) 
     assert count == 0
 
 
+@NEEDS_TRITON
 def test_the_gpu_kernel_refuses_an_unknown_number(mine: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lists = Lists([torch.ones(5, device=device)], [Slot(torch.zeros(5, device=device))], [0])
