@@ -231,7 +231,7 @@ def whole_network(results: list[dict[str, Any]], device: str) -> dict[str, Any] 
     timed = [r["step"] for r in results if r["case"] in layers and "step" in r]
     if len(timed) < len(layers):
         return None
-    names = [name for name in timed[0] if name != "copy"]
+    names = [name for name in timed[0] if name not in ("copy", "others")]
     return {name: round(sum(step[name]["median"] for step in timed), 1) for name in names}
 
 

@@ -150,6 +150,8 @@ def arguments_of(step: Step, options: argparse.Namespace, records: Path) -> list
         arguments += ["-p", "bench.gpu_tests", "--first", ",".join(FIRST_TESTS), "--reports", f"{records}/tests.jsonl"]
         workers = min(12, max(1, (os.cpu_count() or 1) - 2))
         return [*arguments, *(["-p", "xdist", "-n", str(workers)] if step.name == "tests" else [])]
+    if not cuda and not step.on_cpu:
+        return [*arguments, "--help"]
     arguments += [
         "--out",
         str(records),

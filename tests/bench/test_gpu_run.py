@@ -45,6 +45,12 @@ def test_every_script_understands_its_command_line(
         importlib.import_module(name).main(arguments)
 
 
+def test_a_trial_on_a_cpu_asks_for_the_help_of_what_needs_a_gpu(tmp_path: Path) -> None:
+    trial = argparse.Namespace(**vars(OPTIONS) | {"device": "cpu"})
+    (step,) = (step for step in gpu.STEPS if not step.on_cpu)
+    assert gpu.arguments_of(step, trial, tmp_path)[-1] == "--help"
+
+
 def test_tests_that_are_named_exist() -> None:
     named = [word for step in gpu.STEPS for word in step.command.split() if word.startswith("tests/")]
     assert [name for name in (*gpu.FIRST_TESTS, *named) if not (ROOT / name).exists()] == []
