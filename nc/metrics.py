@@ -11,7 +11,7 @@ A class without samples is left out, with a warning that names it. `balance` set
 size (`ClassStats.between_cov`): "class", the default, gives each class mean the same weight (Papyan et al.).
 
 Sources: Papyan, Han, Donoho, PNAS 117(40), 2020; Zhu et al., NeurIPS 2021, arXiv 2105.02375; Tirer et al., ICML 2023,
-arXiv 2211.00644; Galanti et al., ICLR 2022, arXiv 2112.15121; Kothapalli, TMLR 2023, arXiv 2206.04041; NC0: arXiv
+arXiv 2210.16658; Galanti et al., ICLR 2022, arXiv 2112.15121; Kothapalli, TMLR 2023, arXiv 2206.04041; NC0: arXiv
 2602.16642.
 """
 
