@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ncollapse.optimizer_table import row_of
 from ncollapse.train.config import RunConfig
 from ncollapse.train.errors import out_of_memory
+from ncollapse.train.networks.precision import exact_products
 from ncollapse.train.plugins import Plugins
 from ncollapse.train.training.checkpoints import OptimizerStates
 from ncollapse.train.training.foreign import foreign_error, load_exactly, make_foreign, set_mode
@@ -99,7 +100,8 @@ class _Stacked(Updates):
         self._optimizer, self._runs = make_optimizer(stack, runs), runs
         self._lr = self._optimizer.param_groups[0]["lr"]
         self._base_lr = self._lr.clone()
-        self.step = self._optimizer.step  # type: ignore[method-assign]  # a call less in every step
+        if not row_of(runs[0].optimizer).own_stack:
+            self.step = self._optimizer.step  # type: ignore[method-assign]  # a call less in every step
 
     def begin_epoch(self, epoch: int) -> None:
         factors = [run.lr_factor(epoch) for run in self._runs]
@@ -107,7 +109,8 @@ class _Stacked(Updates):
         self._lr.copy_(self._base_lr * torch.tensor(factors, dtype=torch.float64, device=self._lr.device))
 
     def step(self) -> None:
-        self._optimizer.step()
+        with exact_products():  # as in the head, whose gradient such a step multiplies: its row sum is zero
+            self._optimizer.step()
 
     def states(self) -> OptimizerStates:
         return OptimizerStates(stacked=self._optimizer.state_dict()["state"])
