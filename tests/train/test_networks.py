@@ -22,6 +22,7 @@ from ncollapse.train.results.columns import LAYER_METRICS
 from ncollapse.train.results.export import export_results
 from ncollapse.train.results.record import Evaluation
 from ncollapse.train.training.loop import Training
+from ncollapse.train.training.stack import make_optimizer
 
 CPU = torch.device("cpu")
 
@@ -120,6 +121,17 @@ def test_stacked_muons_match_single_runs(digits: Dataset) -> None:
         alone, _ = evaluations([run], digits)
         for name, theirs in alone.stack.state_dict(0).items():
             torch.testing.assert_close(together.stack.state_dict(i)[name], theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_muon_is_told_which_matrix_is_the_head(digits: Dataset, precision: str) -> None:
+    runs = muons(precision=precision)
+    stack = Training(runs, digits, CPU).stack
+    seen = make_optimizer(stack, runs)._stepper.observed
+    assert seen is not None
+    assert seen.head is not None
+    assert seen.head.data_ptr() == stack.weight.data_ptr()
+    assert bool(seen.weights) == (precision == "bf16")
 
 
 def test_muons_continue_from_a_checkpoint_and_are_removed_from_the_stack(digits: Dataset) -> None:

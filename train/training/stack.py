@@ -165,11 +165,17 @@ def make_optimizer(stack: Stack, runs: Sequence[RunConfig]) -> optim.Optimizer:
     numbers: dict[str, Any] = {name: per_run(name) for name in ("lr", "momentum", "eps", "weight_decay", "coupling")}
     numbers["betas"] = numbers["momentum"], per_run("beta2")
     optimizer: optim.Optimizer
+    head: Tensor | None = None
     if TABLE[runs[0].optimizer].own_stack:
         make: Callable[..., optim.Optimizer] = optim.by_name(runs[0].family)
         optimizer = make(params, **numbers, stacked=True)
+        # It treats the head otherwise, where it is told which it is; a head that is frozen is no parameter.
+        head = next((p for p in params if p.data_ptr() == stack.weight.data_ptr()), None)
     else:
         optimizer = optim.Stacked(params, [run.family for run in runs], **numbers)
-    if runs[0].precision == "bf16":
-        stack.use_copies(optimizer.observe(bf16=True).weights)
+    half = runs[0].precision == "bf16"
+    if half or head is not None:
+        seen = optimizer.observe(head=head, bf16=half)
+        if half:
+            stack.use_copies(seen.weights)
     return optimizer
