@@ -167,13 +167,19 @@ INLINE void move_shift(const Batch &b, const Totals &totals, const Class &c, int
   const bool three = c.in_batch >= 3;
   const X *x = row_of<X>(b, run, c.rows[0]), *y = row_of<X>(b, run, c.rows[three]);
   const X *z = row_of<X>(b, run, c.rows[2 * three]);
+  const auto median_of = [&](int64_t i) {
+    const R low = std::min(get<R>(x, i), get<R>(y, i)), high = std::max(get<R>(x, i), get<R>(y, i));
+    return std::max(low, std::min(high, get<R>(z, i)));
+  };
+  // An old class keeps its shift for one that is not finite: the batch may be refused, its sums must not be.
+  for (int64_t i = 0; c.before && i < b.dim; ++i)
+    if (const R median = median_of(i); !(median - median == 0)) return;
   moved.resize(c.before ? 2 * b.dim : 0);
   double *a = moved.data(), *delta = a + b.dim;
   const double before = double(c.before);
   double change = 0;
   for (int64_t i = 0; i < b.dim; ++i) {
-    const R low = std::min(get<R>(x, i), get<R>(y, i)), high = std::max(get<R>(x, i), get<R>(y, i));
-    const R median = std::max(low, std::min(high, get<R>(z, i)));
+    const R median = median_of(i);
     if (c.before) {
       delta[i] = double(median) - double(shift[i]);
       a[i] = before * delta[i] / 2 - sums[i];

@@ -38,6 +38,16 @@ def labels_kernel(labels_ptr, rows, classes, batch_ptr, LABELS: tl.constexpr, CL
         tl.atomic_max(batch_ptr + classes + k, from_end, mask=seen, sem="relaxed")
 
 
+@triton.jit
+def _median(features_ptr, stride_row, stride_column, row_0, row_1, row_2, i, dim):
+    """The median of three rows in the columns i, float32; 0 outside."""
+    value_ptr = features_ptr + i.to(tl.int64) * stride_column
+    x = tl.load(value_ptr + row_0.to(tl.int64) * stride_row, mask=i < dim, other=0.0).to(tl.float32)
+    y = tl.load(value_ptr + row_1.to(tl.int64) * stride_row, mask=i < dim, other=0.0).to(tl.float32)
+    z = tl.load(value_ptr + row_2.to(tl.int64) * stride_row, mask=i < dim, other=0.0).to(tl.float32)
+    return tl.maximum(tl.minimum(x, y), tl.minimum(tl.maximum(x, y), z))
+
+
 @triton.jit(do_not_specialize=["rows"])
 def shifts_kernel(
     features_ptr, stride_run, stride_row, stride_column, labels_ptr, rows, dim, classes, counts_ptr, batch_ptr,
@@ -97,14 +107,17 @@ def shifts_kernel(
             row_0 = tl.sum(tl.where(sample == 0, row, 0), 0)
             row_1 = tl.where(three, tl.sum(tl.where(sample == 1, row, 0), 0), row_0)
             row_2 = tl.where(three, tl.sum(tl.where(sample == 2, row, 0), 0), row_0)
+            # An old class keeps its shift for one that is not finite: the batch may be refused, its sums must not be.
+            usable = True
+            if before > 0:
+                for left in range(0, dim, COLUMNS):
+                    i = left + tl.arange(0, COLUMNS)
+                    median = _median(features_ptr, stride_row, stride_column, row_0, row_1, row_2, i, dim)
+                    usable = usable & (tl.max((median - median != 0).to(tl.int32), 0) == 0)
             old, change = before.to(tl.float64), tl.zeros((), tl.float64)
-            for left in range(0, dim, COLUMNS):
+            for left in range(0, tl.where(usable, dim, 0), COLUMNS):
                 i = left + tl.arange(0, COLUMNS)
-                value_ptr = features_ptr + i.to(tl.int64) * stride_column
-                x = tl.load(value_ptr + row_0.to(tl.int64) * stride_row, mask=i < dim).to(tl.float32)
-                y = tl.load(value_ptr + row_1.to(tl.int64) * stride_row, mask=i < dim).to(tl.float32)
-                z = tl.load(value_ptr + row_2.to(tl.int64) * stride_row, mask=i < dim).to(tl.float32)
-                median = tl.maximum(tl.minimum(x, y), tl.minimum(tl.maximum(x, y), z))
+                median = _median(features_ptr, stride_row, stride_column, row_0, row_1, row_2, i, dim)
                 if before > 0:
                     shift = tl.load(shifts_ptr + i, mask=i < dim, other=0.0).to(tl.float64)
                     sums = tl.load(sums_ptr + i, mask=i < dim, other=0.0)
@@ -115,7 +128,7 @@ def shifts_kernel(
                     tl.store(a_ptr + dim, delta, mask=i < dim)
                     tl.store(sums_ptr + i, sums - old * delta, mask=i < dim)
                 tl.store(shifts_ptr + i, median, mask=i < dim)
-            if before > 0:
+            if (before > 0) & usable:
                 tl.store(squares_ptr + place, tl.load(squares_ptr + place) + change)
                 flag = 1
     tl.store(flags_ptr + place, flag)

@@ -339,6 +339,25 @@ def test_a_refused_batch_changes_the_count_of_refusals_alone(
     assert state.refused.tolist() == counted
 
 
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_refused_batch_moves_no_shift_to_what_is_not_finite(
+    add: Add, device: torch.device, value: float, moment: str
+) -> None:
+    """Of a class whose shift lies far from its samples, so that a whole batch would move it."""
+    features, labels = 1 + torch.randn(440, 70, device=device) / 100, torch.zeros(440, dtype=torch.int64, device=device)
+    features[:3] += 0.12
+    state = empty(2, 70, moment, device=device)
+    add(features[:40], labels[:40], state, False)
+    before, bad = copied(state), features[40:].clone()
+    bad[:3, 66] = value
+    add(bad, labels[40:], state, False)
+    assert state.refused.tolist() == [1, 0, 3]
+    assert same_bits(state._replace(refused=before.refused), before)
+    add(features[40:], labels[40:], state, False)
+    assert not torch.equal(state.shifts, before.shifts)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_non_finite_value_affects_its_run_alone(add: Add, device: torch.device, value: float) -> None:
     features, labels = batch(300, 4, 30, runs=2, device=device)
