@@ -122,6 +122,17 @@ def test_augmentation_and_muon_train_in_graphs(device: torch.device) -> None:
     assert values == trained([run], device)[1]
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("optimizer", ["sgd", "muonw"])
+def test_a_gpu_need_not_be_the_current_one(optimizer: str) -> None:
+    run = RunConfig(model="resnet9", width=16, precision="bf16", optimizer=optimizer, epochs=6, eval_every=6, lr=1e-3)  # type: ignore[arg-type]
+    assert torch.cuda.current_device() == 0
+    training, values = trained([run], torch.device("cuda", 1))
+    assert torch.cuda.current_device() == 0
+    assert len(training._step._replays) == 2
+    assert values["train_loss"] == pytest.approx(trained([run], torch.device("cuda", 0))[1]["train_loss"], rel=0.05)
+
+
 def test_a_checkpoint_continues_on_a_gpu(device: torch.device) -> None:
     whole, values = trained(stack_of("mlp"), device)
     resumed, again = trained(stack_of("mlp"), device, checkpoint_at=4)
