@@ -1,6 +1,8 @@
 """Steps in CUDA graphs, with a double for the GPU's recorder: gradients of single runs, and what cannot be recorded."""
 
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -132,6 +134,24 @@ def test_a_replay_gives_the_gradients_of_its_graph_to_the_optimizer(
     for value, before, grad in zip(values(), expected, grads, strict=True):
         torch.testing.assert_close(value[0], before[0] - training.runs[0].lr * grad)
     assert len(grads) == len(rows)
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "torch.optim:SGD"}], ids=["ours", "torch's"])
+def test_a_step_and_its_graphs_are_freed_at_once(settings: dict[str, str], digits: Dataset, streams: list[str]) -> None:
+    """Not by the collector of cycles, which nobody asks where the GPU's memory is used up."""
+    training, step, _ = step_of(digits, **settings)
+    for size in (16, 8):
+        step._capture(torch.arange(size), None)
+    assert len(step._replays) == 2
+    gone, lanes = weakref.ref(step), step.lanes
+    gc.collect()
+    gc.disable()
+    try:
+        training._step = Step(lanes)
+        del step
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_what_cannot_be_recorded_is_computed_step_by_step(digits: Dataset, streams: list[str]) -> None:

@@ -1,5 +1,6 @@
 """One training step: forward, loss gradient, backward, update; on a GPU replayed as a CUDA graph."""
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -172,6 +173,7 @@ class Step:
         replayed = graph
         takers = [(param, lane) for lane in self.lanes for param in lane.takers]
         grads = [param.grad for param, _ in takers]  # in the graph's memory: keep them as long as the graph
+        step = weakref.proxy(self)  # no cycle: the graph's memory is free at once when the step is gone
 
         def replay(batch: Tensor, views: Tensor | None) -> None:
             static.copy_(batch)
@@ -182,7 +184,7 @@ class Step:
                 for (param, lane), grad in zip(takers, grads, strict=True):
                     # Graphs of other batch sizes have theirs; some optimizers keep the gradient.
                     param.grad = grad.clone() if grad is not None and lane.updates.takes_rows else grad
-                self._update()
+                step._update()
 
         self._replays[batch.shape] = replay
 
