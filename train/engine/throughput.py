@@ -107,29 +107,8 @@ def measure_rate(
         runs: of the stack, where `key.needs_runs`: their optimizers and loss are used.
         plugins: the user's code.
     """
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
     try:
-        batch = max(2, min(key.batch_size, facts.samples))  # a batch norm may refuse a single sample
-        step = _step(key, facts, size, device, batch, branches, runs, plugins)
-        index = torch.arange(batch, device=device)
-        views = draw_views(key.augment, batch, torch.Generator())
-        views = views if views is None else views.to(device)
-        with arithmetic(key.precision):
-            for _ in range(1 if device.type == "cpu" else 5):  # libraries choose kernels; on a GPU a graph is captured
-                step(index, views)
-            synchronize(device)
-            started, worked, steps = time.perf_counter(), time.thread_time(), 0
-            while True:
-                step(index, views)
-                steps += 1
-                synchronize(device)
-                elapsed = time.perf_counter() - started
-                if quick or (elapsed >= _SECONDS and (steps >= _STEPS or elapsed >= _LONG)):
-                    # Other threads of this process may work while this one waits for them.
-                    counted = device.type == "cpu" and torch.get_num_threads() == 1
-                    share = (time.thread_time() - worked) / elapsed if counted else 1.0
-                    graph = step.captured if device.type == "cuda" else ""
-                    return Rate(size * steps / elapsed, min(1.0, max(_LEAST_SHARE, share)), graph)
+        return _rate(key, facts, size, device, branches, quick, runs, plugins)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -137,6 +116,35 @@ def measure_rate(
     finally:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # other processes may share the GPU
+
+
+def _rate(
+    key: StackKey, facts: DataFacts, size: int, device: torch.device, branches: bool, quick: bool,
+    runs: Sequence[RunConfig], plugins: Plugins,
+) -> Rate:  # fmt: skip
+    """As `measure_rate`; its own frame, so that what it takes of the memory is free when it has ended."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else torch.cpu.synchronize
+    batch = max(2, min(key.batch_size, facts.samples))  # a batch norm may refuse a single sample
+    step = _step(key, facts, size, device, batch, branches, runs, plugins)
+    index = torch.arange(batch, device=device)
+    views = draw_views(key.augment, batch, torch.Generator())
+    views = views if views is None else views.to(device)
+    with arithmetic(key.precision):
+        for _ in range(1 if device.type == "cpu" else 5):  # libraries choose kernels; on a GPU a graph is captured
+            step(index, views)
+        synchronize(device)
+        started, worked, steps = time.perf_counter(), time.thread_time(), 0
+        while True:
+            step(index, views)
+            steps += 1
+            synchronize(device)
+            elapsed = time.perf_counter() - started
+            if quick or (elapsed >= _SECONDS and (steps >= _STEPS or elapsed >= _LONG)):
+                # Other threads of this process may work while this one waits for them.
+                counted = device.type == "cpu" and torch.get_num_threads() == 1
+                share = (time.thread_time() - worked) / elapsed if counted else 1.0
+                graph = step.captured if device.type == "cuda" else ""
+                return Rate(size * steps / elapsed, min(1.0, max(_LEAST_SHARE, share)), graph)
 
 
 def _step(
