@@ -1,6 +1,7 @@
 """Muon: the rule, and the step that orthogonalises matrices before the common update."""
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,9 @@ _PRECISIONS = ("auto", "full", "bfloat16")
 #: The longest smaller side of matrices that our kernels orthogonalise: larger ones fill a GPU by themselves, and cuBLAS
 #: multiplies them. 0: cuBLAS multiplies all. Not measured yet.
 MOST_SIDE = 1024
+#: The Triton that our kernels ask for on Hopper and later: before, it puts no fence between asynchronous copies into shared
+#: memory and the matrix products that read it there, which PTX's memory model requires.
+FENCES = (3, 7, 1)
 
 
 class _Members:
@@ -232,7 +236,16 @@ def _has_kernel(param: Tensor, dtype: torch.dtype, shape: tuple[int, int, int]) 
     computed = dtype == torch.bfloat16 and compute_dtype(param) == torch.float32
     # ROCm's multiprocessors have less shared memory than the tiles take.
     runs = _is_fast(param) and torch.version.hip is None and why_no_kernel(param.device) is None
-    return fits and computed and runs
+    return fits and computed and runs and _is_fenced(param.device)
+
+
+def _is_fenced(device: torch.device) -> bool:
+    """Whether what Triton compiles for a GPU waits for copies before products; see `FENCES`."""
+    if torch.cuda.get_device_capability(device) < (9, 0):
+        return True
+    import triton
+
+    return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:3]) >= FENCES
 
 
 def _make_matrices(

@@ -118,6 +118,7 @@ def test_the_padding_counts_among_the_elements(monkeypatch: pytest.MonkeyPatch) 
     """Offsets in the padded memory are int32."""
     monkeypatch.setattr(muon, "_is_fast", lambda param: True)
     monkeypatch.setattr(muon, "why_no_kernel", lambda device: None)
+    monkeypatch.setattr(muon, "_is_fenced", lambda device: True)
     param, half = torch.empty(0), torch.bfloat16
     assert muon._has_kernel(param, half, (1, 512, 4608))
     assert muon._has_kernel(param, half, (1, 2, 2**23))
@@ -125,3 +126,19 @@ def test_the_padding_counts_among_the_elements(monkeypatch: pytest.MonkeyPatch) 
     assert not muon._has_kernel(param, half, (1, 2**28, 3))
     assert not muon._has_kernel(param, half, (1, muon.MOST_SIDE + 1, muon.MOST_SIDE + 1))
     assert not muon._has_kernel(param, torch.float32, (1, 512, 4608))
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "fenced"),
+    [
+        ("3.6.0", (8, 0), True), ("3.6.0", (9, 0), False), ("3.7.0", (10, 0), False), ("3.7.1", (9, 0), True),
+        ("3.7.1+git1a2b3c", (9, 0), True), ("3.10.0", (12, 0), True), ("4.0", (9, 0), True),
+    ],
+)  # fmt: skip
+def test_hopper_asks_for_a_triton_with_fences(
+    version: str, capability: tuple[int, int], fenced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert muon._is_fenced(torch.device("cuda", 0)) == fenced
