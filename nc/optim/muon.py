@@ -48,8 +48,8 @@ _PRECISIONS = ("auto", "full", "bfloat16")
 #: The longest smaller side of matrices that our kernels orthogonalise: larger ones fill a GPU by themselves, and cuBLAS
 #: multiplies them. 0: cuBLAS multiplies all. Not measured yet.
 MOST_SIDE = 1024
-#: The Triton that our kernels ask for on Hopper and later: before, it puts no fence between asynchronous copies into shared
-#: memory and the matrix products that read it there, which PTX's memory model requires.
+#: The Triton that our kernels ask for on Hopper and later: before, it puts no fence between asynchronous copies into
+#: shared memory and the matrix products that read it there, which PTX's memory model requires.
 FENCES = (3, 7, 1)
 
 
