@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 #: A document outside docs/ -> its page in the site.
 PAGES = {
     "README.md": "index.md", "examples/README.md": "examples.md", "CONTRIBUTING.md": "contributing.md",
-    "CHANGELOG.md": "changelog.md",
+    "CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md",
 }  # fmt: skip
 _DOCUMENTS = {page: document for document, page in PAGES.items()}
 _ATTRIBUTES = {"a": "href", "img": "src"}
