@@ -3,6 +3,7 @@
 import copy
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ncollapse import optim
+from ncollapse.optim.core.numbers import Numbers
 
 CLASSES = [optim.SGD, optim.SGDW, optim.Signum, optim.SignumW, optim.Adam, optim.AdamW, optim.Lion, optim.Muon]
 PAIRS = {"SGD": {"lr": 0.1, "momentum": 0.5}, "Adam": {"lr": 0.1, "weight_decay": 0.5}, "AdamW": {"lr": 0.1}}
@@ -333,3 +335,26 @@ def test_a_tensor_is_exchanged_for_another_without_a_new_graph(name: str, key: s
         graphs.append(counter.frame_count)
     assert bool(graphs[0]) == compiled
     assert graphs == graphs[:1] * 4
+
+
+def test_a_number_that_a_capture_would_write_again_in_each_replay_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more groups than are sent at once, or in a tensor on the CPU. With a stub for the GPU's numbers."""
+    copied: list[float] = []
+    values = SimpleNamespace(
+        device=torch.device("cuda"), is_cuda=True, copy_=lambda host, non_blocking: copied.append(host[0, 0].item())
+    )
+    rate = torch.tensor(0.5, dtype=torch.float64)
+    numbers = Numbers()
+    numbers.host, numbers.values, numbers.copied = torch.zeros(1, 6, dtype=torch.float64), [values], {0: rate}  # type: ignore[list-item]
+    capturing = [True]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[-1])
+    for _ in range(2):  # the number is still to be sent
+        with pytest.raises(RuntimeError, match="has been written since the optimizer's last step"):
+            numbers.refresh()
+    capturing.append(False)
+    numbers.refresh()
+    assert copied == [0.5]
+    capturing.append(True)
+    numbers.refresh()  # nothing is left to send

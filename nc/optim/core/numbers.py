@@ -76,7 +76,18 @@ class Numbers:
         self._dirty = True
 
     def flush(self) -> None:
-        """Send the numbers to the devices, without synchronising."""
+        """Send the numbers to the devices, without synchronising.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured: its replays would undo what is written after it.
+        """
+        self._dirty = True
+        on_gpu = any(values.is_cuda for values in self.values) and torch.cuda.is_initialized()
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a hyperparameter has been written since the optimizer's last step; take a step before one is captured "
+                "in a CUDA graph: each replay would write the numbers of the capture again"
+            )
         self._dirty = False
         for values in self.values:
             if values.device.type != "cpu":
