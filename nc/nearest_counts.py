@@ -39,11 +39,10 @@ class NearestCounts:
             self._compare(features, labels, predicted, self._means)
         if self._kept is None:
             return 0
-        features = features.detach()
-        # A view, such as the first token of a sequence, would keep the whole tensor alive.
-        if features.untyped_storage().nbytes() > features.nbytes:
-            features = features.clone()
-        self._kept.append((features, labels, predicted))
+        # The next batch may be written into the same memory, as by a CUDA graph; and a view, such as the first token of
+        # a sequence, would keep the whole tensor alive.
+        features = features.detach().clone()
+        self._kept.append((features, labels.clone(), predicted))
         return features.nbytes
 
     @property

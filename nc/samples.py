@@ -27,9 +27,11 @@ class Selected:
         self, features: Tensor, logits: Tensor, labels: Tensor, layers: dict[str, Tensor], keep: Tensor | None
     ) -> None:
         self.waits = keep is not None and keep.is_cuda
-        # A loader may use the memory of its labels again.
+        if self.waits:  # the next batch comes before: loader and model, as a CUDA graph, may use their memory again
+            features, logits, labels = (t.detach().clone() for t in (features, logits, labels))
+            layers = {name: h.detach().clone() for name, h in layers.items()}
         self._features, self._logits, self._layers = features, logits, layers
-        self._labels, self._keep = labels.clone() if self.waits else labels, keep
+        self._labels, self._keep = labels, keep
         if keep is not None:
             self._all_kept = keep.all().to("cpu", non_blocking=self.waits)
             self._told = torch.cuda.current_stream(keep.device).record_event() if self.waits else None

@@ -115,6 +115,25 @@ def test_no_batch_waits_for_the_gpu(device: torch.device) -> None:
         assert waits(6, **options) == waits(3, **options) > 0
 
 
+def test_a_batch_that_comes_late_may_be_overwritten(device: torch.device) -> None:
+    """By a model that writes its features into the same memory, as a CUDA graph does."""
+    features, head = torch.empty(100, 12, device=device), torch.nn.Linear(12, 4)
+
+    class Static(torch.nn.Module):
+        def __init__(self, static: bool) -> None:
+            super().__init__()
+            self.head, self.static = head, static
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(features.copy_(x) if self.static else x.clone())
+
+    x, y = torch.randn(600, 12, device=device), torch.randint(4, (600,), device=device)
+    y[::7] = -100
+    batches = list(zip(x.split(100), y.split(100), strict=True))
+    found, expected = (measure(Static(static).to(device), batches, head="head").as_dict() for static in (True, False))
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
 def test_measure_and_moving_to_the_cpu(device: torch.device) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(12, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)).to(device)
     x, y = torch.randn(500, 12), torch.randint(4, (500,))

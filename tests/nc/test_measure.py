@@ -161,6 +161,35 @@ def test_nc4_is_exact_in_one_pass_or_two_and_approximate_with_earlier_means(data
     assert unknown.nc1 == kept.nc1
 
 
+class Static(nn.Module):
+    """Writes its features into the same memory for each batch, as a CUDA graph does."""
+
+    def __init__(self, model: Net, size: int) -> None:
+        super().__init__()
+        self.model, self.features = model, torch.empty(size, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features.copy_(self.model.body(self.model.stem(x)))
+        return self.model.fc(self.features)
+
+
+@pytest.mark.parametrize("moment", ["full", "projected"])
+def test_features_and_labels_may_be_overwritten_by_the_next_batch(data: Pair, moment: Any) -> None:
+    model, labels = Net(), torch.empty(50, dtype=torch.int64)
+    expected = measure(model, data, head="fc", moment=moment, batch_size=50)
+
+    def loader() -> Iterator[Pair]:
+        for x, y in zip(data[0].split(50), data[1].split(50), strict=True):
+            yield x, labels.copy_(y)
+
+    class Loader:
+        def __iter__(self) -> Iterator[Pair]:
+            return loader()
+
+    found = measure(Static(model, 50), Loader(), head="model.fc", moment=moment)
+    assert numbers(found) == pytest.approx(numbers(expected), rel=1e-6, nan_ok=True)
+
+
 def test_a_batch_that_comes_late_has_its_own_samples(data: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a GPU must tell whether labels are to be ignored: the next batch runs meanwhile."""
     model, labels = Counting(Net()), data[1].clone()

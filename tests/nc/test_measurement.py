@@ -171,6 +171,6 @@ def test_the_memory_that_is_held_is_that_of_the_kept_features(kind: str, fits: b
             measurement.add(features, features @ weight.T, labels)
         del features
     held = sum(event.self_cpu_memory_usage for event in memory.key_averages())
-    predictions = batches * batch * 8
-    assert held == (features_bytes + predictions if fits else 0)
+    labels_and_predictions = 2 * batches * batch * 8
+    assert held == (features_bytes + labels_and_predictions if fits else 0)
     assert measurement.end_pass() is not fits
