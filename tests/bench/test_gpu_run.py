@@ -4,6 +4,7 @@ import argparse
 import gzip
 import importlib
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -126,7 +127,9 @@ def test_outcomes_are_written_as_they_come_the_named_files_first(tmp_path: Path)
         sys.executable, "-m", "pytest", "-q", "-p", "bench.gpu_tests", "-p", "no:cacheprovider", "-c", "/dev/null",
         f"--rootdir={tmp_path}", "--reports", str(reports), "--first", "test_b.py", str(tmp_path),
     ]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    # Within a worker of pytest-xdist the plugin would be one of it.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    subprocess.run(command, cwd=ROOT, env=env, capture_output=True, check=False)
     found = [json.loads(line) for line in reports.read_text().splitlines()]
     assert [(one["test"], one["outcome"]) for one in found] == [
         ("test_b.py::test[1]", "passed"), ("test_b.py::test[2]", "failed"),

@@ -63,7 +63,7 @@ def added(finding: Finding, folder: Path) -> list[RunConfig]:
     options = (conf.OmitSubcommandPrefixes, conf.OmitArgPrefixes, conf.FlagCreatePairsOff, conf.DisallowNone)
     command = tyro.cli(Rerun, args=args, config=options)
     assert command.folder == folder
-    given = {name: list(values) for name, values in vars(command.changes).items() if values is not None}
+    given = {name: list(values) for name, values in command.changes.items() if values is not None}
     chosen = chosen_runs(folder, command.where)
     return [run for run in changed(list(chosen), given, Plugins()) if chosen.get(run) != "done"]
 

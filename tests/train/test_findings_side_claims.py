@@ -64,7 +64,7 @@ def new_runs(found: Finding, folder: Path) -> list[RunConfig]:
     options = (conf.OmitSubcommandPrefixes, conf.OmitArgPrefixes, conf.FlagCreatePairsOff, conf.DisallowNone)
     command = tyro.cli(Rerun, args=args, config=options)
     assert command.folder == folder
-    given = {name: list(values) for name, values in vars(command.changes).items() if values is not None}
+    given = {name: list(values) for name, values in command.changes.items() if values is not None}
     before = chosen_runs(folder, command.where)
     known = set(chosen_runs(folder, "status=done,diverged,degenerate,hopeless"))
     return [run for run in changed(list(before), given, Plugins()) if run not in known]
