@@ -276,7 +276,9 @@ PyObject *values(PyObject *, PyObject *args) {
 inline PyObject *gradient(PyObject *object) {
   if (!get_grad || !wrap) return nullptr;
   try {
-    return wrap(get_grad(*static_cast<Handle *>(handle_of(object))));
+    PyObject *found = wrap(get_grad(*static_cast<Handle *>(handle_of(object))));
+    if (!found) PyErr_Clear();  // the caller asks in another way
+    return found;
   } catch (...) {
     PyErr_Clear();
     return nullptr;
