@@ -13,8 +13,9 @@ help:  ## this list
 demo: $(VENV)/.installed  ## six optimizers on scikit-learn's digits: table, figures, report
 	$(BIN)/ncollapse demo
 
+# As many processes as cores: their threads must not spin.
 test: $(VENV)/.installed-dev  ## the tests
-	$(BIN)/python -m pytest -n auto
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto
 
 check: $(VENV)/.installed-dev  ## formatting, lint, types
 	$(BIN)/ruff format --check .
