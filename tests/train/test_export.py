@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from csv_files import read_csv_exactly
 from ncollapse.train import cli, iter_metrics, load_metrics, load_runs
 from ncollapse.train.config import FIELDS
 from ncollapse.train.errors import DamageError, UserError
@@ -78,7 +79,7 @@ def test_files_hold_what_the_dataframes_hold(folder: Path, format: Format) -> No
         paths, (load_runs(folder), load_metrics(folder)), (dtypes(RUN_COLUMNS), dtypes(EPOCH_COLUMNS)), strict=False
     ):
         # A parquet file has the types; reading csv needs them.
-        frame = pd.read_parquet(path) if format == "parquet" else pd.read_csv(path, dtype=types, engine="python")
+        frame = pd.read_parquet(path) if format == "parquet" else read_csv_exactly(path, dtype=types)
         if format == "csv":  # which does not tell an empty text from a missing one
             frame = frame.fillna({name: "" for name, kind in types.items() if kind == "string"})
         pd.testing.assert_frame_equal(frame, expected, check_exact=True)

@@ -1,6 +1,5 @@
 """Metrics of the user's in a results folder: columns beside ncollapse's, which some runs have and others do not."""
 
-import functools
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from csv_files import read_csv_exactly
 from ncollapse.train import iter_metrics, load_metrics, load_runs
 from ncollapse.train.config import RunConfig
 from ncollapse.train.errors import DamageError, UserError
@@ -112,7 +112,7 @@ def test_a_damaged_name_is_one_sentence_and_left_out_of_a_copy(tmp_path: Path) -
 def test_they_are_exported_with_their_meaning(tmp_path: Path, format: Format) -> None:
     plant(tmp_path, [FIRST, SECOND], MARGIN)
     runs, epochs, columns = export_results(tmp_path, format)
-    read = pd.read_parquet if format == "parquet" else functools.partial(pd.read_csv, engine="python")
+    read = pd.read_parquet if format == "parquet" else read_csv_exactly
     assert read(runs).margin.notna().all()
     assert read(epochs).margin.tolist() == load_metrics(tmp_path).margin.tolist()
     meanings = pd.read_csv(columns).set_index(["table", "column"]).meaning

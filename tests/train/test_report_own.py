@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from csv_files import read_csv_exactly
 from ncollapse.formatting import number
 from ncollapse.optimizer_table import FOREIGN_COLOURS
 from ncollapse.plot.looks import about_lines, choose_looks, look_of, ordered, shown, with_variants
@@ -73,7 +74,7 @@ def test_a_part_for_each_loss(page: tuple[str, Path, str]) -> None:
 
 def test_the_tables_have_every_optimizer_and_metric(page: tuple[str, Path, str], folder: Path) -> None:
     text, out, _ = page
-    best = pd.read_csv(out / "tables" / "best-mlp-digits.csv", engine="python")
+    best = read_csv_exactly(out / "tables" / "best-mlp-digits.csv")
     variants = [f'{SOAP} {{"eps": 0.5, "precondition_frequency": {f}}}' for f in (1, 10)]
     assert best.optimizer.tolist() == ["adam", "adamw", NADAM, *variants]
     runs = load_runs(folder)

@@ -88,7 +88,7 @@ def _says(
         f"{len(partial)} of {_settings(len(settings))} ({which}); the clearest: {_label(best.optimizer)}, "
         f"NC1 {number(best.nc1)} (quarter: {number(bounds['nc1'])}), NC2 {number(best.nc2)} "
         f"({number(bounds['nc2'])}), NC3 {number(best.nc3)} (half: {number(worse)}), "
-        f"NC0 × {number(best.nc0 / best.nc0_start)}"
+        f"NC0 × {number(float(best.nc0) / float(best.nc0_start))}"
     )
 
 
