@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from batch_norm_cases import DTYPES, EPS, KINDS, MOMENTUM, case, close, forward, gradient, public, run, same_bits
+from gpu_training import warmed_and_captured
 from ncollapse.kernels.batch_norm.reference import batch_norm_relu_reference
 from waiting import nothing_waits
 
@@ -42,14 +43,7 @@ def test_a_replayed_cuda_graph_gives_the_same_bits(device: torch.device, kind: s
         y = forward(public, static)
         return y.detach(), *torch.autograd.grad(y, leaves, grad)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = step()
+    graph, outputs = warmed_and_captured(step)
     static.running_mean.copy_(cases[0].running_mean)
     static.running_var.copy_(cases[0].running_var)
     running = cases[0].running_mean.clone(), cases[0].running_var.clone()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_training import trained_in_graphs
 from ncollapse.kernels.convolution import fits, op, small_convolution, small_convolution_input_grad
 from ncollapse.kernels.convolution.reference import (
     small_convolution_input_grad_reference,
@@ -16,7 +17,6 @@ from ncollapse.train.config import RunConfig
 from ncollapse.train.data.sets import Dataset
 from ncollapse.train.networks import side_stream
 from ncollapse.train.networks.precision import arithmetic
-from ncollapse.train.training.loop import Training
 from waiting import nothing_waits
 
 
@@ -143,14 +143,7 @@ def test_networks_train_to_the_same_bits(model: str, device: torch.device, ours:
     data = Dataset(x, y, x[:20], y[:20], tuple("0123456789"), "")
     run = RunConfig(model=model, width=32, precision="bf16", lr=1e-3, epochs=8, eval_every=8)  # type: ignore[arg-type]
 
-    def trained() -> dict[str, Tensor]:
-        training = Training([run], data, device)
-        for _ in training:
-            pass
-        assert training._step.captured == "forward pass, backward pass and update"
-        return training.stack.tensors()
-
-    first = trained()
+    first = trained_in_graphs(run, data, device)
     assert set(ours) == {False, True}
-    for name, value in trained().items():
+    for name, value in trained_in_graphs(run, data, device).items():
         assert torch.equal(value, first[name]), name

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from gpu_training import warmed_and_captured
 from ncollapse.kernels.pooled_head import op, pooled_head, why_no_kernel
 from ncollapse.kernels.pooled_head.reference import pooled_head_reference
 from ncollapse.train.config import RunConfig
@@ -53,14 +54,7 @@ def test_a_replayed_cuda_graph_gives_the_same_bits(runs: int, device: torch.devi
         features, logits = pooled_head(*leaves)
         return features.detach(), logits.detach(), *torch.autograd.grad(logits, leaves, static.logits_grad)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()  # compiles
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
+    graph, results = warmed_and_captured(step)
     for _ in range(3):
         given = inputs(shape, torch.bfloat16, device=device)
         with torch.no_grad():

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_training import trained_in_graphs
 from ncollapse.train.config import RunConfig
 from ncollapse.train.data.dataset import Dataset
 from ncollapse.train.networks import side_stream
 from ncollapse.train.networks.precision import arithmetic
 from ncollapse.train.networks.side_stream import main_stream
-from ncollapse.train.training.loop import Training
 from side_stream_cases import CASES, Layer, gradients, layer
 
 HALF = {"dtype": torch.bfloat16, "weight_dtype": torch.bfloat16}
@@ -153,17 +153,10 @@ def test_networks_train_to_the_same_bits(
     data = Dataset(x[:300], y[:300], x[300:], y[300:], tuple("0123456789"), "")
     run = RunConfig(model=model, width=32, precision=precision, lr=0.01, epochs=8, eval_every=8)  # type: ignore[arg-type]
 
-    def trained() -> dict[str, Tensor]:
-        training = Training([run], data, device)
-        for _ in training:
-            pass
-        assert training._step.captured == "forward pass, backward pass and update"
-        return training.stack.tensors()
-
-    found = trained()
+    found = trained_in_graphs(run, data, device)
     assert {s.cuda_stream for s in seen["maps"]} == {main_stream().cuda_stream}
     assert seen["weights"]
     assert main_stream() not in seen["weights"]
     monkeypatch.setattr(side_stream, "BESIDE", False)
-    for name, theirs in trained().items():
+    for name, theirs in trained_in_graphs(run, data, device).items():
         assert torch.equal(found[name], theirs), name

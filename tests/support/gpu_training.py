@@ -4,7 +4,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -12,6 +12,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ncollapse import optim
+from ncollapse.train.config import RunConfig
+from ncollapse.train.data.dataset import Dataset
+from ncollapse.train.training.loop import Training
+
+T = TypeVar("T")
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "sgd": lambda params, lr=0.1: optim.SGD(params, lr=lr, momentum=0.9, weight_decay=0.01),
@@ -57,6 +62,28 @@ def captured_step(model: nn.Module, optimizer: Any, x: Tensor) -> torch.cuda.CUD
     with torch.cuda.graph(graph):
         train_step(model, optimizer, x)
     return graph
+
+
+def warmed_and_captured(step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """Take a step on another stream, which compiles its kernels, and capture one: the graph, and what it writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
+
+
+def trained_in_graphs(run: RunConfig, data: Dataset, device: torch.device) -> dict[str, Tensor]:
+    """Train a run, whose steps must be in CUDA graphs as a whole; its tensors at the end."""
+    training = Training([run], data, device)
+    for _ in training:
+        pass
+    assert training._step.captured == "forward pass, backward pass and update"
+    return training.stack.tensors()
 
 
 def gpu_work(step: Callable[[], Any], folder: Path) -> dict[str, list[str]]:
